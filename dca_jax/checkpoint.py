@@ -1,0 +1,92 @@
+"""Checkpoints: one atomic Orbax composite per saved step."""
+
+import dataclasses
+import logging
+import sys
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dca_jax.learner import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """The `checkpoint` section."""
+
+  every: int = 10
+  """Steps between checkpoints; the last step is always saved."""
+  keep: int = 2
+  """How many are kept."""
+
+  def check(self) -> dict[str, str]:
+    return {key: "must be at least 1" for key in ("every", "keep") if getattr(self, key) < 1}
+
+
+class Checkpoints:
+  """The checkpoints of a run, saved in the background; a context manager that waits for the last one."""
+
+  def __init__(self, config: CheckpointConfig, workdir: epath.Path):
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches.
+    self._folder = workdir / "checkpoints"
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, save_interval_steps=config.every)
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self._manager.close()
+
+  def save(self, step: int, state: TrainState, config_hash: str, last: bool) -> None:
+    """Saves if `step` is due or the last one; returns before the files are written.
+
+    Raises:
+      OSError: the disk is full or the folder cannot be written. Checkpoints that were complete stay so.
+    """
+    host = {"config": config_hash}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), host=ocp.args.JsonSave(host))
+    try:
+      self._manager.save(step, args=args, force=last and self._manager.latest_step() != step)
+      if last:
+        self._manager.wait_until_finished()
+    except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
+      raise OSError(f"could not save step {step} ({_reason(error)}); {self.describe()}. Free space, then run again") from error
+
+  def describe(self) -> str:
+    """A clause for error messages: what is safe."""
+    step = self._manager.latest_step()
+    return f"no checkpoint was saved yet in {self._folder}" if step is None else f"step {step} is safe in {self._folder}"
+
+  def restore(self, abstract: TrainState, config_hash: str) -> tuple[int, TrainState] | None:
+    """The newest readable checkpoint as (step, state), or None where there is none.
+
+    A damaged checkpoint is reported and put aside, and the one before it is taken.
+
+    Args:
+      abstract: shapes, dtypes and shardings wanted, which may belong to another mesh than the one that saved.
+
+    Raises:
+      ValueError: there are checkpoints, but none is readable, or they belong to another run.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), host=ocp.args.JsonRestore())
+      try:
+        restored = self._manager.restore(step, args=args)
+      except Exception as error:  # Damage shows as any of a dozen types.
+        damaged = self._folder.parent / f"damaged_checkpoint_{step}"
+        (self._folder / str(step)).rename(damaged)
+        self._manager.reload()
+        print(f"warning: checkpoint {step} is damaged ({_reason(error)}); moved to {damaged}", file=sys.stderr)
+        continue
+      if restored.host["config"] != config_hash:
+        raise ValueError(f"{self._folder / str(step)} was saved by a run with other settings; choose another --workdir")
+      return step, TrainState(**restored.state)
+    if steps:
+      raise ValueError(f"no checkpoint in {self._folder} was readable; to start from the beginning choose another --workdir")
+    return None
+
+
+def _reason(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,225 @@
+"""A run's settings: typed sections made from a ConfigDict, every mistake found before the first step."""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from dca_jax.checkpoint import CheckpointConfig
+from dca_jax.credit import CreditConfig
+from dca_jax.evaluate import EvaluateConfig
+from dca_jax.learner import LearnerConfig
+from dca_jax.mesh import MeshConfig
+from dca_jax.policy import PolicyConfig
+from dca_jax.review import ReviewerConfig
+from dca_jax.rollout import RolloutConfig
+from dca_jax.task import ChainsConfig
+from dca_jax.warmstart import WarmstartConfig
+
+
+class ConfigError(ValueError):
+  """A mistake in a config; the message names the key and says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that determines a run. A recipe sets what differs from these defaults."""
+
+  seed: int = 0
+  """Decides the problems and the noise of every step."""
+  steps: int = 100
+  """Training steps: batches sampled, reviewed and trained on."""
+  task: ChainsConfig = ChainsConfig()
+  policy: PolicyConfig = PolicyConfig()
+  warmstart: WarmstartConfig = WarmstartConfig()
+  rollout: RolloutConfig = RolloutConfig()
+  reviewer: ReviewerConfig = ReviewerConfig()
+  credit: CreditConfig = CreditConfig()
+  learner: LearnerConfig = LearnerConfig()
+  evaluate: EvaluateConfig = EvaluateConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  def check(self) -> dict[str, str]:
+    """Mistakes that no section can see alone."""
+    bad = {}
+    if not 0 <= self.seed < 2**31:
+      bad["seed"] = "must be between 0 and 2147483647"
+    if self.steps < 1:
+      bad["steps"] = "must be at least 1"
+    if self.rollout.problems % self.learner.micro_batches:
+      bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
+    if self.credit.scheme != "uniform" and self.reviewer.name == "none":
+      bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
+    return bad
+
+  def unused(self) -> dict[str, str]:
+    if self.credit.scheme == "uniform" and self.reviewer.name != "none":
+      return {"reviewer.name": "credit.scheme is 'uniform', which reads no review"}
+    return {}
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+  def hash(self) -> str:
+    """Of all keys that change what is computed, so not of those in `_FREE`."""
+    fixed = {k: v for k, v in flatten(dataclasses.asdict(self)).items() if not _is_free(k, self)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Keys that a resumed run may change: they alter what is saved and measured, not what is learnt.
+_FREE = ("checkpoint.", "evaluate.", "mesh.")
+
+
+def _is_free(key: str, config: Config) -> bool:
+  # More steps continue the same run, unless the learning rate depends on where the end is.
+  return key.startswith(_FREE) or (key == "steps" and config.learner.schedule == "constant")
+
+
+def build(given: ConfigDict) -> Config:
+  """Turns a recipe's ConfigDict into a Config.
+
+  Raises:
+    ConfigError: a key is unknown, has the wrong type or an impossible value, or differs from its default without having
+      any effect.
+  """
+  config = _section(Config, given, "")
+  _validate(config)
+  return config
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+  """Reads the recipe at `path`, applies `--config.section.key=value` arguments, and builds the Config."""
+  return build(apply_overrides(read_recipe(path).get_config(), overrides))
+
+
+def read_recipe(path: str):
+  """The recipe's module; it has `get_config()` and may have `ARMS`."""
+  if not pathlib.Path(path).is_file():
+    raise ConfigError(f"--config={path}: no such file")
+  spec = importlib.util.spec_from_file_location("recipe", path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ConfigError(f"--config={path}: the file defines no get_config()")
+  return module
+
+
+def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+  """The recipe's values, overridden by `--config.section.key=value` arguments of the right types."""
+  full = ConfigDict(dataclasses.asdict(build_unchecked(given)))
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", full, flag_values=values)
+  try:
+    rest = values(["dca-jax", *overrides])[1:]
+  except flags.UnrecognizedFlagError as error:
+    key = error.flagname.removeprefix("config.")
+    raise ConfigError(f"{key}: no such key{_nearest(key, list(flatten(full.to_dict())))}") from None
+  except (flags.Error, TypeError, ValueError) as error:
+    raise ConfigError(f"{str(error).removeprefix('flag --config.')}") from None
+  if rest:
+    raise ConfigError(f"cannot read the argument {rest[0]!r}; settings are given as --config.section.key=value")
+  return full
+
+
+def build_unchecked(given: ConfigDict) -> Config:
+  return _section(Config, given, "")
+
+
+def difference(ours: Config, saved: str) -> list[str]:
+  """The keys in which `ours` differs from a saved config.json and that a resumed run may not change."""
+  mine, theirs = flatten(dataclasses.asdict(ours)), flatten(json.loads(saved))
+  keys = [k for k in {**theirs, **mine} if not _is_free(k, ours)]
+  return [f"{k} was {theirs.get(k)!r} and is now {mine.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in nested.items():
+    flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return flat
+
+
+def _section(cls, given, prefix: str):
+  """Builds the dataclass `cls` from `given`, a mapping of what differs from its defaults."""
+  if not isinstance(given, (ConfigDict, dict)):
+    raise ConfigError(f"{prefix[:-1]}: must be a section with keys of its own, not {given!r}")
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  values = {}
+  for key, value in given.items():
+    if key not in fields:
+      raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in fields])}")
+    default = fields[key].default
+    if dataclasses.is_dataclass(default):
+      values[key] = dataclasses.replace(default, **_given(type(default), value, f"{prefix}{key}."))
+      continue
+    if isinstance(default, float) and type(value) is int:
+      value = float(value)
+    if type(value) is not type(default):
+      raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
+    values[key] = value
+  return cls(**values)
+
+
+def _given(cls, given, prefix: str) -> dict[str, Any]:
+  section = _section(cls, given, prefix)
+  return {key: getattr(section, key) for key in given}
+
+
+def _validate(config: Config) -> None:
+  for prefix, section, default in _sections(config, type(config)(), ""):
+    for key, why in getattr(section, "check", dict)().items():
+      name = key if prefix == "" else prefix + key
+      raise ConfigError(f"{name}: {why} (it is {_lookup(config, name)!r})")
+    for key, why in getattr(section, "unused", dict)().items():
+      name = key if prefix == "" else prefix + key
+      if prefix == "" or getattr(section, key) != getattr(default, key):
+        raise ConfigError(f"{name}: has no effect, because {why}; leave it at its default ({_lookup(type(config)(), name)!r})")
+
+
+def _sections(section, default, prefix: str):
+  yield prefix, section, default
+  for field in dataclasses.fields(section):
+    if dataclasses.is_dataclass(getattr(section, field.name)):
+      yield from _sections(getattr(section, field.name), getattr(default, field.name), f"{prefix}{field.name}.")
+
+
+def _lookup(config: Config, key: str):
+  value: Any = config
+  for part in key.split("."):
+    value = getattr(value, part)
+  return value
+
+
+def _nearest(key: str, known: list[str]) -> str:
+  near = difflib.get_close_matches(key, known, 1, 0.5)
+  return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
+
+
+def claim_workdir(config: Config, workdir: str) -> epath.Path:
+  """Makes `workdir` the home of this run, or checks that it already is.
+
+  Raises:
+    ConfigError: it holds a run with other settings, or files that are no run.
+  """
+  folder = epath.Path(workdir).expanduser().absolute()
+  saved = folder / "config.json"
+  if saved.exists():
+    if changes := difference(config, saved.read_text()):
+      raise ConfigError(f"--workdir={workdir} holds a different run: {changes[0]}; choose another --workdir")
+  elif folder.exists() and any(folder.iterdir()):
+    raise ConfigError(f"--workdir={workdir} holds files but no config.json, so no run; choose another --workdir")
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / ".config.json"
+  partial.write_text(config.to_json())
+  partial.replace(saved)
+  return folder

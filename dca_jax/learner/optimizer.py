@@ -1,0 +1,97 @@
+"""The learner's settings and its optimizer."""
+
+import dataclasses
+import functools
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+  """The `learner` section."""
+
+  loss: str = "reinforce"
+  """`reinforce` (Williams 1992) or `ppo` (Schulman et al. 2017): the importance ratio against the policy that sampled,
+  clipped."""
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  """`ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high]; a larger upper bound keeps rare tokens alive (DAPO, Yu
+  et al. 2025)."""
+  updates_per_batch: int = 1
+  """Optimizer steps on each batch, every one on the whole batch."""
+  micro_batches: int = 1
+  """Parts that a batch is cut into, to save memory; the gradient is the same."""
+  normalizer: str = "constant"
+  """The loss is a sum over tokens divided by completions x rollout.max_tokens (`constant`, Liu et al. 2025) or by the
+  number of tokens that are trained on (`tokens`)."""
+  mask_truncated: bool = False
+  """Leave completions that ran out of tokens out of the loss."""
+  kl: float = 0.0
+  """Weight of the KL divergence to the reference policy, by the k3 estimator (Schulman 2020)."""
+  reference: bool = True
+  """Keep the policy that the run started from as the reference, and measure the KL divergence to it at every step."""
+  entropy: float = 0.0
+  """Weight of the entropy bonus."""
+  lr: float = 1e-3
+  schedule: str = "constant"
+  """`constant`, `linear` or `cosine`, the latter two down to 0 at the last step."""
+  warmup_updates: int = 0
+  """Optimizer steps over which the learning rate rises from 0."""
+  adam_b1: float = 0.9
+  adam_b2: float = 0.98
+  weight_decay: float = 0.0
+  max_grad_norm: float = 0.0
+  """Gradients are clipped to this global norm; 0 does not clip."""
+
+  def check(self) -> dict[str, str]:
+    bad = {}
+    if self.loss not in ("reinforce", "ppo"):
+      bad["loss"] = "must be 'reinforce' or 'ppo'"
+    if self.normalizer not in ("constant", "tokens"):
+      bad["normalizer"] = "must be 'constant' or 'tokens'"
+    if self.schedule not in ("constant", "linear", "cosine"):
+      bad["schedule"] = "must be 'constant', 'linear' or 'cosine'"
+    for key in ("updates_per_batch", "micro_batches"):
+      if getattr(self, key) < 1:
+        bad[key] = "must be at least 1"
+    for key in ("clip_high", "kl", "entropy", "warmup_updates", "weight_decay", "max_grad_norm"):
+      if getattr(self, key) < 0:
+        bad[key] = "must not be negative"
+    for key in ("clip_low", "adam_b1", "adam_b2"):
+      if not 0 <= getattr(self, key) < 1:
+        bad[key] = "must be at least 0 and below 1"
+    if not self.lr > 0:
+      bad["lr"] = "must be positive"
+    if self.kl and not self.reference:
+      bad["reference"] = "must be true where learner.kl is not 0"
+    if self.loss == "reinforce" and self.updates_per_batch > 1:
+      bad["updates_per_batch"] = "needs learner.loss 'ppo' above 1: after the first update the batch is off-policy"
+    return bad
+
+  def unused(self) -> dict[str, str]:
+    if self.loss == "ppo" and self.updates_per_batch > 1:
+      return {}
+    # With one update the ratio is exactly 1, so its clip never acts.
+    why = "learner.loss is 'reinforce'" if self.loss == "reinforce" else "learner.updates_per_batch is 1"
+    return dict.fromkeys(("clip_low", "clip_high"), why)
+
+
+@functools.lru_cache
+def make_optimizer(config: LearnerConfig, steps: int) -> optax.GradientTransformation:
+  """Adam with the configured schedule, clipping and decoupled weight decay; `steps` batches end the schedule.
+
+  Cached, so that equal settings give the same object and a jitted function that closes over it is compiled once.
+  """
+  updates = steps * config.updates_per_batch
+  after = max(1, updates - config.warmup_updates)
+  rate = {
+    "constant": optax.constant_schedule(config.lr),
+    "linear": optax.linear_schedule(config.lr, 0.0, after),
+    "cosine": optax.cosine_decay_schedule(config.lr, after),
+  }[config.schedule]
+  if config.warmup_updates:
+    rising = optax.linear_schedule(0.0, config.lr, config.warmup_updates)
+    rate = optax.join_schedules([rising, rate], [config.warmup_updates])
+  clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+  adam = optax.adamw(rate, config.adam_b1, config.adam_b2, weight_decay=config.weight_decay)
+  return optax.chain(clip, adam)

@@ -1,0 +1,84 @@
+"""What a run reports while it goes: metrics.jsonl, TensorBoard events, a progress bar and one line per step."""
+
+import json
+import math
+import sys
+from typing import Any
+
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Reporter:
+  """Writes metrics; a context manager.
+
+  On resume, what an interrupted run had written beyond `start` is taken back, so that every step appears once.
+  """
+
+  def __init__(self, workdir: epath.Path, start: int, steps: int, quiet: bool = False):
+    self._path = workdir / "metrics.jsonl"
+    kept: list[dict[str, Any]] = [line for line in read_metrics(workdir) if line["step"] <= start]
+    partial = workdir / ".metrics.jsonl"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    partial.replace(self._path)
+    self.steps = {line["step"] for line in kept}
+    """Steps that an earlier process recorded."""
+    self._file = self._path.open("a")
+    self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+    self._quiet = quiet
+    self._width = len(str(steps))
+    self._bar = tqdm(total=steps, initial=start, unit="step", disable=quiet or not sys.stderr.isatty(), leave=False)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self._bar.close()
+    self._file.close()
+    self._events.close()
+
+  def log(self, step: int, metrics: dict[str, float]) -> None:
+    """Records the metrics of one step, flat keys `group/name`."""
+    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+    self._file.flush()
+    for key, value in metrics.items():
+      self._events.add_scalar(key, value, step)
+    self._bar.update(step - self._bar.n)
+    if not self._quiet and "train/reward" in metrics:
+      tqdm.write(f"step {step:{self._width}d}/{self._bar.total}  {_line(metrics)}", file=sys.stdout)
+      sys.stdout.flush()
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+  """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  parsed = []
+  for i, line in enumerate(lines):
+    try:
+      parsed.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      if i < len(lines) - 1:
+        raise ValueError(f"{path}, line {i + 1} is not JSON; mend or remove that line") from error
+  return parsed
+
+
+def not_finite(metrics: dict[str, float]) -> str | None:
+  """The first metric that is not a finite number, or None."""
+  return next((key for key, value in metrics.items() if not math.isfinite(value)), None)
+
+
+def _line(m: dict[str, float]) -> str:
+  parts = [
+    f"reward {m['train/reward']:.3f}",
+    f"acc {m['train/accuracy']:.3f}",
+    f"entropy {m['learner/entropy']:.3f}",
+    f"len {m['train/length']:.1f}",
+    f"kl {m['learner/kl']:.3f}",
+    f"sample {m['seconds/sample']:.2f}s",
+    f"review {m['seconds/review']:.2f}s",
+    f"update {m['seconds/update']:.2f}s",
+    f"{m['train/tokens_per_second']:,.0f} tok/s",
+  ]
+  return "  ".join(parts)

@@ -1,0 +1,68 @@
+"""Log-probabilities of the distribution that the sampler draws from: one definition for the sampler and the learner."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# Logits held at once, in float32: 64 MiB, whatever the vocabulary.
+_CHUNK_LOGITS = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are drawn: logits are divided by `temperature`, then cut to the `top_k` and `top_p` likeliest."""
+
+  temperature: float = 1.0
+  top_k: int = 0
+  """0 keeps all."""
+  top_p: float = 1.0
+  """1 keeps all; otherwise the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020)."""
+
+
+def sampling_logits(hidden_NxD, embedding_VxD, sampling: Sampling, targets_N=None) -> jax.Array:
+  """Float32 logits [N, V] of the sampled distribution; tokens that are cut are -inf.
+
+  `targets_N`, where given, are never cut: after an update a token that was sampled can leave the top k, and its
+  log-probability must stay finite for the importance ratio and the gradient.
+  """
+  logits = jnp.matmul(hidden_NxD, embedding_VxD.T.astype(hidden_NxD.dtype), preferred_element_type=jnp.float32)
+  logits = logits / sampling.temperature
+  vocab = logits.shape[-1]
+  if not 0 < sampling.top_k < vocab and sampling.top_p >= 1:
+    return logits
+  ordered = -jnp.sort(-logits, -1)
+  floor = ordered[:, min(sampling.top_k or vocab, vocab) - 1]
+  if sampling.top_p < 1:
+    # Top-p acts on what top-k left, as the samplers of the field do.
+    kept = jax.nn.softmax(jnp.where(ordered >= floor[:, None], ordered, -jnp.inf), -1)
+    before = jnp.cumsum(kept, -1) - kept
+    floor = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, where=kept > 0, initial=jnp.inf)
+  keep = logits >= floor[:, None]
+  if targets_N is not None:
+    keep |= jnp.arange(vocab) == targets_N[:, None]
+  return jnp.where(keep, logits, -jnp.inf)
+
+
+def token_logprobs(hidden_BxTxD, embedding_VxD, targets_BxT, sampling: Sampling):
+  """Log-probability of each target and the entropy of its distribution, both [B, T] and float32, in nats.
+
+  Works through the tokens in chunks and recomputes the logits in the backward pass, so that no [B, T, V] array exists.
+  """
+  b, t, d = hidden_BxTxD.shape
+  n = b * t
+  chunks = max(1, -(-n * embedding_VxD.shape[0] // _CHUNK_LOGITS))
+  size = -(-n // chunks)
+  padding = chunks * size - n
+
+  @jax.checkpoint
+  def one(hidden_NxD, targets_N):
+    logits = sampling_logits(hidden_NxD, embedding_VxD, sampling, targets_N)
+    logps = jax.nn.log_softmax(logits, -1)
+    entropy = -jnp.sum(jnp.where(logits == -jnp.inf, 0.0, jnp.exp(logps) * logps), -1)
+    return jnp.take_along_axis(logps, targets_N[:, None], -1)[:, 0], entropy
+
+  hidden = jnp.pad(hidden_BxTxD.reshape(n, d), ((0, padding), (0, 0))).reshape(chunks, size, d)
+  targets = jnp.pad(targets_BxT.reshape(n), (0, padding)).reshape(chunks, size)
+  logps, entropy = jax.lax.map(lambda args: one(*args), (hidden, targets))
+  return tuple(x.reshape(-1)[:n].reshape(b, t) for x in (logps, entropy))

@@ -1,0 +1,130 @@
+"""The sampler: a whole rollout in one compiled program."""
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from dca_jax.policy import Policy, Sampling, sampling_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """The `rollout` section."""
+
+  problems: int = 16
+  """Problems in a batch."""
+  group: int = 8
+  """Completions of each problem."""
+  max_prompt_tokens: int = 64
+  max_tokens: int = 48
+  """Longest completion, its end token included."""
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  zero_variance: str = "keep"
+  """Groups whose completions all have the same reward: `keep` trains on them too (they carry no outcome signal, but
+  count in the normalizer and in the KL and entropy terms), `skip` leaves them out, `refill` replaces them by groups of
+  further problems."""
+  refill_rounds: int = 4
+  """`refill`: at most this many batches are sampled for one step; groups still missing then are skipped."""
+
+  @property
+  def sampling(self) -> Sampling:
+    return Sampling(self.temperature, self.top_k, self.top_p)
+
+  def check(self) -> dict[str, str]:
+    bad = {}
+    for key, least in (("problems", 1), ("group", 2), ("max_prompt_tokens", 1), ("max_tokens", 2), ("top_k", 0), ("refill_rounds", 1)):
+      if getattr(self, key) < least:
+        bad[key] = f"must be at least {least}"
+    if self.temperature <= 0:
+      bad["temperature"] = "must be positive; for greedy decoding set rollout.top_k to 1"
+    if not 0 < self.top_p <= 1:
+      bad["top_p"] = "must be above 0 and at most 1"
+    if self.zero_variance not in ("keep", "skip", "refill"):
+      bad["zero_variance"] = "must be 'keep', 'skip' or 'refill'"
+    return bad
+
+  def unused(self) -> dict[str, str]:
+    if self.zero_variance == "refill":
+      return {}
+    return {"refill_rounds": f"rollout.zero_variance is '{self.zero_variance}'"}
+
+
+class Samples(typing.NamedTuple):
+  """Completions, B = P * G rows; row p * G + g is sample g of problem p."""
+
+  tokens_BxT: jax.Array
+  """The end token included; anything may stand beyond a row's length."""
+  lengths_B: jax.Array
+  """At least 1."""
+  truncated_B: jax.Array
+  """True where the row ran out of tokens before an end token."""
+  logprobs_BxT: jax.Array
+  """Log-probability of each token under the distribution that it was drawn from."""
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "sampling", "group", "max_tokens"))
+def sample(
+  policy: Policy,
+  params,
+  prompts_PxS: jax.Array,
+  prompt_lengths_P: jax.Array,
+  problem_ids_P: jax.Array,
+  key: jax.Array,
+  end_ids_E: jax.Array,
+  *,
+  sampling: Sampling,
+  group: int,
+  max_tokens: int,
+) -> Samples:
+  """Draws `group` completions of each prompt.
+
+  The noise of token t of sample g of a problem is `key` folded with (problem id, g, t), so a sample depends neither on
+  its place in the batch nor on its neighbours. Prompts are run once each; the loop stops when every row has ended.
+  """
+  keys_B = jax.vmap(
+    lambda i: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, i), g))(jnp.arange(group))
+  )(problem_ids_P).reshape(-1)
+  rows = keys_B.shape[0]
+  last_PxD, cache, step = policy.decoder(params, prompts_PxS, prompt_lengths_P, group, max_tokens)
+
+  class Carry(typing.NamedTuple):
+    t: jax.Array
+    hidden_BxD: jax.Array
+    cache: tuple
+    tokens_BxT: jax.Array
+    logprobs_BxT: jax.Array
+    lengths_B: jax.Array
+    ended_B: jax.Array
+
+  def body(c: Carry) -> Carry:
+    logits_BxV = sampling_logits(c.hidden_BxD, params["embedding"], sampling)
+    noise_BxV = jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, c.t), logits_BxV.shape[1:]))(keys_B)
+    token_B = jnp.argmax(logits_BxV + noise_BxV, -1).astype(jnp.int32)
+    logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxV), token_B[:, None], 1)[:, 0]
+    hidden_BxD, cache = step(c.cache, c.t, token_B)
+    return Carry(
+      c.t + 1,
+      hidden_BxD,
+      cache,
+      c.tokens_BxT.at[:, c.t].set(token_B),
+      c.logprobs_BxT.at[:, c.t].set(jnp.where(c.ended_B, 0.0, logprob_B)),
+      c.lengths_B + ~c.ended_B,
+      c.ended_B | (token_B[:, None] == end_ids_E).any(1),
+    )
+
+  start = Carry(
+    jnp.int32(0),
+    jnp.repeat(last_PxD, group, 0),
+    cache,
+    jnp.zeros((rows, max_tokens), jnp.int32),
+    jnp.zeros((rows, max_tokens), jnp.float32),
+    jnp.zeros(rows, jnp.int32),
+    jnp.zeros(rows, bool),
+  )
+  end = jax.lax.while_loop(lambda c: (c.t < max_tokens) & ~c.ended_B.all(), body, start)
+  return Samples(end.tokens_BxT, end.lengths_B, ~end.ended_B, end.logprobs_BxT)

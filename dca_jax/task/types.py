@@ -1,0 +1,52 @@
+"""What a task gives to the rest of the program."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+SPLITS = ("train", "heldout", "demonstrations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A prompt, its reference answer, and an id that is unique within its split."""
+
+  id: int
+  prompt: str
+  answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What the verifier says of one completion: `reward` in [0, 1]; `truncated` when it ran out of tokens."""
+
+  reward: float
+  correct: bool
+  truncated: bool
+
+
+class Task(Protocol):
+  """Stateless: everything it returns is a function of its arguments and its config."""
+
+  step_end: str
+  """Regular expression; a step of a completion ends where a match ends."""
+
+  def tokenizer(self):
+    """A `transformers` fast tokenizer whose `eos_token` ends a completion."""
+    ...
+
+  def problem(self, split: str, index: int) -> Problem: ...
+
+  def demonstration(self, index: int) -> tuple[str, str]:
+    """A prompt and a worked solution (possibly wrong), for the warm start."""
+    ...
+
+  def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome: ...
+
+  def final_answer(self, completion: str) -> str | None:
+    """The answer that a completion gives, for majority votes; None where it gives none."""
+    ...
+
+  def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
+    """The true role of every step (see `roles.ROLES`); what the oracle reviewer reads."""
+    ...

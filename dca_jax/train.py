@@ -1,0 +1,345 @@
+"""The training loop: sample, verify, review, assign credit, update.
+
+This file tells the whole story of a run; a training step continues in `rollout/sampler.py`, `credit/schemes.py` and
+`learner/update.py`. What a step does is a function of (config, step, train state) alone: problems are numbered, noise is
+keyed by what it is for, a review by the sample that it judges. So a run that was killed and started again equals one
+that was not.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import NamedSharding
+
+from dca_jax import learner, mesh
+from dca_jax.checkpoint import Checkpoints
+from dca_jax.config import Config, claim_workdir
+from dca_jax.credit import Review, group_advantages, token_advantages
+from dca_jax.evaluate import Estimate, evaluate
+from dca_jax.metrics import Reporter, not_finite
+from dca_jax.policy import Policy
+from dca_jax.review import Request, make_reviewer
+from dca_jax.review import Review as HostReview
+from dca_jax.roles import ROLES
+from dca_jax.rollout import RolloutConfig, Samples, Trajectory, cut, encode_prompts, sample, write_trajectories
+from dca_jax.task import TASKS, Outcome, Problem, Task
+from dca_jax.warmstart import cache_folder, warm_start
+
+
+def train(config: Config, workdir: str, quiet: bool = False) -> None:
+  """Runs `config` in `workdir`, or continues the run that is there.
+
+  Raises:
+    ValueError: bad input, a ConfigError among them; nothing was overwritten.
+    FloatingPointError: a metric is not finite; the last checkpoint is intact.
+    OSError: a checkpoint could not be written; the earlier ones are intact.
+  """
+  folder = claim_workdir(config, workdir)
+  use_compilation_cache()
+  task: Task = TASKS[config.task.name](config.task)
+  tokenizer = task.tokenizer()
+  tokenizer.save_pretrained(folder / "tokenizer")
+  policy = Policy(config.policy, len(tokenizer))
+  reviewer = make_reviewer(config.reviewer, lambda r: task.label_steps(r.problem, r.steps, r.truncated))
+  optimizer = learner.make_optimizer(config.learner, config.steps)
+
+  devices = mesh.make_mesh(config.mesh)
+  rows = mesh.batch_sharding(devices)
+  mesh.check_divisible(devices, config.rollout.problems // config.learner.micro_batches)
+  shardings = mesh.state_shardings(devices, policy, optimizer)
+  end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
+  update = functools.partial(
+    learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
+  )
+  on_policy = jax.device_put([np.bool_(False), np.bool_(True)], mesh.replicated(devices))
+
+  with Checkpoints(config.checkpoint, folder) as checkpoints:
+    init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
+    init_state = jax.jit(functools.partial(learner.init_state, optimizer), out_shardings=shardings)
+    abstract = jax.eval_shape(lambda: learner.init_state(optimizer, init_params(jax.random.key(0))))
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+    def make_start():
+      params = init_params(jax.random.key(config.warmstart.seed))
+      limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
+      return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits)
+
+    start = starting_policy(folder, abstract.params, make_start)
+    done, state = checkpoints.restore(abstract, config.hash()) or (0, init_state(jax.tree.map(jnp.copy, start)))
+
+    with Reporter(folder, done, config.steps, quiet) as reporter:
+      if 0 not in reporter.steps:
+        reporter.log(0, eval_metrics(evaluate(config.evaluate, config.rollout, task, tokenizer, policy, state.params)))
+
+      for step in range(done + 1, config.steps + 1):
+        with jax.transfer_guard("disallow"):
+          clock = Clock()
+          rollout = collect(config.rollout, config.seed, step, task, tokenizer, policy, state.params, end_ids, rows)
+          clock.lap("sample")
+
+          # The reference runs on the device while the host reviews.
+          tokens = jax.device_put((rollout.prompts_PxS, rollout.prompt_lengths_P, rollout.samples.tokens_BxT), rows)
+          reference = None
+          if config.learner.reference:
+            reference = learner.reference_logprobs(policy, config.rollout.sampling, start, *tokens)
+          spans, texts = cut_steps(rollout.samples, tokenizer, task)
+          reviews = reviewer(make_requests(step, rollout, texts), deadline=60.0)
+          clock.lap("review")
+
+          rewards_B = np.array([o.reward for o in rollout.outcomes], np.float32)
+          lengths, truncated, trained, behaviour, rewards, review = jax.device_put(
+            (
+              rollout.samples.lengths_B,
+              rollout.samples.truncated_B,
+              rollout.trained_B & ~(config.learner.mask_truncated & rollout.samples.truncated_B),
+              rollout.samples.logprobs_BxT,
+              rewards_B.reshape(-1, config.rollout.group),
+              review_arrays(reviews, spans, config.rollout.max_tokens),
+            ),
+            rows,
+          )
+          advantages = assign_credit(config.credit, rewards, lengths, truncated, review)
+          batch = learner.Batch(*tokens, lengths, trained, advantages.tokens_BxT, behaviour, reference)
+          for i in range(config.learner.updates_per_batch):
+            state, stats, logprobs = update(state, batch, on_policy[i == 0])
+            if i == 0:
+              batch = batch._replace(logprobs_BxT=logprobs)
+              first = stats
+          host_advantages = jax.device_get(advantages)
+          write_trajectories(
+            folder / "trajectories", step, trajectories(step, rollout, spans, texts, reviews, host_advantages)
+          )
+          learned = jax.device_get({**stats, "sampler/logprob_error": first["sampler/logprob_error"]})
+          clock.lap("update")
+
+        measured = step_metrics(rollout, rewards_B, reviews, host_advantages, learned, clock)
+        if bad := not_finite(measured):
+          raise FloatingPointError(
+            f"{bad} is not finite at step {step}; {checkpoints.describe()}. Lower learner.lr or set learner.max_grad_norm"
+            " (with a new --workdir), or run again to repeat the steps since then"
+          )
+        due = config.evaluate.every and step % config.evaluate.every == 0
+        if due or step == config.steps:
+          scores = evaluate(config.evaluate, config.rollout, task, tokenizer, policy, state.params)
+          measured |= eval_metrics(scores)
+        reporter.log(step, measured)
+        checkpoints.save(step, state, config.hash(), last=step == config.steps)
+
+
+# One step, in the order of the loop.
+
+
+class Rollout(NamedTuple):
+  """One batch on the host: P problems, B = P * G completions."""
+
+  problems: list[Problem]
+  prompts_PxS: np.ndarray
+  prompt_lengths_P: np.ndarray
+  samples: Samples
+  outcomes: list[Outcome]
+  trained_B: np.ndarray
+  """False in groups that `rollout.zero_variance` leaves out."""
+  sampled: list[Outcome]
+  """Of everything sampled for this step, groups that were replaced included."""
+
+
+def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, end_ids, rows: NamedSharding) -> Rollout:
+  """Samples and verifies the batch of `step`."""
+  rounds = config.refill_rounds if config.zero_variance == "refill" else 1
+  key = step_key(*jax.device_put((np.uint32(seed), np.uint32(step))))
+  pieces = token_pieces(tokenizer)
+  parts: list[tuple] = []  # One per group: problem, prompt, prompt length, samples, outcomes, mixed.
+  for round_ in range(rounds):
+    first = ((step - 1) * rounds + round_) * config.problems
+    problems = [task.problem("train", (seed << 32) + first + p) for p in range(config.problems)]
+    prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens)
+    ids = np.arange(first, first + config.problems, dtype=np.uint32)
+    arrays = jax.device_put((prompts, lengths, ids), rows)
+    samples = sample(
+      policy, params, *arrays, key, end_ids, sampling=config.sampling, group=config.group, max_tokens=config.max_tokens
+    )
+    by_group = jax.tree.map(lambda x: x.reshape(config.problems, config.group, *x.shape[1:]), jax.device_get(samples))
+    for p, problem in enumerate(problems):
+      group = Samples(*(x[p] for x in by_group))
+      outcomes = [
+        task.verify(problem, "".join(pieces[t] for t in tokens[:n]), bool(cut_off))
+        for tokens, n, cut_off in zip(group.tokens_BxT, group.lengths_B, group.truncated_B, strict=True)
+      ]
+      parts.append((problem, prompts[p], lengths[p], group, outcomes, len({o.reward for o in outcomes}) > 1))
+    if sum(part[-1] for part in parts) >= config.problems:
+      break
+  sampled = [outcome for part in parts for outcome in part[4]]
+  if config.zero_variance == "refill":
+    # Mixed groups first, each kind in the order of its problems.
+    parts = sorted(parts, key=lambda part: not part[-1])[: config.problems]
+  problems, prompts, lengths, groups, outcomes, mixed = zip(*parts, strict=True)
+  trained = np.repeat(np.array(mixed) | (config.zero_variance == "keep"), config.group)
+  return Rollout(
+    list(problems),
+    np.stack(prompts),
+    np.array(lengths, np.int32),
+    Samples(*(np.concatenate(x) for x in zip(*groups, strict=True))),
+    [outcome for group in outcomes for outcome in group],
+    trained,
+    sampled,
+  )
+
+
+@jax.jit
+def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), step)
+
+
+@functools.lru_cache
+def token_pieces(tokenizer) -> list[str]:
+  """The text of every token."""
+  return [tokenizer.decode([i]) for i in range(len(tokenizer))]
+
+
+def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[int, int]]], list[tuple[str, ...]]]:
+  """For each completion, the token spans of its steps and their texts."""
+  pieces = token_pieces(tokenizer)
+  spans, texts = [], []
+  for tokens, length in zip(samples.tokens_BxT, samples.lengths_B, strict=True):
+    words = [pieces[t] for t in tokens[:length]]
+    spans.append(cut(words, task.step_end))
+    texts.append(tuple("".join(words[start:end]) for start, end in spans[-1]))
+  return spans, texts
+
+
+def make_requests(step: int, rollout: Rollout, texts: list[tuple[str, ...]]) -> list[Request]:
+  group = len(texts) // len(rollout.problems)
+  return [
+    Request(
+      f"{step}/{rollout.problems[i // group].id}/{i % group}",
+      rollout.problems[i // group].prompt,
+      steps,
+      rollout.outcomes[i].correct,
+      rollout.outcomes[i].truncated,
+    )
+    for i, steps in enumerate(texts)
+  ]
+
+
+def review_arrays(reviews: list[HostReview], spans: list[list[tuple[int, int]]], tokens: int) -> Review:
+  """Reviews as arrays of fixed shape; there are at most as many steps as tokens."""
+  shape = (len(reviews), tokens)
+  arrays = Review(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(len(reviews), bool))
+  for i, (review, steps) in enumerate(zip(reviews, spans, strict=True)):
+    for k, (start, end) in enumerate(steps):
+      arrays.step_ids_BxT[i, start:end] = k
+    if review.status == "ok":
+      arrays.ok_B[i] = True
+      arrays.roles_BxK[i, : len(steps)] = [ROLES.index(role) for role in review.roles]
+      arrays.weights_BxK[i, : len(steps)] = review.weights
+  return arrays
+
+
+class Advantages(NamedTuple):
+  completions_PxG: Any
+  tokens_BxT: Any
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def assign_credit(config, rewards_PxG, lengths_B, truncated_B, review) -> Advantages:
+  tokens_BxT = token_advantages(config, rewards_PxG, lengths_B, truncated_B, review)
+  return Advantages(group_advantages(config, rewards_PxG), tokens_BxT)
+
+
+# What is recorded.
+
+
+def trajectories(step, rollout: Rollout, spans, texts, reviews: list[HostReview], advantages: Advantages):
+  completion_advantages = advantages.completions_PxG.reshape(-1)
+  for i, request in enumerate(make_requests(step, rollout, texts)):
+    problem = rollout.problems[i * len(rollout.problems) // len(reviews)]
+    length, outcome, review = int(rollout.samples.lengths_B[i]), rollout.outcomes[i], reviews[i]
+    steps: list[dict] = [{"start": a, "end": b, "text": text} for (a, b), text in zip(spans[i], texts[i], strict=True)]
+    if review.status == "ok":
+      for described, role, weight in zip(steps, review.roles, review.weights, strict=True):
+        described |= {"role": role, "weight": weight}
+    yield Trajectory(
+      id=request.id,
+      problem=problem.id,
+      prompt=problem.prompt,
+      answer=problem.answer,
+      tokens=rollout.samples.tokens_BxT[i, :length].tolist(),
+      steps=steps,
+      reward=outcome.reward,
+      correct=outcome.correct,
+      truncated=outcome.truncated,
+      review=review.status,
+      trained=bool(rollout.trained_B[i]),
+      advantage=float(completion_advantages[i]),
+      credit=advantages.tokens_BxT[i, :length].tolist(),
+    )
+
+
+class Clock:
+  """Seconds between laps."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+    self._last = time.perf_counter()
+
+  def lap(self, name: str) -> None:
+    now = time.perf_counter()
+    self.seconds[name], self._last = now - self._last, now
+
+
+def step_metrics(rollout: Rollout, rewards_B, reviews, advantages: Advantages, learned, clock: Clock) -> dict[str, float]:
+  samples, sampled = rollout.samples, rollout.sampled
+  roles = [role for review in reviews for role in review.roles]
+  mass = advantages.completions_PxG.reshape(-1).astype(np.float64) * samples.lengths_B
+  spread = np.abs(advantages.tokens_BxT.sum(1, dtype=np.float64) - mass)
+  total = sum(clock.seconds.values())
+  group = len(rewards_B) // len(rollout.problems)
+  return {
+    "train/reward": float(np.mean([o.reward for o in sampled])),
+    "train/accuracy": float(np.mean([o.correct for o in sampled])),
+    "train/truncated": float(np.mean([o.truncated for o in sampled])),
+    "train/length": float(samples.lengths_B.mean()),
+    "train/completions": float(len(sampled)),
+    "train/mixed_groups": float(np.mean([len(set(g)) > 1 for g in rewards_B.reshape(-1, group).tolist()])),
+    "train/tokens_per_second": float(samples.lengths_B.sum() / total),
+    "review/ok": float(np.mean([review.status == "ok" for review in reviews])),
+    **{f"review/{role}": roles.count(role) / max(1, len(roles)) for role in ROLES},
+    "credit/moved": float(np.abs(advantages.tokens_BxT).sum() / max(1e-9, np.abs(mass).sum())),
+    "credit/conservation_error": float((spread / np.maximum(1.0, np.abs(mass))).max()),
+    **{key: float(value) for key, value in learned.items()},
+    **{f"seconds/{key}": value for key, value in clock.seconds.items()},
+    "seconds/step": total,
+  }
+
+
+def eval_metrics(scores: dict[str, Estimate]) -> dict[str, float]:
+  flat = {}
+  for name, e in scores.items():
+    flat |= {f"eval/{name}": e.value, f"eval/{name}_low": e.low, f"eval/{name}_high": e.high}
+  return flat
+
+
+# Before the first step.
+
+
+def starting_policy(folder: epath.Path, abstract, make):
+  """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    if not (folder / "start").exists():
+      checkpointer.save(folder / "start", make())
+      checkpointer.wait_until_finished()
+    return checkpointer.restore(folder / "start", abstract)
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR already says where."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,36 @@
+"""Package metadata."""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="dca-jax",
+  version="0.1.0",
+  description="Reinforcement learning for language models with Deliberative Credit Assignment, in JAX",
+  long_description=open("README.md", encoding="utf-8").read(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11,<3.14",
+  packages=find_packages(include=["dca_jax", "dca_jax.*"]),
+  install_requires=[
+    "absl-py",
+    "etils[epath]",
+    "flax>=0.11.2",
+    "jax>=0.7.2",
+    "matplotlib",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.20",
+    "tensorboardX>=2.6",
+    "tokenizers",
+    "tqdm",
+    "transformers>=5.0",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.7.2"],
+    "cuda": ["jax[cuda12]>=0.7.2"],
+    "gcs": ["gcsfs"],
+    "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+  },
+  entry_points={"console_scripts": ["dca-jax=dca_jax.cli:main"]},
+)
