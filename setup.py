@@ -1,12 +1,14 @@
 """Package metadata."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 setup(
   name="dca-jax",
   version="0.1.0",
   description="Reinforcement learning for language models with Deliberative Credit Assignment, in JAX",
-  long_description=open("README.md", encoding="utf-8").read(),
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",

@@ -7,6 +7,7 @@ import sys
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 
 
@@ -42,7 +43,7 @@ class Checkpoints:
     """Saves if `step` is due or the last one; returns before the files are written.
 
     Raises:
-      OSError: the disk is full or the folder cannot be written. Checkpoints that were complete stay so.
+      UserError: the disk is full or the folder cannot be written. Checkpoints that were complete stay so.
     """
     host = {"config": config_hash}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), host=ocp.args.JsonSave(host))
@@ -51,12 +52,16 @@ class Checkpoints:
       if last:
         self._manager.wait_until_finished()
     except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
-      raise OSError(f"could not save step {step} ({_reason(error)}); {self.describe()}. Free space, then run again") from error
+      raise UserError(
+        f"could not save step {step} ({_reason(error)}); {self.describe()}. Free space, then run again"
+      ) from error
 
   def describe(self) -> str:
     """A clause for error messages: what is safe."""
     step = self._manager.latest_step()
-    return f"no checkpoint was saved yet in {self._folder}" if step is None else f"step {step} is safe in {self._folder}"
+    return (
+      f"no checkpoint was saved yet in {self._folder}" if step is None else f"step {step} is safe in {self._folder}"
+    )
 
   def restore(self, abstract: TrainState, config_hash: str) -> tuple[int, TrainState] | None:
     """The newest readable checkpoint as (step, state), or None where there is none.
@@ -67,7 +72,7 @@ class Checkpoints:
       abstract: shapes, dtypes and shardings wanted, which may belong to another mesh than the one that saved.
 
     Raises:
-      ValueError: there are checkpoints, but none is readable, or they belong to another run.
+      UserError: there are checkpoints, but none is readable, or they belong to another run.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
@@ -81,10 +86,12 @@ class Checkpoints:
         print(f"warning: checkpoint {step} is damaged ({_reason(error)}); moved to {damaged}", file=sys.stderr)
         continue
       if restored.host["config"] != config_hash:
-        raise ValueError(f"{self._folder / str(step)} was saved by a run with other settings; choose another --workdir")
+        raise UserError(f"{self._folder / str(step)} was saved by a run with other settings; choose another --workdir")
       return step, TrainState(**restored.state)
     if steps:
-      raise ValueError(f"no checkpoint in {self._folder} was readable; to start from the beginning choose another --workdir")
+      raise UserError(
+        f"no checkpoint in {self._folder} was readable; to start from the beginning choose another --workdir"
+      )
     return None
 
 

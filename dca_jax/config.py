@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dca_jax.checkpoint import CheckpointConfig
 from dca_jax.credit import CreditConfig
+from dca_jax.errors import UserError
 from dca_jax.evaluate import EvaluateConfig
 from dca_jax.learner import LearnerConfig
 from dca_jax.mesh import MeshConfig
@@ -25,7 +26,7 @@ from dca_jax.task import ChainsConfig
 from dca_jax.warmstart import WarmstartConfig
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
   """A mistake in a config; the message names the key and says what to do."""
 
 
@@ -91,7 +92,7 @@ def build(given: ConfigDict) -> Config:
     ConfigError: a key is unknown, has the wrong type or an impossible value, or differs from its default without having
       any effect.
   """
-  config = _section(Config, given, "")
+  config = _section(Config(), given, "")
   _validate(config)
   return config
 
@@ -106,7 +107,8 @@ def read_recipe(path: str):
   if not pathlib.Path(path).is_file():
     raise ConfigError(f"--config={path}: no such file")
   spec = importlib.util.spec_from_file_location("recipe", path)
-  assert spec is not None and spec.loader is not None
+  assert spec is not None
+  assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
@@ -116,7 +118,7 @@ def read_recipe(path: str):
 
 def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   """The recipe's values, overridden by `--config.section.key=value` arguments of the right types."""
-  full = ConfigDict(dataclasses.asdict(build_unchecked(given)))
+  full = ConfigDict(dataclasses.asdict(_section(Config(), given, "")))
   values = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", full, flag_values=values)
   try:
@@ -131,10 +133,6 @@ def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   return full
 
 
-def build_unchecked(given: ConfigDict) -> Config:
-  return _section(Config, given, "")
-
-
 def difference(ours: Config, saved: str) -> list[str]:
   """The keys in which `ours` differs from a saved config.json and that a resumed run may not change."""
   mine, theirs = flatten(dataclasses.asdict(ours)), flatten(json.loads(saved))
@@ -143,54 +141,48 @@ def difference(ours: Config, saved: str) -> list[str]:
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in nested.items():
     flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
   return flat
 
 
-def _section(cls, given, prefix: str):
-  """Builds the dataclass `cls` from `given`, a mapping of what differs from its defaults."""
+def _section(defaults, given, prefix: str):
+  """The dataclass `defaults` with the values of `given`, a mapping of what differs."""
   if not isinstance(given, (ConfigDict, dict)):
     raise ConfigError(f"{prefix[:-1]}: must be a section with keys of its own, not {given!r}")
-  fields = {f.name: f for f in dataclasses.fields(cls)}
   values = {}
   for key, value in given.items():
-    if key not in fields:
-      raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in fields])}")
-    default = fields[key].default
+    default = getattr(defaults, key, None)
+    if default is None:
+      known = [prefix + field.name for field in dataclasses.fields(defaults)]
+      raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, known)}")
     if dataclasses.is_dataclass(default):
-      values[key] = dataclasses.replace(default, **_given(type(default), value, f"{prefix}{key}."))
+      values[key] = _section(default, value, f"{prefix}{key}.")
       continue
     if isinstance(default, float) and type(value) is int:
       value = float(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
     values[key] = value
-  return cls(**values)
-
-
-def _given(cls, given, prefix: str) -> dict[str, Any]:
-  section = _section(cls, given, prefix)
-  return {key: getattr(section, key) for key in given}
+  return dataclasses.replace(defaults, **values)
 
 
 def _validate(config: Config) -> None:
-  for prefix, section, default in _sections(config, type(config)(), ""):
+  for prefix, section in _sections(config, ""):
     for key, why in getattr(section, "check", dict)().items():
-      name = key if prefix == "" else prefix + key
-      raise ConfigError(f"{name}: {why} (it is {_lookup(config, name)!r})")
+      raise ConfigError(f"{prefix}{key}: {why} (it is {_lookup(config, prefix + key)!r})")
     for key, why in getattr(section, "unused", dict)().items():
-      name = key if prefix == "" else prefix + key
-      if prefix == "" or getattr(section, key) != getattr(default, key):
-        raise ConfigError(f"{name}: has no effect, because {why}; leave it at its default ({_lookup(type(config)(), name)!r})")
+      name, default = prefix + key, _lookup(Config(), prefix + key)
+      if _lookup(config, name) != default:
+        raise ConfigError(f"{name}: has no effect, because {why}; leave it at its default ({default!r})")
 
 
-def _sections(section, default, prefix: str):
-  yield prefix, section, default
+def _sections(section, prefix: str):
+  yield prefix, section
   for field in dataclasses.fields(section):
     if dataclasses.is_dataclass(getattr(section, field.name)):
-      yield from _sections(getattr(section, field.name), getattr(default, field.name), f"{prefix}{field.name}.")
+      yield from _sections(getattr(section, field.name), f"{prefix}{field.name}.")
 
 
 def _lookup(config: Config, key: str):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -68,7 +69,11 @@ def evaluate(
     ]
     answers = [task.final_answer(text) for text in texts]
     shape = (len(problems), count)
-    return np.reshape(correct, shape), np.reshape(np.array(answers, object), shape).tolist(), float(samples.lengths_B.mean())
+    return (
+      np.reshape(correct, shape),
+      np.reshape(np.array(answers, object), shape).tolist(),
+      float(samples.lengths_B.mean()),
+    )
 
   greedy, _, _ = outcomes(_GREEDY, 1)
   sampled, answers, length = outcomes(rollout.sampling, config.samples)
@@ -90,7 +95,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
   return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def majority_correct(answers: list[str | None], correct: list[bool]) -> float:
+def majority_correct(answers: Sequence[str | None], correct: list[bool]) -> float:
   """Whether the most frequent answer is correct; among equally frequent ones, the share that is."""
   counts = collections.Counter(a for a in answers if a is not None)
   if not counts:

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 from dca_jax.policy import Policy
 
@@ -33,12 +34,14 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-  """Raises ValueError where the devices do not fill the mesh."""
+  """Raises UserError where the devices do not fill the mesh."""
   sizes, devices = dataclasses.astuple(config), jax.devices()
   fixed = int(np.prod([n for n in sizes if n > 0]))
   shape = tuple(len(devices) // fixed if n == -1 else n for n in sizes)
   if np.prod(shape) != len(devices):
-    raise ValueError(f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, sizes))} does not fit {len(devices)} device(s)")
+    raise UserError(
+      f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, sizes))} does not fit {len(devices)} device(s)"
+    )
   return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
@@ -48,11 +51,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_divisible(mesh: Mesh, problems: int) -> None:
-  """Raises ValueError where a micro-batch of `problems` does not spread evenly over the data-parallel devices."""
+  """Raises UserError where a micro-batch of `problems` does not spread evenly over the data-parallel devices."""
   devices = mesh.shape["data"] * mesh.shape["fsdp"]
   if problems % devices:
-    raise ValueError(
-      f"rollout.problems / learner.micro_batches = {problems} does not divide over mesh.data x mesh.fsdp = {devices} devices"
+    raise UserError(
+      f"rollout.problems / learner.micro_batches = {problems} does not divide over the {devices} devices of"
+      " mesh.data x mesh.fsdp"
     )
 
 

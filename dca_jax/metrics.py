@@ -9,6 +9,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dca_jax.errors import UserError
+
 
 class Reporter:
   """Writes metrics; a context manager.
@@ -60,7 +62,7 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
       parsed.append(json.loads(line))
     except json.JSONDecodeError as error:
       if i < len(lines) - 1:
-        raise ValueError(f"{path}, line {i + 1} is not JSON; mend or remove that line") from error
+        raise UserError(f"{path}, line {i + 1} is not JSON; mend or remove that line") from error
   return parsed
 
 

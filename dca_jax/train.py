@@ -1,12 +1,13 @@
 """The training loop: sample, verify, review, assign credit, update.
 
 This file tells the whole story of a run; a training step continues in `rollout/sampler.py`, `credit/schemes.py` and
-`learner/update.py`. What a step does is a function of (config, step, train state) alone: problems are numbered, noise is
-keyed by what it is for, a review by the sample that it judges. So a run that was killed and started again equals one
+`learner/update.py`. What a step does is a function of (config, step, train state) alone: problems are numbered, noise
+is keyed by what it is for, a review by the sample that it judges. So a run that was killed and started again equals one
 that was not.
 """
 
 import functools
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding
 
 from dca_jax import learner, mesh
 from dca_jax.checkpoint import Checkpoints
 from dca_jax.config import Config, claim_workdir
 from dca_jax.credit import Review, group_advantages, token_advantages
+from dca_jax.errors import UserError
 from dca_jax.evaluate import Estimate, evaluate
 from dca_jax.metrics import Reporter, not_finite
 from dca_jax.policy import Policy
@@ -37,9 +38,8 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   """Runs `config` in `workdir`, or continues the run that is there.
 
   Raises:
-    ValueError: bad input, a ConfigError among them; nothing was overwritten.
-    FloatingPointError: a metric is not finite; the last checkpoint is intact.
-    OSError: a checkpoint could not be written; the earlier ones are intact.
+    UserError: bad input, a metric that is not finite, or a checkpoint that cannot be written; nothing that was saved
+      is lost.
   """
   folder = claim_workdir(config, workdir)
   use_compilation_cache()
@@ -85,10 +85,14 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
           clock.lap("sample")
 
           # The reference runs on the device while the host reviews.
-          tokens = jax.device_put((rollout.prompts_PxS, rollout.prompt_lengths_P, rollout.samples.tokens_BxT), rows)
+          prompts, prompt_lengths, completions = jax.device_put(
+            (rollout.prompts_PxS, rollout.prompt_lengths_P, rollout.samples.tokens_BxT), rows
+          )
           reference = None
           if config.learner.reference:
-            reference = learner.reference_logprobs(policy, config.rollout.sampling, start, *tokens)
+            reference = learner.reference_logprobs(
+              policy, config.rollout.sampling, start, prompts, prompt_lengths, completions
+            )
           spans, texts = cut_steps(rollout.samples, tokenizer, task)
           reviews = reviewer(make_requests(step, rollout, texts), deadline=60.0)
           clock.lap("review")
@@ -106,7 +110,9 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             rows,
           )
           advantages = assign_credit(config.credit, rewards, lengths, truncated, review)
-          batch = learner.Batch(*tokens, lengths, trained, advantages.tokens_BxT, behaviour, reference)
+          batch = learner.Batch(
+            prompts, prompt_lengths, completions, lengths, trained, advantages.tokens_BxT, behaviour, reference
+          )
           for i in range(config.learner.updates_per_batch):
             state, stats, logprobs = update(state, batch, on_policy[i == 0])
             if i == 0:
@@ -121,9 +127,9 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
 
         measured = step_metrics(rollout, rewards_B, reviews, host_advantages, learned, clock)
         if bad := not_finite(measured):
-          raise FloatingPointError(
-            f"{bad} is not finite at step {step}; {checkpoints.describe()}. Lower learner.lr or set learner.max_grad_norm"
-            " (with a new --workdir), or run again to repeat the steps since then"
+          raise UserError(
+            f"{bad} is not finite at step {step}; {checkpoints.describe()}. Lower learner.lr or set"
+            " learner.max_grad_norm (with a new --workdir), or run again to repeat the steps since then"
           )
         due = config.evaluate.every and step % config.evaluate.every == 0
         if due or step == config.steps:
@@ -150,14 +156,27 @@ class Rollout(NamedTuple):
   """Of everything sampled for this step, groups that were replaced included."""
 
 
-def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, end_ids, rows: NamedSharding) -> Rollout:
+class Group(NamedTuple):
+  """One problem and its G completions."""
+
+  problem: Problem
+  prompt_S: np.ndarray
+  prompt_length: int
+  samples: Samples
+  outcomes: list[Outcome]
+
+  @property
+  def mixed(self) -> bool:
+    return len({outcome.reward for outcome in self.outcomes}) > 1
+
+
+def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, end_ids, rows) -> Rollout:
   """Samples and verifies the batch of `step`."""
   rounds = config.refill_rounds if config.zero_variance == "refill" else 1
   key = step_key(*jax.device_put((np.uint32(seed), np.uint32(step))))
-  pieces = token_pieces(tokenizer)
-  parts: list[tuple] = []  # One per group: problem, prompt, prompt length, samples, outcomes, mixed.
-  for round_ in range(rounds):
-    first = ((step - 1) * rounds + round_) * config.problems
+  sampled: list[Group] = []
+  for i in range((step - 1) * rounds, step * rounds):
+    first = i * config.problems
     problems = [task.problem("train", (seed << 32) + first + p) for p in range(config.problems)]
     prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens)
     ids = np.arange(first, first + config.problems, dtype=np.uint32)
@@ -165,31 +184,34 @@ def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, 
     samples = sample(
       policy, params, *arrays, key, end_ids, sampling=config.sampling, group=config.group, max_tokens=config.max_tokens
     )
-    by_group = jax.tree.map(lambda x: x.reshape(config.problems, config.group, *x.shape[1:]), jax.device_get(samples))
+    by_group = [x.reshape(config.problems, config.group, *x.shape[1:]) for x in jax.device_get(samples)]
     for p, problem in enumerate(problems):
-      group = Samples(*(x[p] for x in by_group))
-      outcomes = [
-        task.verify(problem, "".join(pieces[t] for t in tokens[:n]), bool(cut_off))
-        for tokens, n, cut_off in zip(group.tokens_BxT, group.lengths_B, group.truncated_B, strict=True)
-      ]
-      parts.append((problem, prompts[p], lengths[p], group, outcomes, len({o.reward for o in outcomes}) > 1))
-    if sum(part[-1] for part in parts) >= config.problems:
+      own = Samples(*(x[p] for x in by_group))
+      sampled.append(Group(problem, prompts[p], lengths[p], own, verify(task, tokenizer, problem, own)))
+    if sum(group.mixed for group in sampled) >= config.problems:
       break
-  sampled = [outcome for part in parts for outcome in part[4]]
+  kept = sampled
   if config.zero_variance == "refill":
     # Mixed groups first, each kind in the order of its problems.
-    parts = sorted(parts, key=lambda part: not part[-1])[: config.problems]
-  problems, prompts, lengths, groups, outcomes, mixed = zip(*parts, strict=True)
-  trained = np.repeat(np.array(mixed) | (config.zero_variance == "keep"), config.group)
+    kept = sorted(sampled, key=lambda group: not group.mixed)[: config.problems]
+  trained = [group.mixed or config.zero_variance == "keep" for group in kept]
   return Rollout(
-    list(problems),
-    np.stack(prompts),
-    np.array(lengths, np.int32),
-    Samples(*(np.concatenate(x) for x in zip(*groups, strict=True))),
-    [outcome for group in outcomes for outcome in group],
-    trained,
-    sampled,
+    [group.problem for group in kept],
+    np.stack([group.prompt_S for group in kept]),
+    np.array([group.prompt_length for group in kept], np.int32),
+    Samples(*(np.concatenate(x) for x in zip(*(group.samples for group in kept), strict=True))),
+    [outcome for group in kept for outcome in group.outcomes],
+    np.repeat(trained, config.group),
+    [outcome for group in sampled for outcome in group.outcomes],
   )
+
+
+def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Outcome]:
+  pieces = token_pieces(tokenizer)
+  return [
+    task.verify(problem, "".join(pieces[t] for t in tokens[:length]), bool(truncated))
+    for tokens, length, truncated in zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
+  ]
 
 
 @jax.jit
@@ -231,7 +253,9 @@ def make_requests(step: int, rollout: Rollout, texts: list[tuple[str, ...]]) -> 
 def review_arrays(reviews: list[HostReview], spans: list[list[tuple[int, int]]], tokens: int) -> Review:
   """Reviews as arrays of fixed shape; there are at most as many steps as tokens."""
   shape = (len(reviews), tokens)
-  arrays = Review(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(len(reviews), bool))
+  arrays = Review(
+    np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(len(reviews), bool)
+  )
   for i, (review, steps) in enumerate(zip(reviews, spans, strict=True)):
     for k, (start, end) in enumerate(steps):
       arrays.step_ids_BxT[i, start:end] = k
@@ -294,7 +318,9 @@ class Clock:
     self.seconds[name], self._last = now - self._last, now
 
 
-def step_metrics(rollout: Rollout, rewards_B, reviews, advantages: Advantages, learned, clock: Clock) -> dict[str, float]:
+def step_metrics(
+  rollout: Rollout, rewards_B, reviews, advantages: Advantages, learned, clock: Clock
+) -> dict[str, float]:
   samples, sampled = rollout.samples, rollout.sampled
   roles = [role for review in reviews for role in review.roles]
   mass = advantages.completions_PxG.reshape(-1).astype(np.float64) * samples.lengths_B
@@ -320,7 +346,7 @@ def step_metrics(rollout: Rollout, rewards_B, reviews, advantages: Advantages, l
 
 
 def eval_metrics(scores: dict[str, Estimate]) -> dict[str, float]:
-  flat = {}
+  flat: dict[str, float] = {}
   for name, e in scores.items():
     flat |= {f"eval/{name}": e.value, f"eval/{name}_low": e.low, f"eval/{name}_high": e.high}
   return flat
@@ -340,6 +366,6 @@ def starting_policy(folder: epath.Path, abstract, make):
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR already says where."""
-  if not jax.config.jax_compilation_cache_dir:
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -10,7 +10,6 @@ import pathlib
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import optax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+from dca_jax.errors import UserError
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.rollout import encode_prompts
 from dca_jax.task import Problem, Task
@@ -30,17 +30,17 @@ _VERSION = 1  # Of the procedure below; raising it makes cached policies stale.
 class WarmstartConfig:
   """The `warmstart` section."""
 
-  steps: int = 600
-  """0 starts from random weights."""
+  clean_steps: int = 400
+  """Steps on right solutions first, from which the procedure is learnt faster."""
+  steps: int = 100
+  """Steps on solutions with mistakes after that; 0 and no clean_steps starts from random weights."""
   batch: int = 64
   lr: float = 4e-3
   seed: int = 0
   """Of the initial weights."""
 
   def check(self) -> dict[str, str]:
-    bad = {}
-    if self.steps < 0:
-      bad["steps"] = "must not be negative"
+    bad = {key: "must not be negative" for key in ("clean_steps", "steps") if getattr(self, key) < 0}
     if self.batch < 1:
       bad["batch"] = "must be at least 1"
     if not self.lr > 0:
@@ -48,7 +48,11 @@ class WarmstartConfig:
     return bad
 
   def unused(self) -> dict[str, str]:
-    return {} if self.steps else dict.fromkeys(("batch", "lr"), "warmstart.steps is 0")
+    return {} if self.total else dict.fromkeys(("batch", "lr"), "there are no warm-start steps")
+
+  @property
+  def total(self) -> int:
+    return self.clean_steps + self.steps
 
 
 def cache_folder() -> pathlib.Path:
@@ -56,7 +60,9 @@ def cache_folder() -> pathlib.Path:
   return pathlib.Path(os.environ.get("DCA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "dca-jax").absolute()
 
 
-def warm_start(config: WarmstartConfig, task: Task, task_config, tokenizer, policy: Policy, params, limits: tuple[int, int]):
+def warm_start(
+  config: WarmstartConfig, task: Task, task_config, tokenizer, policy: Policy, params, limits: tuple[int, int]
+):
   """Trains `params` on demonstrations, or loads the result of an earlier run with the same settings.
 
   Args:
@@ -66,9 +72,11 @@ def warm_start(config: WarmstartConfig, task: Task, task_config, tokenizer, poli
   Returns:
     The trained parameters.
   """
-  if config.steps == 0:
+  if config.total == 0:
     return params
-  settings = json.dumps([_VERSION, *map(dataclasses.asdict, (config, task_config, policy.config)), limits, jax.default_backend()])
+  settings = json.dumps(
+    [_VERSION, *map(dataclasses.asdict, (config, task_config, policy.config)), limits, jax.default_backend()]
+  )
   folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
   abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params)
   with ocp.StandardCheckpointer() as checkpointer:
@@ -76,7 +84,9 @@ def warm_start(config: WarmstartConfig, task: Task, task_config, tokenizer, poli
       try:
         return checkpointer.restore(folder, abstract)
       except Exception as error:  # Damage shows as any of a dozen types; the cache can be made again.
-        print(f"the cached warm start {folder} is unreadable ({type(error).__name__}); training it again", file=sys.stderr)
+        print(
+          f"the cached warm start {folder} is unreadable ({type(error).__name__}); training it again", file=sys.stderr
+        )
         shutil.rmtree(folder)
     params = _train(config, task, tokenizer, policy, params, limits)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
@@ -90,7 +100,9 @@ def warm_start(config: WarmstartConfig, task: Task, task_config, tokenizer, poli
 
 
 def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits: tuple[int, int]):
-  schedule = optax.warmup_cosine_decay_schedule(0.0, config.lr, min(20, config.steps // 2), config.steps, config.lr * 0.1)
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.lr, min(20, config.total // 2), config.total, config.lr * 0.1
+  )
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
   def loss(params, prompts_BxS, prompt_lengths_B, completions_BxT, lengths_B):
@@ -106,31 +118,32 @@ def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, param
     return optax.apply_updates(params, changes), opt_state, value
 
   def make_batch(i: int):
-    return _encode(task, tokenizer, range(i * config.batch, (i + 1) * config.batch), limits)
+    indices = range(i * config.batch, (i + 1) * config.batch)
+    return _encode(task, tokenizer, indices, i >= config.clean_steps, limits)
 
   opt_state = optimizer.init(params)
   # The next batch is made while the device works on this one.
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    bar = tqdm(range(config.steps), "warm start", unit="step", disable=None, leave=False)
+    bar = tqdm(range(config.total), "warm start", unit="step", disable=None, leave=False)
     following = pool.submit(make_batch, 0)
     for i in bar:
       batch = jax.device_put(following.result())
       following = pool.submit(make_batch, i + 1)
       params, opt_state, value = step(params, opt_state, batch)
-      if i % 50 == 0 or i == config.steps - 1:
-        tqdm.write(f"warm start {i + 1}/{config.steps}  loss {float(value):.3f}", file=sys.stdout)
+      if i % 50 == 0 or i == config.total - 1:
+        tqdm.write(f"warm start {i + 1}/{config.total}  loss {float(value):.3f}", file=sys.stdout)
         sys.stdout.flush()
   return params
 
 
-def _encode(task: Task, tokenizer, indices: range, limits: tuple[int, int]):
+def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int]):
   """Demonstrations as prompts [B, S], prompt lengths [B], completions [B, T] and their lengths [B]."""
-  pairs = [task.demonstration(i) for i in indices]
+  pairs = [task.demonstration(i, mistakes) for i in indices]
   prompts = encode_prompts(tokenizer, [Problem(i, p, "") for i, (p, _) in zip(indices, pairs, strict=True)], limits[0])
   ids_B = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
   completions = np.zeros((len(pairs), limits[1]), np.int32)
   for row, ids, i in zip(completions, ids_B, indices, strict=True):
     if len(ids) > limits[1]:
-      raise ValueError(f"demonstration {i} has {len(ids)} tokens; rollout.max_tokens allows {limits[1]}: raise it")
+      raise UserError(f"demonstration {i} has {len(ids)} tokens; rollout.max_tokens allows {limits[1]}: raise it")
     row[: len(ids)] = ids
   return *prompts, completions, np.array([len(ids) for ids in ids_B], np.int32)

@@ -12,6 +12,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dca_jax.roles import ROLES
 
@@ -30,8 +31,8 @@ class RoleTable:
   def check(self) -> dict[str, str]:
     return {role: "must be between 0 and 1000" for role in ROLES if not 0 <= getattr(self, role) <= 1000}
 
-  def array(self) -> jax.Array:
-    return jnp.array([getattr(self, role) for role in ROLES], jnp.float32)
+  def array(self) -> np.ndarray:
+    return np.array([getattr(self, role) for role in ROLES], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,8 @@ class CreditConfig:
   scheme: str = "uniform"
   """`uniform`, `weighted` or `signed`."""
   baseline: str = "leave_one_out"
-  """What is subtracted from a reward: the mean of the group's other rewards (Kool et al. 2019, Ahmadian et al. 2024), or
-  the whole group's `mean` (Shao et al. 2024)."""
+  """What is subtracted from a reward: the mean of the group's other rewards (Kool et al. 2019, Ahmadian et al. 2024),
+  or the whole group's `mean` (Shao et al. 2024)."""
   divide_by_std: bool = False
   """Divide by the group's standard deviation, as GRPO was published; it weights easy and hard problems up."""
   conserve: str = "tokens"
@@ -54,8 +55,8 @@ class CreditConfig:
   beta: float = 0.3
   """`signed`: size of the addend."""
   cap: float = 12.0
-  """Largest multiplier (`weighted`) or absolute addend (`signed`) of a token. Where a review would exceed it, all of its
-  contrast is shrunk until it does not, so the sum stays."""
+  """Largest multiplier (`weighted`) or absolute addend (`signed`) of a token. Where a review would exceed it, all of
+  its contrast is shrunk until it does not, so the sum stays."""
   credit: RoleTable = RoleTable(necessary=1.0, repair=1.0)
   """Which roles earn in a win."""
   blame: RoleTable = RoleTable(error=1.0)
@@ -85,16 +86,19 @@ class CreditConfig:
     return {key: f"credit.scheme is '{self.scheme}'" for key in keys if key not in reads}
 
 
+Array = jax.Array | np.ndarray
+
+
 class Review(typing.NamedTuple):
   """Reviews as arrays of fixed shape. Row i says nothing where `ok_B[i]` is false."""
 
-  step_ids_BxT: jax.Array
+  step_ids_BxT: Array
   """Which step each token belongs to."""
-  roles_BxK: jax.Array
+  roles_BxK: Array
   """Index into `roles.ROLES`."""
-  weights_BxK: jax.Array
+  weights_BxK: Array
   """Multiplies the role's intensity. Anything that is not a number between 0 and 1000 voids the row."""
-  ok_B: jax.Array
+  ok_B: Array
 
 
 def group_advantages(config: CreditConfig, rewards_PxG: jax.Array) -> jax.Array:
@@ -181,7 +185,7 @@ def _intensity(table_R, mask_BxT, review: Review) -> jax.Array:
   sane_BxK = (review.weights_BxK >= 0) & (review.weights_BxK <= 1000)  # false for NaN too
   sane_BxT = jnp.take_along_axis(sane_BxK, review.step_ids_BxT, 1)
   usable_B = review.ok_B & jnp.where(mask_BxT, sane_BxT, True).all(1)
-  c_BxK = table_R[review.roles_BxK] * jnp.where(sane_BxK, review.weights_BxK, 0.0)
+  c_BxK = jnp.asarray(table_R)[review.roles_BxK] * jnp.where(sane_BxK, review.weights_BxK, 0.0)
   c_BxT = jnp.where(mask_BxT, jnp.take_along_axis(c_BxK, review.step_ids_BxT, 1), 0.0)
   return jnp.where(usable_B[:, None], c_BxT, 0.0)
 

@@ -15,8 +15,8 @@ class LearnerConfig:
   clipped."""
   clip_low: float = 0.2
   clip_high: float = 0.2
-  """`ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high]; a larger upper bound keeps rare tokens alive (DAPO, Yu
-  et al. 2025)."""
+  """`ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high]; a larger upper bound keeps rare tokens alive (DAPO,
+  Yu et al. 2025)."""
   updates_per_batch: int = 1
   """Optimizer steps on each batch, every one on the whole batch."""
   micro_batches: int = 1

@@ -93,7 +93,9 @@ def init_state(optimizer: optax.GradientTransformation, params) -> TrainState:
   return TrainState(params, optimizer.init(params))
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "config", "optimizer", "sampling", "group"), donate_argnames="state")
+@functools.partial(
+  jax.jit, static_argnames=("policy", "config", "optimizer", "sampling", "group"), donate_argnames="state"
+)
 def update(
   policy: Policy,
   config: LearnerConfig,
@@ -155,7 +157,9 @@ def update(
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "sampling"))
-def reference_logprobs(policy: Policy, sampling: Sampling, params, prompts_PxS, prompt_lengths_P, completions_BxT) -> jax.Array:
+def reference_logprobs(
+  policy: Policy, sampling: Sampling, params, prompts_PxS, prompt_lengths_P, completions_BxT
+) -> jax.Array:
   """Log-probabilities [B, T] of completions under another set of parameters."""
   hidden = policy.completion_hidden(params, prompts_PxS, prompt_lengths_P, completions_BxT)
   return token_logprobs(hidden, params["embedding"], completions_BxT, sampling)[0]

@@ -45,6 +45,7 @@ def attend(
   own_scores = jnp.where(own_mask_TxU, own_scores, -jnp.inf)
   top = own_scores.max(-1)
   if prompt is not None:
+    assert prompt_mask_PxS is not None
     p = prompt.k.shape[0]
     g = b // p
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dca_jax.errors import UserError
 from dca_jax.task import Problem
 
 
@@ -11,13 +12,13 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int) -> tuple[
   """Token ids [P, limit], filled up with zeros on the right, and lengths [P].
 
   Raises:
-    ValueError: a prompt is empty or longer than `limit`; the message names the problem.
+    UserError: a prompt is empty or longer than `limit`; the message names the problem.
   """
   ids_P = tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
   prompts_PxS = np.zeros((len(problems), limit), np.int32)
   for row, ids, problem in zip(prompts_PxS, ids_P, problems, strict=True):
     if not 1 <= len(ids) <= limit:
-      raise ValueError(
+      raise UserError(
         f"the prompt of problem {problem.id} has {len(ids)} tokens; rollout.max_prompt_tokens allows 1 to {limit}: "
         "raise it, or leave such problems out"
       )

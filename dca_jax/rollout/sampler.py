@@ -6,6 +6,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dca_jax.policy import Policy, Sampling, sampling_logits
 
@@ -37,7 +38,14 @@ class RolloutConfig:
 
   def check(self) -> dict[str, str]:
     bad = {}
-    for key, least in (("problems", 1), ("group", 2), ("max_prompt_tokens", 1), ("max_tokens", 2), ("top_k", 0), ("refill_rounds", 1)):
+    for key, least in (
+      ("problems", 1),
+      ("group", 2),
+      ("max_prompt_tokens", 1),
+      ("max_tokens", 2),
+      ("top_k", 0),
+      ("refill_rounds", 1),
+    ):
       if getattr(self, key) < least:
         bad[key] = f"must be at least {least}"
     if self.temperature <= 0:
@@ -54,16 +62,19 @@ class RolloutConfig:
     return {"refill_rounds": f"rollout.zero_variance is '{self.zero_variance}'"}
 
 
+Array = jax.Array | np.ndarray
+
+
 class Samples(typing.NamedTuple):
   """Completions, B = P * G rows; row p * G + g is sample g of problem p."""
 
-  tokens_BxT: jax.Array
+  tokens_BxT: Array
   """The end token included; anything may stand beyond a row's length."""
-  lengths_B: jax.Array
+  lengths_B: Array
   """At least 1."""
-  truncated_B: jax.Array
+  truncated_B: Array
   """True where the row ran out of tokens before an end token."""
-  logprobs_BxT: jax.Array
+  logprobs_BxT: Array
   """Log-probability of each token under the distribution that it was drawn from."""
 
 
@@ -86,9 +97,9 @@ def sample(
   The noise of token t of sample g of a problem is `key` folded with (problem id, g, t), so a sample depends neither on
   its place in the batch nor on its neighbours. Prompts are run once each; the loop stops when every row has ended.
   """
-  keys_B = jax.vmap(
-    lambda i: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, i), g))(jnp.arange(group))
-  )(problem_ids_P).reshape(-1)
+  keys_B = jax.vmap(lambda i: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, i), g))(jnp.arange(group)))(
+    problem_ids_P
+  ).reshape(-1)
   rows = keys_B.shape[0]
   last_PxD, cache, step = policy.decoder(params, prompts_PxS, prompt_lengths_P, group, max_tokens)
 

@@ -2,12 +2,12 @@
 
 A prompt with four lines, and a completion that solves it:
 
-    a+3b*2c-4d+1?cm7n3;        a0;c6;#6$
+    +3a*2b-4c+1d?cm7n3;        a0;c6;#6$
 
-Line `a+3` says "a is the value two lines above, plus 3"; above the first two lines stand the starting values `m7` and
-`n3`. Even lines form one chain and odd lines the other; `?c` asks for the last value of one of them. A completion writes
-values line by line, in any order and as often as it likes (the last write counts), and ends with `#` and the answer. Only
-that final digit is rewarded.
+Line `+3a` says "a is the value two lines above, plus 3"; above the first two lines stand the starting values `m7` and
+`n3`. Even lines form one chain and odd lines the other; `?c` asks for the last value of one of them. A completion
+writes values line by line, in any order and as often as it likes (the last write counts), and ends with `#` and the
+answer. Only that final digit is rewarded.
 
 Every step of any text can be labelled exactly, because a step either writes a value or it does not. A write of line x
 *reads* the nearest line above x on the same chain that has been written (or the starting value), so leaving lines out
@@ -28,7 +28,7 @@ _OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, 
 _SYMBOLS = "".join(_OPERATIONS)
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _EOS = "$"
-_PROMPT = re.compile(r"((?:[a-z][-+*]\d)+)\?([a-z])([a-z])(\d)([a-z])(\d);")
+_PROMPT = re.compile(r"((?:[-+*]\d[a-z])+)\?([a-z])([a-z])(\d)([a-z])(\d);")
 _WRITE = re.compile(r"([a-z])(\d);")
 _ANSWER = re.compile(r"#(\d)\$\Z")
 
@@ -48,7 +48,7 @@ class ChainsConfig:
   """Demonstrations: chance that a line of the distractor chain is left out."""
   wrong: str = "table"
   """Demonstrations: `table` makes fixed entries of the arithmetic table wrong in a fixed way (a misconception, which
-  outcome-only training must unlearn), `slips` draws a fresh wrong digit each time, `none` makes no mistakes."""
+  outcome-only training must unlearn), `slips` draws a fresh wrong digit each time."""
   misconceptions: float = 0.75
   """Share of the table's entries that are sometimes wrong; read when `wrong` is `table`."""
   wrong_low: float = 0.3
@@ -61,8 +61,8 @@ class ChainsConfig:
       bad["lines"] = "must be even and between 2 and 24"
     if not 2 <= self.modulus <= 10:
       bad["modulus"] = "must be between 2 and 10"
-    if self.wrong not in ("table", "slips", "none"):
-      bad["wrong"] = "must be 'table', 'slips' or 'none'"
+    if self.wrong not in ("table", "slips"):
+      bad["wrong"] = "must be 'table' or 'slips'"
     for key in ("repeat", "drop", "misconceptions", "wrong_low", "wrong_high"):
       if not 0 <= getattr(self, key) <= 1:
         bad[key] = "must be between 0 and 1"
@@ -71,8 +71,6 @@ class ChainsConfig:
     return bad
 
   def unused(self) -> dict[str, str]:
-    if self.wrong == "none":
-      return dict.fromkeys(("misconceptions", "wrong_low", "wrong_high"), "task.wrong is 'none'")
     return {"misconceptions": "task.wrong is 'slips'"} if self.wrong == "slips" else {}
 
 
@@ -111,7 +109,7 @@ class Chains:
     rng = self._rng(split, index)
     n, m = self.config.lines, self.config.modulus
     symbols, digits = rng.integers(len(_SYMBOLS), size=n).tolist(), rng.integers(m, size=n + 2).tolist()
-    lines = "".join(f"{_LETTERS[i]}{_SYMBOLS[symbols[i]]}{digits[i]}" for i in range(n))
+    lines = "".join(f"{_SYMBOLS[symbols[i]]}{digits[i]}{_LETTERS[i]}" for i in range(n))
     start = "".join(f"{_LETTERS[i]}{digits[i]}" for i in (n, n + 1))
     prompt = f"{lines}?{_LETTERS[n - 1 - rng.integers(2)]}{start};"
     parsed = self._parse(prompt)
@@ -131,8 +129,8 @@ class Chains:
 
   # Demonstrations.
 
-  def demonstration(self, index: int) -> tuple[str, str]:
-    """A problem and a worked solution in line order, its mistakes carried forward consistently."""
+  def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
+    """A problem and a worked solution in line order, its mistakes, if any, carried forward consistently."""
     prompt = self.problem("demonstrations", index).prompt
     parsed, config, m = self._parse(prompt), self.config, self.config.modulus
     rng = np.random.default_rng([21, index])
@@ -140,11 +138,15 @@ class Chains:
     slip_chance = rng.uniform(config.wrong_low, config.wrong_high)
     shifts = rng.integers(1, m, len(parsed.operation)).tolist()
     values, written, repeats = dict(parsed.start), [], 0
-    for (label, (symbol, y)), (wrong, drop, repeat), slip in zip(parsed.operation.items(), chances, shifts, strict=True):
+    for (label, (symbol, y)), (wrong, drop, repeat), slip in zip(
+      parsed.operation.items(), chances, shifts, strict=True
+    ):
       x = values[parsed.chain[label][-2]]
       kind = _SYMBOLS.index(symbol)
       values[label] = _OPERATIONS[symbol](x, y) % m
-      if config.wrong == "table" and wrong < self._wrong_chance[kind][x][y]:
+      if not mistakes:
+        pass
+      elif config.wrong == "table" and wrong < self._wrong_chance[kind][x][y]:
         values[label] = (values[label] + self._wrong_shift[kind][x][y]) % m
       elif config.wrong == "slips" and wrong < slip_chance:
         values[label] = (values[label] + slip) % m
@@ -193,10 +195,13 @@ class Chains:
       if last and truncated and not write:
         roles.append("irrelevant")
         continue
-      if not write and not answer:
+      if write:
+        label, value = write[1], int(write[2])
+      elif answer:
+        label, value = parsed.query, int(answer[1])
+      else:
         roles.append("error")
         continue
-      label, value = (write[1], int(write[2])) if write else (parsed.query, int(answer[1]))
       if label not in chain:
         # A label that the prompt does not have says nothing that could be true.
         roles.append("irrelevant" if label in parsed.chain else "error")
@@ -225,9 +230,7 @@ class Chains:
     while live is not None:
       alive.add(live)
       live = reads[live]
-    return [
-      "redundant" if role in ("necessary", "repair") and k not in alive else role for k, role in enumerate(roles)
-    ]
+    return ["redundant" if role in ("necessary", "repair") and k not in alive else role for k, role in enumerate(roles)]
 
   # Internals.
 
@@ -245,7 +248,7 @@ class Chains:
     if match is None:
       raise ValueError(f"not a prompt of the task chains: {prompt!r}")
     body, query, *start = match.groups()
-    operation = {body[i]: (body[i + 1], int(body[i + 2])) for i in range(0, len(body), 3)}
+    operation = {body[i + 2]: (body[i], int(body[i + 1])) for i in range(0, len(body), 3)}
     starts = {start[0]: int(start[1]), start[2]: int(start[3])}
     chain: dict[str, list[str]] = {x: [x] for x in starts}
     value = dict(starts)

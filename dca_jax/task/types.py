@@ -37,8 +37,8 @@ class Task(Protocol):
 
   def problem(self, split: str, index: int) -> Problem: ...
 
-  def demonstration(self, index: int) -> tuple[str, str]:
-    """A prompt and a worked solution (possibly wrong), for the warm start."""
+  def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
+    """A prompt and a worked solution for the warm start; right throughout unless `mistakes` are allowed."""
     ...
 
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome: ...

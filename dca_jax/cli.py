@@ -1,0 +1,96 @@
+"""`dca-jax train | compare | report`."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns its exit status."""
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It would say on every start that there is no PyTorch.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  parser = argparse.ArgumentParser(
+    prog="dca-jax", description="Reinforcement learning with Deliberative Credit Assignment."
+  )
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  settings = "any setting can be overridden: --config.section.key=value"
+
+  p = commands.add_parser("train", help="train a policy, or continue a run", epilog=settings, allow_abbrev=False)
+  p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
+  p.add_argument("--workdir", required=True, help="where the run lives; the same command again continues it")
+
+  p = commands.add_parser(
+    "compare", help="train several arms and draw their curves", epilog=settings, allow_abbrev=False
+  )
+  p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
+  p.add_argument("--workdir", required=True, help="where the runs and the figure go")
+  p.add_argument(
+    "--arms", required=True, help="credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
+  )
+  p.add_argument("--seeds", default="0", help="numbers, by commas")
+  p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
+
+  p = commands.add_parser("report", help="write report.html of a run anew", allow_abbrev=False)
+  p.add_argument("--workdir", required=True)
+
+  args, overrides = parser.parse_known_args(argv)
+  from dca_jax.errors import UserError
+
+  try:
+    return {"train": _train, "compare": _compare, "report": _report}[args.command](args, overrides)
+  except UserError as error:
+    print(f"dca-jax: error: {error}", file=sys.stderr)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+      raise
+    print(f"dca-jax: error: {error.strerror}: {error.filename}; what was saved before is intact", file=sys.stderr)
+  except KeyboardInterrupt:
+    print("\ndca-jax: interrupted; the same command again continues from the last checkpoint", file=sys.stderr)
+    return 130
+  return 1
+
+
+def _train(args, overrides) -> int:
+  from etils import epath
+
+  from dca_jax import config, report
+  from dca_jax.metrics import read_metrics
+  from dca_jax.train import train
+
+  train(config.load(args.config, overrides), args.workdir)
+  folder = epath.Path(args.workdir).expanduser().absolute()
+  metrics = read_metrics(folder)
+  print("\n" + report.text_table(["held-out", "step 0", f"step {metrics[-1]['step']}"], report.score_rows(metrics)))
+  print(f"\nreport: {report.write_report(folder)}")
+  return 0
+
+
+def _compare(args, overrides) -> int:
+  from dca_jax import config
+  from dca_jax.compare import compare
+
+  arms = [arm for arm in args.arms.split(",") if arm]
+  try:
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+  except ValueError:
+    raise config.ConfigError(f"--seeds={args.seeds}: must be whole numbers, separated by commas") from None
+  table = compare(config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides)
+  print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
+  return 0
+
+
+def _report(args, overrides) -> int:
+  from etils import epath
+
+  from dca_jax.config import ConfigError
+  from dca_jax.report import write_report
+
+  folder = epath.Path(args.workdir).expanduser().absolute()
+  if overrides:
+    raise ConfigError(f"cannot read the argument {overrides[0]!r}")
+  if not (folder / "metrics.jsonl").exists():
+    raise ConfigError(f"--workdir={args.workdir} holds no run")
+  print(f"report: {write_report(folder)}")
+  return 0

@@ -1,0 +1,114 @@
+"""Arms against each other: the same problems, the same start, several seeds."""
+
+import json
+import statistics
+from collections.abc import Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dca_jax import config as config_lib
+from dca_jax.config import Config, ConfigError
+from dca_jax.credit import SCHEMES
+from dca_jax.metrics import read_metrics
+from dca_jax.report import chart, completions_so_far, html_table, moving_average, page, text_table
+from dca_jax.train import train
+
+
+def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
+  """The config of one arm.
+
+  An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to settings), followed by
+  any number of `:section.key=value`. The arm `uniform` asks no reviewer.
+  """
+  name, *settings = arm.split(":")
+  given = recipe.get_config()
+  arms = getattr(recipe, "ARMS", {})
+  if name not in arms and name not in SCHEMES:
+    raise ConfigError(f"--arms: no arm {name!r}; known are {', '.join({**arms, **dict.fromkeys(SCHEMES)})}")
+  if name in SCHEMES:
+    given.credit = ConfigDict({"scheme": name})
+    if name == "uniform":
+      given.reviewer = ConfigDict({"name": "none"})
+  assignments = [f"--config.{key}={value}" for key, value in arms.get(name, {}).items()]
+  assignments += [f"--config.{setting}" for setting in settings]
+  return config_lib.build(config_lib.apply_overrides(given, [*overrides, *assignments, f"--config.seed={seed}"]))
+
+
+def compare(
+  recipe, arms: Sequence[str], seeds: Sequence[int], threshold: float, workdir: str, overrides: Sequence[str]
+) -> str:
+  """Trains every arm with every seed and writes compare.png, compare.html and compare.json; run again, it resumes.
+
+  Returns:
+    The table, as text.
+  """
+  configs = {(arm, seed): arm_config(recipe, arm, seed, overrides) for arm in arms for seed in seeds}
+  folder = epath.Path(workdir).expanduser().absolute()
+  runs = {}
+  for seed in seeds:
+    for arm in arms:
+      print(f"\n{arm}, seed {seed}", flush=True)
+      run = folder / arm.replace(":", "_") / f"seed_{seed}"
+      train(configs[arm, seed], str(run))
+      runs[arm, seed] = read_metrics(run)
+
+  curves, reached, rows = {}, {}, []
+  for arm in arms:
+    curves[arm] = [_curve(runs[arm, seed]) for seed in seeds]
+    reached[arm] = [samples_to(x, y, threshold) for x, y in curves[arm]]
+  for arm in arms:
+    final = [runs[arm, seed][-1] for seed in seeds]
+    rows.append(
+      [
+        arm,
+        f"{configs[arm, seeds[0]].learner.lr:g}",
+        " ".join("never" if n is None else f"{n:,.0f}" for n in reached[arm]),
+        ratio(reached[arms[0]], reached[arm], curves[arms[0]]),
+        " ".join(f"{m['eval/sampled']:.3f}" for m in final),
+        " ".join(f"{m['eval/greedy']:.3f}" for m in final),
+        " ".join(f"{m['eval/length']:.1f}" for m in final),
+      ]
+    )
+  header = ["arm", "lr", f"completions to {threshold:g}", f"{arms[0]} / arm", "sampled at the end", "greedy", "length"]
+  panels = [("accuracy", curves)]
+  size = (6.4, 3.6)
+  (folder / "compare.png").write_bytes(chart(panels, "completions sampled", size, "png"))
+  note = (
+    f"Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed ({', '.join(map(str, seeds))}). "
+    f"Completions until that mean reaches {threshold:g}, a number a seed; the ratio is of medians. "
+    "At the end: held-out problems."
+  )
+  body = [chart(panels, "completions sampled", size), f"<p class=note>{note}</p>", html_table(header, rows)]
+  (folder / "compare.html").write_text(page(f"dca-jax: {', '.join(arms)}", body))
+  result = {"threshold": threshold, "seeds": list(seeds), "completions_to_threshold": reached, "curves": curves}
+  (folder / "compare.json").write_text(json.dumps(result) + "\n")
+  return text_table(header, rows)
+
+
+def _curve(metrics: list[dict]) -> tuple[list[float], list[float]]:
+  trained = [m for m in metrics if "train/accuracy" in m]
+  return completions_so_far(trained), moving_average([m["train/accuracy"] for m in trained])
+
+
+def samples_to(x: list[float], y: list[float], threshold: float) -> float | None:
+  """Completions sampled until the mean of five steps first reaches `threshold`; None where it never does."""
+  return next((n for i, (n, a) in enumerate(zip(x, y, strict=True)) if a >= threshold and i >= 4), None)
+
+
+def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str:
+  """Median of the first arm over the median of this one, and whether the seeds overlap.
+
+  A run that never arrived counts as its whole length, so the ratio is then a lower bound, marked by a sign.
+  """
+  if any(n is None for n in arm):
+    return "-"
+  known = [x[-1] if n is None else n for n, (x, _) in zip(base, base_curves, strict=True)]
+  arrived = [n for n in arm if n is not None]
+  bound = (
+    "≥ "
+    if statistics.median(known) in [x[-1] for n, (x, _) in zip(base, base_curves, strict=True) if n is None]
+    else ""
+  )
+  apart = " (seeds apart)" if min(known) > max(arrived) and len(arm) > 1 else ""
+  return f"{bound}{statistics.median(known) / statistics.median(arrived):.2f}{apart}"

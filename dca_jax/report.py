@@ -1,0 +1,188 @@
+"""A run, or a comparison of runs, as one self-contained HTML page."""
+
+import html
+import io
+import json
+import statistics
+from collections.abc import Sequence
+
+from etils import epath
+
+from dca_jax.metrics import read_metrics
+from dca_jax.rollout import Trajectory, read_trajectories
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid #e3e6ea; }
+svg { max-width: 100%; height: auto; } .note { color: #5d6671; } details { margin: .4rem 0; }
+pre { background: #f6f7f9; padding: .8rem; overflow: auto; }
+.answer { font-family: ui-monospace, monospace; margin: .6rem 0 1.1rem; }
+.step { display: inline-block; padding: 0 .25rem; margin: .1rem .15rem .1rem 0; border-radius: .25rem; }
+"""
+_PALETTE = ("#5d6671", "#0b7285", "#d9480f", "#6741d9", "#2b8a3e", "#c2255c", "#846800", "#1864ab")
+
+
+def write_report(workdir: epath.Path) -> epath.Path:
+  """Writes `report.html` into a run's workdir from what the run left there."""
+  metrics = read_metrics(workdir)
+  config = json.loads((workdir / "config.json").read_text())
+  trained = [m for m in metrics if "train/accuracy" in m]
+  x = completions_so_far(trained)
+  panels = [
+    ("accuracy", {"sampled, in training": (x, moving_average([m["train/accuracy"] for m in trained]))}),
+    ("tokens in a completion", {"": (x, [m["train/length"] for m in trained])}),
+    ("entropy (nats)", {"": (x, [m["learner/entropy"] for m in trained])}),
+    ("KL to the start (nats)", {"": (x, [m["learner/kl"] for m in trained])}),
+  ]
+  body = [
+    f"<p class=note>{_describe(config)}</p>",
+    "<h2>Held-out problems</h2>",
+    _table(["", *(["step 0", f"step {metrics[-1]['step']}"])], score_rows(metrics)),
+    "<h2>Learning curve</h2>",
+    chart(panels[:1], "completions sampled", (7.5, 3.2)),
+    chart(panels[1:], "completions sampled", (7.5, 2.4)),
+    "<h2>Where the seconds go</h2>",
+    _table(["", "median per step"], _seconds(trained)),
+    "<h2>What credit did</h2>",
+    "<p class=note>Answers of the first and the last step. Green steps were reinforced, red ones discouraged; the "
+    "deeper, the more per token. Point at a step for its role.</p>",
+    *_examples(workdir, [trained[0]["step"], trained[-1]["step"]]),
+    f"<details><summary>config.json</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
+  ]
+  path = workdir / "report.html"
+  path.write_text(page(f"dca-jax: {workdir.name}", body))
+  return path
+
+
+def page(title: str, body: Sequence[str]) -> str:
+  return (
+    f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    f"<h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</html>\n"
+  )
+
+
+def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
+  """Draws panels side by side; each is (y label, {curve: (x, y) or a list of (x, y), one per seed}).
+
+  Returns:
+    An SVG element, or the bytes of a PNG.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+  from matplotlib.ticker import EngFormatter
+
+  with pyplot.rc_context(
+    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+  ):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (label, curves) in zip(axes[0], panels, strict=True):
+      for i, (name, runs) in enumerate(curves.items()):
+        for j, (x, y) in enumerate(runs if isinstance(runs, list) else [runs]):
+          axis.plot(
+            x, y, color=_PALETTE[i % len(_PALETTE)], linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None
+          )
+      axis.set(xlabel=x_label, ylabel=label)
+      axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+      axis.grid(alpha=0.25)
+      if label == "accuracy":
+        axis.set_ylim(0, 1)
+      if any(curves):
+        axis.legend(frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format=kind, dpi=150)
+    pyplot.close(figure)
+  if kind == "png":
+    return out.getvalue()
+  text = out.getvalue().decode()
+  return text[text.index("<svg") :]
+
+
+def completions_so_far(metrics: list[dict]) -> list[float]:
+  total, x = 0.0, []
+  for m in metrics:
+    total += m["train/completions"]
+    x.append(total)
+  return x
+
+
+def moving_average(values: list[float], window: int = 5) -> list[float]:
+  return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+
+
+def score_rows(metrics: list[dict]) -> list[list[str]]:
+  """The evaluations of the first and the last policy, a row for each score."""
+  scored = [m for m in metrics if any(key.startswith("eval/") for key in m)]
+  names = [key for key in scored[0] if key.startswith("eval/") and not key.endswith(("_low", "_high"))]
+
+  def cell(m: dict, key: str) -> str:
+    if m[f"{key}_low"] == m[f"{key}_high"]:
+      return f"{m[key]:.1f}"
+    return f"{m[key]:.3f} [{m[f'{key}_low']:.3f}, {m[f'{key}_high']:.3f}]"
+
+  return [[name.removeprefix("eval/"), *(cell(m, name) for m in (scored[0], scored[-1]))] for name in names]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+  lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+  return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  cells = "".join(f"<th>{html.escape(h)}" for h in header)
+  body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}" for c in row) for row in rows)
+  return f"<table><tr>{cells}{body}</table>"
+
+
+html_table = _table
+
+
+def _seconds(trained: list[dict]) -> list[list[str]]:
+  keys = [key for key in trained[-1] if key.startswith("seconds/")]
+  return [[key.removeprefix("seconds/"), f"{statistics.median(m[key] for m in trained):.3f} s"] for key in keys]
+
+
+def _describe(config: dict) -> str:
+  rollout = config["rollout"]
+  return html.escape(
+    f"Task {config['task']['name']}, reviewer {config['reviewer']['name']}, credit {config['credit']['scheme']}, "
+    f"seed {config['seed']}; {rollout['problems']} problems x {rollout['group']} completions a step, "
+    f"learning rate {config['learner']['lr']:g}. Intervals are 95 % over problems; curves are means of 5 steps."
+  )
+
+
+def _examples(workdir: epath.Path, steps: list[int]):
+  for step in steps:
+    chosen = [t for t in read_trajectories(workdir / "trajectories", step) if t.advantage]
+    yield f"<p><b>Step {step}</b></p>" + "".join(_example(t) for t in _spread(chosen))
+
+
+def _spread(trajectories: list[Trajectory]) -> list[Trajectory]:
+  """Two wins and two losses, of different problems as far as they go."""
+  picked: list[Trajectory] = []
+  for correct in (True, False):
+    by_problem = {t.problem: t for t in trajectories if t.correct == correct}
+    picked += list(by_problem.values())[:2]
+  return picked
+
+
+def _example(t: Trajectory) -> str:
+  scale = max(abs(t.advantage), 1e-9)
+  steps = []
+  for s in t.steps:
+    credit = statistics.fmean(t.credit[s["start"] : s["end"]])
+    strength = min(1.0, 0.25 * abs(credit) / scale)
+    colour = f"rgba({'43,138,62' if credit > 0 else '201,42,42'},{strength:.2f})"
+    title = f"{s.get('role', 'not reviewed')}, {credit:+.3f} per token"
+    steps.append(
+      f'<span class=step style="background:{colour}" title="{html.escape(title)}">{html.escape(s["text"])}</span>'
+    )
+  verdict = "correct" if t.correct else "truncated" if t.truncated else f"wrong, the answer is {t.answer}"
+  return (
+    f"<div class=answer>{html.escape(t.prompt)}<br>{''.join(steps)}<br>"
+    f"<span class=note>{html.escape(verdict)}; advantage {t.advantage:+.3f}</span></div>"
+  )

@@ -1,0 +1,17 @@
+"""Settings that must stand before jax is imported."""
+
+import getpass
+import os
+import pathlib
+import tempfile
+
+_TEMP = pathlib.Path(tempfile.gettempdir()) / f"dca-jax-tests-{getpass.getuser()}"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Most of the tests' time is compilation, so compiled programs are kept from run to run.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_TEMP / "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# One folder for the whole session: warm starts are made once.
+os.environ["DCA_JAX_CACHE"] = str(_TEMP / "cache")

@@ -1,0 +1,221 @@
+"""The transformer against plain rewritings of it: one sequence, naive attention, repeated prompts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
+from dca_jax.policy.attention import KeyValue, attend
+from dca_jax.policy.transformer import _rope, _rotate
+
+VOCAB = 20
+GROUP = 3
+TINY = PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp=24)
+LENGTHS = np.array([3, 5])
+
+
+@pytest.fixture(scope="module")
+def policy():
+  return Policy(TINY, VOCAB)
+
+
+@pytest.fixture(scope="module")
+def params(policy):
+  return nn.unbox(policy.init_params(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def hidden_fn(policy):
+  return jax.jit(policy.completion_hidden)
+
+
+@pytest.fixture(scope="module")
+def batch():
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(VOCAB, size=(2, 6))
+  completions = rng.integers(VOCAB, size=(2 * GROUP, 7))
+  return jnp.array(prompts), jnp.array(LENGTHS), jnp.array(completions)
+
+
+def plain_hidden(policy, params, batch):
+  """What `completion_hidden` must equal: each prompt without its padding, and its completions, as one sequence."""
+  prompts, lengths, completions = batch
+  rows = []
+  for p, length in enumerate(np.asarray(lengths)):
+    own = completions[p * GROUP : (p + 1) * GROUP, :-1]
+    prompt = jnp.repeat(prompts[p : p + 1, :length], GROUP, 0)
+    hidden, _ = policy.apply({"params": params}, jnp.concatenate([prompt, own], 1))
+    rows.append(hidden[:, length - 1 :])
+  return jnp.concatenate(rows)
+
+
+def test_no_gradient_from_a_later_token(policy, params):
+  tokens = jnp.arange(8)[None]  # All different, so that row u of the embedding is token u and nothing else.
+  direction = jax.random.normal(jax.random.key(1), (TINY.width,))
+
+  def outputs(embedding):
+    return (policy.apply({"params": params | {"embedding": embedding}}, tokens)[0] @ direction)[0]
+
+  reads_TxU = np.abs(jax.jit(jax.jacrev(outputs))(params["embedding"])).sum(-1)[:, :8]
+  assert np.all(reads_TxU[np.triu_indices(8, 1)] == 0)
+  assert np.all(reads_TxU[np.tril_indices(8)] > 0)
+
+
+def test_completion_reads_its_prompt_and_its_own_past_only(policy, params):
+  prompts, lengths = jnp.array([[0, 1, 2, 3, 19]]), jnp.array([4])  # Token 19 is padding.
+  completions = jnp.arange(4, 14).reshape(2, 5)
+  direction = jax.random.normal(jax.random.key(1), (TINY.width,))
+
+  def outputs(embedding):
+    changed = params | {"embedding": embedding}
+    return policy.completion_hidden(changed, prompts, lengths, completions) @ direction
+
+  reads_GxTxV = np.abs(jax.jit(jax.jacrev(outputs))(params["embedding"])).sum(-1)
+  for g, tokens in enumerate(np.asarray(completions)):
+    for t in range(5):
+      expected = {0, 1, 2, 3, *tokens[:t].tolist()}
+      assert set(np.flatnonzero(reads_GxTxV[g, t]).tolist()) == expected
+
+
+def test_shared_prompt_equals_one_plain_sequence(policy, params, hidden_fn, batch):
+  np.testing.assert_allclose(hidden_fn(params, *batch), plain_hidden(policy, params, batch), rtol=0, atol=1e-5)
+
+
+def test_prompt_padding_does_not_leak(params, hidden_fn, batch):
+  prompts, lengths, completions = batch
+  padding = jnp.arange(prompts.shape[1]) >= lengths[:, None]
+  other = jnp.where(padding, (prompts + 7) % VOCAB, prompts)
+  np.testing.assert_array_equal(hidden_fn(params, other, lengths, completions), hidden_fn(params, *batch))
+
+
+def test_decoder_equals_completion_hidden(policy, params, hidden_fn, batch):
+  prompts, lengths, completions = batch
+
+  @jax.jit
+  def decode(params):
+    first, cache, step = policy.decoder(params, prompts, lengths, GROUP, completions.shape[1])
+
+    def one(cache, scanned):
+      hidden, cache = step(cache, *scanned)
+      return cache, hidden
+
+    written = completions.T[:-1]
+    _, rest = jax.lax.scan(one, cache, (jnp.arange(len(written)), written))
+    return jnp.concatenate([jnp.repeat(first, GROUP, 0)[:, None], rest.swapaxes(0, 1)], 1)
+
+  np.testing.assert_allclose(decode(params), hidden_fn(params, *batch), rtol=0, atol=1e-5)
+
+
+def test_gradient_of_a_shared_prompt_equals_that_of_repeated_prompts(policy, params, batch):
+  prompts, lengths, completions = batch
+  weights = jax.random.normal(jax.random.key(2), completions.shape)
+
+  def loss(params, prompts, lengths):
+    hidden = policy.completion_hidden(params, prompts, lengths, completions)
+    return (token_logprobs(hidden, params["embedding"], completions, Sampling())[0] * weights).sum()
+
+  gradient = jax.jit(jax.grad(loss))
+  shared = gradient(params, prompts, lengths)
+  repeated = gradient(params, jnp.repeat(prompts, GROUP, 0), jnp.repeat(lengths, GROUP))
+  assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(shared))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), shared, repeated)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_queries_against_naive_attention(kv_heads):
+  p, g, t, n, h, s = 2, 3, 4, 4, 6, 5
+  keys = iter(jax.random.split(jax.random.key(3), 6))
+  q = jax.random.normal(next(keys), (p * g, t, n, h))
+  own = KeyValue(*(jax.random.normal(next(keys), (p * g, kv_heads, t, h)) for _ in range(2)))
+  prompt = KeyValue(*(jax.random.normal(next(keys), (p, kv_heads, s, h)) for _ in range(2)))
+  own_mask = jnp.tril(jnp.ones((t, t), bool))
+  prompt_mask = jnp.arange(s) < jnp.array([[5], [2]])
+  cotangent = jax.random.normal(next(keys), q.shape)
+
+  def naive(q, own, prompt):
+    outs = []
+    for row in range(p * g):
+      for i in range(t):
+        for head in range(n):
+          kv = head // (n // kv_heads)  # Neighbouring heads share a key.
+          length = int(prompt_mask[row // g].sum())
+          k = jnp.concatenate([prompt.k[row // g, kv, :length], own.k[row, kv, : i + 1]])
+          v = jnp.concatenate([prompt.v[row // g, kv, :length], own.v[row, kv, : i + 1]])
+          outs.append(jax.nn.softmax(k @ q[row, i, head] / h**0.5) @ v)
+    return jnp.stack(outs).reshape(p * g, t, n, h)
+
+  def ours(q, own, prompt):
+    return attend(q, own, own_mask, prompt, prompt_mask)
+
+  def value_and_gradients(f):
+    value, back = jax.vjp(f, q, own, prompt)
+    return value, back(cotangent)
+
+  with jax.default_matmul_precision("highest"):
+    # Not jitted: the naive loop unrolls into thousands of operations, slower to compile than to run.
+    got, expected = jax.jit(lambda: value_and_gradients(ours))(), value_and_gradients(naive)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def test_every_parameter_has_logical_axes(policy):
+  boxed = jax.eval_shape(policy.init_params, jax.random.key(0))
+  known = {"layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab"}
+  specs = nn.get_partition_spec(boxed)
+  for (path, spec), leaf in zip(
+    jax.tree.leaves_with_path(specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)),
+    jax.tree.leaves(nn.unbox(boxed)),
+    strict=True,
+  ):
+    name = jax.tree_util.keystr(path)
+    assert len(spec) == leaf.ndim, name
+    assert set(spec) <= known, name
+    assert ("layers" in spec) == ("blocks" in name), name
+
+
+def test_default_size():
+  params = jax.eval_shape(Policy(PolicyConfig(), 31).init_params, jax.random.key(0))
+  assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params))) == pytest.approx(150_000, rel=0.01)
+
+
+def test_bfloat16_runs_and_is_finite(params, hidden_fn, batch):
+  policy = Policy(PolicyConfig(**{**vars(TINY), "dtype": "bfloat16"}), VOCAB)
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      hidden = policy.completion_hidden(params, *batch)
+      logps, entropy = token_logprobs(hidden, params["embedding"], batch[2], Sampling())
+      return logps.sum() + entropy.sum(), (hidden, logps)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  grads, (hidden, logps) = run(params)
+  assert hidden.dtype == jnp.bfloat16
+  assert logps.dtype == jnp.float32
+  assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
+  # Three significant digits, through two layers and a norm.
+  np.testing.assert_allclose(hidden.astype(jnp.float32), hidden_fn(params, *batch), rtol=0, atol=0.15)
+
+
+def test_rotary_scores_depend_on_relative_position_only():
+  q, k = jax.random.normal(jax.random.key(4), (2, TINY.head_dim))
+
+  def score(at_q, at_k):
+    rotated = [
+      _rotate(x[None, None, None], _rope(jnp.array([[i]]), TINY))[0, 0, 0] for x, i in ((q, at_q), (k, at_k))
+    ]
+    return float(rotated[0] @ rotated[1])
+
+  assert score(7, 3) == pytest.approx(score(4, 0), abs=1e-5)
+  assert score(107, 103) == pytest.approx(score(4, 0), abs=1e-4)
+  assert abs(score(7, 3) - score(3, 3)) > 1e-2
+  assert abs(score(7, 3) - score(3, 7)) > 1e-2  # Before and after differ.
+
+
+def test_hidden_states_do_not_change_when_a_whole_sequence_moves(policy, params, batch):
+  tokens = batch[2]
+  run = jax.jit(lambda start: policy.apply({"params": params}, tokens, start)[0])
+  at_0, at_9 = run(jnp.zeros(len(tokens), int)), run(jnp.full(len(tokens), 9))
+  np.testing.assert_allclose(at_9, at_0, rtol=0, atol=1e-5)
