@@ -36,8 +36,13 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *error):
-    self._manager.close()
+  def __exit__(self, kind, error, trace):
+    try:
+      self._manager.close()
+    except Exception as late:
+      # A save in the background failed; where another error is already on its way, that one is told.
+      if kind is None:
+        raise self._failed("the last checkpoint", late) from late
 
   def save(self, step: int, state: TrainState, config_hash: str, last: bool) -> None:
     """Saves if `step` is due or the last one; returns before the files are written.
@@ -52,9 +57,10 @@ class Checkpoints:
       if last:
         self._manager.wait_until_finished()
     except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
-      raise UserError(
-        f"could not save step {step} ({_reason(error)}); {self.describe()}. Free space, then run again"
-      ) from error
+      raise self._failed(f"a checkpoint at step {step}", error) from error
+
+  def _failed(self, what: str, error: Exception) -> UserError:
+    return UserError(f"could not save {what} ({_reason(error)}); {self.describe()}. Make room, then run again")
 
   def describe(self) -> str:
     """A clause for error messages: what is safe."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dca_jax.policy import Policy, Sampling
-from dca_jax.rollout import RolloutConfig, encode_prompts, sample
+from dca_jax.rollout import RolloutConfig, encode_prompts, sample, token_pieces
 from dca_jax.task import Task
 
 _GREEDY = Sampling(top_k=1)
@@ -55,15 +55,16 @@ def evaluate(
   """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
   problems = [task.problem("heldout", i) for i in range(config.problems)]
   prompts = encode_prompts(tokenizer, problems, rollout.max_prompt_tokens)
+  pieces = token_pieces(tokenizer)
   end_ids = np.array([tokenizer.eos_token_id], np.int32)
 
   def outcomes(sampling: Sampling, count: int) -> tuple[np.ndarray, list[list[str]], float]:
     arrays = jax.device_put((*prompts, np.arange(len(problems), dtype=np.uint32), end_ids))
-    key = jax.jit(jax.random.key, static_argnums=0)(0)
+    key = jax.random.key(0)
     samples = jax.device_get(
       sample(policy, params, *arrays[:3], key, arrays[3], sampling=sampling, group=count, max_tokens=rollout.max_tokens)
     )
-    texts = tokenizer.batch_decode([row[:n] for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)])
+    texts = ["".join(pieces[t] for t in row[:n]) for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)]
     correct = [
       task.verify(problems[i // count], text, bool(samples.truncated_B[i])).correct for i, text in enumerate(texts)
     ]

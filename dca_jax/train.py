@@ -29,7 +29,16 @@ from dca_jax.policy import Policy
 from dca_jax.review import Request, make_reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
-from dca_jax.rollout import RolloutConfig, Samples, Trajectory, cut, encode_prompts, sample, write_trajectories
+from dca_jax.rollout import (
+  RolloutConfig,
+  Samples,
+  Trajectory,
+  cut,
+  encode_prompts,
+  sample,
+  token_pieces,
+  write_trajectories,
+)
 from dca_jax.task import TASKS, Outcome, Problem, Task
 from dca_jax.warmstart import cache_folder, warm_start
 
@@ -217,12 +226,6 @@ def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Ou
 @jax.jit
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), step)
-
-
-@functools.lru_cache
-def token_pieces(tokenizer) -> list[str]:
-  """The text of every token."""
-  return [tokenizer.decode([i]) for i in range(len(tokenizer))]
 
 
 def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[int, int]]], list[tuple[str, ...]]]:

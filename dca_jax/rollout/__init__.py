@@ -2,7 +2,7 @@
 
 from dca_jax.rollout.prompts import encode_prompts
 from dca_jax.rollout.sampler import RolloutConfig, Samples, sample
-from dca_jax.rollout.steps import cut
+from dca_jax.rollout.steps import cut, token_pieces
 from dca_jax.rollout.trajectory import Trajectory, read_trajectories, write_trajectories
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
   "encode_prompts",
   "read_trajectories",
   "sample",
+  "token_pieces",
   "write_trajectories",
 ]

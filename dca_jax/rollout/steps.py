@@ -1,7 +1,14 @@
-"""Cutting a completion into steps."""
+"""The text of completions, and cutting it into steps."""
 
+import functools
 import re
 from collections.abc import Sequence
+
+
+@functools.lru_cache
+def token_pieces(tokenizer) -> list[str]:
+  """The text of every token."""
+  return [tokenizer.decode([i]) for i in range(len(tokenizer))]
 
 
 def cut(pieces: Sequence[str], step_end: str) -> list[tuple[int, int]]:

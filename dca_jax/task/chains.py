@@ -49,7 +49,7 @@ class ChainsConfig:
   wrong: str = "table"
   """Demonstrations: `table` makes fixed entries of the arithmetic table wrong in a fixed way (a misconception, which
   outcome-only training must unlearn), `slips` draws a fresh wrong digit each time."""
-  misconceptions: float = 0.75
+  misconceptions: float = 0.55
   """Share of the table's entries that are sometimes wrong; read when `wrong` is `table`."""
   wrong_low: float = 0.3
   wrong_high: float = 0.8

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.policy.attention import KeyValue, attend
@@ -23,7 +24,21 @@ def policy():
 
 @pytest.fixture(scope="module")
 def params(policy):
-  return nn.unbox(policy.init_params(jax.random.key(0)))
+  """Made with numpy, which needs no compiling; norm scales are not 1, so that they count too."""
+  rng = np.random.default_rng(0)
+  shapes = nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
+  return jax.tree.map_with_path(
+    lambda path, a: jnp.float32(0.3 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))), shapes
+  )
+
+
+@pytest.fixture(scope="module")
+def apply_fn(policy):
+  return jax.jit(lambda params, tokens, start=None: policy.apply({"params": params}, tokens, start)[0])
+
+
+def normal(seed, *shape):
+  return jnp.float32(np.random.default_rng(seed).normal(size=shape))
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +54,23 @@ def batch():
   return jnp.array(prompts), jnp.array(LENGTHS), jnp.array(completions)
 
 
-def plain_hidden(policy, params, batch):
+def plain_hidden(apply_fn, params, batch):
   """What `completion_hidden` must equal: each prompt without its padding, and its completions, as one sequence."""
   prompts, lengths, completions = batch
   rows = []
   for p, length in enumerate(np.asarray(lengths)):
     own = completions[p * GROUP : (p + 1) * GROUP, :-1]
     prompt = jnp.repeat(prompts[p : p + 1, :length], GROUP, 0)
-    hidden, _ = policy.apply({"params": params}, jnp.concatenate([prompt, own], 1))
-    rows.append(hidden[:, length - 1 :])
+    rows.append(apply_fn(params, jnp.concatenate([prompt, own], 1))[:, length - 1 :])
   return jnp.concatenate(rows)
 
 
-def test_no_gradient_from_a_later_token(policy, params):
+def test_no_gradient_from_a_later_token(apply_fn, params):
   tokens = jnp.arange(8)[None]  # All different, so that row u of the embedding is token u and nothing else.
-  direction = jax.random.normal(jax.random.key(1), (TINY.width,))
+  direction = normal(1, TINY.width)
 
   def outputs(embedding):
-    return (policy.apply({"params": params | {"embedding": embedding}}, tokens)[0] @ direction)[0]
+    return (apply_fn(params | {"embedding": embedding}, tokens) @ direction)[0]
 
   reads_TxU = np.abs(jax.jit(jax.jacrev(outputs))(params["embedding"])).sum(-1)[:, :8]
   assert np.all(reads_TxU[np.triu_indices(8, 1)] == 0)
@@ -66,7 +80,7 @@ def test_no_gradient_from_a_later_token(policy, params):
 def test_completion_reads_its_prompt_and_its_own_past_only(policy, params):
   prompts, lengths = jnp.array([[0, 1, 2, 3, 19]]), jnp.array([4])  # Token 19 is padding.
   completions = jnp.arange(4, 14).reshape(2, 5)
-  direction = jax.random.normal(jax.random.key(1), (TINY.width,))
+  direction = normal(1, TINY.width)
 
   def outputs(embedding):
     changed = params | {"embedding": embedding}
@@ -79,8 +93,8 @@ def test_completion_reads_its_prompt_and_its_own_past_only(policy, params):
       assert set(np.flatnonzero(reads_GxTxV[g, t]).tolist()) == expected
 
 
-def test_shared_prompt_equals_one_plain_sequence(policy, params, hidden_fn, batch):
-  np.testing.assert_allclose(hidden_fn(params, *batch), plain_hidden(policy, params, batch), rtol=0, atol=1e-5)
+def test_shared_prompt_equals_one_plain_sequence(apply_fn, params, hidden_fn, batch):
+  np.testing.assert_allclose(hidden_fn(params, *batch), plain_hidden(apply_fn, params, batch), rtol=0, atol=1e-5)
 
 
 def test_prompt_padding_does_not_leak(params, hidden_fn, batch):
@@ -110,7 +124,7 @@ def test_decoder_equals_completion_hidden(policy, params, hidden_fn, batch):
 
 def test_gradient_of_a_shared_prompt_equals_that_of_repeated_prompts(policy, params, batch):
   prompts, lengths, completions = batch
-  weights = jax.random.normal(jax.random.key(2), completions.shape)
+  weights = normal(2, *completions.shape)
 
   def loss(params, prompts, lengths):
     hidden = policy.completion_hidden(params, prompts, lengths, completions)
@@ -120,43 +134,32 @@ def test_gradient_of_a_shared_prompt_equals_that_of_repeated_prompts(policy, par
   shared = gradient(params, prompts, lengths)
   repeated = gradient(params, jnp.repeat(prompts, GROUP, 0), jnp.repeat(lengths, GROUP))
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(shared))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), shared, repeated)
+  for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(repeated), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_queries_against_naive_attention(kv_heads):
   p, g, t, n, h, s = 2, 3, 4, 4, 6, 5
-  keys = iter(jax.random.split(jax.random.key(3), 6))
-  q = jax.random.normal(next(keys), (p * g, t, n, h))
-  own = KeyValue(*(jax.random.normal(next(keys), (p * g, kv_heads, t, h)) for _ in range(2)))
-  prompt = KeyValue(*(jax.random.normal(next(keys), (p, kv_heads, s, h)) for _ in range(2)))
-  own_mask = jnp.tril(jnp.ones((t, t), bool))
-  prompt_mask = jnp.arange(s) < jnp.array([[5], [2]])
-  cotangent = jax.random.normal(next(keys), q.shape)
+  q = normal(3, p * g, t, n, h)
+  own = KeyValue(*normal(4, 2, p * g, kv_heads, t, h))
+  prompt = KeyValue(*normal(5, 2, p, kv_heads, s, h))
+  own_mask = np.tril(np.ones((t, t), bool))
+  lengths = np.array([5, 2])
+  prompt_mask = np.arange(s) < lengths[:, None]
 
-  def naive(q, own, prompt):
-    outs = []
-    for row in range(p * g):
-      for i in range(t):
-        for head in range(n):
-          kv = head // (n // kv_heads)  # Neighbouring heads share a key.
-          length = int(prompt_mask[row // g].sum())
-          k = jnp.concatenate([prompt.k[row // g, kv, :length], own.k[row, kv, : i + 1]])
-          v = jnp.concatenate([prompt.v[row // g, kv, :length], own.v[row, kv, : i + 1]])
-          outs.append(jax.nn.softmax(k @ q[row, i, head] / h**0.5) @ v)
-    return jnp.stack(outs).reshape(p * g, t, n, h)
+  expected = np.zeros(q.shape)
+  for row, i, head in np.ndindex(p * g, t, n):
+    kv, length = head // (n // kv_heads), lengths[row // g]  # Neighbouring heads share a key.
+    k = np.concatenate([prompt.k[row // g, kv, :length], own.k[row, kv, : i + 1]])
+    v = np.concatenate([prompt.v[row // g, kv, :length], own.v[row, kv, : i + 1]])
+    expected[row, i, head] = scipy.special.softmax(k @ np.asarray(q[row, i, head]) / h**0.5) @ v
 
-  def ours(q, own, prompt):
-    return attend(q, own, own_mask, prompt, prompt_mask)
-
-  def value_and_gradients(f):
-    value, back = jax.vjp(f, q, own, prompt)
-    return value, back(cotangent)
-
-  with jax.default_matmul_precision("highest"):
-    # Not jitted: the naive loop unrolls into thousands of operations, slower to compile than to run.
-    got, expected = jax.jit(lambda: value_and_gradients(ours))(), value_and_gradients(naive)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+  np.testing.assert_allclose(jax.jit(attend)(q, own, own_mask, prompt, prompt_mask), expected, rtol=1e-5, atol=1e-5)
+  # A prompt that is all padding is no prompt.
+  alone = jax.jit(attend)(q, own, own_mask, None, None)
+  blank = jax.jit(attend)(q, own, own_mask, prompt, np.zeros_like(prompt_mask))
+  np.testing.assert_allclose(blank, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_every_parameter_has_logical_axes(policy):
@@ -200,12 +203,10 @@ def test_bfloat16_runs_and_is_finite(params, hidden_fn, batch):
 
 
 def test_rotary_scores_depend_on_relative_position_only():
-  q, k = jax.random.normal(jax.random.key(4), (2, TINY.head_dim))
+  q, k = normal(4, 2, TINY.head_dim)
 
   def score(at_q, at_k):
-    rotated = [
-      _rotate(x[None, None, None], _rope(jnp.array([[i]]), TINY))[0, 0, 0] for x, i in ((q, at_q), (k, at_k))
-    ]
+    rotated = [_rotate(x[None, None, None], _rope(jnp.array([[i]]), TINY))[0, 0, 0] for x, i in ((q, at_q), (k, at_k))]
     return float(rotated[0] @ rotated[1])
 
   assert score(7, 3) == pytest.approx(score(4, 0), abs=1e-5)
@@ -214,8 +215,7 @@ def test_rotary_scores_depend_on_relative_position_only():
   assert abs(score(7, 3) - score(3, 7)) > 1e-2  # Before and after differ.
 
 
-def test_hidden_states_do_not_change_when_a_whole_sequence_moves(policy, params, batch):
+def test_hidden_states_do_not_change_when_a_whole_sequence_moves(apply_fn, params, batch):
   tokens = batch[2]
-  run = jax.jit(lambda start: policy.apply({"params": params}, tokens, start)[0])
-  at_0, at_9 = run(jnp.zeros(len(tokens), int)), run(jnp.full(len(tokens), 9))
+  at_0, at_9 = (apply_fn(params, tokens, np.full(len(tokens), start)) for start in (0, 9))
   np.testing.assert_allclose(at_9, at_0, rtol=0, atol=1e-5)

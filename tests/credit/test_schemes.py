@@ -1,0 +1,427 @@
+"""What every way of spreading an outcome over tokens must keep, whatever a reviewer says."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dca_jax.credit import SCHEMES, CreditConfig, Review, RoleTable, group_advantages, token_advantages
+from dca_jax.roles import ROLES
+
+# One shape for nearly everything, so that a config is compiled once.
+P, G, T, K = 3, 4, 24, 6
+B = P * G
+NECESSARY, REDUNDANT, IRRELEVANT, ERROR, INHERITS, REPAIR = range(len(ROLES))
+WILD = {
+  "credit": RoleTable(necessary=1000.0, repair=1.0, inherits=1e-3),
+  "blame": RoleTable(error=1000.0, irrelevant=3.0, necessary=1e-3),
+  "blame_truncated": RoleTable(error=0.1, redundant=7.0, irrelevant=1.0),
+}
+CONFIGS = [
+  CreditConfig(scheme=scheme, conserve=conserve, **other)
+  for scheme in ("weighted", "signed")
+  for conserve in ("tokens", "completion")
+  for other in ({}, {"lam": 1.0, "beta": 3.0, "cap": 2.0, **WILD})
+]
+
+_jitted = jax.jit(token_advantages, static_argnums=0)
+
+
+def _compute(config, batch, **changes):
+  batch = {**batch, **{k: v for k, v in changes.items() if k in batch}}
+  review = batch["review"]._replace(**{k: v for k, v in changes.items() if k in Review._fields})
+  return np.asarray(_jitted(config, batch["rewards"], batch["lengths"], batch["truncated"], review))
+
+
+def _mask(batch):
+  return np.arange(T) < batch["lengths"][:, None]
+
+
+# Numbers a reviewer should send, and numbers that it should not.
+SANE = [0.0, 1e-38, 1e-7, 1e-3, 0.1, 0.5, 1.0, 2.0, 999.0, 1000.0]
+INSANE = [np.nan, np.inf, -np.inf, -1.0, -1e-7, 1001.0, 3e38]
+_sane = st.one_of(st.sampled_from(SANE), st.floats(0, 1000, width=32))
+
+
+@st.composite
+def _batches(draw):
+  def array(dtype, shape, elements):
+    return draw(hnp.arrays(dtype, shape, elements=elements))
+
+  # A step id for every token, rising by 0 or 1; multiples of 1/64 so that sums of rewards are exact in any order.
+  rises = array(np.int32, (B, T), st.integers(0, 1))
+  weights = draw(st.sampled_from([_sane, st.one_of(_sane, _sane, _sane, st.sampled_from(INSANE))]))
+  return {
+    "rewards": array(np.int32, (P, G), st.integers(0, 64)).astype(np.float32) / 64,
+    "lengths": array(np.int32, B, st.integers(1, T)),
+    "truncated": array(bool, B, st.booleans()),
+    "review": Review(
+      np.minimum(rises.cumsum(1) // 2, K - 1).astype(np.int32),
+      array(np.int32, (B, K), st.integers(0, len(ROLES) - 1)),
+      array(np.float32, (B, K), weights),
+      array(bool, B, st.sampled_from([True, True, True, False])),
+    ),
+  }
+
+
+def _batch(seed=0, rewards=None):
+  """A plain batch: weights of 1, every review usable, steps of random lengths."""
+  rng = np.random.default_rng(seed)
+  return {
+    "rewards": np.asarray(rng.integers(0, 2, (P, G)) if rewards is None else rewards, np.float32),
+    "lengths": rng.integers(12, T + 1, B).astype(np.int32),
+    "truncated": rng.random(B) < 0.3,
+    "review": Review(
+      np.sort(rng.integers(0, K, (B, T)), 1).astype(np.int32),
+      rng.integers(0, len(ROLES), (B, K)).astype(np.int32),
+      np.ones((B, K), np.float32),
+      np.ones(B, bool),
+    ),
+  }
+
+
+def _uniform(config, batch):
+  return _compute(CreditConfig(conserve=config.conserve, baseline=config.baseline), batch)
+
+
+# For every review.
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.scheme}-{c.conserve}-cap {c.cap}")
+@settings(max_examples=60, deadline=None)
+@given(batch=_batches())
+def test_sums_signs_and_caps(config, batch):
+  tokens, mask = _compute(config, batch), _mask(batch)
+  assert tokens.dtype == np.float32
+  assert np.isfinite(tokens).all()
+  assert not tokens[~mask].any()
+
+  a_B = _uniform(dataclasses.replace(config, conserve="tokens"), batch)[:, 0].astype(float)
+  lengths = batch["lengths"]
+  mass = a_B * (lengths if config.conserve == "tokens" else T)
+  exact = tokens.astype(float)
+  assert (np.abs(exact.sum(1) - mass) <= 1e-6 * np.abs(exact).sum(1)).all()
+
+  per_token = (mass / lengths)[:, None]
+  if config.scheme == "weighted":
+    assert (exact * np.sign(per_token) >= 0).all()
+    assert (np.abs(exact) <= config.cap * np.abs(per_token) * (1 + 1e-6)).all()
+    assert not exact[a_B == 0].any()
+  else:
+    assert (np.abs(exact - per_token)[mask] <= config.cap * (1 + 1e-6)).all()
+
+  unusable = ~batch["review"].ok_B | ~_usable(batch)
+  assert np.array_equal(tokens[unusable], _uniform(config, batch)[unusable])
+
+
+def _usable(batch):
+  ids, _, weights, _ = batch["review"]
+  read = np.take_along_axis(weights, ids, 1)
+  return (((read >= 0) & (read <= 1000)) | ~_mask(batch)).all(1)
+
+
+@pytest.mark.parametrize("rewards", [0.0, 1.0], ids=["all fail", "all succeed"])
+@pytest.mark.parametrize("weight", [1.0, 1000.0])
+def test_signed_conserves_the_sum_of_nearly_equal_weights(weight, rewards):
+  """The contrast between the steps is then as small as the rounding of their mean."""
+  batch = _batch(rewards=np.full((P, G), rewards))
+  weights = np.full((B, K), weight, np.float32)
+  weights[:, ::2] = np.nextafter(np.float32(weight), np.float32(0))
+  tokens = _compute(CreditConfig(scheme="signed"), batch, weights_BxK=weights, roles_BxK=np.zeros((B, K), np.int32))
+  tokens = tokens.astype(float)
+  assert (np.abs(tokens.sum(1)) <= 1e-6 * np.abs(tokens).sum(1)).all()
+
+
+@pytest.mark.parametrize("scheme", ["weighted", "signed"])
+@pytest.mark.parametrize("length", [1, 2, 4096])
+def test_sums_of_very_short_and_very_long_completions(scheme, length):
+  rng = np.random.default_rng(length)
+  steps = min(length, 300)
+  ids = np.sort(rng.integers(0, steps, (B, length)), 1)
+  review = Review(ids, rng.integers(0, 6, (B, steps)), rng.random((B, steps), np.float32), np.ones(B, bool))
+  rewards = rng.integers(0, 2, (P, G)).astype(np.float32)
+  config = CreditConfig(scheme=scheme)
+  tokens = _jitted(config, rewards, np.full(B, length), np.zeros(B, bool), review)
+  exact, mass = np.asarray(tokens, float), length * np.asarray(group_advantages(config, rewards), float).reshape(-1)
+  # One advantage, rounded differently in two programs, may differ in its last bit.
+  assert (np.abs(exact.sum(1) - mass) <= 2e-6 * np.abs(exact).sum(1)).all()
+  if length == 1:
+    assert np.array_equal(tokens, _jitted(CreditConfig(), rewards, np.full(B, 1), np.zeros(B, bool), review))
+
+
+# Uniform.
+
+
+def _plain_group_advantages(rewards, baseline):
+  """GRPO's and RLOO's, in the words of the papers."""
+  rewards = np.asarray(rewards, np.float32)
+  others = (rewards.sum(1, keepdims=True) - rewards) / np.float32(rewards.shape[1] - 1)
+  advantages = rewards - (others if baseline == "leave_one_out" else rewards.mean(1, keepdims=True))
+  return np.where((rewards == rewards[:, :1]).all(1, keepdims=True), np.float32(0), advantages)
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "mean"])
+@pytest.mark.parametrize("group", [2, 4, 5, 8])
+def test_uniform_is_the_plain_advantage_bit_for_bit(baseline, group):
+  rng = np.random.default_rng(group)
+  config = CreditConfig(baseline=baseline)
+  for high in (1, 64):
+    rewards = rng.integers(0, high + 1, (16, group)).astype(np.float32) / high
+    lengths = rng.integers(1, T + 1, 16 * group)
+    nobody = Review(np.zeros((16 * group, T), int), *(np.zeros((16 * group, 1), t) for t in (int, np.float32)), False)
+    nobody = nobody._replace(ok_B=np.zeros(16 * group, bool))
+    # Outside jit, because XLA multiplies by 1 / (G - 1) where numpy divides.
+    tokens = token_advantages(config, rewards, lengths, np.zeros(16 * group, bool), nobody)
+    plain = _plain_group_advantages(rewards, baseline).reshape(-1, 1)
+    assert np.array_equal(tokens, np.where(np.arange(T) < lengths[:, None], plain, np.float32(0)))
+    under_jit = _jitted(config, rewards, lengths, np.zeros(16 * group, bool), nobody)
+    np.testing.assert_allclose(under_jit, tokens, atol=1.2e-7)
+
+
+def test_baselines_by_hand():
+  rewards = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+  third = 1 / 3
+  loo = [[1, -third, -third, -third], [third, third, -1, third], [0] * 4, [0] * 4]
+  mean = [[0.75, -0.25, -0.25, -0.25], [0.25, 0.25, -0.75, 0.25], [0] * 4, [0] * 4]
+  np.testing.assert_allclose(group_advantages(CreditConfig(), jnp.array(rewards)), loo, rtol=1e-6)
+  np.testing.assert_allclose(group_advantages(CreditConfig(baseline="mean"), jnp.array(rewards)), mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "mean"])
+def test_divide_by_std(baseline):
+  rewards = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [0.5, 0.25, 1, 0]], np.float32)
+  plain = np.asarray(group_advantages(CreditConfig(baseline=baseline), rewards))
+  divided = np.asarray(group_advantages(CreditConfig(baseline=baseline, divide_by_std=True), rewards))
+  varied = rewards.std(1) > 1e-3
+  np.testing.assert_allclose(divided[varied], plain[varied] / rewards[varied].std(1, keepdims=True), rtol=1e-5)
+  # Equal rewards have no deviation to divide by; and 0.1 has no exact mean.
+  assert not divided[~varied].any()
+  assert not plain[~varied].any()
+
+
+# Without information every scheme is uniform.
+
+
+def _void_missing(batch):
+  return {"ok_B": np.zeros(B, bool)}
+
+
+def _void_weight(value, batch):
+  # One bad weight, in the step of the first token, is enough.
+  weights = np.ones((B, K), np.float32)
+  weights[np.arange(B), batch["review"].step_ids_BxT[:, 0]] = value
+  return {"weights_BxK": weights}
+
+
+def _void_equal(role, weight, batch):
+  return {"roles_BxK": np.full((B, K), role, np.int32), "weights_BxK": np.full((B, K), weight, np.float32)}
+
+
+def _void_same_intensity(batch):
+  # Both earn 1 and neither pays: two names, one judgement.
+  return {"roles_BxK": np.where(np.arange(K) % 2, NECESSARY, REPAIR).astype(np.int32)[None].repeat(B, 0)}
+
+
+VOID = {
+  "missing": _void_missing,
+  **{f"weight {value}": functools.partial(_void_weight, value) for value in INSANE},
+  **{f"all {ROLES[r]} {w}": functools.partial(_void_equal, r, w) for r in range(6) for w in (1e-3, 1.0)},
+  "all of weight 0": functools.partial(_void_equal, NECESSARY, 0.0),
+  "two roles of the same intensity": _void_same_intensity,
+}
+
+
+@pytest.mark.parametrize("conserve", ["tokens", "completion"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("void", VOID)
+def test_a_review_that_says_nothing_is_uniform_bit_for_bit(scheme, conserve, void):
+  for seed in range(3):
+    rewards = np.random.default_rng(seed).random((P, G)) if seed else None
+    batch = _batch(seed, rewards)
+    tokens = _compute(CreditConfig(scheme=scheme, conserve=conserve), batch, **VOID[void](batch))
+    assert tokens.any()
+    assert np.array_equal(tokens, _compute(CreditConfig(conserve=conserve), batch))
+
+
+@pytest.mark.parametrize("scheme", ["weighted", "signed"])
+def test_a_missing_review_leaves_the_others_of_its_group_alone(scheme):
+  batch, config = _batch(3), CreditConfig(scheme=scheme)
+  ok = np.arange(B) % 3 > 0
+  tokens = _compute(config, batch, ok_B=ok)
+  assert np.array_equal(tokens[ok], _compute(config, batch)[ok])
+  assert np.array_equal(tokens[~ok], _uniform(config, batch)[~ok])
+  assert not np.array_equal(tokens[ok], _uniform(config, batch)[ok])
+
+
+@pytest.mark.parametrize("scheme", ["weighted", "signed"])
+def test_padding_does_not_matter(scheme):
+  batch, config = _batch(4), CreditConfig(scheme=scheme)
+  beyond = ~_mask(batch)
+  ids = np.where(beyond, K - 1, np.minimum(batch["review"].step_ids_BxT, K - 2))
+  weights = batch["review"].weights_BxK.copy()
+  plain = _compute(config, batch, step_ids_BxT=ids)
+  weights[:, K - 1] = np.nan  # That step has no token within the length, so its weight voids nothing.
+  assert np.array_equal(plain, _compute(config, batch, step_ids_BxT=ids, weights_BxK=weights))
+  assert not np.array_equal(plain, _uniform(config, batch))
+
+
+# Invariances.
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.scheme}-{c.conserve}-cap {c.cap}")
+def test_permuting_a_group_permutes_its_tokens(config):
+  rng = np.random.default_rng(5)
+  batch = _batch(5, rng.integers(0, 9, (P, G)) / 8)
+  order = np.concatenate([rng.permutation(G) + G * p for p in range(P)])
+  moved = {
+    "rewards": batch["rewards"].reshape(-1)[order].reshape(P, G),
+    "lengths": batch["lengths"][order],
+    "truncated": batch["truncated"][order],
+    "review": Review(*(x[order] for x in batch["review"])),
+  }
+  assert np.array_equal(_compute(config, moved), _compute(config, batch)[order])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.scheme}-{c.conserve}-cap {c.cap}")
+def test_cutting_steps_in_two_changes_nothing(config):
+  batch = _batch(6)
+  rng = np.random.default_rng(6)
+  whole = np.minimum(batch["review"].step_ids_BxT // 2, K // 2 - 1)
+  roles = rng.integers(0, 6, (B, K // 2))
+  weights = rng.random((B, K // 2), np.float32)
+  halves = whole * 2 + (np.arange(T) % 2)  # Which token goes to which half does not matter either.
+  padded = {"roles_BxK": np.tile(roles, 2), "weights_BxK": np.tile(weights, 2)}
+  doubled = {"roles_BxK": roles.repeat(2, 1), "weights_BxK": weights.repeat(2, 1)}
+  one = _compute(config, batch, step_ids_BxT=whole, **padded)
+  two = _compute(config, batch, step_ids_BxT=halves, **doubled)
+  assert np.array_equal(one, two)
+  assert not np.array_equal(one, _uniform(config, batch))
+
+
+def _with_and_without_a_tail(config):
+  """Wins whose steps earn, and the same ones with six tokens more that earn nothing."""
+  batch = _batch(7, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
+  batch["lengths"] = np.full(B, 15, np.int32)
+  ids = np.minimum(np.arange(T) // 3, K - 1)[None].repeat(B, 0)
+  roles = np.array([NECESSARY, REPAIR, NECESSARY, INHERITS, NECESSARY, REDUNDANT])[None].repeat(B, 0)
+  weights = np.array([1.0, 0.5, 0.25, 1.0, 1.0, 1.0], np.float32)[None].repeat(B, 0)
+  changes = {"step_ids_BxT": ids, "roles_BxK": roles, "weights_BxK": weights}
+  longer = batch["lengths"].copy()
+  longer[0] += 6
+  return _compute(config, batch, **changes), _compute(config, batch, **changes, lengths=longer)
+
+
+def test_tokens_without_credit_do_not_pump_up_the_others():
+  config = CreditConfig(scheme="weighted", conserve="completion", lam=1.0, cap=1000.0)
+  short, long = _with_and_without_a_tail(config)
+  np.testing.assert_allclose(long[0, :15], short[0, :15], rtol=1e-5)
+  assert not long[0, 15:].any()
+  assert np.array_equal(long[1:], short[1:])
+  # They do when a completion's mass is its length.
+  short, long = _with_and_without_a_tail(dataclasses.replace(config, conserve="tokens"))
+  np.testing.assert_allclose(long[0, :15], short[0, :15] * 21 / 15, rtol=1e-5)
+
+
+@pytest.mark.parametrize("conserve", ["tokens", "completion"])
+@pytest.mark.parametrize("rewards", [0.0, 0.1, 1.0])
+def test_groups_without_variance(rewards, conserve):
+  batch = _batch(8, np.full((P, G), rewards))
+  assert not _compute(CreditConfig(conserve=conserve), batch).any()
+  assert not _compute(CreditConfig(scheme="weighted", conserve=conserve), batch).any()
+  tokens = _compute(CreditConfig(scheme="signed", conserve=conserve), batch).astype(float)
+  assert tokens.any()
+  assert (np.abs(tokens.sum(1)) <= 1e-6 * np.abs(tokens).sum(1)).all()
+
+
+# Which table is read.
+
+
+def _wins(batch):
+  return _plain_group_advantages(batch["rewards"], "mean").reshape(-1) > 0
+
+
+def test_credit_is_for_wins_and_blame_for_losses():
+  batch = _batch(9, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
+  batch["truncated"][:] = np.arange(B) % 4 >= 2
+  config, wins, truncated = CreditConfig(scheme="weighted"), _wins(batch), batch["truncated"]
+  plain = _compute(config, batch)
+  for key, read in (("credit", wins), ("blame", ~wins & ~truncated), ("blame_truncated", ~wins & truncated)):
+    changed = _compute(dataclasses.replace(config, **{key: RoleTable(inherits=1.0, redundant=0.3)}), batch)
+    assert np.array_equal(changed[~read], plain[~read])
+    assert (changed[read] != plain[read]).any(1).all()
+
+
+def test_who_earns_and_who_pays():
+  batch = _batch(10, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
+  batch["truncated"] = np.arange(B) % 4 == 3
+  batch["lengths"][:] = T
+  ids = np.arange(T)[None].repeat(B, 0) // 4  # Every role has four tokens.
+  roles = np.arange(6)[None].repeat(B, 0)
+  tokens = _compute(CreditConfig(scheme="weighted", lam=1.0), batch, step_ids_BxT=ids, roles_BxK=roles)
+  per_role = tokens.reshape(B, 6, 4)[:, :, 0]
+  for i, payers in ((0, (NECESSARY, REPAIR)), (1, (ERROR,)), (3, (ERROR, REDUNDANT, IRRELEVANT))):
+    expected = np.zeros(6)
+    expected[list(payers)] = 6 / len(payers) * (2 / 3 if i == 0 else -2 / 3)
+    np.testing.assert_allclose(per_role[i], expected, rtol=1e-6)
+
+
+def test_signed_by_hand():
+  batch = _batch(11, np.zeros((P, G)))
+  batch["truncated"][:] = False
+  batch["lengths"][:] = 12
+  ids = np.arange(T)[None].repeat(B, 0) // 4  # Three steps of four tokens: +1, -1 and 0.
+  roles = np.array([NECESSARY, ERROR, INHERITS, REPAIR, REPAIR, REPAIR])[None].repeat(B, 0)
+  tokens = _compute(CreditConfig(scheme="signed", beta=0.25), batch, step_ids_BxT=ids, roles_BxK=roles)
+  np.testing.assert_allclose(tokens, np.repeat([0.25, -0.25, 0, 0, 0, 0], 4)[None].repeat(B, 0), atol=1e-7)
+
+
+def test_lambda_and_cap():
+  batch = _batch(12, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
+  batch["lengths"][:] = T
+  ids = np.minimum(np.arange(T), 1)[None].repeat(B, 0)  # The first token alone is a step.
+  roles = np.array([NECESSARY, INHERITS, 0, 0, 0, 0])[None].repeat(B, 0)
+  for lam, cap, first, rest in (
+    (1.0, 100.0, 24.0, 0.0),
+    (0.5, 100.0, 12.5, 0.5),
+    (0.0, 100.0, 1.0, 1.0),
+    (1.0, 12.0, 12.0, 12 / 23),  # What the cap takes from the one goes to all others.
+    (1.0, 1.0, 1.0, 1.0),
+  ):
+    config = CreditConfig(scheme="weighted", lam=lam, cap=cap)
+    tokens = _compute(config, batch, step_ids_BxT=ids, roles_BxK=roles)
+    np.testing.assert_allclose(tokens[0] / (2 / 3), [first] + [rest] * (T - 1), atol=1e-5)
+
+
+# Under jit.
+
+
+def test_a_config_is_compiled_once_and_jit_changes_nothing():
+  traces = []
+
+  def counted(config, *args):
+    traces.append(config)
+    return token_advantages(config, *args)
+
+  compiled = jax.jit(counted, static_argnums=0)
+  for scheme in SCHEMES:
+    for seed in range(3):
+      batch = _batch(seed)
+      # An equal config, made anew; and a learning run changes none of the shapes.
+      out = compiled(CreditConfig(scheme=scheme), *batch.values())
+      eager = token_advantages(CreditConfig(scheme=scheme), *batch.values())
+      np.testing.assert_allclose(out, eager, rtol=1e-5, atol=1e-6)
+  assert len(traces) == len(SCHEMES)
+
+
+def test_config_finds_impossible_values():
+  assert CreditConfig().check() == {}
+  bad = CreditConfig(scheme="both", baseline="none", conserve="steps", lam=1.5, beta=-1.0, cap=-1.0).check()
+  assert set(bad) == {"scheme", "baseline", "conserve", "lam", "beta", "cap"}
+  assert set(CreditConfig(scheme="weighted", cap=0.5).check()) == {"cap"}
+  assert set(RoleTable(error=-1.0, repair=float("nan"), necessary=1001.0).check()) == {"error", "repair", "necessary"}

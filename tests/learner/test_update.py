@@ -1,0 +1,390 @@
+"""The update against independently written losses, and its invariances."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, reference_logprobs, update
+from dca_jax.policy import Policy, PolicyConfig, Sampling
+
+VOCAB = 20
+P, G, S, T = 4, 2, 4, 6
+B = P * G
+POLICY = Policy(PolicyConfig(width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp=24), VOCAB)
+LENGTHS = np.array([6, 1, 3, 5, 2, 6, 4, 3], np.int32)
+WITHIN = np.arange(T) < LENGTHS[:, None]
+WARM = Sampling(temperature=0.7)
+
+# An optimizer that keeps the gradient in its state, exactly as the update made it, and adds it to the parameters.
+KEEP = optax.trace(0.0)
+
+PLAIN = LearnerConfig()
+PPO = LearnerConfig(loss="ppo", updates_per_batch=2, clip_low=0.2, clip_high=0.3)
+
+
+def everything(normalizer, micro_batches=1):
+  return LearnerConfig(
+    loss="ppo",
+    updates_per_batch=2,
+    clip_high=0.3,
+    kl=0.3,
+    entropy=0.2,
+    normalizer=normalizer,
+    micro_batches=micro_batches,
+  )
+
+
+def random_params(seed):
+  """Made with numpy, which needs no compiling."""
+  rng = np.random.default_rng(seed)
+  shapes = nn.unbox(jax.eval_shape(POLICY.init_params, jax.random.key(0)))
+  return jax.tree.map_with_path(
+    lambda path, a: np.float32(0.25 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))), shapes
+  )
+
+
+PARAMS = random_params(0)
+OTHER = jax.tree.map(lambda a, b: np.float32(0.9 * a + 0.1 * b), PARAMS, random_params(1))
+
+
+def learner_logprobs(params, batch, sampling=Sampling()):
+  prompts = batch.prompts_PxS, batch.prompt_lengths_P, batch.completions_BxT
+  return np.asarray(reference_logprobs(POLICY, sampling, params, *prompts))
+
+
+@pytest.fixture(scope="module")
+def batch():
+  """Uneven lengths, one row left out, a policy that has moved since it sampled, and a different reference."""
+  rng = np.random.default_rng(2)
+  completions = rng.integers(VOCAB, size=(B, T)).astype(np.int32)
+  batch = Batch(
+    prompts_PxS=rng.integers(VOCAB, size=(P, S)).astype(np.int32),
+    prompt_lengths_P=np.array([4, 2, 3, 4], np.int32),
+    completions_BxT=completions,
+    lengths_B=LENGTHS,
+    trained_B=np.arange(B) != 3,
+    advantages_BxT=rng.normal(size=(B, T)).astype(np.float32),
+    logprobs_BxT=np.zeros((B, T), np.float32),
+    reference_BxT=np.zeros((B, T), np.float32),
+  )
+  now = learner_logprobs(PARAMS, batch)
+  moved = rng.normal(scale=0.3, size=(B, T)).astype(np.float32)
+  return batch._replace(logprobs_BxT=now + moved, reference_BxT=learner_logprobs(OTHER, batch))
+
+
+def run(config, batch, *, params=PARAMS, on_policy=True, sampling=Sampling(), optimizer=KEEP):
+  """One update from `params`, which are copied because the update gives their memory away."""
+  state = init_state(optimizer, jax.tree.map(jnp.array, params))
+  return update(POLICY, config, optimizer, sampling, G, state, batch, jnp.bool_(on_policy))
+
+
+def gradient(*args, **kwargs):
+  state, metrics, _ = run(*args, **kwargs)
+  return jax.tree.map(np.asarray, state.opt_state.trace), {key: float(x) for key, x in metrics.items()}
+
+
+def descend(config, batch, *, rate, steps):
+  """Plain gradient descent; the metrics before each step."""
+  params, history = PARAMS, []
+  for _ in range(steps):
+    grads, metrics = gradient(config, batch, params=params)
+    history.append(metrics)
+    params = jax.tree.map(lambda p, g: p - rate * g, params, grads)
+  return history
+
+
+def flat(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def assert_same(a, b, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def single(value, row, t):
+  """Advantages that are zero but in one place."""
+  out = np.zeros((B, T), np.float32)
+  out[row, t] = value
+  return out
+
+
+# What is in the loss.
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])  # A full one, an end token alone, a short one.
+def test_the_end_token_is_trained_on(batch, row):
+  last = LENGTHS[row] - 1
+  got, metrics = gradient(PLAIN, batch._replace(advantages_BxT=single(1.0, row, last)))
+  assert np.abs(flat(got)).max() > 1e-3
+  assert metrics["learner/tokens"] == WITHIN[np.asarray(batch.trained_B)].sum()
+  logps = learner_logprobs(PARAMS, batch)
+  assert metrics["learner/policy_loss"] == pytest.approx(-logps[row, last] / (B * T), rel=1e-5)
+
+
+def test_nothing_beyond_the_length_counts(batch):
+  beyond = ~WITHIN
+  changed = batch._replace(
+    completions_BxT=np.where(beyond, (batch.completions_BxT + 1) % VOCAB, batch.completions_BxT),
+    advantages_BxT=np.where(beyond, np.float32(1e6), batch.advantages_BxT),
+    logprobs_BxT=np.where(beyond, np.float32(-1e6), batch.logprobs_BxT),
+    reference_BxT=np.where(beyond, np.float32(1e6), batch.reference_BxT),
+  )
+  for config in (PLAIN, everything("tokens")):
+    kept, metrics = gradient(config, batch, on_policy=False)
+    got, other = gradient(config, changed, on_policy=False)
+    jax.tree.map(np.testing.assert_array_equal, got, kept)
+    assert other == metrics
+
+
+def test_rows_left_out_change_nothing(batch):
+  out = ~batch.trained_B
+  rng = np.random.default_rng(3)
+  changed = batch._replace(
+    completions_BxT=np.where(out[:, None], (batch.completions_BxT + 1) % VOCAB, batch.completions_BxT),
+    lengths_B=np.where(out, 1, batch.lengths_B),
+    **{
+      name: np.where(out[:, None], rng.normal(size=(B, T)).astype(np.float32), getattr(batch, name))
+      for name in ("advantages_BxT", "logprobs_BxT", "reference_BxT")
+    },
+  )
+  for config in (PLAIN, everything("constant")):
+    kept, metrics = gradient(config, batch, on_policy=False)
+    got, other = gradient(config, changed, on_policy=False)
+    jax.tree.map(np.testing.assert_array_equal, got, kept)
+    assert other == metrics
+
+
+def test_a_row_let_in_does_change_the_gradient(batch):
+  kept, _ = gradient(PLAIN, batch)
+  got, _ = gradient(PLAIN, batch._replace(trained_B=np.ones(B, bool)))
+  assert np.abs(flat(got) - flat(kept)).max() > 1e-3
+
+
+@pytest.mark.parametrize("normalizer", ["constant", "tokens"])
+def test_an_empty_batch_has_no_gradient(batch, normalizer):
+  empty = batch._replace(trained_B=np.zeros(B, bool))
+  got, metrics = gradient(everything(normalizer), empty, on_policy=False)
+  assert not flat(got).any()
+  assert np.isfinite(list(metrics.values())).all()
+  assert metrics["learner/tokens"] == 0
+
+
+def test_an_empty_batch_leaves_the_parameters_to_adam_as_they_are(batch):
+  state, _, _ = run(PLAIN, batch._replace(trained_B=np.zeros(B, bool)), optimizer=make_optimizer(PLAIN, 10))
+  jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+
+
+# Against plain versions.
+
+
+def plain_grpo_loss(params, batch):
+  """GRPO with the constant normaliser, each prompt and completion one sequence, written without the program's parts."""
+  tokens, at = np.zeros((B, S + T), np.int32), np.zeros((B, T), np.int32)
+  for row in range(B):
+    start = batch.prompt_lengths_P[row // G]
+    tokens[row, :start] = batch.prompts_PxS[row // G, :start]
+    tokens[row, start : start + T] = batch.completions_BxT[row]
+    at[row] = np.arange(start - 1, start - 1 + T)  # Where each completion token is predicted.
+  hidden, _ = POLICY.apply({"params": params}, tokens)
+  logps = jax.nn.log_softmax(hidden @ params["embedding"].T)[np.arange(B)[:, None], at, batch.completions_BxT]
+  mask = WITHIN & np.asarray(batch.trained_B)[:, None]
+  return -jnp.where(mask, logps * batch.advantages_BxT, 0).sum() / (B * T)
+
+
+def test_uniform_advantages_give_the_gradient_of_grpo(batch):
+  uniform = batch._replace(advantages_BxT=np.repeat(batch.advantages_BxT[:, :1], T, 1))
+  loss, expected = jax.jit(jax.value_and_grad(lambda params: plain_grpo_loss(params, uniform)))(PARAMS)
+  got, metrics = gradient(PLAIN, uniform)
+  assert np.abs(flat(expected)).max() > 0.01
+  assert_same(got, expected, rtol=1e-5, atol=1e-6)
+  assert metrics["learner/policy_loss"] == pytest.approx(float(loss), rel=1e-5)
+  assert metrics["learner/grad_norm"] == pytest.approx(np.linalg.norm(flat(expected)), rel=1e-5)
+
+
+def test_sums_against_numpy(batch):
+  config = everything("tokens")
+  _, metrics = gradient(config, batch, on_policy=False)
+  mask = WITHIN & batch.trained_B[:, None]
+  logps = learner_logprobs(PARAMS, batch).astype(np.float64)
+  ratio = np.exp(logps - batch.logprobs_BxT)
+  clipped = np.clip(ratio, 0.8, 1.3)
+  a = batch.advantages_BxT
+  objective = np.minimum(ratio * a, clipped * a)
+  gap = batch.reference_BxT - logps
+  acts = ((ratio > 1.3) & (a > 0)) | ((ratio < 0.8) & (a < 0))
+  assert acts[mask].any()
+  for key, value in {
+    "policy_loss": -objective,
+    "kl": np.exp(gap) - 1 - gap,
+    "clip_fraction": acts,
+    "ratio": ratio,
+  }.items():
+    assert metrics[f"learner/{key}"] == pytest.approx(value[mask].mean(), rel=1e-4), key
+
+
+@pytest.mark.parametrize("normalizer", ["constant", "tokens"])
+def test_micro_batches_change_nothing(batch, normalizer):
+  whole, metrics, logps = run(everything(normalizer), batch, on_policy=False)
+  np.testing.assert_allclose(logps, learner_logprobs(PARAMS, batch), rtol=1e-5, atol=1e-5)
+  for micro_batches in (2, 4):
+    got, others, parts = run(everything(normalizer, micro_batches), batch, on_policy=False)
+    assert_same(got, whole, rtol=1e-5, atol=1e-6)
+    assert_same(others, metrics, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts, logps, rtol=1e-5, atol=1e-5)  # Rows in their order.
+
+
+# The importance ratio.
+
+
+def test_ratio_is_1_at_the_first_update_and_not_at_the_second(batch):
+  state, metrics, logps = run(PPO, batch, sampling=WARM)
+  assert metrics["learner/ratio"] == 1.0
+  assert metrics["learner/clip_fraction"] == 0.0
+  np.testing.assert_allclose(logps, learner_logprobs(PARAMS, batch, WARM), rtol=1e-5, atol=1e-5)
+  again = batch._replace(logprobs_BxT=logps)
+  _, metrics, _ = run(PPO, again, params=jax.tree.map(np.asarray, state.params), on_policy=False, sampling=WARM)
+  assert abs(metrics["learner/ratio"] - 1.0) > 1e-3
+
+
+def test_first_update_is_reinforce_at_the_same_temperature(batch):
+  ppo, _ = gradient(PPO, batch, sampling=WARM)
+  reinforce, _ = gradient(PLAIN, batch, sampling=WARM)
+  assert_same(ppo, reinforce, rtol=1e-5, atol=1e-6)
+
+
+def test_error_of_the_sampler_is_measured(batch):
+  logps = learner_logprobs(PARAMS, batch, WARM)
+  wrong = np.where(WITHIN, logps, 9.0).astype(np.float32)
+  wrong[2, 1] += 0.25
+  wrong[3] += 5.0  # Left out.
+  _, metrics = gradient(PPO, batch._replace(logprobs_BxT=wrong), sampling=WARM)
+  assert metrics["sampler/logprob_error"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9, 1.1, 1.25, 1.5])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_clipping_acts_on_its_own_side(batch, ratio, advantage):
+  # Between 1.2 and 1.3 only the upper bound's own size tells; at 0.75 only the lower's.
+  row, t = 2, 1
+  base, _ = gradient(PPO, batch._replace(advantages_BxT=single(1.0, row, t)), sampling=WARM)
+  old = learner_logprobs(PARAMS, batch, WARM)
+  old[row, t] -= np.log(ratio)
+  doctored = batch._replace(advantages_BxT=single(advantage, row, t), logprobs_BxT=old)
+  got, metrics = gradient(PPO, doctored, on_policy=False, sampling=WARM)
+  clipped = ratio > 1.3 if advantage > 0 else ratio < 0.8
+  if clipped:
+    assert not flat(got).any()
+  else:
+    assert_same(got, jax.tree.map(lambda g: ratio * advantage * g, base), rtol=1e-4, atol=1e-6)
+  tokens = metrics["learner/tokens"]
+  assert metrics["learner/clip_fraction"] * tokens == pytest.approx(float(clipped), abs=1e-5)
+
+
+def test_update_is_finite_where_the_sampler_cuts_tokens(batch):
+  got, metrics = gradient(PLAIN, batch, sampling=Sampling(top_k=5))
+  assert np.isfinite(flat(got)).all()
+  assert np.isfinite(list(metrics.values())).all()
+
+
+# KL and entropy.
+
+PULL = LearnerConfig(kl=1.0)
+BONUS = LearnerConfig(entropy=1.0)
+
+
+def test_kl_of_every_row_is_positive(batch):
+  for row in range(B):
+    _, metrics = gradient(PULL, batch._replace(trained_B=np.arange(B) == row))
+    assert metrics["learner/kl"] > 1e-6
+
+
+def test_kl_of_equal_policies_is_zero(batch):
+  alike = batch._replace(advantages_BxT=np.zeros((B, T), np.float32), reference_BxT=learner_logprobs(PARAMS, batch))
+  got, metrics = gradient(PULL, alike)
+  assert metrics["learner/kl"] == pytest.approx(0.0, abs=1e-10)
+  np.testing.assert_allclose(flat(got), 0.0, atol=1e-6)
+
+
+def test_kl_pulls_towards_the_reference(batch):
+  history = descend(PULL, batch._replace(advantages_BxT=np.zeros((B, T), np.float32)), rate=0.3, steps=5)
+  kl = [metrics["learner/kl"] for metrics in history]
+  assert all(after < before for before, after in zip(kl, kl[1:], strict=False))
+  assert kl[-1] < 0.8 * kl[0]
+
+
+def test_entropy_bonus_raises_entropy(batch):
+  history = descend(BONUS, batch._replace(advantages_BxT=np.zeros((B, T), np.float32)), rate=0.1, steps=4)
+  entropy = [metrics["learner/entropy"] for metrics in history]
+  assert all(after > before for before, after in zip(entropy, entropy[1:], strict=False))
+  assert entropy[-1] > entropy[0] + 0.005
+
+
+# The compiled program.
+
+
+def test_compiles_once_and_gives_the_old_state_away(batch):
+  optimizer = make_optimizer(PLAIN, 10)
+  run(PLAIN, batch, optimizer=optimizer)
+  compiled = update._cache_size()
+  state = init_state(optimizer, jax.tree.map(jnp.array, PARAMS))
+  for i in range(3):
+    old, shuffled = state, batch._replace(lengths_B=np.roll(LENGTHS, i), trained_B=np.arange(B) != i)
+    # Equal settings made anew are the same settings.
+    again = make_optimizer(LearnerConfig(), 10)
+    state, _, _ = update(POLICY, LearnerConfig(), again, Sampling(), G, state, shuffled, jnp.bool_(i == 0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+  assert update._cache_size() == compiled
+
+
+# The optimizer.
+
+
+def run_optimizer(config, steps, gradients, start=0.0):
+  """The change at every update of parameters that begin at `start`."""
+  optimizer = make_optimizer(config, steps)
+
+  def one(carry, grad):
+    params, state = carry
+    changes, state = optimizer.update(grad, state, params)
+    return (params + changes, state), changes
+
+  params = jnp.full(np.shape(gradients)[1:], start)
+  return np.asarray(jax.jit(functools.partial(jax.lax.scan, one))((params, optimizer.init(params)), gradients)[1])
+
+
+@pytest.mark.parametrize(
+  ("changes", "steps", "expected"),
+  [
+    ({}, 3, [1, 1, 1, 1]),
+    ({"warmup_updates": 4}, 8, [0, 0.25, 0.5, 0.75, 1, 1]),
+    ({"schedule": "linear"}, 4, [1, 0.75, 0.5, 0.25, 0]),
+    ({"schedule": "cosine"}, 4, [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0]),
+    ({"schedule": "linear", "warmup_updates": 2}, 6, [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+    # Counted in updates, of which a batch has two.
+    ({"schedule": "linear", "loss": "ppo", "updates_per_batch": 2}, 2, [1, 0.75, 0.5, 0.25, 0]),
+  ],
+  ids=str,
+)
+def test_learning_rates(changes, steps, expected):
+  # Under a constant gradient of 1 Adam moves by the learning rate.
+  got = run_optimizer(LearnerConfig(lr=0.01, **changes), steps, np.ones((len(expected), 1), np.float32))
+  np.testing.assert_allclose(got[:, 0], -0.01 * np.array(expected), rtol=1e-4, atol=1e-8)
+
+
+def test_gradients_are_clipped_to_their_norm():
+  # Norms 0.5, 5 and 50: only the latter two are clipped, to norm 1.
+  grads = np.float32([[0.3, 0.4], [3, 4], [30, 40]])
+  clipped = np.float32([[0.3, 0.4], [0.6, 0.8], [0.6, 0.8]])
+  got = run_optimizer(LearnerConfig(max_grad_norm=1.0), 3, grads)
+  np.testing.assert_allclose(got, run_optimizer(LearnerConfig(), 3, clipped), rtol=1e-5)
+  assert np.abs(got - run_optimizer(LearnerConfig(), 3, grads)).max() > 1e-4
+
+
+def test_weight_decay_is_decoupled():
+  got = run_optimizer(LearnerConfig(lr=0.01, weight_decay=0.1), 1, np.zeros((1, 1), np.float32), start=2.0)
+  np.testing.assert_allclose(got, -0.01 * 0.1 * 2.0, rtol=1e-5)

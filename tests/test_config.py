@@ -1,0 +1,402 @@
+"""Every mistake in a config is found before the first step, and the message names the key."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from dca_jax import config as config_lib
+from dca_jax.compare import arm_config
+from dca_jax.config import Config, ConfigError, apply_overrides, build, claim_workdir, difference, load
+from dca_jax.errors import UserError
+
+RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+ORACLE = {"reviewer": {"name": "oracle"}}
+PPO = {"loss": "ppo", "updates_per_batch": 2}
+
+
+def message(settings) -> str:
+  with pytest.raises(ConfigError) as raised:
+    build(ConfigDict(settings))
+  return str(raised.value)
+
+
+# Unknown keys and wrong types.
+
+
+@pytest.mark.parametrize(
+  ("settings", "wrong", "right"),
+  [
+    ({"stepz": 3}, "stepz", "steps"),
+    ({"learner": {"learning_rate": 1.0, "los": "ppo"}}, "learner.learning_rate", ""),
+    ({"learner": {"los": "ppo"}}, "learner.los", "learner.loss"),
+    ({"rolout": {"group": 4}}, "rolout", "rollout"),
+    ({"rollout": {"max_token": 4}}, "rollout.max_token", "rollout.max_tokens"),
+    ({"credit": {"blame": {"eror": 1.0}}}, "credit.blame.eror", "credit.blame.error"),
+  ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(settings, wrong, right):
+  said = message(settings)
+  assert said.startswith(f"{wrong}: no such key")
+  assert right in said
+
+
+@pytest.mark.parametrize("key", ["check", "unused", "hash", "to_json"])
+def test_a_method_is_no_key(key):
+  assert f"{key}: no such key" in message({key: 1})
+
+
+@pytest.mark.parametrize(("section", "key"), [("warmstart", "total"), ("rollout", "sampling"), ("learner", "check")])
+@pytest.mark.parametrize("value", [1, "x"])
+def test_a_property_of_a_section_is_no_key(section, key, value):
+  assert f"{section}.{key}: no such key" in message({section: {key: value}})
+
+
+def test_a_key_that_resembles_none_lists_the_known_ones():
+  said = message({"checkpoint": {"qqqqqqqqqqqqqqqqqqqqqqqqqqqqqq": 1}})
+  assert "checkpoint.every" in said
+  assert "checkpoint.keep" in said
+
+
+@pytest.mark.parametrize(
+  ("settings", "key", "kind"),
+  [
+    ({"steps": 1.5}, "steps", "int"),
+    ({"steps": True}, "steps", "int"),
+    ({"seed": "0"}, "seed", "int"),
+    ({"seed": None}, "seed", "int"),
+    ({"learner": {"lr": "1e-3"}}, "learner.lr", "float"),
+    ({"learner": {"reference": 1}}, "learner.reference", "bool"),
+    ({"learner": {"loss": 3}}, "learner.loss", "str"),
+    ({"rollout": {"top_k": 2.0}}, "rollout.top_k", "int"),
+    ({"credit": {"blame": {"error": "much"}}}, "credit.blame.error", "float"),
+    ({"rollout": {"group": (4,)}}, "rollout.group", "int"),
+  ],
+)
+def test_a_wrong_type_is_named(settings, key, kind):
+  said = message(settings)
+  assert said.startswith(f"{key}: ")
+  assert kind in said
+
+
+@pytest.mark.parametrize("value", [3, "uniform", None, 1.0])
+def test_a_section_must_be_a_section(value):
+  assert message({"credit": value}).startswith("credit: ")
+
+
+def test_a_whole_number_serves_as_a_float():
+  config = build(ConfigDict({"learner": {"lr": 1}}))
+  assert config.learner.lr == 1.0
+  assert type(config.learner.lr) is float
+
+
+# Impossible values.
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "others"),
+  [
+    ("seed", -1, {}),
+    ("seed", 2**31, {}),
+    ("steps", 0, {}),
+    ("task.name", "chain", {}),
+    ("task.lines", 3, {}),
+    ("task.lines", 0, {}),
+    ("task.lines", 26, {}),
+    ("task.modulus", 1, {}),
+    ("task.modulus", 11, {}),
+    ("task.repeat", -0.1, {}),
+    ("task.drop", 1.1, {}),
+    ("task.misconceptions", 2.0, {}),
+    ("task.wrong", "some", {}),
+    ("task.wrong_low", 0.9, {}),
+    ("task.wrong_high", 1.1, {}),
+    ("policy.width", 0, {}),
+    ("policy.depth", 0, {}),
+    ("policy.heads", 0, {}),
+    ("policy.heads", 3, {"policy.kv_heads": 2}),
+    ("policy.kv_heads", 0, {}),
+    ("policy.head_dim", 3, {}),
+    ("policy.head_dim", 0, {}),
+    ("policy.mlp", -1, {}),
+    ("policy.rope_theta", 0.0, {}),
+    ("policy.rope_theta", -1.0, {}),
+    ("policy.dtype", "float16", {}),
+    ("warmstart.clean_steps", -1, {}),
+    ("warmstart.steps", -1, {}),
+    ("warmstart.batch", 0, {}),
+    ("warmstart.lr", 0.0, {}),
+    ("rollout.problems", 0, {}),
+    ("rollout.group", 1, {}),
+    ("rollout.max_prompt_tokens", 0, {}),
+    ("rollout.max_tokens", 1, {}),
+    ("rollout.temperature", 0.0, {}),
+    ("rollout.temperature", float("nan"), {}),
+    ("rollout.top_k", -1, {}),
+    ("rollout.top_p", 0.0, {}),
+    ("rollout.top_p", 1.5, {}),
+    ("rollout.zero_variance", "drop", {}),
+    ("rollout.refill_rounds", 0, {"rollout.zero_variance": "refill"}),
+    ("reviewer.name", "oracel", {}),
+    ("reviewer.name", "oracel", {"credit.scheme": "weighted"}),
+    ("reviewer.name", "none", {"credit.scheme": "weighted"}),
+    ("reviewer.flip", 1.5, {"credit.scheme": "weighted", "reviewer.name": "noisy"}),
+    ("credit.scheme", "weighed", {"reviewer.name": "oracle"}),
+    ("credit.scheme", "weighed", {}),
+    ("credit.baseline", "median", {}),
+    ("credit.conserve", "all", {}),
+    ("credit.lam", 1.5, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("credit.cap", 0.5, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("credit.cap", -1.0, {"credit.scheme": "signed", "reviewer.name": "oracle"}),
+    ("credit.beta", -0.1, {"credit.scheme": "signed", "reviewer.name": "oracle"}),
+    ("credit.beta", float("nan"), {"credit.scheme": "signed", "reviewer.name": "oracle"}),
+    ("credit.credit.necessary", -1.0, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("credit.blame.error", 1001.0, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("credit.blame_truncated.error", float("nan"), {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("learner.loss", "grpo", {}),
+    ("learner.updates_per_batch", 0, {}),
+    ("learner.updates_per_batch", 2, {}),
+    ("learner.micro_batches", 0, {}),
+    ("learner.micro_batches", -2, {}),
+    ("learner.micro_batches", 3, {}),
+    ("learner.normalizer", "rows", {}),
+    ("learner.clip_low", 1.0, {"learner.loss": "ppo", "learner.updates_per_batch": 2}),
+    ("learner.clip_high", -0.1, {"learner.loss": "ppo", "learner.updates_per_batch": 2}),
+    ("learner.kl", -0.1, {}),
+    ("learner.kl", float("nan"), {}),
+    ("learner.reference", False, {"learner.kl": 0.1}),
+    ("learner.entropy", -0.1, {}),
+    ("learner.lr", 0.0, {}),
+    ("learner.lr", float("nan"), {}),
+    ("learner.lr", float("inf"), {}),
+    ("learner.schedule", "exponential", {}),
+    ("learner.warmup_updates", -1, {}),
+    ("learner.adam_b1", 1.0, {}),
+    ("learner.adam_b2", -0.1, {}),
+    ("learner.weight_decay", -0.1, {}),
+    ("learner.max_grad_norm", -1.0, {}),
+    ("evaluate.problems", 0, {}),
+    ("evaluate.samples", 0, {}),
+    ("evaluate.k", 0, {}),
+    ("evaluate.k", 9, {}),
+    ("evaluate.every", -1, {}),
+    ("checkpoint.every", 0, {}),
+    ("checkpoint.keep", 0, {}),
+    ("mesh.data", 0, {}),
+    ("mesh.fsdp", -2, {}),
+    ("mesh.data", -1, {"mesh.tensor": -1}),
+  ],
+)
+def test_an_impossible_value_is_named(key, value, others):
+  assert message(tiny.settings({**others, key: value})).startswith(f"{key}: ")
+
+
+# Keys without effect.
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "others"),
+  [
+    ("credit.lam", 0.7, {}),
+    ("credit.lam", 0.7, {"credit.scheme": "signed", "reviewer.name": "oracle"}),
+    ("credit.beta", 0.7, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("credit.cap", 3.0, {}),
+    ("credit.blame", {"redundant": 1.0}, {}),
+    ("learner.clip_low", 0.1, {}),
+    ("learner.clip_high", 0.1, {}),
+    ("learner.clip_high", 0.1, {"learner.loss": "ppo"}),
+    ("rollout.refill_rounds", 2, {}),
+    ("rollout.refill_rounds", 2, {"rollout.zero_variance": "skip"}),
+    ("reviewer.flip", 0.1, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("reviewer.flip", 0.1, {"credit.scheme": "weighted", "reviewer.name": "random"}),
+    ("reviewer.seed", 1, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("reviewer.name", "oracle", {}),
+    ("task.misconceptions", 0.5, {"task.wrong": "slips"}),
+    ("warmstart.lr", 0.1, {"warmstart.steps": 0, "warmstart.batch": 64}),
+  ],
+)
+def test_a_key_without_effect_is_refused(key, value, others):
+  said = message(tiny.settings({**others, key: value}))
+  assert said.startswith(key)
+  assert "no effect" in said
+
+
+def test_a_key_without_effect_may_stand_at_its_default():
+  default = Config()
+  given = {"scheme": "uniform", "lam": default.credit.lam, "beta": default.credit.beta}
+  assert build(ConfigDict({"credit": given, "reviewer": {"name": "none"}})) == default
+
+
+def test_a_message_shows_the_value_it_complains_of():
+  assert "-7" in message({"steps": -7})
+  assert "16" in message({"learner": {"micro_batches": 3}})  # What it has to divide.
+
+
+# The command line's overrides.
+
+
+def test_overrides_have_the_types_of_their_keys():
+  given = ConfigDict({"learner": {"entropy": 0.1}})
+  arguments = [
+    "--config.steps=7",
+    "--config.learner.lr=1",
+    "--config.learner.reference=false",
+    "--config.rollout.zero_variance=skip",
+    "--config.credit.blame.error=0.5",
+    "--config.credit.scheme=weighted",
+    "--config.reviewer.name=oracle",
+  ]
+  config = build(apply_overrides(given, arguments))
+  assert config.steps == 7
+  assert config.learner.lr == 1.0
+  assert type(config.learner.lr) is float
+  assert config.learner.reference is False
+  assert config.rollout.zero_variance == "skip"
+  assert config.credit.blame.error == 0.5
+  assert config.learner.entropy == 0.1  # The recipe's own stays.
+
+
+def test_of_two_overrides_the_last_counts():
+  assert apply_overrides(ConfigDict(), ["--config.steps=7", "--config.steps=8"]).steps == 8
+
+
+def test_overrides_do_not_read_the_arguments_of_the_process(monkeypatch):
+  # The process may well be a test runner or a notebook.
+  monkeypatch.setattr("sys.argv", ["pytest", "--config=elsewhere.py", "--config.steps=99"])
+  assert apply_overrides(ConfigDict(), []).steps == Config().steps
+  assert apply_overrides(ConfigDict(), ["--config.seed=5"]).seed == 5
+
+
+def test_overrides_leave_the_recipe_alone():
+  given = ConfigDict({"steps": 3})
+  apply_overrides(given, ["--config.steps=7"])
+  assert given.to_dict() == {"steps": 3}
+
+
+@pytest.mark.parametrize(
+  ("argument", "parts"),
+  [
+    ("--config.stepz=3", ["stepz", "steps"]),
+    ("--config.learner.los=ppo", ["learner.los", "learner.loss"]),
+    ("--config.rolout.group=3", ["rolout.group", "rollout.group"]),
+    ("--config.steps=three", ["steps", "three"]),
+    ("--config.steps=1.5", ["steps", "1.5"]),
+    ("--config.learner.lr=fast", ["learner.lr", "fast"]),
+    ("--config.learner.reference=maybe", ["learner.reference", "maybe"]),
+    ("--config.steps", ["steps"]),
+    ("--config.credit=uniform", ["credit"]),
+    ("--confg.steps=3", ["confg.steps", "--config."]),
+    ("--steps=3", ["--config.steps"]),
+    ("steps=3", ["steps=3"]),
+  ],
+)
+def test_a_wrong_override_is_named(argument, parts):
+  with pytest.raises(ConfigError) as raised:
+    build(apply_overrides(ConfigDict(), [argument]))
+  said = str(raised.value)
+  assert "\n" not in said
+  for part in parts:
+    assert part in said
+
+
+def test_an_override_that_is_impossible_is_named():
+  with pytest.raises(ConfigError, match=r"^rollout\.group: "):
+    build(apply_overrides(ConfigDict(), ["--config.rollout.group=1"]))
+
+
+# What makes two runs the same run.
+
+
+def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else():
+  base = tiny.make_config()
+  assert tiny.make_config().hash() == base.hash()
+  for key, value in {"seed": 1, "learner.lr": 0.5, "rollout.temperature": 0.5, "task.lines": 4}.items():
+    assert tiny.make_config({key: value}).hash() != base.hash(), key
+  for key, value in {"checkpoint.every": 9, "checkpoint.keep": 9, "evaluate.every": 2, "mesh.fsdp": 2}.items():
+    assert tiny.make_config({key: value}).hash() == base.hash(), key
+
+
+def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them():
+  assert tiny.make_config({"steps": 9}).hash() == tiny.make_config().hash()
+  linear = {"learner.schedule": "linear"}
+  assert tiny.make_config({**linear, "steps": 9}).hash() != tiny.make_config(linear).hash()
+
+
+def test_difference_names_what_a_resumed_run_may_not_change():
+  saved = tiny.make_config().to_json()
+  free = {"checkpoint.every": 9, "evaluate.every": 1, "steps": 99}
+  assert difference(tiny.make_config(free), saved) == []
+  (said,) = difference(tiny.make_config({"seed": 3, **free}), saved)
+  assert "seed" in said
+  assert "0" in said
+  assert "3" in said
+  weighted = {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.blame.error": 0.25}
+  assert any(change.startswith("credit.blame.error ") for change in difference(tiny.make_config(weighted), saved))
+
+
+def test_difference_sees_keys_that_one_side_lacks():
+  # As where the run was made by another version of the program.
+  saved = json.loads(tiny.make_config().to_json())
+  del saved["learner"]["entropy"]
+  saved["learner"]["gone"] = 1
+  changes = difference(tiny.make_config(), json.dumps(saved))
+  assert sorted(change.split()[0] for change in changes) == ["learner.entropy", "learner.gone"]
+
+
+def test_a_config_survives_json():
+  config = tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.blame.error": 0.5})
+  text = config.to_json()
+  again = build(ConfigDict(json.loads(text)))
+  assert again == config
+  assert again.to_json() == text
+  assert again.hash() == config.hash()
+
+
+def test_a_config_is_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    Config().seed = 3
+
+
+# Recipes and workdirs.
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_builds(path):
+  assert load(str(path)).steps > 0
+
+
+def test_every_arm_of_every_recipe_builds():
+  for path in RECIPES:
+    recipe = config_lib.read_recipe(str(path))
+    for arm in getattr(recipe, "ARMS", {}):
+      arm_config(recipe, arm, 0, [])
+
+
+def test_there_are_recipes():
+  assert RECIPES
+
+
+def test_a_workdir_is_claimed_once(tmp_path):
+  config = tiny.make_config()
+  folder = claim_workdir(config, str(tmp_path / "run"))
+  assert build(ConfigDict(json.loads((folder / "config.json").read_text()))) == config
+  claim_workdir(tiny.make_config({"checkpoint.every": 5}), str(folder))  # The same run, saved less often.
+  with pytest.raises(UserError, match="seed was 0 and is now 4"):
+    claim_workdir(tiny.make_config({"seed": 4}), str(folder))
+
+
+def test_a_workdir_claimed_halfway_can_be_claimed_again(tmp_path):
+  # A process that was killed, or a full disk, while config.json was being written.
+  (tmp_path / ".config.json").write_text('{"seed')
+  claim_workdir(tiny.make_config(), str(tmp_path))
+  assert (tmp_path / "config.json").exists()
+
+
+def test_a_workdir_with_other_files_is_refused(tmp_path):
+  (tmp_path / "thesis.tex").write_text("")
+  with pytest.raises(UserError, match="no run"):
+    claim_workdir(tiny.make_config(), str(tmp_path))
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,103 @@
+"""A run that is killed at any instant and started again equals the uninterrupted one bit for bit."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import tiny
+
+from dca_jax.train import train
+
+STEPS = 40
+# As many of the things that could go out of step as fit into one run.
+EVERYTHING = {
+  "steps": STEPS,
+  "credit.scheme": "weighted",
+  "reviewer.name": "noisy",
+  "learner.loss": "ppo",
+  "learner.updates_per_batch": 2,
+  "learner.kl": 0.05,
+  "learner.schedule": "linear",
+  "learner.warmup_updates": 5,
+  "rollout.zero_variance": "refill",
+  "rollout.refill_rounds": 2,
+  "checkpoint.every": 2,
+}
+PLAIN = {"steps": STEPS, "evaluate.every": 7, "learner.micro_batches": 2, "checkpoint.every": 1}
+
+
+def kill(process: subprocess.Popen) -> None:
+  process.kill()
+  assert process.wait(60) == -signal.SIGKILL
+  process.communicate()
+
+
+def kill_at_random(recipe: str, workdir: pathlib.Path, dice: random.Random) -> None:
+  """Kills a few steps after the process has begun to work, at any point of a step."""
+  before = {line["step"] for line in tiny.read_lines(workdir)}
+  process = tiny.start("train", f"--config={recipe}", f"--workdir={workdir}")
+  # A resumed run first takes steps back that were not saved, then repeats them, so wait for its own lines.
+  target = max(before, default=0) + dice.randint(1, 6)
+  tiny.wait_until(lambda: any(line["step"] >= target for line in tiny.read_lines(workdir)), process)
+  time.sleep(dice.uniform(0, 0.05))
+  kill(process)
+
+
+def kill_while_saving(recipe: str, workdir: pathlib.Path) -> None:
+  """Kills while the folder of an unfinished checkpoint stands in the workdir; for a run's first process."""
+  process = tiny.start("train", f"--config={recipe}", f"--workdir={workdir}")
+
+  def saving() -> bool:
+    if not any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")):
+      return False
+    # Stopped first and then looked at again, so that the kill cannot come too late.
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    if any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")):
+      return True
+    process.send_signal(signal.SIGCONT)
+    return False
+
+  tiny.wait_until(saving, process)
+  kill(process)
+
+
+@pytest.mark.parametrize(("changes", "seed"), [(EVERYTHING, 1), (PLAIN, 2)], ids=["everything", "plain"])
+def test_a_killed_run_equals_an_uninterrupted_one(changes, seed, tmp_path):
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  train(tiny.make_config(changes), str(whole), quiet=True)  # First, so that the others find everything compiled.
+  recipe = tiny.write_recipe(tmp_path, changes)
+  dice = random.Random(seed)
+
+  kill_while_saving(recipe, killed)
+  assert any((killed / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+  for _ in range(2):
+    kill_at_random(recipe, killed, dice)
+  assert tiny.read_lines(killed)[-1]["step"] < STEPS
+  train(tiny.make_config(changes), str(killed), quiet=True)
+
+  assert [line["step"] for line in tiny.read_lines(killed)] == list(range(STEPS + 1))
+  assert tiny.read_lines(killed)[-1]["learner/grad_norm"] > 0
+  tiny.assert_same_run(killed, whole)
+  assert {int(path.name) for path in (killed / "checkpoints").iterdir() if path.name.isdigit()} == {
+    int(path.name) for path in (whole / "checkpoints").iterdir()
+  }
+  assert not any((killed / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+  assert not list(killed.glob("damaged*"))
+
+
+def test_a_run_killed_before_its_first_checkpoint(tmp_path):
+  # While the starting policy is being saved, or a moment later: nothing but the settings is there yet.
+  changes = {"steps": 2}
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  train(tiny.make_config(changes), str(whole), quiet=True)
+  process = tiny.start("train", f"--config={tiny.write_recipe(tmp_path, changes)}", f"--workdir={killed}")
+  tiny.wait_until(lambda: any(killed.glob("start*")), process)
+  kill(process)
+  assert not tiny.read_lines(killed)
+  train(tiny.make_config(changes), str(killed), quiet=True)
+  tiny.assert_same_run(killed, whole)
