@@ -1,6 +1,6 @@
 """Two interleaved chains of modular arithmetic from a policy that has learnt them wrong: credit by step against GRPO.
 
-The warm start teaches a policy of about 170,000 parameters to write worked solutions, three quarters of whose arithmetic
+The warm start teaches a policy of about 170,000 parameters to write worked solutions, half of whose arithmetic
 table is sometimes wrong in a fixed way, so that the wrong digit is often the likeliest one. From there reinforcement
 learning has only the final digit to go by.
 """
@@ -19,7 +19,7 @@ def get_config():
   c = ConfigDict()
   c.steps = 80
   c.policy = dict(heads=8, kv_heads=4, head_dim=16, mlp=160, rope_theta=100.0, qk_norm=True)
-  c.warmstart = dict(clean_steps=300, steps=350, lr=1.2e-2)
+  c.warmstart = dict(clean_steps=250, steps=300, lr=1.2e-2)
   c.rollout = dict(max_prompt_tokens=43)
   c.reviewer = dict(name="oracle")
   c.credit = dict(scheme="weighted")

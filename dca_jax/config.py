@@ -119,17 +119,19 @@ def read_recipe(path: str):
 def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   """The recipe's values, overridden by `--config.section.key=value` arguments of the right types."""
   full = ConfigDict(dataclasses.asdict(_section(Config(), given, "")))
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", full, flag_values=values)
+  known = flatten(full.to_dict())
+  for argument in overrides:
+    key = argument.split("=")[0].removeprefix("--config.")
+    if argument.startswith("--config.") and key not in known:
+      raise ConfigError(f"{key}: no such key{_nearest(key, list(known))}")
+  values, argv = flags.FlagValues(), ["dca-jax", *overrides]
   try:
-    rest = values(["dca-jax", *overrides])[1:]
-  except flags.UnrecognizedFlagError as error:
-    key = error.flagname.removeprefix("config.")
-    raise ConfigError(f"{key}: no such key{_nearest(key, list(flatten(full.to_dict())))}") from None
+    config_flags.DEFINE_config_dict("config", full, flag_values=values, sys_argv=argv)
+    strays = values(argv, known_only=True)[1:]
   except (flags.Error, TypeError, ValueError) as error:
-    raise ConfigError(f"{str(error).removeprefix('flag --config.')}") from None
-  if rest:
-    raise ConfigError(f"cannot read the argument {rest[0]!r}; settings are given as --config.section.key=value")
+    raise ConfigError(str(error).removeprefix("flag --config.")) from None
+  if strays:
+    raise ConfigError(f"cannot read the argument {strays[0]!r}; settings are given as --config.section.key=value")
   return full
 
 
@@ -194,7 +196,7 @@ def _lookup(config: Config, key: str):
 
 def _nearest(key: str, known: list[str]) -> str:
   near = difflib.get_close_matches(key, known, 1, 0.5)
-  return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
+  return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
 def claim_workdir(config: Config, workdir: str) -> epath.Path:

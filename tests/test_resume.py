@@ -12,22 +12,9 @@ import tiny
 
 from dca_jax.train import train
 
-STEPS = 40
-# As many of the things that could go out of step as fit into one run.
-EVERYTHING = {
-  "steps": STEPS,
-  "credit.scheme": "weighted",
-  "reviewer.name": "noisy",
-  "learner.loss": "ppo",
-  "learner.updates_per_batch": 2,
-  "learner.kl": 0.05,
-  "learner.schedule": "linear",
-  "learner.warmup_updates": 5,
-  "rollout.zero_variance": "refill",
-  "rollout.refill_rounds": 2,
-  "checkpoint.every": 2,
-}
-PLAIN = {"steps": STEPS, "evaluate.every": 7, "learner.micro_batches": 2, "checkpoint.every": 1}
+STEPS = 30
+EVERYTHING = {**tiny.EVERYTHING, "steps": STEPS}
+PLAIN = {"steps": STEPS, "evaluate.every": 7}
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -66,16 +53,16 @@ def kill_while_saving(recipe: str, workdir: pathlib.Path) -> None:
   kill(process)
 
 
-@pytest.mark.parametrize(("changes", "seed"), [(EVERYTHING, 1), (PLAIN, 2)], ids=["everything", "plain"])
-def test_a_killed_run_equals_an_uninterrupted_one(changes, seed, tmp_path):
+@pytest.mark.parametrize(("changes", "kills"), [(EVERYTHING, 2), (PLAIN, 1)], ids=["everything", "plain"])
+def test_a_killed_run_equals_an_uninterrupted_one(changes, kills, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train(tiny.make_config(changes), str(whole), quiet=True)  # First, so that the others find everything compiled.
   recipe = tiny.write_recipe(tmp_path, changes)
-  dice = random.Random(seed)
+  dice = random.Random(kills)
 
   kill_while_saving(recipe, killed)
   assert any((killed / "checkpoints").glob("*orbax-checkpoint-tmp*"))
-  for _ in range(2):
+  for _ in range(kills):
     kill_at_random(recipe, killed, dice)
   assert tiny.read_lines(killed)[-1]["step"] < STEPS
   train(tiny.make_config(changes), str(killed), quiet=True)

@@ -28,6 +28,21 @@ SETTINGS = {
   "checkpoint": {"every": 1},
 }
 
+# As many of the things that could go out of step between two processes as fit into one run. Tests share these settings
+# and the ones above, because compiling an update takes longer than running it.
+EVERYTHING = {
+  "credit.scheme": "weighted",
+  "reviewer.name": "noisy",
+  "learner.loss": "ppo",
+  "learner.updates_per_batch": 2,
+  "learner.kl": 0.05,
+  "learner.mask_truncated": True,
+  "learner.warmup_updates": 5,
+  "rollout.zero_variance": "refill",
+  "rollout.refill_rounds": 2,
+  "checkpoint.every": 2,
+}
+
 
 def settings(changes=()) -> dict:
   """The tiny settings with `changes`, a dict from full keys to values."""

@@ -170,8 +170,8 @@ def signed(config, advantages_B, mask_BxT, truncated_B, review) -> jax.Array:
   """
   score_BxT = _intensity(config.credit.array(), mask_BxT, review) - _blame(config, mask_BxT, truncated_B, review)
   says_nothing_B = _all_equal(score_BxT, mask_BxT)
-  mean_B = score_BxT.sum(1) / jnp.maximum(mask_BxT.sum(1), 1)
-  d_BxT = jnp.where(mask_BxT & ~says_nothing_B[:, None], score_BxT - mean_B[:, None], 0.0)
+  d_BxT = _centred(score_BxT, mask_BxT & ~says_nothing_B[:, None])
+  d_BxT = _centred(d_BxT, mask_BxT)  # Again: scores can lie closer together than their mean is exact.
   most_B = jnp.abs(d_BxT).max(1)
   beta_B = jnp.minimum(config.beta, config.cap / jnp.where(most_B > 0, most_B, 1.0))
   return advantages_B[:, None] + beta_B[:, None] * d_BxT
@@ -196,6 +196,11 @@ def _blame(config, mask_BxT, truncated_B, review) -> jax.Array:
     _intensity(config.blame_truncated.array(), mask_BxT, review),
     _intensity(config.blame.array(), mask_BxT, review),
   )
+
+
+def _centred(x_BxT, mask_BxT) -> jax.Array:
+  mean_B = x_BxT.sum(1, where=mask_BxT) / jnp.maximum(mask_BxT.sum(1), 1)
+  return jnp.where(mask_BxT, x_BxT - mean_B[:, None], 0.0)
 
 
 def _all_equal(x_BxT, mask_BxT) -> jax.Array:

@@ -178,12 +178,16 @@ class Policy(nn.Module):
     completion token is never read.
     """
     groups = completions_BxT.shape[0] // prompts_PxS.shape[0]
-    prompt_hidden, prompt = self.apply({"params": params}, prompts_PxS)
-    last_PxD = jnp.take_along_axis(prompt_hidden, prompt_lengths_P[:, None, None] - 1, 1)[:, 0]
+    last_PxD, prompt, mask_PxS = self._read_prompts(params, prompts_PxS, prompt_lengths_P)
     start_B = jnp.repeat(prompt_lengths_P, groups)
-    mask_PxS = jnp.arange(prompts_PxS.shape[1]) < prompt_lengths_P[:, None]
     hidden, _ = self.apply({"params": params}, completions_BxT[:, :-1], start_B, prompt, mask_PxS)
     return jnp.concatenate([jnp.repeat(last_PxD, groups, 0)[:, None], hidden], 1)
+
+  def _read_prompts(self, params, prompts_PxS, prompt_lengths_P):
+    """The last hidden state of each prompt [P, D], the prompts' keys and values, and their mask [P, S]."""
+    hidden_PxSxD, prompt = self.apply({"params": params}, prompts_PxS)
+    last_PxD = jnp.take_along_axis(hidden_PxSxD, prompt_lengths_P[:, None, None] - 1, 1)[:, 0]
+    return last_PxD, prompt, jnp.arange(prompts_PxS.shape[1]) < prompt_lengths_P[:, None]
 
   def decoder(self, params, prompts_PxS, prompt_lengths_P, groups: int, length: int):
     """Runs the prompts and prepares to write `groups` completions of up to `length` tokens for each.
@@ -193,10 +197,8 @@ class Policy(nn.Module):
       reads token number `index` of every row and returns (hidden states [B, D], cache).
     """
     c = self.config
-    prompt_hidden, prompt = self.apply({"params": params}, prompts_PxS)
-    last_PxD = jnp.take_along_axis(prompt_hidden, prompt_lengths_P[:, None, None] - 1, 1)[:, 0]
+    last_PxD, prompt, mask_PxS = self._read_prompts(params, prompts_PxS, prompt_lengths_P)
     start_B = jnp.repeat(prompt_lengths_P, groups)
-    mask_PxS = jnp.arange(prompts_PxS.shape[1]) < prompt_lengths_P[:, None]
     layers = [jax.tree.map(lambda a, i=i: a[i], (params["blocks"], prompt)) for i in range(c.depth)]
     empty = jnp.zeros((start_B.shape[0], c.kv_heads, length, c.head_dim), c.dtype)
 

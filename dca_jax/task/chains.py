@@ -179,8 +179,8 @@ class Chains:
     * `redundant`: rewrites the value that already stands, or is right but not live;
     * `error`: the value is neither expected nor true; also any text that is neither a write nor the answer;
     * `inherits`: the value is expected but not true: it follows correctly from an earlier error;
-    * `repair`: the value is true although what it reads is wrong, or it replaces a wrong value;
-    * `necessary`: any other true value that the answer reads.
+    * `repair`: the value is true although another was expected, or it replaces a wrong value;
+    * `necessary`: any other true value that the answer reads, or, where there is no answer, would have read.
     """
     parsed = self._parse(prompt)
     chain = parsed.chain[parsed.query]
@@ -192,7 +192,7 @@ class Chains:
     for k, step in enumerate(steps):
       last = k == len(steps) - 1
       write, answer = _WRITE.fullmatch(step), _ANSWER.search(step) if last else None
-      if last and truncated and not write:
+      if last and truncated and not step.endswith(";"):
         roles.append("irrelevant")
         continue
       if write:

@@ -231,7 +231,7 @@ def _void_same_intensity(batch):
 VOID = {
   "missing": _void_missing,
   **{f"weight {value}": functools.partial(_void_weight, value) for value in INSANE},
-  **{f"all {ROLES[r]} {w}": functools.partial(_void_equal, r, w) for r in range(6) for w in (1e-3, 1.0)},
+  **{f"all {ROLES[r]} {w}": functools.partial(_void_equal, r, w) for r in range(6) for w in (1e-3, 1.0, 999.9)},
   "all of weight 0": functools.partial(_void_equal, NECESSARY, 0.0),
   "two roles of the same intensity": _void_same_intensity,
 }

@@ -1,0 +1,163 @@
+"""The mesh: where arrays live, and that no result depends on it. Eight devices need a process of their own."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh
+
+from dca_jax.errors import UserError
+from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, update
+from dca_jax.mesh import MeshConfig, batch_sharding, check_divisible, make_mesh, replicated, state_shardings
+from dca_jax.policy import Policy, PolicyConfig, Sampling
+
+VOCAB = 20
+P, G, S, T = 8, 2, 3, 4
+POLICY = Policy(PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp=24), VOCAB)
+CONFIG = LearnerConfig(reference=False)
+
+# What one device of fsdp 4 x tensor 2 holds: the width in four parts; heads, hidden units and vocabulary in two.
+SHARDS = {
+  "embedding": (10, 4),
+  "q": (2, 4, 2, 4),
+  "k": (2, 4, 1, 4),
+  "v": (2, 4, 1, 4),
+  "o": (2, 2, 4, 4),
+  "gate": (2, 4, 12),
+  "up": (2, 4, 12),
+  "down": (2, 12, 4),
+  "attention_norm": (2, 4),
+  "mlp_norm": (2, 4),
+  "final_norm": (4,),
+}
+
+
+def shard_shapes(state) -> list:
+  """(array, parameter, shape of its first shard), for the parameters and both moments of Adam."""
+  trees = {"params": state.params} | {key: optax.tree_utils.tree_get(state.opt_state, key) for key in ("mu", "nu")}
+  rows = []
+  for name, tree in trees.items():
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      keys = [key.key for key in path if key.key not in ("kernel", "scale")]
+      rows.append([name, keys[-1], list(leaf.addressable_shards[0].data.shape)])
+  return rows
+
+
+def largest_difference(a, b) -> float:
+  return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def on_eight_devices() -> dict:
+  """Runs in the process with eight devices; returns what the tests look at."""
+  rng = np.random.default_rng(0)
+  batch = Batch(
+    prompts_PxS=rng.integers(VOCAB, size=(P, S)).astype(np.int32),
+    prompt_lengths_P=rng.integers(1, S + 1, size=P).astype(np.int32),
+    completions_BxT=rng.integers(VOCAB, size=(P * G, T)).astype(np.int32),
+    lengths_B=rng.integers(1, T + 1, size=P * G).astype(np.int32),
+    trained_B=np.arange(P * G) != 3,
+    advantages_BxT=rng.normal(size=(P * G, T)).astype(np.float32),
+    logprobs_BxT=np.zeros((P * G, T), np.float32),
+    reference_BxT=None,
+  )
+  report: dict = {"devices": jax.device_count()}
+
+  # Sharded parameters, made and updated as in training; the first moment of Adam is a tenth of the gradient.
+  devices = make_mesh(MeshConfig(data=1, fsdp=4, tensor=-1))
+  adam = make_optimizer(CONFIG, 10)
+  shardings = state_shardings(devices, POLICY, adam)
+  params = jax.jit(lambda key: nn.unbox(POLICY.init_params(key)), out_shardings=shardings.params)(jax.random.key(0))
+  start = jax.tree.map(np.array, params)
+  state = jax.jit(functools.partial(init_state, adam), out_shardings=shardings)(params)
+  report["before"] = shard_shapes(state)
+  placed = jax.device_put(batch, batch_sharding(devices))
+  state, _, _ = update(
+    POLICY, CONFIG, adam, Sampling(), G, state, placed, jax.device_put(np.bool_(True), replicated(devices))
+  )
+  report["after"] = shard_shapes(state)
+  first = optax.tree_utils.tree_get(state.opt_state, "mu")
+  sharded = jax.tree.map(lambda m: np.array(m) / np.float32(1 - CONFIG.adam_b1), first)
+
+  # The same update with whole parameters, on one device and on eight that share the rows; the gradient is kept as is.
+  keep = optax.trace(0.0)
+  results = []
+  for mesh in (None, make_mesh(MeshConfig())):
+    state, rows, on_policy = init_state(keep, jax.tree.map(jnp.array, start)), batch, jnp.bool_(True)
+    if mesh is not None:
+      state = jax.device_put(state, state_shardings(mesh, POLICY, keep))
+      rows, on_policy = jax.device_put(batch, batch_sharding(mesh)), jax.device_put(np.bool_(True), replicated(mesh))
+    state, metrics, logps = update(POLICY, CONFIG, keep, Sampling(), G, state, rows, on_policy)
+    results.append(jax.tree.map(np.array, (state, metrics, logps)))
+  one, eight = results
+  report["data_8"] = largest_difference(one, eight)
+  report["fsdp_4_tensor_2"] = largest_difference(one[0].opt_state.trace, sharded)
+  report["gradient"] = max(float(np.abs(g).max()) for g in jax.tree.leaves(one[0].opt_state.trace))
+  return report
+
+
+@pytest.fixture(scope="module")
+def report():
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    # Programs for eight devices take long to compile, and are run once.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+  }
+  done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_parameters_and_moments_are_sharded_as_named(report, when):
+  assert report["devices"] == 8
+  assert {row[0] for row in report[when]} == {"params", "mu", "nu"}
+  assert len(report[when]) == 3 * len(SHARDS)
+  for array, parameter, shape in report[when]:
+    assert tuple(shape) == SHARDS[parameter], (array, parameter)
+
+
+@pytest.mark.parametrize("mesh", ["data_8", "fsdp_4_tensor_2"])
+def test_an_update_does_not_depend_on_the_mesh(report, mesh):
+  assert report["gradient"] > 0.01
+  assert report[mesh] < 1e-5
+
+
+@pytest.mark.parametrize(
+  "config", [MeshConfig(data=3), MeshConfig(data=-1, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
+)
+def test_a_mesh_that_does_not_fit_is_an_error_that_names_the_keys(config):
+  sizes = f"{config.data} x {config.fsdp} x {config.tensor}"
+  message = rf"mesh\.data x mesh\.fsdp x mesh\.tensor = {sizes} does not fit 1 device"
+  with pytest.raises(UserError, match=message):
+    make_mesh(config)
+
+
+def test_problems_that_do_not_divide_are_an_error_that_names_the_keys():
+  devices = AbstractMesh((2, 4, 3), ("data", "fsdp", "tensor"))
+  check_divisible(devices, 16)
+  with pytest.raises(UserError, match=r"rollout\.problems / learner\.micro_batches = 12 .*\b8 devices") as error:
+    check_divisible(devices, 12)
+  assert "mesh.data x mesh.fsdp" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("config", "key"),
+  [(MeshConfig(fsdp=0), "fsdp"), (MeshConfig(tensor=-2), "tensor"), (MeshConfig(data=-1, fsdp=-1), "data")],
+  ids=str,
+)
+def test_impossible_sizes_are_named(config, key):
+  assert list(config.check()) == [key]
+
+
+if __name__ == "__main__":
+  print(json.dumps(on_eight_devices()))

@@ -1,0 +1,278 @@
+"""The training loop: what a step trains on, what it records, and what it must not do."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dca_jax import learner, mesh, review
+from dca_jax.policy import Policy, Sampling, token_logprobs
+from dca_jax.review import builtin
+from dca_jax.roles import ROLES
+from dca_jax.rollout import read_trajectories
+from dca_jax.task import TASKS
+from dca_jax.train import collect, train
+
+WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
+
+
+@pytest.fixture(scope="module")
+def weighted_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("weighted")
+  train(tiny.make_config(WEIGHTED), str(workdir), quiet=True)
+  return workdir
+
+
+def records(workdir, step):
+  return list(read_trajectories(workdir / "trajectories", step))
+
+
+@pytest.fixture(scope="module")
+def everything_run(tmp_path_factory):
+  """A run of eight steps in two parts, and the programs compiled in each with the number of the last finished step."""
+  workdir = tmp_path_factory.mktemp("everything")
+  compiled, on = [], True
+
+  def listen(event: str, seconds: float, **kwargs):
+    # Making the MLIR module comes before the compiled program is looked for on the disk.
+    if on and event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+      compiled.append((part, len(tiny.read_lines(workdir)) - 1, kwargs["fun_name"]))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  for part, steps in (1, 6), (2, 8):
+    config = tiny.make_config({**tiny.EVERYTHING, "steps": steps, "evaluate.every": 3})
+    train(config, str(workdir), quiet=True)
+  on = False
+  return workdir, compiled
+
+
+# Compilations and transfers.
+
+
+def test_nothing_is_compiled_after_the_second_step(everything_run):
+  workdir, compiled = everything_run
+  # The steps differ in how often they sample.
+  assert {line["train/completions"] for line in tiny.read_lines(workdir)[1:]} == {16, 32}
+  assert any("update" in name for _, _, name in compiled)
+  assert not [(done, name) for part, done, name in compiled if part == 1 and done >= 2]
+
+
+def test_a_resumed_run_compiles_nothing_after_its_first_step(everything_run):
+  _, compiled = everything_run
+  assert any(part == 2 for part, _, _ in compiled)
+  assert not [(done, name) for part, done, name in compiled if part == 2 and done >= 7]
+
+
+def test_a_hidden_transfer_in_a_step_is_an_error(tmp_path, monkeypatch):
+  def careless(config, labeler, request):
+    jnp.ones(3) + np.ones(3, np.float32)
+    return review.Review("none")
+
+  monkeypatch.setitem(builtin.REVIEWERS, "random", careless)
+  config = tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "random"})
+  with pytest.raises(Exception, match=r"isallowed.*transfer"):
+    train(config, str(tmp_path), quiet=True)
+
+
+# Credit.
+
+
+def test_without_reviews_weighted_is_uniform_bit_for_bit(tmp_path):
+  config = tiny.make_config()
+  train(config, str(tmp_path / "uniform"), quiet=True)
+  # A config that `build` refuses: credit that waits for reviews which never come.
+  weighted = dataclasses.replace(config, credit=dataclasses.replace(config.credit, scheme="weighted"))
+  train(weighted, str(tmp_path / "weighted"), quiet=True)
+  tiny.assert_same_run(tmp_path / "weighted", tmp_path / "uniform")
+
+
+def test_with_reviews_weighted_is_not_uniform(weighted_run, tmp_path):
+  train(tiny.make_config(), str(tmp_path), quiet=True)
+  ours, theirs = tiny.saved_state(weighted_run), tiny.saved_state(tmp_path)
+  # The first rollout is the same, since credit comes after it.
+  assert [t.tokens for t in records(weighted_run, 1)] == [t.tokens for t in records(tmp_path, 1)]
+  assert any(not np.array_equal(ours[k], theirs[k]) for k in ours if "params" in k)
+
+
+# What a step samples.
+
+
+def collector(changes):
+  """`collect` as a function of step and seed, on randomly initialised parameters."""
+  config = tiny.make_config(changes)
+  task = TASKS[config.task.name](config.task)
+  tokenizer = task.tokenizer()
+  policy = Policy(config.policy, len(tokenizer))
+  devices = mesh.make_mesh(config.mesh)
+  shardings = mesh.state_shardings(devices, policy, learner.make_optimizer(config.learner, config.steps))
+  init = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
+  params = init(jax.random.key(0))
+  end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
+  rows = mesh.batch_sharding(devices)
+  return lambda step, seed=0: collect(config.rollout, seed, step, task, tokenizer, policy, params, end_ids, rows)
+
+
+def same(ours, theirs) -> bool:
+  equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), list(ours), list(theirs))
+  return all(jax.tree.leaves(equal))
+
+
+def test_a_rollout_is_a_function_of_seed_and_step():
+  sampled = collector({"rollout.zero_variance": "refill", "rollout.refill_rounds": 3})
+  first = sampled(5)
+  assert same(first, sampled(5))
+  assert not same(first, sampled(6))
+  assert not same(first, sampled(5, seed=1))
+
+
+def test_problems_differ_between_steps_and_between_seeds():
+  sampled = collector({"rollout.zero_variance": "refill", "rollout.refill_rounds": 3})
+  ids = [{p.id for p in sampled(step, seed).problems} for seed in (0, 1) for step in (1, 2, 3)]
+  assert all(len(group) == 4 for group in ids)
+  assert len(set.union(*ids)) == sum(len(group) for group in ids)
+
+
+def test_seeds_differ_in_their_noise_too(tmp_path):
+  for seed in (0, 1):
+    train(tiny.make_config({"seed": seed, "steps": 1}), str(tmp_path / str(seed)), quiet=True)
+  ours, theirs = records(tmp_path / "0", 1), records(tmp_path / "1", 1)
+  assert not {t.problem for t in ours} & {t.problem for t in theirs}
+  assert [t.tokens for t in ours] != [t.tokens for t in theirs]
+
+
+def groups(trajectories):
+  by_problem = {}
+  for t in trajectories:
+    by_problem.setdefault(t.problem, []).append(t)
+  return list(by_problem.values())
+
+
+def test_refill_trains_on_mixed_groups_unless_rounds_run_out(everything_run):
+  workdir, _ = everything_run
+  ran_out = []
+  for step in range(1, 9):
+    line, rows = tiny.read_lines(workdir)[step], records(workdir, step)
+    assert [len(group) for group in groups(rows)] == [4] * 4
+    mixed = [len({t.reward for t in group}) > 1 for group in groups(rows)]
+    assert mixed == sorted(mixed, reverse=True)
+    for group, is_mixed in zip(groups(rows), mixed, strict=True):
+      assert all(t.trained == is_mixed for t in group if not t.truncated)
+    assert line["learner/tokens"] == sum(len(t.tokens) for t in rows if t.trained and not t.truncated)
+    ran_out.append(not all(mixed))
+    if ran_out[-1]:
+      assert line["train/completions"] == 32
+  assert not all(ran_out)
+
+
+def test_masked_completions_are_recorded_as_not_trained(everything_run):
+  workdir, _ = everything_run
+  truncated = [t for step in range(1, 9) for t in records(workdir, step) if t.truncated]
+  assert truncated
+  assert not any(t.trained for t in truncated)
+
+
+def test_skip_leaves_unanimous_groups_out(tmp_path):
+  train(tiny.make_config({"rollout.zero_variance": "skip", "steps": 6}), str(tmp_path), quiet=True)
+  left_out = 0
+  for step in range(1, 7):
+    rows = records(tmp_path, step)
+    for group in groups(rows):
+      assert all(t.trained == (len({t.reward for t in group}) > 1) for t in group)
+    left_out += sum(not t.trained for t in rows)
+    assert tiny.read_lines(tmp_path)[step]["learner/tokens"] == sum(len(t.tokens) for t in rows if t.trained)
+  assert left_out
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.8}], ids=lambda cut: next(iter(cut)))
+def test_tokens_that_are_cut_leave_the_gradient_finite(cut):
+  # A policy that samples with top-k or top-p must be able to learn.
+  def loss(hidden):
+    logps, _ = token_logprobs(hidden, jnp.eye(6), jnp.array([[0, 1, 2]]), Sampling(**cut))
+    return logps.sum()
+
+  gradient = jax.jit(jax.grad(loss))(jax.random.normal(jax.random.key(0), (1, 3, 6)))
+  assert np.isfinite(gradient).all()
+  assert np.abs(gradient).max() > 0
+
+
+# What a step records.
+
+
+def test_trajectories_describe_the_completions(weighted_run):
+  tokenizer = TASKS["chains"](tiny.make_config().task).tokenizer()
+  for step in (1, 2, 3):
+    rows = records(weighted_run, step)
+    assert [t.id.split("/")[0] for t in rows] == [str(step)] * 16
+    assert len({t.id for t in rows}) == 16
+    for t in rows:
+      assert [s["start"] for s in t.steps] == [0, *(s["end"] for s in t.steps[:-1])]
+      assert t.steps[-1]["end"] == len(t.tokens)
+      assert "".join(s["text"] for s in t.steps) == tokenizer.decode(t.tokens)
+      for s in t.steps:
+        assert s["text"] == tokenizer.decode(t.tokens[s["start"] : s["end"]])
+        assert s["role"] in ROLES
+      assert (t.tokens[-1] == tokenizer.eos_token_id) == (not t.truncated)
+      assert t.correct == (t.reward == 1.0)
+      assert t.correct == tokenizer.decode(t.tokens).endswith(f"#{t.answer}$")
+
+
+def test_credit_is_conserved(weighted_run):
+  moved = 0
+  for step in (1, 2, 3):
+    for t in records(weighted_run, step):
+      assert len(t.credit) == len(t.tokens)
+      assert sum(t.credit) == pytest.approx(t.advantage * len(t.tokens), rel=1e-5, abs=1e-6)
+      moved += len(set(t.credit)) > 1
+  assert moved > 5
+
+
+def test_advantages_are_reward_minus_the_others_mean(weighted_run):
+  for group in groups(records(weighted_run, 2)):
+    rewards = [t.reward for t in group]
+    for t in group:
+      assert t.advantage == pytest.approx(t.reward - (sum(rewards) - t.reward) / 3, abs=1e-6)
+
+
+def test_metrics_agree_with_the_trajectories(weighted_run):
+  lines = tiny.read_lines(weighted_run)
+  assert [line["step"] for line in lines] == [0, 1, 2, 3]
+  for step in (1, 2, 3):
+    line, rows = lines[step], records(weighted_run, step)
+    assert line["train/reward"] == pytest.approx(np.mean([t.reward for t in rows]))
+    assert line["train/accuracy"] == pytest.approx(np.mean([t.correct for t in rows]))
+    assert line["train/truncated"] == pytest.approx(np.mean([t.truncated for t in rows]))
+    assert line["train/length"] == pytest.approx(np.mean([len(t.tokens) for t in rows]))
+    assert line["train/mixed_groups"] == np.mean([len({t.reward for t in g}) > 1 for g in groups(rows)])
+    assert line["train/completions"] == 16
+    assert line["learner/tokens"] == sum(len(t.tokens) for t in rows)
+    assert line["review/ok"] == 1
+    roles = [s["role"] for t in rows for s in t.steps]
+    assert line["review/necessary"] == pytest.approx(roles.count("necessary") / len(roles))
+    assert sum(line[f"review/{role}"] for role in ROLES) == pytest.approx(1)
+    assert line["credit/conservation_error"] < 1e-5
+    assert line["sampler/logprob_error"] < 1e-4
+    assert line["learner/grad_norm"] > 0
+    assert line["learner/entropy"] > 0
+    assert line["seconds/step"] >= max(line[f"seconds/{part}"] for part in ("sample", "review", "update"))
+  assert lines[1]["learner/kl"] == pytest.approx(0, abs=1e-6)  # Still the reference itself.
+  assert lines[3]["learner/kl"] > 0
+  assert all(np.isfinite(value) for line in lines for value in line.values())
+
+
+def test_the_first_and_the_last_policy_are_evaluated(weighted_run):
+  lines = tiny.read_lines(weighted_run)
+  assert [line["step"] for line in lines if "eval/greedy" in line] == [0, 3]
+  for line in (lines[0], lines[3]):
+    for name in ("greedy", "sampled", "pass@2", "maj@2"):
+      assert 0 <= line[f"eval/{name}_low"] <= line[f"eval/{name}"] <= line[f"eval/{name}_high"] <= 1
+
+
+def test_a_run_keeps_its_config_and_its_start(weighted_run):
+  assert json.loads((weighted_run / "config.json").read_text())["credit"]["scheme"] == "weighted"
+  assert (weighted_run / "start").is_dir()
+  assert (weighted_run / "tokenizer" / "tokenizer.json").exists()
