@@ -53,24 +53,34 @@ def compare(
       train(configs[arm, seed], str(run))
       runs[arm, seed] = read_metrics(run)
 
+  names = [arm.split(":")[0] for arm in arms]
+  labels = names if len(set(names)) == len(names) else list(arms)
   curves, reached, rows = {}, {}, []
-  for arm in arms:
-    curves[arm] = [_curve(runs[arm, seed]) for seed in seeds]
-    reached[arm] = [samples_to(x, y, threshold) for x, y in curves[arm]]
-  for arm in arms:
+  for arm, label in zip(arms, labels, strict=True):
+    curves[label] = [_curve(runs[arm, seed]) for seed in seeds]
+    reached[label] = [samples_to(x, y, threshold) for x, y in curves[label]]
+  for arm, label in zip(arms, labels, strict=True):
     final = [runs[arm, seed][-1] for seed in seeds]
     rows.append(
       [
-        arm,
+        label,
         f"{configs[arm, seeds[0]].learner.lr:g}",
-        " ".join("never" if n is None else f"{n:,.0f}" for n in reached[arm]),
-        ratio(reached[arms[0]], reached[arm], curves[arms[0]]),
+        " ".join("never" if n is None else f"{n:,.0f}" for n in reached[label]),
+        ratio(reached[labels[0]], reached[label], curves[labels[0]]),
         " ".join(f"{m['eval/sampled']:.3f}" for m in final),
         " ".join(f"{m['eval/greedy']:.3f}" for m in final),
         " ".join(f"{m['eval/length']:.1f}" for m in final),
       ]
     )
-  header = ["arm", "lr", f"completions to {threshold:g}", f"{arms[0]} / arm", "sampled at the end", "greedy", "length"]
+  header = [
+    "arm",
+    "lr",
+    f"completions to {threshold:g}",
+    f"{labels[0]} / arm",
+    "sampled at the end",
+    "greedy",
+    "length",
+  ]
   panels = [("accuracy", curves)]
   size = (6.4, 3.6)
   (folder / "compare.png").write_bytes(chart(panels, "completions sampled", size, "png"))
