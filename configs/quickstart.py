@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
   "weighted": {"learner.lr": 1e-3},
-  "noisy": {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.flip": 0.3, "learner.lr": 1e-3},
+  "noisy": {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.flip": 0.3, "learner.lr": 5e-4},
 }
 
 
@@ -19,7 +19,7 @@ def get_config():
   c = ConfigDict()
   c.steps = 80
   c.policy = dict(heads=8, kv_heads=4, head_dim=16, mlp=160, rope_theta=100.0, qk_norm=True)
-  c.warmstart = dict(clean_steps=250, steps=300, lr=1.2e-2)
+  c.warmstart = dict(clean_steps=250, steps=500, lr=1.2e-2)
   c.rollout = dict(max_prompt_tokens=43)
   c.reviewer = dict(name="oracle")
   c.credit = dict(scheme="weighted")

@@ -53,20 +53,18 @@ def compare(
       train(configs[arm, seed], str(run))
       runs[arm, seed] = read_metrics(run)
 
-  names = [arm.split(":")[0] for arm in arms]
-  labels = names if len(set(names)) == len(names) else list(arms)
   curves, reached, rows = {}, {}, []
-  for arm, label in zip(arms, labels, strict=True):
-    curves[label] = [_curve(runs[arm, seed]) for seed in seeds]
-    reached[label] = [samples_to(x, y, threshold) for x, y in curves[label]]
-  for arm, label in zip(arms, labels, strict=True):
+  for arm in arms:
+    curves[arm] = [_curve(runs[arm, seed]) for seed in seeds]
+    reached[arm] = [samples_to(x, y, threshold) for x, y in curves[arm]]
+  for arm in arms:
     final = [runs[arm, seed][-1] for seed in seeds]
     rows.append(
       [
-        label,
+        arm,
         f"{configs[arm, seeds[0]].learner.lr:g}",
-        " ".join("never" if n is None else f"{n:,.0f}" for n in reached[label]),
-        ratio(reached[labels[0]], reached[label], curves[labels[0]]),
+        " ".join("never" if n is None else f"{n:,.0f}" for n in reached[arm]),
+        ratio(reached[arms[0]], reached[arm], curves[arms[0]]),
         " ".join(f"{m['eval/sampled']:.3f}" for m in final),
         " ".join(f"{m['eval/greedy']:.3f}" for m in final),
         " ".join(f"{m['eval/length']:.1f}" for m in final),
@@ -76,7 +74,7 @@ def compare(
     "arm",
     "lr",
     f"completions to {threshold:g}",
-    f"{labels[0]} / arm",
+    f"{arms[0]} / arm",
     "sampled at the end",
     "greedy",
     "length",
@@ -113,12 +111,9 @@ def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str
   """
   if any(n is None for n in arm):
     return "-"
-  known = [x[-1] if n is None else n for n, (x, _) in zip(base, base_curves, strict=True)]
+  lengths = [x[-1] for x, _ in base_curves]
+  known = [n or length for n, length in zip(base, lengths, strict=True)]
   arrived = [n for n in arm if n is not None]
-  bound = (
-    "≥ "
-    if statistics.median(known) in [x[-1] for n, (x, _) in zip(base, base_curves, strict=True) if n is None]
-    else ""
-  )
+  bound = "≥ " if None in base else ""
   apart = " (seeds apart)" if min(known) > max(arrived) and len(arm) > 1 else ""
   return f"{bound}{statistics.median(known) / statistics.median(arrived):.2f}{apart}"

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -131,7 +132,12 @@ def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   except (flags.Error, TypeError, ValueError) as error:
     raise ConfigError(str(error).removeprefix("flag --config.")) from None
   if strays:
-    raise ConfigError(f"cannot read the argument {strays[0]!r}; settings are given as --config.section.key=value")
+    hint = (
+      f"--config.{strays[0].lstrip('-')}"
+      if strays[0].lstrip("-").split("=")[0] in known
+      else "--config.section.key=value"
+    )
+    raise ConfigError(f"cannot read the argument {strays[0]!r}; settings are given as {hint}")
   return full
 
 
@@ -153,12 +159,12 @@ def _section(defaults, given, prefix: str):
   """The dataclass `defaults` with the values of `given`, a mapping of what differs."""
   if not isinstance(given, (ConfigDict, dict)):
     raise ConfigError(f"{prefix[:-1]}: must be a section with keys of its own, not {given!r}")
+  known = [field.name for field in dataclasses.fields(defaults)]
   values = {}
   for key, value in given.items():
-    default = getattr(defaults, key, None)
-    if default is None:
-      known = [prefix + field.name for field in dataclasses.fields(defaults)]
-      raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, known)}")
+    if key not in known:
+      raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in known])}")
+    default = getattr(defaults, key)
     if dataclasses.is_dataclass(default):
       values[key] = _section(default, value, f"{prefix}{key}.")
       continue
@@ -166,6 +172,8 @@ def _section(defaults, given, prefix: str):
       value = float(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ConfigError(f"{prefix}{key}: must be a finite number, not {value!r}")
     values[key] = value
   return dataclasses.replace(defaults, **values)
 
@@ -181,10 +189,10 @@ def _validate(config: Config) -> None:
 
 
 def _sections(section, prefix: str):
-  yield prefix, section
   for field in dataclasses.fields(section):
     if dataclasses.is_dataclass(getattr(section, field.name)):
       yield from _sections(getattr(section, field.name), f"{prefix}{field.name}.")
+  yield prefix, section  # Last, so that its checks can rely on sound values below.
 
 
 def _lookup(config: Config, key: str):
@@ -206,14 +214,13 @@ def claim_workdir(config: Config, workdir: str) -> epath.Path:
     ConfigError: it holds a run with other settings, or files that are no run.
   """
   folder = epath.Path(workdir).expanduser().absolute()
-  saved = folder / "config.json"
+  saved, partial = folder / "config.json", folder / ".config.json"
   if saved.exists():
     if changes := difference(config, saved.read_text()):
       raise ConfigError(f"--workdir={workdir} holds a different run: {changes[0]}; choose another --workdir")
-  elif folder.exists() and any(folder.iterdir()):
+  elif folder.exists() and {path.name for path in folder.iterdir()} - {partial.name}:
     raise ConfigError(f"--workdir={workdir} holds files but no config.json, so no run; choose another --workdir")
   folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / ".config.json"
   partial.write_text(config.to_json())
   partial.replace(saved)
   return folder

@@ -42,6 +42,8 @@ class PolicyConfig:
       bad["head_dim"] = "must be even and positive, for rotary positions"
     if self.kv_heads > 0 and self.heads % self.kv_heads:
       bad["heads"] = f"must be a multiple of policy.kv_heads ({self.kv_heads})"
+    if self.rope_theta <= 1:
+      bad["rope_theta"] = "must be above 1"
     if self.dtype not in ("float32", "bfloat16"):
       bad["dtype"] = "must be 'float32' or 'bfloat16'"
     return bad

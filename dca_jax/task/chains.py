@@ -49,14 +49,16 @@ class ChainsConfig:
   wrong: str = "table"
   """Demonstrations: `table` makes fixed entries of the arithmetic table wrong in a fixed way (a misconception, which
   outcome-only training must unlearn), `slips` draws a fresh wrong digit each time."""
-  misconceptions: float = 0.55
+  misconceptions: float = 0.5
   """Share of the table's entries that are sometimes wrong; read when `wrong` is `table`."""
   wrong_low: float = 0.3
-  wrong_high: float = 0.8
+  wrong_high: float = 0.7
   """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high]; under `slips` a demonstration's."""
 
   def check(self) -> dict[str, str]:
     bad = {}
+    if self.name != "chains":
+      bad["name"] = "must be 'chains', the only task there is"
     if self.lines % 2 or not 2 <= self.lines <= 24:
       bad["lines"] = "must be even and between 2 and 24"
     if not 2 <= self.modulus <= 10:
