@@ -3,11 +3,15 @@
 The warm start teaches a policy of about 170,000 parameters to write worked solutions, half of whose arithmetic
 table is sometimes wrong in a fixed way, so that the wrong digit is often the likeliest one. From there reinforcement
 learning has only the final digit to go by.
+
+Expect sampled accuracy on held-out problems to rise from 0.18 (greedy 0.33). In 150 steps of 128 completions, three
+seeds: `weighted` passes 0.8 after 6,900 to 9,500 completions and ends at 0.94 to 0.97, `uniform` (GRPO) after 14,200 to
+15,500 and at 0.90 to 0.92; README.md has the command. Most of the time of a first run is the warm start, which is kept.
 """
 
 from ml_collections import ConfigDict
 
-# Each arm at the best of the learning rates tried for it; see `benchmarks/learning.sh`.
+# Arms for `dca-jax compare`, with their learning rates; README.md says how they were chosen.
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
   "weighted": {"learner.lr": 1e-3},
