@@ -21,7 +21,7 @@ setup(
     "matplotlib",
     "ml-collections>=1.0",
     "numpy>=2.0",
-    "optax>=0.2.5",
+    "optax>=0.2.8",
     "orbax-checkpoint>=0.11.20",
     "tensorboardX>=2.6",
     "tokenizers",

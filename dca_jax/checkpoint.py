@@ -80,25 +80,37 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints, but none is readable, or they belong to another run.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
+    damaged: dict[int, str] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
       args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), host=ocp.args.JsonRestore())
       try:
         restored = self._manager.restore(step, args=args)
+        state, saved_by = TrainState(**restored.state), restored.host["config"]
       except Exception as error:  # Damage shows as any of a dozen types.
-        damaged = self._folder.parent / f"damaged_checkpoint_{step}"
-        (self._folder / str(step)).rename(damaged)
-        self._manager.reload()
-        print(f"warning: checkpoint {step} is damaged ({_reason(error)}); moved to {damaged}", file=sys.stderr)
+        damaged[step] = _reason(error)
         continue
-      if restored.host["config"] != config_hash:
+      if saved_by != config_hash:
         raise UserError(f"{self._folder / str(step)} was saved by a run with other settings; choose another --workdir")
-      return step, TrainState(**restored.state)
-    if steps:
+      self._put_aside(damaged)
+      return step, state
+    if damaged:
       raise UserError(
-        f"no checkpoint in {self._folder} was readable; to start from the beginning choose another --workdir"
+        f"no checkpoint in {self._folder} is readable ({damaged[max(damaged)]}); choose another --workdir, or move that"
+        " folder away to begin again"
       )
     return None
+
+  def _put_aside(self, damaged: dict[int, str]) -> None:
+    """Moves damaged checkpoints out of the way; while they stand there, Orbax refuses to save those steps again."""
+    for step, reason in damaged.items():
+      names = (
+        self._folder.parent / f"damaged_checkpoint_{step}{suffix}" for suffix in ("", *map("_{}".format, range(99)))
+      )
+      place = next(name for name in names if not name.exists())
+      (self._folder / str(step)).rename(place)
+      print(f"warning: checkpoint {step} is damaged ({reason}); moved to {place}", file=sys.stderr)
+    if damaged:
+      self._manager.reload()
 
 
 def _reason(error: Exception) -> str:

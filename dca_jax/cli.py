@@ -1,7 +1,6 @@
 """`dca-jax train | compare | report`."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -41,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     return {"train": _train, "compare": _compare, "report": _report}[args.command](args, overrides)
   except UserError as error:
+    sys.unraisablehook = lambda _: None  # Threads of a failed save would add a traceback on their way out.
     print(f"dca-jax: error: {error}", file=sys.stderr)
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-      raise
-    print(f"dca-jax: error: {error.strerror}: {error.filename}; what was saved before is intact", file=sys.stderr)
+    where = error.filename or getattr(args, "workdir", "")
+    print(f"dca-jax: error: {where}: {error.strerror or error}; what was saved before is intact", file=sys.stderr)
   except KeyboardInterrupt:
     print("\ndca-jax: interrupted; the same command again continues from the last checkpoint", file=sys.stderr)
     return 130
@@ -85,6 +84,7 @@ def _report(args, overrides) -> int:
   from etils import epath
 
   from dca_jax.config import ConfigError
+  from dca_jax.metrics import read_metrics
   from dca_jax.report import write_report
 
   folder = epath.Path(args.workdir).expanduser().absolute()
@@ -92,5 +92,7 @@ def _report(args, overrides) -> int:
     raise ConfigError(f"cannot read the argument {overrides[0]!r}")
   if not (folder / "metrics.jsonl").exists():
     raise ConfigError(f"--workdir={args.workdir} holds no run")
+  if not any("train/accuracy" in line for line in read_metrics(folder)):
+    raise ConfigError(f"--workdir={args.workdir} holds a run that has not finished a step yet")
   print(f"report: {write_report(folder)}")
   return 0

@@ -1,6 +1,7 @@
 """Arms against each other: the same problems, the same start, several seeds."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -43,6 +44,8 @@ def compare(
   Returns:
     The table, as text.
   """
+  if not arms:
+    raise ConfigError("--arms: name at least one")
   configs = {(arm, seed): arm_config(recipe, arm, seed, overrides) for arm in arms for seed in seeds}
   folder = epath.Path(workdir).expanduser().absolute()
   runs = {}
@@ -114,6 +117,7 @@ def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str
   lengths = [x[-1] for x, _ in base_curves]
   known = [n or length for n, length in zip(base, lengths, strict=True)]
   arrived = [n for n in arm if n is not None]
-  bound = "≥ " if None in base else ""
+  endless = statistics.median(n or math.inf for n in base)
+  bound = "≥ " if endless != statistics.median(known) else ""
   apart = " (seeds apart)" if min(known) > max(arrived) and len(arm) > 1 else ""
   return f"{bound}{statistics.median(known) / statistics.median(arrived):.2f}{apart}"

@@ -100,7 +100,11 @@ def build(given: ConfigDict) -> Config:
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
   """Reads the recipe at `path`, applies `--config.section.key=value` arguments, and builds the Config."""
-  return build(apply_overrides(read_recipe(path).get_config(), overrides))
+  recipe = read_recipe(path)
+  try:
+    return build(apply_overrides(recipe.get_config(), overrides))
+  except ConfigError as error:
+    raise ConfigError(f"{error} (--config={path})") from None
 
 
 def read_recipe(path: str):
@@ -108,10 +112,13 @@ def read_recipe(path: str):
   if not pathlib.Path(path).is_file():
     raise ConfigError(f"--config={path}: no such file")
   spec = importlib.util.spec_from_file_location("recipe", path)
-  assert spec is not None
-  assert spec.loader is not None
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"--config={path}: a recipe is a Python file, NAME.py")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise ConfigError(f"--config={path}: line {error.lineno}: {error.msg}") from error
   if not hasattr(module, "get_config"):
     raise ConfigError(f"--config={path}: the file defines no get_config()")
   return module
@@ -119,6 +126,8 @@ def read_recipe(path: str):
 
 def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   """The recipe's values, overridden by `--config.section.key=value` arguments of the right types."""
+  if not isinstance(given, ConfigDict):
+    raise ConfigError(f"get_config() must return a ConfigDict, not {given!r}")
   full = ConfigDict(dataclasses.asdict(_section(Config(), given, "")))
   known = flatten(full.to_dict())
   for argument in overrides:

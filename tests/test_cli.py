@@ -336,7 +336,10 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
   process = tiny.start(*arguments, "--config.checkpoint.keep=1")
   tiny.wait_until(lambda: len(tiny.read_lines(run)) >= 4, process)
   process.send_signal(signal.SIGINT)
-  _, err = process.communicate(timeout=60)
+  try:
+    _, err = process.communicate(timeout=120)
+  finally:
+    process.kill()  # Where it hangs.
   assert process.returncode == 130
   assert "Traceback" not in err
   assert "the same command again continues" in err

@@ -214,7 +214,7 @@ def test_an_impossible_value_is_named(key, value, others):
     ("reviewer.flip", 0.1, {"credit.scheme": "weighted", "reviewer.name": "random"}),
     ("reviewer.seed", 1, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("reviewer.name", "oracle", {}),
-    ("task.misconceptions", 0.5, {"task.wrong": "slips"}),
+    ("task.misconceptions", 0.25, {"task.wrong": "slips"}),
     ("warmstart.lr", 0.1, {"warmstart.steps": 0, "warmstart.batch": 64}),
   ],
 )

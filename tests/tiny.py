@@ -80,7 +80,7 @@ def start(*arguments: str) -> subprocess.Popen:
   )
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120.0) -> None:
+def wait_until(condition, process: subprocess.Popen, seconds: float = 300.0) -> None:
   """Returns as soon as `condition` holds; fails where the process ends first."""
   end = time.monotonic() + seconds
   while not condition():

@@ -150,7 +150,7 @@ def update(
     "learner/clip_fraction": sums.clipped / count,
     "learner/ratio": sums.ratio / count,
     "learner/tokens": sums.tokens,
-    "learner/grad_norm": optax.global_norm(grads),
+    "learner/grad_norm": optax.tree.norm(grads),
     "sampler/logprob_error": sums.sampler_error,
   }
   return TrainState(optax.apply_updates(state.params, changes), opt_state), metrics, join(logp_nxBxT)

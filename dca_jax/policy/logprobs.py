@@ -59,7 +59,8 @@ def token_logprobs(hidden_BxTxD, embedding_VxD, targets_BxT, sampling: Sampling)
   def one(hidden_NxD, targets_N):
     logits = sampling_logits(hidden_NxD, embedding_VxD, sampling, targets_N)
     logps = jax.nn.log_softmax(logits, -1)
-    entropy = -jnp.sum(jnp.where(logits == -jnp.inf, 0.0, jnp.exp(logps) * logps), -1)
+    # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is not a number.
+    entropy = -jnp.sum(jnp.exp(logps) * jnp.where(logits == -jnp.inf, 0.0, logps), -1)
     return jnp.take_along_axis(logps, targets_N[:, None], -1)[:, 0], entropy
 
   hidden = jnp.pad(hidden_BxTxD.reshape(n, d), ((0, padding), (0, 0))).reshape(chunks, size, d)

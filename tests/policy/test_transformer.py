@@ -13,7 +13,8 @@ from dca_jax.policy.transformer import _rope, _rotate
 
 VOCAB = 20
 GROUP = 3
-TINY = PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp=24)
+# With norms of queries and keys, which are off by default; the sampler's and the learner's tests run without.
+TINY = PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp=24, qk_norm=True)
 LENGTHS = np.array([3, 5])
 
 
