@@ -28,7 +28,7 @@ class Checkpoints:
   """The checkpoints of a run, saved in the background; a context manager that waits for the last one."""
 
   def __init__(self, config: CheckpointConfig, workdir: epath.Path):
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file; its errors reach us as exceptions.
     self._folder = workdir / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, save_interval_steps=config.every)
     self._manager = ocp.CheckpointManager(self._folder, options=options)

@@ -362,8 +362,12 @@ def starting_policy(folder: epath.Path, abstract, make):
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
   with ocp.StandardCheckpointer() as checkpointer:
     if not (folder / "start").exists():
-      checkpointer.save(folder / "start", make())
-      checkpointer.wait_until_finished()
+      params = make()
+      try:
+        checkpointer.save(folder / "start", params)
+        checkpointer.wait_until_finished()
+      except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
+        raise UserError(f"could not save {folder / 'start'} ({str(error)[:200]}); make room, then run again") from error
     return checkpointer.restore(folder / "start", abstract)
 
 
