@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument("--workdir", required=True)
 
   args, overrides = parser.parse_known_args(argv)
+  sys.unraisablehook = _drop_late_callbacks
   from dca_jax.errors import UserError
 
   try:
     return {"train": _train, "compare": _compare, "report": _report}[args.command](args, overrides)
   except UserError as error:
-    sys.unraisablehook = lambda _: None  # Threads of a failed save would add a traceback on their way out.
     print(f"dca-jax: error: {error}", file=sys.stderr)
   except OSError as error:
     where = error.filename or getattr(args, "workdir", "")
@@ -49,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\ndca-jax: interrupted; the same command again continues from the last checkpoint", file=sys.stderr)
     return 130
   return 1
+
+
+def _drop_late_callbacks(unraisable) -> None:
+  """Threads of a save that failed call back into a loop that is gone; the failure itself has been told."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _train(args, overrides) -> int:

@@ -91,6 +91,8 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
         with jax.transfer_guard("disallow"):
           clock = Clock()
           rollout = collect(config.rollout, config.seed, step, task, tokenizer, policy, state.params, end_ids, rows)
+          if config.learner.mask_truncated:
+            rollout = rollout._replace(trained_B=rollout.trained_B & ~rollout.samples.truncated_B)
           clock.lap("sample")
 
           # The reference runs on the device while the host reviews.
@@ -111,7 +113,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             (
               rollout.samples.lengths_B,
               rollout.samples.truncated_B,
-              rollout.trained_B & ~(config.learner.mask_truncated & rollout.samples.truncated_B),
+              rollout.trained_B,
               rollout.samples.logprobs_BxT,
               rewards_B.reshape(-1, config.rollout.group),
               review_arrays(reviews, spans, config.rollout.max_tokens),
@@ -160,7 +162,7 @@ class Rollout(NamedTuple):
   samples: Samples
   outcomes: list[Outcome]
   trained_B: np.ndarray
-  """False in groups that `rollout.zero_variance` leaves out."""
+  """False in groups that `rollout.zero_variance` leaves out, and where `learner.mask_truncated` does."""
   sampled: list[Outcome]
   """Of everything sampled for this step, groups that were replaced included."""
 

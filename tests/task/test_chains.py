@@ -89,7 +89,8 @@ def test_demonstrations_with_mistakes_are_seldom_right():
   for i in range(2000):
     prompt, completion = task.demonstration(i, True)
     correct += task.verify(_problem(task, prompt), completion, truncated=False).correct
-  assert 0.15 <= correct / 2000 <= 0.25
+  # Six of the steps matter, and a quarter of all table entries is wrong on average: 0.75**6, and lucky guesses.
+  assert 0.2 <= correct / 2000 <= 0.35
 
 
 def test_the_table_is_wrong_in_the_same_way_every_time():
