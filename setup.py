@@ -34,5 +34,5 @@ setup(
     "gcs": ["gcsfs"],
     "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tensorboard"],
   },
-  entry_points={"console_scripts": ["dca-jax=dca_jax.cli:main"]},
+  entry_points={"console_scripts": ["dca-jax=dca_jax.cli:run"]},
 )

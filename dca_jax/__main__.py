@@ -1,5 +1,3 @@
-import sys
+from dca_jax.cli import run
 
-from dca_jax.cli import main
-
-sys.exit(main())
+run()

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument("--workdir", required=True)
 
   args, overrides = parser.parse_known_args(argv)
-  sys.unraisablehook = _drop_late_callbacks
   from dca_jax.errors import UserError
 
   try:
@@ -51,10 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 1
 
 
-def _drop_late_callbacks(unraisable) -> None:
-  """Threads of a save that failed call back into a loop that is gone; the failure itself has been told."""
-  if str(unraisable.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(unraisable)
+def run() -> NoReturn:
+  """The program: `main`, and the end of the process."""
+  status = main()
+  if status:
+    # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(0)
 
 
 def _train(args, overrides) -> int:
