@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
 from dca_jax.config import Config, ConfigError
-from dca_jax.credit import SCHEMES
+from dca_jax.credit import SCHEMES, CreditConfig
 from dca_jax.metrics import read_metrics
 from dca_jax.report import chart, completions_so_far, html_table, moving_average, page, text_table
 from dca_jax.train import train
@@ -20,7 +20,8 @@ def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
   """The config of one arm.
 
   An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to settings), followed by
-  any number of `:section.key=value`. The arm `uniform` asks no reviewer.
+  any number of `:section.key=value`. A scheme keeps what it reads of the recipe's credit section; `uniform` asks no
+  reviewer.
   """
   name, *settings = arm.split(":")
   given = recipe.get_config()
@@ -28,7 +29,9 @@ def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
   if name not in arms and name not in SCHEMES:
     raise ConfigError(f"--arms: no arm {name!r}; known are {', '.join({**arms, **dict.fromkeys(SCHEMES)})}")
   if name in SCHEMES:
-    given.credit = ConfigDict({"scheme": name})
+    credit = {**given.get("credit", {}), "scheme": name}
+    unread = CreditConfig(scheme=name).unused()
+    given.credit = ConfigDict({key: value for key, value in credit.items() if key not in unread})
     if name == "uniform":
       given.reviewer = ConfigDict({"name": "none"})
   assignments = [f"--config.{key}={value}" for key, value in arms.get(name, {}).items()]

@@ -39,12 +39,12 @@ def write_report(workdir: epath.Path) -> epath.Path:
   body = [
     f"<p class=note>{_describe(config)}</p>",
     "<h2>Held-out problems</h2>",
-    _table(["", *(["step 0", f"step {metrics[-1]['step']}"])], score_rows(metrics)),
+    html_table(["", *(["step 0", f"step {metrics[-1]['step']}"])], score_rows(metrics)),
     "<h2>Learning curve</h2>",
     chart(panels[:1], "completions sampled", (7.5, 3.2)),
     chart(panels[1:], "completions sampled", (7.5, 2.4)),
     "<h2>Where the seconds go</h2>",
-    _table(["", "median per step"], _seconds(trained)),
+    html_table(["", "median per step"], _seconds(trained)),
     "<h2>What credit did</h2>",
     "<p class=note>Answers of the first and the last step. Green steps were reinforced, red ones discouraged; the "
     "deeper, the more per token. Point at a step for its role.</p>",
@@ -126,19 +126,16 @@ def score_rows(metrics: list[dict]) -> list[list[str]]:
   return [[name.removeprefix("eval/"), *(cell(m, name) for m in (scored[0], scored[-1]))] for name in names]
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def texthtml_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
   lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   cells = "".join(f"<th>{html.escape(h)}" for h in header)
   body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}" for c in row) for row in rows)
   return f"<table><tr>{cells}{body}</table>"
-
-
-html_table = _table
 
 
 def _seconds(trained: list[dict]) -> list[list[str]]:
