@@ -126,7 +126,7 @@ def score_rows(metrics: list[dict]) -> list[list[str]]:
   return [[name.removeprefix("eval/"), *(cell(m, name) for m in (scored[0], scored[-1]))] for name in names]
 
 
-def texthtml_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
   lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
