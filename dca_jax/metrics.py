@@ -3,10 +3,13 @@
 import json
 import math
 import sys
+import time
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from dca_jax.errors import UserError
@@ -27,7 +30,11 @@ class Reporter:
     self.steps = {line["step"] for line in kept}
     """Steps that an earlier process recorded."""
     self._file = self._path.open("a")
-    self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+    # Not SummaryWriter: the queue to its thread can lose a wake-up to Ctrl-C, and closing it then waits for ever.
+    (workdir / "tensorboard").mkdir(exist_ok=True)
+    self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+    # TensorBoard hides what an interrupted run wrote from this step on.
+    self._write_event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
     self._quiet = quiet
     self._width = len(str(steps))
     self._bar = tqdm(total=steps, initial=start, unit="step", disable=quiet or not sys.stderr.isatty(), leave=False)
@@ -40,12 +47,16 @@ class Reporter:
     self._file.close()
     self._events.close()
 
+  def _write_event(self, **content) -> None:
+    self._events.write_event(Event(wall_time=time.time(), **content))
+
   def log(self, step: int, metrics: dict[str, float]) -> None:
     """Records the metrics of one step, flat keys `group/name`."""
     self._file.write(json.dumps({"step": step, **metrics}) + "\n")
     self._file.flush()
     for key, value in metrics.items():
-      self._events.add_scalar(key, value, step)
+      self._write_event(step=step, summary=scalar(key, value))
+    self._events.flush()
     self._bar.update(step - self._bar.n)
     if not self._quiet and "train/reward" in metrics:
       tqdm.write(f"step {step:{self._width}d}/{self._bar.total}  {_line(metrics)}", file=sys.stdout)
