@@ -22,8 +22,9 @@ ARMS = {
 def get_config():
   c = ConfigDict()
   c.steps = 80
-  c.policy = dict(heads=8, kv_heads=4, head_dim=16, mlp=160, rope_theta=100.0, qk_norm=True)
-  c.warmstart = dict(clean_steps=250, steps=500, lr=1.2e-2)
+  c.policy = dict(heads=4, kv_heads=2, head_dim=16, rope_theta=100.0, qk_norm=True)
+  c.warmstart = dict(clean_steps=600, steps=250)
+  c.task = dict(misconceptions=0.55, wrong_low=0.45, wrong_high=0.65)
   c.rollout = dict(max_prompt_tokens=43)
   c.reviewer = dict(name="oracle")
   c.credit = dict(scheme="weighted")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.rollout import encode_prompts
 from dca_jax.task import Problem, Task
 
-_VERSION = 1  # Of the procedure below; raising it makes cached policies stale.
+_VERSION = 2  # Of the procedure below; raising it makes cached policies stale.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class WarmstartConfig:
   """Steps on right solutions first, from which the procedure is learnt faster."""
   steps: int = 100
   """Steps on solutions with mistakes after that; 0 and no clean_steps starts from random weights."""
-  batch: int = 64
-  lr: float = 4e-3
+  batch: int = 32
+  lr: float = 6e-3
   seed: int = 0
   """Of the initial weights."""
 
@@ -103,7 +104,12 @@ def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, param
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.lr, min(20, config.total // 2), config.total, config.lr * 0.1
   )
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+  # Muon (Jordan et al. 2024), because it learns the procedure in half of Adam's steps; `consistent_rms` gives its updates
+  # the size of Adam's (Liu et al. 2025), which moves what is no matrix, so that one learning rate serves both.
+  muon = optax.contrib.muon(
+    schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes
+  )
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
 
   def loss(params, prompts_BxS, prompt_lengths_B, completions_BxT, lengths_B):
     hidden = policy.completion_hidden(params, prompts_BxS, prompt_lengths_B, completions_BxT)
@@ -134,6 +140,19 @@ def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, param
         tqdm.write(f"warm start {i + 1}/{config.total}  loss {float(value):.3f}", file=sys.stdout)
         sys.stdout.flush()
   return params
+
+
+def _contracted_axes(params):
+  """For each weight matrix of the policy, which axes are contracted and which are made; None for everything else."""
+
+  def axes(path, x):
+    if path[-1].key != "kernel":
+      return None
+    inputs = 2 if path[-2].key == "o" else 1
+    matrix = tuple(range(1, x.ndim))  # Axis 0 counts the layers.
+    return optax.contrib.MuonDimensionNumbers(matrix[:inputs], matrix[inputs:])
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int]):
