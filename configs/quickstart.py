@@ -24,8 +24,9 @@ def get_config():
   c.steps = 80
   c.policy = dict(heads=4, kv_heads=2, head_dim=16, rope_theta=100.0, qk_norm=True)
   c.warmstart = dict(clean_steps=600, steps=250)
-  c.task = dict(misconceptions=0.55, wrong_low=0.45, wrong_high=0.65)
+  c.task = dict(misconceptions=0.6, wrong_low=0.5, wrong_high=0.65)
   c.rollout = dict(max_prompt_tokens=43)
   c.reviewer = dict(name="oracle")
   c.credit = dict(scheme="weighted")
+  c.learner = dict(micro_batches=4)  # Smaller arrays stay in the processor's cache: a faster update, the same gradient.
   return c

@@ -133,7 +133,7 @@ class Policy(nn.Module):
     shape = (self.vocab_size, self.config.width)
     self.embedding_VxD = _param(self, "embedding", init, ("vocab", "embed"), shape)
     self.blocks = nn.scan(
-      nn.remat(Block, prevent_cse=False),
+      nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

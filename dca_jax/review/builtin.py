@@ -10,16 +10,25 @@ from dca_jax.roles import ROLES
 
 Labeler = Callable[[Request], Sequence[str]]
 
+# What helps becomes wrong; what is wrong or needless becomes helpful.
+_OPPOSITE = {
+  "necessary": "error",
+  "repair": "error",
+  "inherits": "error",
+  "error": "necessary",
+  "redundant": "necessary",
+  "irrelevant": "necessary",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ReviewerConfig:
   """The `reviewer` section."""
 
   name: str = "none"
-  """`none`, `oracle` (the task's own labels), `noisy` (the oracle with flipped judgements), or `random` (roles at
-  random)."""
+  """`none`, `oracle` (the task's own labels), `noisy` (the oracle with labels flipped), or `random` (roles at random)."""
   flip: float = 0.3
-  """`noisy`: chance that a judgement is flipped; 0.5 leaves no information."""
+  """`noisy`: chance that a step's label is turned into its opposite; at 0.5 it no longer tells right from wrong."""
   seed: int = 0
   """`noisy` and `random`: their dice; the same sample always gets the same review."""
 
@@ -64,19 +73,8 @@ def _random(config, labeler, request) -> Review:
 
 
 def _noisy(config, labeler, request) -> Review:
-  """Two judgements for each step, is it wrong and is it needless, each flipped with probability `flip`."""
   dice = _dice(config, request)
-  roles = []
-  for role in labeler(request):
-    wrong = (role == "error") != (dice.random() < config.flip)
-    needless = (role in ("redundant", "irrelevant")) != (dice.random() < config.flip)
-    if wrong:
-      roles.append("error")
-    elif needless:
-      roles.append(role if role in ("redundant", "irrelevant") else "redundant")
-    else:
-      roles.append(role if role in ("necessary", "inherits", "repair") else "necessary")
-  return _review(roles)
+  return _review([_OPPOSITE[role] if dice.random() < config.flip else role for role in labeler(request)])
 
 
 def _review(roles: Sequence[str]) -> Review:
