@@ -11,11 +11,11 @@ seeds: `weighted` passes 0.8 after 6,900 to 9,500 completions and ends at 0.94 t
 
 from ml_collections import ConfigDict
 
-# Arms for `dca-jax compare`, with their learning rates; README.md says how they were chosen.
+# Arms for `dca-jax compare`, each with its own best learning rate; README.md says how they were chosen.
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
-  "weighted": {"learner.lr": 1e-3},
-  "noisy": {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.flip": 0.3, "learner.lr": 5e-4},
+  "weighted": {"learner.lr": 1.5e-3},
+  "noisy": {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.flip": 0.3, "learner.lr": 1e-3},
 }
 
 

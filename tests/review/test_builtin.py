@@ -12,7 +12,6 @@ from dca_jax.task import Chains, ChainsConfig
 TASK = Chains(ChainsConfig(lines=4))
 PROMPT = "+3a*2b-4c+1d?cm7n3;"
 STEPS = ("a1;", "c7;", "b6;", "b6;", "a0;", "c6;", "m7;", "#6$")
-NEEDLESS = ("redundant", "irrelevant")
 
 
 def _labels(request):
@@ -82,18 +81,12 @@ def test_noisy_without_noise_is_the_oracle():
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("flip", [0.1, 0.3, 0.5, 1.0])
-def test_noisy_flips_both_judgements_at_the_asked_rate(role, flip):
+def test_noisy_turns_labels_into_their_opposite_at_the_asked_rate(role, flip):
   reviews = _reviews(_requests(750), lambda _: [role] * 8, name="noisy", flip=flip)
   roles = [r for review in reviews for r in review.roles]  # 6,000: a standard error of at most 0.7 %
-  wrong = [r == "error" for r in roles]
-  assert abs(_rate(wrong) - (1 - flip if role == "error" else flip)) < 0.03
-  # Whether it is needless shows only where it is not called wrong.
-  shown = [r in NEEDLESS for r in roles if r != "error"]
-  if shown:
-    assert abs(_rate(shown) - (1 - flip if role in NEEDLESS else flip)) < 0.03
-  # What is not flipped keeps its name.
-  keeps = {"error": {"error", "necessary", "redundant"}, "irrelevant": {"irrelevant", "error", "necessary"}}
-  assert set(roles) <= keeps.get(role, {role, "error", "redundant", "necessary" if role == "redundant" else role})
+  opposite = "necessary" if role in ("error", "redundant", "irrelevant") else "error"
+  assert abs(_rate([r == opposite for r in roles]) - flip) < 0.03
+  assert set(roles) <= {role, opposite}
 
 
 def test_noisy_flips_are_independent():
