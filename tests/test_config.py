@@ -215,7 +215,7 @@ def test_an_impossible_value_is_named(key, value, others):
     ("reviewer.seed", 1, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("reviewer.name", "oracle", {}),
     ("task.misconceptions", 0.25, {"task.wrong": "slips"}),
-    ("warmstart.lr", 0.1, {"warmstart.steps": 0, "warmstart.batch": 64}),
+    ("warmstart.lr", 0.1, {"warmstart.steps": 0, "warmstart.batch": 32}),
   ],
 )
 def test_a_key_without_effect_is_refused(key, value, others):

@@ -91,7 +91,7 @@ def test_a_damaged_entry_is_made_again_with_a_message(cache, capsys):
 
 
 def test_no_steps_leave_the_policy_as_it_was(cache):
-  settings = {"warmstart.steps": 0, "warmstart.batch": 64, "warmstart.lr": 4e-3}
+  settings = {"warmstart.steps": 0, "warmstart.batch": 32, "warmstart.lr": 6e-3}
   tiny.assert_same_arrays(start(settings), start(settings))
   assert entries(cache) == []
 

@@ -26,7 +26,8 @@ class ReviewerConfig:
   """The `reviewer` section."""
 
   name: str = "none"
-  """`none`, `oracle` (the task's own labels), `noisy` (the oracle with labels flipped), or `random` (roles at random)."""
+  """`none`, `oracle` (the task's own labels), `noisy` (the oracle with labels flipped), or `random` (roles at
+  random)."""
   flip: float = 0.3
   """`noisy`: chance that a step's label is turned into its opposite; at 0.5 it no longer tells right from wrong."""
   seed: int = 0
