@@ -68,9 +68,20 @@ def state_shardings(mesh: Mesh, policy: Policy, optimizer: optax.GradientTransfo
   """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
 
   A jitted `optimizer.init` would replicate the moments, so they are named here.
+
+  Raises:
+    UserError: a parameter does not divide over an axis of the mesh.
   """
   boxed = jax.eval_shape(policy.init_params, jax.random.key(0))
   params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, _RULES)
+  for (path, param), sharding in zip(jax.tree.leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(params), strict=True):
+    for size, axis in zip(param.shape, sharding.spec, strict=False):
+      if axis and size % mesh.shape[axis]:
+        name = ".".join(key.key for key in path)
+        raise UserError(
+          f"mesh.{axis} = {mesh.shape[axis]} does not divide {size}, a side of the policy's {name} {param.shape};"
+          f" set mesh.{axis} to a divisor, or change the policy section"
+        )
   opt_state = optax.tree_utils.tree_map_params(
     optimizer,
     lambda _, sharding: sharding,

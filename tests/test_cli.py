@@ -330,6 +330,8 @@ def test_a_disk_that_is_full_from_the_start(capsys, recipe, tmp_path):
 
 
 def test_ctrl_c_and_the_same_command_again(tmp_path):
+  # A shell that runs the tests in the background has them ignore Ctrl-C, and a process would inherit that.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   recipe = tiny.write_recipe(tmp_path, {"steps": 2000})
   run = tmp_path / "run"
   arguments = ["train", f"--config={recipe}", f"--workdir={run}"]

@@ -150,6 +150,13 @@ def test_problems_that_do_not_divide_are_an_error_that_names_the_keys():
   assert "mesh.data x mesh.fsdp" in str(error.value)
 
 
+@pytest.mark.parametrize(("fsdp", "tensor", "named"), [(1, 4, ("tensor", "4", "2")), (3, 1, ("fsdp", "3", "16"))])
+def test_a_policy_that_does_not_divide_is_an_error_that_names_the_key(fsdp, tensor, named):
+  devices = AbstractMesh((1, fsdp, tensor), ("data", "fsdp", "tensor"))
+  with pytest.raises(UserError, match=r"mesh\.{} = {} does not divide {}, ".format(*named)):
+    state_shardings(devices, POLICY, make_optimizer(CONFIG, 10))
+
+
 @pytest.mark.parametrize(
   ("config", "key"),
   [(MeshConfig(fsdp=0), "fsdp"), (MeshConfig(tensor=-2), "tensor"), (MeshConfig(data=-1, fsdp=-1), "data")],

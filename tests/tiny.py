@@ -22,7 +22,7 @@ SETTINGS = {
   "steps": 3,
   "task": {"lines": 2, "modulus": 2, "repeat": 0.0},
   "policy": {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 16},
-  "warmstart": {"clean_steps": 0, "steps": 60, "batch": 16, "lr": 0.02},
+  "warmstart": {"clean_steps": 0, "steps": 60, "batch": 16, "lr": 0.01},
   "rollout": {"problems": 4, "group": 4, "max_prompt_tokens": 16, "max_tokens": 12},
   "evaluate": {"problems": 4, "samples": 4, "k": 2},
   "checkpoint": {"every": 1},
