@@ -52,7 +52,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     f"<details><summary>config.json</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
   ]
   path = workdir / "report.html"
-  path.write_text(page(f"dca-jax: {workdir.name}", body))
+  path.write_text(page(f"dca-jax: {workdir.parent.name}/{workdir.name}", body))
   return path
 
 

@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -174,8 +173,10 @@ def largest_array(jaxpr) -> int:
   largest = 0
   for equation in jaxpr.eqns:
     largest = max([largest] + [math.prod(v.aval.shape) for v in equation.outvars])
-    for inner in jax.extend.core.jaxprs_in_params(equation.params):
-      largest = max(largest, largest_array(inner))
+    for inner in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        largest = max(largest, largest_array(inner))
   return largest
 
 
