@@ -4,8 +4,8 @@ Arrays: P prompts, G completions of each, B = P * G rows, S prompt tokens, T com
 K key heads, H head size, V vocabulary, L layers.
 
 A prompt is run once and its keys are shared by its whole group, when sampling and when training alike. In training the
-layers are scanned and rematerialised, but for their projections (one compiled layer, little memory); in decoding they are unrolled, each with a
-cache of its own, because a cache that goes through a scan is copied at every token.
+layers are scanned and rematerialised, but for their projections (one compiled layer, little memory); in decoding they
+are unrolled, each with a cache of its own, because a cache that goes through a scan is copied at every token.
 """
 
 import dataclasses
