@@ -24,6 +24,7 @@ from dca_jax.policy import PolicyConfig
 from dca_jax.review import ReviewerConfig
 from dca_jax.rollout import RolloutConfig
 from dca_jax.task import ChainsConfig
+from dca_jax.value import ValueConfig
 from dca_jax.warmstart import WarmstartConfig
 
 
@@ -44,6 +45,7 @@ class Config:
   warmstart: WarmstartConfig = WarmstartConfig()
   rollout: RolloutConfig = RolloutConfig()
   reviewer: ReviewerConfig = ReviewerConfig()
+  value: ValueConfig = ValueConfig()
   credit: CreditConfig = CreditConfig()
   learner: LearnerConfig = LearnerConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
@@ -59,14 +61,20 @@ class Config:
       bad["steps"] = "must be at least 1"
     if self.rollout.problems % self.learner.micro_batches:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
-    if self.credit.scheme != "uniform" and self.reviewer.name == "none":
+    reviewed = self.reviewer.name != "none" or self.value.source != "reviewer"
+    if self.credit.scheme != "uniform" and not reviewed:
       bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
     return bad
 
   def unused(self) -> dict[str, str]:
-    if self.credit.scheme == "uniform" and self.reviewer.name != "none":
-      return {"reviewer.name": "credit.scheme is 'uniform', which reads no review"}
-    return {}
+    unused = {}
+    if self.credit.scheme != "potential":
+      unused["value.source"] = f"credit.scheme is '{self.credit.scheme}', which reads no values"
+    if self.credit.scheme == "uniform":
+      unused["reviewer.name"] = "credit.scheme is 'uniform', which reads no review"
+    elif self.value.source != "reviewer":
+      unused["reviewer.name"] = f"credit.scheme is 'potential' and value.source '{self.value.source}'"
+    return unused
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

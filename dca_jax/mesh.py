@@ -64,7 +64,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def state_shardings(mesh: Mesh, policy: Policy, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(mesh: Mesh, policy: Policy, optimizer: optax.GradientTransformation, value_head=None) -> TrainState:
   """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
 
   A jitted `optimizer.init` would replicate the moments, so they are named here.
@@ -89,4 +89,4 @@ def state_shardings(mesh: Mesh, policy: Policy, optimizer: optax.GradientTransfo
     params,
     transform_non_params=lambda _: replicated(mesh),
   )
-  return TrainState(params, opt_state)
+  return TrainState(params, opt_state, jax.tree.map(lambda _: replicated(mesh), value_head))

@@ -7,6 +7,7 @@ that was not.
 """
 
 import functools
+import math
 import os
 import time
 from typing import Any, NamedTuple
@@ -21,12 +22,12 @@ from etils import epath
 from dca_jax import learner, mesh
 from dca_jax.checkpoint import Checkpoints
 from dca_jax.config import Config, claim_workdir
-from dca_jax.credit import Review, group_advantages, token_advantages
+from dca_jax.credit import CreditConfig, Review, group_advantages, token_advantages
 from dca_jax.errors import UserError
 from dca_jax.evaluate import Estimate, evaluate
 from dca_jax.metrics import Reporter, not_finite
 from dca_jax.policy import Policy
-from dca_jax.review import Request, make_reviewer
+from dca_jax.review import Request, Truth, make_reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
 from dca_jax.rollout import (
@@ -40,6 +41,7 @@ from dca_jax.rollout import (
   write_trajectories,
 )
 from dca_jax.task import TASKS, Outcome, Problem, Task
+from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import cache_folder, warm_start
 
 
@@ -56,13 +58,16 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   tokenizer = task.tokenizer()
   tokenizer.save_pretrained(folder / "tokenizer")
   policy = Policy(config.policy, len(tokenizer))
-  reviewer = make_reviewer(config.reviewer, lambda r: task.label_steps(r.problem, r.steps, r.truncated))
+  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
+  reviewer = make_reviewer(config.reviewer, truth)
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
   devices = mesh.make_mesh(config.mesh)
   rows = mesh.batch_sharding(devices)
   mesh.check_divisible(devices, config.rollout.problems // config.learner.micro_batches)
-  shardings = mesh.state_shardings(devices, policy, optimizer)
+  learned = config.value.source == "learned"
+  head = init_head(config.value, config.policy.width, config.seed) if learned else None
+  shardings = mesh.state_shardings(devices, policy, optimizer, head)
   end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
   update = functools.partial(
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
@@ -72,7 +77,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   with Checkpoints(config.checkpoint, folder) as checkpoints:
     init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
     init_state = jax.jit(functools.partial(learner.init_state, optimizer), out_shardings=shardings)
-    abstract = jax.eval_shape(lambda: learner.init_state(optimizer, init_params(jax.random.key(0))))
+    abstract = jax.eval_shape(lambda: learner.init_state(optimizer, init_params(jax.random.key(0)), head))
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
     def make_start():
@@ -81,7 +86,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
       return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits)
 
     start = starting_policy(folder, abstract.params, make_start)
-    done, state = checkpoints.restore(abstract, config.hash()) or (0, init_state(jax.tree.map(jnp.copy, start)))
+    done, state = checkpoints.restore(abstract, config.hash()) or (0, init_state(jax.tree.map(jnp.copy, start), head))
 
     with Reporter(folder, done, config.steps, quiet) as reporter:
       if 0 not in reporter.steps:
@@ -106,6 +111,24 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             )
           spans, texts = cut_steps(rollout.samples, tokenizer, task)
           reviews = reviewer(make_requests(step, rollout, texts), deadline=60.0)
+          reviews = [review.checked(len(steps)) for review, steps in zip(reviews, texts, strict=True)]
+          continued = 0
+          if config.value.source == "monte_carlo":
+            reviews, continued = monte_carlo(
+              config.value,
+              config.rollout,
+              task,
+              tokenizer,
+              policy,
+              state.params,
+              step_key(*jax.device_put((np.uint32(config.seed + 2**31), np.uint32(step)))),  # Keys of no other use.
+              end_ids,
+              rows,
+              rollout.problems,
+              (rollout.prompts_PxS, rollout.prompt_lengths_P),
+              rollout.samples,
+              spans,
+            )
           clock.lap("review")
 
           rewards_B = np.array([o.reward for o in rollout.outcomes], np.float32)
@@ -120,6 +143,10 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             ),
             rows,
           )
+          if learned:
+            review, hidden = learned_values(
+              config.value, policy, state.value_head, state.params, prompts, prompt_lengths, completions, review
+            )
           advantages = assign_credit(config.credit, rewards, lengths, truncated, review)
           batch = learner.Batch(
             prompts, prompt_lengths, completions, lengths, trained, advantages.tokens_BxT, behaviour, reference
@@ -129,14 +156,24 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             if i == 0:
               batch = batch._replace(logprobs_BxT=logprobs)
               first = stats
-          host_advantages = jax.device_get(advantages)
+          stats["sampler/logprob_error"] = first["sampler/logprob_error"]
+          if learned:
+            head, stats["value/loss"] = fit_head(
+              config.value, state.value_head, hidden, review.step_ids_BxT, lengths, rewards
+            )
+            state = state._replace(value_head=head)
+          host_advantages, values_BxK = jax.device_get((advantages, review.values_BxK))
           write_trajectories(
-            folder / "trajectories", step, trajectories(step, rollout, spans, texts, reviews, host_advantages)
+            folder / "trajectories",
+            step,
+            trajectories(step, rollout, spans, texts, reviews, values_BxK, host_advantages),
           )
-          learned = jax.device_get({**stats, "sampler/logprob_error": first["sampler/logprob_error"]})
+          stats = jax.device_get(stats)
           clock.lap("update")
 
-        measured = step_metrics(rollout, rewards_B, reviews, host_advantages, learned, clock)
+        measured = step_metrics(
+          config.credit, rollout, continued, rewards_B, reviews, values_BxK, host_advantages, stats, clock
+        )
         if bad := not_finite(measured):
           raise UserError(
             f"{bad} is not finite at step {step}; {checkpoints.describe()}. Lower learner.lr or set"
@@ -165,6 +202,8 @@ class Rollout(NamedTuple):
   """False in groups that `rollout.zero_variance` leaves out, and where `learner.mask_truncated` does."""
   sampled: list[Outcome]
   """Of everything sampled for this step, groups that were replaced included."""
+  generated: int
+  """Tokens sampled for this step, for such groups too."""
 
 
 class Group(NamedTuple):
@@ -214,6 +253,7 @@ def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, 
     [outcome for group in kept for outcome in group.outcomes],
     np.repeat(trained, config.group),
     [outcome for group in sampled for outcome in group.outcomes],
+    sum(int(group.samples.lengths_B.sum()) for group in sampled),
   )
 
 
@@ -259,15 +299,20 @@ def review_arrays(reviews: list[HostReview], spans: list[list[tuple[int, int]]],
   """Reviews as arrays of fixed shape; there are at most as many steps as tokens."""
   shape = (len(reviews), tokens)
   arrays = Review(
-    np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(len(reviews), bool)
+    np.zeros(shape, np.int32),
+    np.zeros(shape, np.int32),
+    np.zeros(shape, np.float32),
+    np.full(shape, np.nan, np.float32),
+    np.zeros(len(reviews), bool),
   )
   for i, (review, steps) in enumerate(zip(reviews, spans, strict=True)):
     for k, (start, end) in enumerate(steps):
       arrays.step_ids_BxT[i, start:end] = k
     if review.status == "ok":
       arrays.ok_B[i] = True
-      arrays.roles_BxK[i, : len(steps)] = [ROLES.index(role) for role in review.roles]
-      arrays.weights_BxK[i, : len(steps)] = review.weights
+      arrays.roles_BxK[i, : len(review.roles)] = [ROLES.index(role) for role in review.roles]
+      arrays.weights_BxK[i, : len(review.weights)] = review.weights
+      arrays.values_BxK[i, : len(review.values)] = review.values
   return arrays
 
 
@@ -285,15 +330,16 @@ def assign_credit(config, rewards_PxG, lengths_B, truncated_B, review) -> Advant
 # What is recorded.
 
 
-def trajectories(step, rollout: Rollout, spans, texts, reviews: list[HostReview], advantages: Advantages):
+def trajectories(step, rollout: Rollout, spans, texts, reviews: list[HostReview], values_BxK, advantages: Advantages):
   completion_advantages = advantages.completions_PxG.reshape(-1)
   for i, request in enumerate(make_requests(step, rollout, texts)):
     problem = rollout.problems[i * len(rollout.problems) // len(reviews)]
     length, outcome, review = int(rollout.samples.lengths_B[i]), rollout.outcomes[i], reviews[i]
     steps: list[dict] = [{"start": a, "end": b, "text": text} for (a, b), text in zip(spans[i], texts[i], strict=True)]
-    if review.status == "ok":
-      for described, role, weight in zip(steps, review.roles, review.weights, strict=True):
-        described |= {"role": role, "weight": weight}
+    for described, role, weight in zip(steps, review.roles, review.weights, strict=False):
+      described |= {"role": role, "weight": weight}
+    for described, value in zip(steps, values_BxK[i].tolist(), strict=False):
+      described |= {} if math.isnan(value) else {"value": value}
     yield Trajectory(
       id=request.id,
       problem=problem.id,
@@ -324,12 +370,27 @@ class Clock:
 
 
 def step_metrics(
-  rollout: Rollout, rewards_B, reviews, advantages: Advantages, learned, clock: Clock
+  credit: CreditConfig,
+  rollout: Rollout,
+  continued: int,
+  rewards_B,
+  reviews,
+  values_BxK,
+  advantages: Advantages,
+  stats,
+  clock: Clock,
 ) -> dict[str, float]:
   samples, sampled = rollout.samples, rollout.sampled
   roles = [role for review in reviews for role in review.roles]
-  mass = advantages.completions_PxG.reshape(-1).astype(np.float64) * samples.lengths_B
-  spread = np.abs(advantages.tokens_BxT.sum(1, dtype=np.float64) - mass)
+  counted = samples.lengths_B if credit.conserve == "tokens" else samples.tokens_BxT.shape[1]
+  mass = advantages.completions_PxG.reshape(-1).astype(np.float64) * counted
+  extra: dict[str, float] = {}
+  if credit.scheme in ("uniform", "weighted", "signed"):  # The others keep sums of their own, or none.
+    spread = np.abs(advantages.tokens_BxT.sum(1, dtype=np.float64) - mass)
+    extra["credit/conservation_error"] = float((spread / np.maximum(1.0, np.abs(mass))).max())
+  known = ~np.isnan(values_BxK)
+  if known.any():
+    extra["value/brier"] = float(np.square(values_BxK - rewards_B[:, None]).mean(where=known))
   total = sum(clock.seconds.values())
   group = len(rewards_B) // len(rollout.problems)
   return {
@@ -338,13 +399,14 @@ def step_metrics(
     "train/truncated": float(np.mean([o.truncated for o in sampled])),
     "train/length": float(samples.lengths_B.mean()),
     "train/completions": float(len(sampled)),
+    "train/generated_tokens": float(rollout.generated + continued),
     "train/mixed_groups": float(np.mean([len(set(g)) > 1 for g in rewards_B.reshape(-1, group).tolist()])),
     "train/tokens_per_second": float(samples.lengths_B.sum() / total),
     "review/ok": float(np.mean([review.status == "ok" for review in reviews])),
     **{f"review/{role}": roles.count(role) / max(1, len(roles)) for role in ROLES},
     "credit/moved": float(np.abs(advantages.tokens_BxT).sum() / max(1e-9, np.abs(mass).sum())),
-    "credit/conservation_error": float((spread / np.maximum(1.0, np.abs(mass))).max()),
-    **{key: float(value) for key, value in learned.items()},
+    **extra,
+    **{key: float(value) for key, value in stats.items()},
     **{f"seconds/{key}": value for key, value in clock.seconds.items()},
     "seconds/step": total,
   }

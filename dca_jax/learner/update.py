@@ -15,10 +15,11 @@ from dca_jax.policy import Policy, Sampling, token_logprobs
 
 
 class TrainState(typing.NamedTuple):
-  """What training changes: parameters and optimizer state."""
+  """What training changes: parameters, optimizer state and, where values are learned, the head that gives them."""
 
   params: typing.Any
   opt_state: typing.Any
+  value_head: typing.Any = None
 
 
 class Batch(typing.NamedTuple):
@@ -89,8 +90,8 @@ def loss_sums(
   return loss, (jax.lax.stop_gradient(sums), jax.lax.stop_gradient(logp))
 
 
-def init_state(optimizer: optax.GradientTransformation, params) -> TrainState:
-  return TrainState(params, optimizer.init(params))
+def init_state(optimizer: optax.GradientTransformation, params, value_head=None) -> TrainState:
+  return TrainState(params, optimizer.init(params), value_head)
 
 
 @functools.partial(
@@ -153,7 +154,8 @@ def update(
     "learner/grad_norm": optax.tree.norm(grads),
     "sampler/logprob_error": sums.sampler_error,
   }
-  return TrainState(optax.apply_updates(state.params, changes), opt_state), metrics, join(logp_nxBxT)
+  state = state._replace(params=optax.apply_updates(state.params, changes), opt_state=opt_state)
+  return state, metrics, join(logp_nxBxT)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "sampling"))

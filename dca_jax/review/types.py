@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+from dca_jax.roles import ROLES
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -18,11 +20,21 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Review:
-  """A role and a weight for each step; where `status` is not `ok` both are empty and credit is uniform."""
+  """What a reviewer says of each step; where `status` is not `ok` nothing, and credit is uniform."""
 
   status: str
   roles: tuple[str, ...] = ()
   weights: tuple[float, ...] = ()
+  values: tuple[float, ...] = ()
+  """The chance of success before each step is written, told without a look at the rest; what `potential` credit reads.
+  A reviewer gives roles with weights, or values, or both."""
+
+  def checked(self, steps: int) -> "Review":
+    """This review, or one of status `invalid` where it does not fit an answer of so many steps."""
+    fits = {len(self.roles), len(self.values)} <= {0, steps} and len(self.weights) == len(self.roles)
+    if self.status != "ok" or (fits and (self.roles or self.values) and set(self.roles) <= set(ROLES)):
+      return self
+    return Review("invalid")
 
 
 class Reviewer(Protocol):

@@ -19,7 +19,8 @@ class Trajectory:
   answer: str
   tokens: list[int]
   steps: list[dict[str, Any]]
-  """For each step `start` and `end` (token span), `text`, and where it was reviewed `role` and `weight`."""
+  """For each step `start` and `end` (token span), `text`, and, where it was given, `role`, `weight`, and the `value` of
+  the prefix before it."""
   reward: float
   correct: bool
   truncated: bool

@@ -15,8 +15,10 @@ and computing in the head is a legitimate longer step. A write is *live* when th
 later reads. See `label_steps` for the rules.
 """
 
+import collections
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 
@@ -234,7 +236,47 @@ class Chains:
       live = reads[live]
     return ["redundant" if role in ("necessary", "repair") and k not in alive else role for k, role in enumerate(roles)]
 
+  def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
+    """See `Task`. A value is 0 where what stands, followed correctly, leads to a wrong answer.
+
+    Otherwise it is the product, over the lines of the queried chain still to be written, of the policy's accuracy at
+    that line, counted over the other completions' first writes that read a true value, and half a success and half a
+    failure on top.
+    """
+    parsed = self._parse(prompt)
+    chain = parsed.chain[parsed.query]
+    attempts = [self._attempts(parsed, steps) for steps in completions]
+    tried = collections.Counter(x for own in attempts for x, _ in own)
+    right = collections.Counter(x for own in attempts for x, true in own if true)
+    values: list[list[float]] = []
+    for steps, own in zip(completions, attempts, strict=True):
+      mine, well = {x for x, _ in own}, {x for x, true in own if true}
+      accuracy = {x: (right[x] - (x in well) + 0.5) / (tried[x] - (x in mine) + 1) for x in chain}
+      state = {chain[0]: parsed.start[chain[0]]}
+      values.append([])
+      for step in steps:
+        source = next(x for x in reversed(chain) if x in state)
+        leads = self._follow(parsed, chain, source, parsed.query, state[source]) == parsed.value[parsed.query]
+        values[-1].append(leads * math.prod(accuracy[x] for x in chain[chain.index(source) + 1 :]))
+        if (write := _WRITE.fullmatch(step)) and write[1] in chain:
+          state[write[1]] = int(write[2])
+    return values
+
   # Internals.
+
+  def _attempts(self, parsed: _Parsed, steps: Sequence[str]) -> list[tuple[str, bool]]:
+    """The lines of the queried chain that were first written from a true value, and whether the value is true."""
+    chain = parsed.chain[parsed.query]
+    state, attempts = {chain[0]: parsed.start[chain[0]]}, []
+    for step in steps:
+      if not (write := _WRITE.fullmatch(step)) or write[1] not in chain:
+        continue
+      label, value = write[1], int(write[2])
+      source = next((x for x in reversed(chain[: chain.index(label)]) if x in state), None)
+      if label not in state and source is not None and state[source] == parsed.value[source]:
+        attempts.append((label, value == parsed.value[label]))
+      state[label] = value
+    return attempts
 
   def _rng(self, split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([self.config.lines, self.config.modulus, SPLITS.index(split), index])

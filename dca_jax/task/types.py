@@ -50,3 +50,11 @@ class Task(Protocol):
   def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
     """The true role of every step (see `roles.ROLES`); what the oracle reviewer reads."""
     ...
+
+  def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
+    """For each completion (its steps) of one prompt, the chance of success in [0, 1] before each step is written.
+
+    A value reads the steps before it and, to learn how able the policy is, the *other* completions; never the rest of
+    its own.
+    """
+    ...
