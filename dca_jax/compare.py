@@ -12,7 +12,7 @@ from dca_jax import config as config_lib
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import SCHEMES, CreditConfig
 from dca_jax.metrics import read_metrics
-from dca_jax.report import chart, completions_so_far, html_table, moving_average, page, text_table
+from dca_jax.report import chart, html_table, moving_average, page, running_total, text_table
 from dca_jax.train import train
 
 
@@ -59,18 +59,22 @@ def compare(
       train(configs[arm, seed], str(run))
       runs[arm, seed] = read_metrics(run)
 
-  curves, reached, rows = {}, {}, []
+  curves, by_tokens, rows = {}, {}, []
   for arm in arms:
-    curves[arm] = [_curve(runs[arm, seed]) for seed in seeds]
-    reached[arm] = [samples_to(x, y, threshold) for x, y in curves[arm]]
+    curves[arm] = [_curve(runs[arm, seed], "train/completions") for seed in seeds]
+    by_tokens[arm] = [_curve(runs[arm, seed], "train/generated_tokens") for seed in seeds]
+  completions = {arm: [samples_to(x, y, threshold) for x, y in curves[arm]] for arm in arms}
+  tokens = {arm: [samples_to(x, y, threshold) for x, y in by_tokens[arm]] for arm in arms}
   for arm in arms:
     final = [runs[arm, seed][-1] for seed in seeds]
     rows.append(
       [
         arm,
         f"{configs[arm, seeds[0]].learner.lr:g}",
-        " ".join("never" if n is None else f"{n:,.0f}" for n in reached[arm]),
-        ratio(reached[arms[0]], reached[arm], curves[arms[0]]),
+        " ".join("never" if n is None else f"{n:,.0f}" for n in completions[arm]),
+        ratio(completions[arms[0]], completions[arm], curves[arms[0]]),
+        " ".join("never" if n is None else f"{n / 1000:,.0f}k" for n in tokens[arm]),
+        ratio(tokens[arms[0]], tokens[arm], by_tokens[arms[0]]),
         " ".join(f"{m['eval/sampled']:.3f}" for m in final),
         " ".join(f"{m['eval/greedy']:.3f}" for m in final),
         " ".join(f"{m['eval/length']:.1f}" for m in final),
@@ -81,6 +85,8 @@ def compare(
     "lr",
     f"completions to {threshold:g}",
     f"{arms[0]} / arm",
+    f"tokens to {threshold:g}",
+    f"{arms[0]} / arm",
     "sampled at the end",
     "greedy",
     "length",
@@ -90,23 +96,31 @@ def compare(
   (folder / "compare.png").write_bytes(chart(panels, "completions sampled", size, "png"))
   note = (
     f"Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed ({', '.join(map(str, seeds))}). "
-    f"Completions until that mean reaches {threshold:g}, a number a seed; the ratio is of medians. "
+    f"Completions, and tokens generated, until that mean reaches {threshold:g}, a number a seed; ratios of medians. "
+    "The tokens include continuations sampled for prefix values, and no reviewer's. "
     "At the end: held-out problems."
   )
   body = [chart(panels, "completions sampled", size), f"<p class=note>{note}</p>", html_table(header, rows)]
   (folder / "compare.html").write_text(page(f"dca-jax: {', '.join(arms)}", body))
-  result = {"threshold": threshold, "seeds": list(seeds), "completions_to_threshold": reached, "curves": curves}
+  result = {
+    "threshold": threshold,
+    "seeds": list(seeds),
+    "completions_to_threshold": completions,
+    "tokens_to_threshold": tokens,
+    "curves": curves,
+  }
   (folder / "compare.json").write_text(json.dumps(result) + "\n")
   return text_table(header, rows)
 
 
-def _curve(metrics: list[dict]) -> tuple[list[float], list[float]]:
+def _curve(metrics: list[dict], spent: str) -> tuple[list[float], list[float]]:
+  """What of the metric `spent` had been spent after each step, and the accuracy by then, mean of five steps."""
   trained = [m for m in metrics if "train/accuracy" in m]
-  return completions_so_far(trained), moving_average([m["train/accuracy"] for m in trained])
+  return running_total(trained, spent), moving_average([m["train/accuracy"] for m in trained])
 
 
 def samples_to(x: list[float], y: list[float], threshold: float) -> float | None:
-  """Completions sampled until the mean of five steps first reaches `threshold`; None where it never does."""
+  """What was spent when the mean of five steps first reached `threshold`; None where it never does."""
   return next((n for i, (n, a) in enumerate(zip(x, y, strict=True)) if a >= threshold and i >= 4), None)
 
 

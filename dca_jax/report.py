@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
   metrics = read_metrics(workdir)
   config = json.loads((workdir / "config.json").read_text())
   trained = [m for m in metrics if "train/accuracy" in m]
-  x = completions_so_far(trained)
+  x = running_total(trained, "train/completions")
   panels = [
     ("accuracy", {"sampled, in training": (x, moving_average([m["train/accuracy"] for m in trained]))}),
     ("tokens in a completion", {"": (x, [m["train/length"] for m in trained])}),
@@ -101,12 +102,8 @@ def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
   return text[text.index("<svg") :]
 
 
-def completions_so_far(metrics: list[dict]) -> list[float]:
-  total, x = 0.0, []
-  for m in metrics:
-    total += m["train/completions"]
-    x.append(total)
-  return x
+def running_total(metrics: list[dict], key: str) -> list[float]:
+  return list(itertools.accumulate(m[key] for m in metrics))
 
 
 def moving_average(values: list[float], window: int = 5) -> list[float]:

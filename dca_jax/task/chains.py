@@ -15,7 +15,6 @@ and computing in the head is a legitimate longer step. A write is *live* when th
 later reads. See `label_steps` for the rules.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -237,46 +236,36 @@ class Chains:
     return ["redundant" if role in ("necessary", "repair") and k not in alive else role for k, role in enumerate(roles)]
 
   def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
-    """See `Task`. A value is 0 where what stands, followed correctly, leads to a wrong answer.
+    """See `Task`. The share of the other completions that got as far as this prefix and then succeeded, smoothed.
 
-    Otherwise it is the product, over the lines of the queried chain still to be written, of the policy's accuracy at
-    that line, counted over the other completions' first writes that read a true value, and half a success and half a
-    failure on top.
+    A prefix has got as far as the last line of the queried chain that is written, if what stands there leads to the
+    right answer when it is followed correctly; otherwise its value is 0. From each line on, the chance to get one
+    further is counted over the others, with half a success and half a failure added; a value is the product of what
+    is left, the answer's own chance included.
     """
     parsed = self._parse(prompt)
-    chain = parsed.chain[parsed.query]
-    attempts = [self._attempts(parsed, steps) for steps in completions]
-    tried = collections.Counter(x for own in attempts for x, _ in own)
-    right = collections.Counter(x for own in attempts for x, true in own if true)
-    values: list[list[float]] = []
-    for steps, own in zip(completions, attempts, strict=True):
-      mine, well = {x for x, _ in own}, {x for x, true in own if true}
-      accuracy = {x: (right[x] - (x in well) + 0.5) / (tried[x] - (x in mine) + 1) for x in chain}
+    chain, true = parsed.chain[parsed.query], parsed.value[parsed.query]
+    progress: list[list[int]] = []  # for each prefix the place in the chain that it got to, or -1
+    for steps in completions:
       state = {chain[0]: parsed.start[chain[0]]}
-      values.append([])
+      progress.append([])
       for step in steps:
-        source = next(x for x in reversed(chain) if x in state)
-        leads = self._follow(parsed, chain, source, parsed.query, state[source]) == parsed.value[parsed.query]
-        values[-1].append(leads * math.prod(accuracy[x] for x in chain[chain.index(source) + 1 :]))
+        last = next(x for x in reversed(chain) if x in state)
+        leads = self._follow(parsed, chain, last, parsed.query, state[last]) == true
+        progress[-1].append(chain.index(last) if leads else -1)
         if (write := _WRITE.fullmatch(step)) and write[1] in chain:
           state[write[1]] = int(write[2])
+    succeeded = [self.final_answer("".join(steps)) == str(true) for steps in completions]
+    furthest = [len(chain) if won else max(own) for won, own in zip(succeeded, progress, strict=True)]
+    values = []
+    for i, own in enumerate(progress):
+      others = furthest[:i] + furthest[i + 1 :]
+      reached = [sum(f >= place for f in others) for place in range(len(chain) + 1)]
+      onward = [(reached[j + 1] + 0.5) / (reached[j] + 1) for j in range(len(chain))]
+      values.append([math.prod(onward[place:]) if place >= 0 else 0.0 for place in own])
     return values
 
   # Internals.
-
-  def _attempts(self, parsed: _Parsed, steps: Sequence[str]) -> list[tuple[str, bool]]:
-    """The lines of the queried chain that were first written from a true value, and whether the value is true."""
-    chain = parsed.chain[parsed.query]
-    state, attempts = {chain[0]: parsed.start[chain[0]]}, []
-    for step in steps:
-      if not (write := _WRITE.fullmatch(step)) or write[1] not in chain:
-        continue
-      label, value = write[1], int(write[2])
-      source = next((x for x in reversed(chain[: chain.index(label)]) if x in state), None)
-      if label not in state and source is not None and state[source] == parsed.value[source]:
-        attempts.append((label, value == parsed.value[label]))
-      state[label] = value
-    return attempts
 
   def _rng(self, split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([self.config.lines, self.config.modulus, SPLITS.index(split), index])
