@@ -15,6 +15,7 @@ from dca_jax.train import train
 STEPS = 30
 EVERYTHING = {**tiny.EVERYTHING, "steps": STEPS}
 PLAIN = {"steps": STEPS, "evaluate.every": 7}
+LEARNED = {"steps": STEPS, "credit.scheme": "potential", "credit.discount": 0.9, "value.source": "learned"}
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -56,7 +57,9 @@ def kill_while_saving(recipe: str, workdir: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-  ("changes", "in_save", "kills"), [(EVERYTHING, True, 2), (PLAIN, False, 1)], ids=["everything", "plain"]
+  ("changes", "in_save", "kills"),
+  [(EVERYTHING, True, 2), (PLAIN, False, 1), (LEARNED, False, 1)],
+  ids=["everything", "plain", "learned"],
 )
 def test_a_killed_run_equals_an_uninterrupted_one(changes, in_save, kills, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -93,3 +96,14 @@ def test_a_run_killed_before_its_first_checkpoint(tmp_path):
   assert not tiny.read_lines(killed)
   train(tiny.make_config(changes), str(killed), quiet=True)
   tiny.assert_same_run(killed, whole)
+
+
+def test_monte_carlo_values_are_the_same_after_a_resume(tmp_path):
+  changes = {"credit.scheme": "potential", "value.source": "monte_carlo"}
+  train(tiny.make_config({**changes, "steps": 4}), str(tmp_path / "whole"), quiet=True)
+  for steps in (2, 4):
+    train(tiny.make_config({**changes, "steps": steps}), str(tmp_path / "parts"), quiet=True)
+  tiny.assert_same_arrays(tiny.saved_state(tmp_path / "parts"), tiny.saved_state(tmp_path / "whole"))
+  for step in (3, 4):
+    name = f"trajectories/step_{step:06d}.jsonl"
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

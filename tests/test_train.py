@@ -1,6 +1,5 @@
 """The training loop: what a step trains on, what it records, and what it must not do."""
 
-import dataclasses
 import json
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ import pytest
 import tiny
 
 from dca_jax import learner, mesh, review
+from dca_jax.credit import SCHEMES
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
 from dca_jax.roles import ROLES
@@ -70,9 +70,9 @@ def test_a_resumed_run_compiles_nothing_after_its_first_step(everything_run):
 
 
 def test_a_hidden_transfer_in_a_step_is_an_error(tmp_path, monkeypatch):
-  def careless(config, labeler, request):
+  def careless(config, truth, requests):
     jnp.ones(3) + np.ones(3, np.float32)
-    return review.Review("none")
+    return [review.Review("none")] * len(requests)
 
   monkeypatch.setitem(builtin.REVIEWERS, "random", careless)
   config = tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "random"})
@@ -83,21 +83,96 @@ def test_a_hidden_transfer_in_a_step_is_an_error(tmp_path, monkeypatch):
 # Credit.
 
 
-def test_without_reviews_weighted_is_uniform_bit_for_bit(tmp_path):
-  config = tiny.make_config()
-  train(config, str(tmp_path / "uniform"), quiet=True)
-  # A config that `build` refuses: credit that waits for reviews which never come.
-  weighted = dataclasses.replace(config, credit=dataclasses.replace(config.credit, scheme="weighted"))
-  train(weighted, str(tmp_path / "weighted"), quiet=True)
-  tiny.assert_same_run(tmp_path / "weighted", tmp_path / "uniform")
+@pytest.fixture(scope="module")
+def uniform_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("uniform")
+  train(tiny.make_config(), str(workdir), quiet=True)
+  return workdir
 
 
-def test_with_reviews_weighted_is_not_uniform(weighted_run, tmp_path):
-  train(tiny.make_config(), str(tmp_path), quiet=True)
-  ours, theirs = tiny.saved_state(weighted_run), tiny.saved_state(tmp_path)
+def same_training(ours, theirs) -> bool:
+  """Whether the parameters are equal bit for bit, and so everything sampled on the way."""
+  ours, theirs = tiny.saved_state(ours), tiny.saved_state(theirs)
+  return all(ours[k].tobytes() == theirs[k].tobytes() for k in ours)
+
+
+def garbled(config, truth, requests):
+  """Reviews that do not fit their answers, of every kind."""
+  misfits = (
+    review.Review("ok"),
+    review.Review("ok", ("necessary",) * 99, (1.0,) * 99),
+    review.Review("ok", ("splendid",) * 3, (1.0,) * 3, (0.5,) * 3),
+    review.Review("ok", values=(0.5,) * 99),
+    review.Review("error"),
+  )
+  return [misfits[i % len(misfits)] for i in range(len(requests))]
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
+def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(scheme, uniform_run, tmp_path, monkeypatch):
+  for name in ("silent", "garbled"):
+    monkeypatch.setitem(builtin.REVIEWERS, "garbled", garbled)
+    train(tiny.make_config({"credit.scheme": scheme, "reviewer.name": name}), str(tmp_path / name), quiet=True)
+    assert same_training(tmp_path / name, uniform_run)
+    assert tiny.read_lines(tmp_path / name)[-1]["review/ok"] == 0
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
+@pytest.mark.parametrize("name", ["nan", "stale", "lexical", "thief", "suffix"])
+def test_no_reviewer_can_break_a_run(scheme, name, tmp_path):
+  config = tiny.make_config({"credit.scheme": scheme, "reviewer.name": name, "steps": 2})
+  train(config, str(tmp_path), quiet=True)
+  lines = tiny.read_lines(tmp_path)
+  assert lines[-1]["step"] == 2
+  assert all(np.isfinite(value) for line in lines for value in line.values())
+
+
+def test_the_conserved_sum_is_checked_for_either_mass(tmp_path):
+  changes = {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.conserve": "completion", "steps": 2}
+  train(tiny.make_config(changes), str(tmp_path), quiet=True)
+  rows = records(tmp_path, 2)
+  assert any(t.advantage for t in rows)
+  for t in rows:
+    assert sum(t.credit) == pytest.approx(t.advantage * 12, rel=1e-5, abs=1e-6)
+  assert tiny.read_lines(tmp_path)[2]["credit/conservation_error"] < 1e-5
+
+
+# Prefix values.
+
+
+@pytest.mark.parametrize("source", ["reviewer", "monte_carlo", "learned"])
+def test_potential_credit_from_every_source(source, uniform_run, tmp_path):
+  reviewer = "oracle" if source == "reviewer" else "none"
+  changes = {"credit.scheme": "potential", "value.source": source, "reviewer.name": reviewer}
+  train(tiny.make_config({**changes, "credit.discount": 0.0}), str(tmp_path), quiet=True)
+  lines = tiny.read_lines(tmp_path)
+  assert 0 < lines[1]["value/brier"] < 1
+  assert "credit/conservation_error" not in lines[1]
+  sampled = sum(len(t.tokens) for t in records(tmp_path, 1))
+  if source == "monte_carlo":
+    assert lines[1]["train/generated_tokens"] > 4 * sampled
+  else:
+    assert lines[1]["train/generated_tokens"] == sampled
+  for t in records(tmp_path, 3):
+    values = [*(s["value"] for s in t.steps), t.reward]
+    for k, s in enumerate(t.steps):
+      assert t.credit[s["start"] : s["end"]] == pytest.approx([values[k + 1] - values[k]] * (s["end"] - s["start"]))
+  # The first batch is the same everywhere: values come after sampling.
+  assert [t.tokens for t in records(tmp_path, 1)] == [t.tokens for t in records(uniform_run, 1)]
+  assert not same_training(tmp_path, uniform_run)
+
+
+def test_a_head_is_trained_on_a_batch_only_after_it_has_valued_it(tmp_path):
+  changes = {"credit.scheme": "potential", "value.source": "learned"}
+  train(tiny.make_config({**changes, "steps": 2}), str(tmp_path), quiet=True)
+  assert {s["value"] for t in records(tmp_path, 1) for s in t.steps} == {0.5}
+  assert len({s["value"] for t in records(tmp_path, 2) for s in t.steps}) > 5
+
+
+def test_with_reviews_weighted_is_not_uniform(weighted_run, uniform_run):
   # The first rollout is the same, since credit comes after it.
-  assert [t.tokens for t in records(weighted_run, 1)] == [t.tokens for t in records(tmp_path, 1)]
-  assert any(not np.array_equal(ours[k], theirs[k]) for k in ours if "params" in k)
+  assert [t.tokens for t in records(weighted_run, 1)] == [t.tokens for t in records(uniform_run, 1)]
+  assert not same_training(weighted_run, uniform_run)
 
 
 # What a step samples.
