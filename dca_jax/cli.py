@@ -1,4 +1,4 @@
-"""`dca-jax train | compare | report`."""
+"""`dca-jax train | compare | report | lab`."""
 
 import argparse
 import os
@@ -35,11 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   p = commands.add_parser("report", help="write report.html of a run anew", allow_abbrev=False)
   p.add_argument("--workdir", required=True)
 
+  p = commands.add_parser(
+    "lab", help="every credit scheme on a policy small enough to be exact, in half a minute", allow_abbrev=False
+  )
+  p.add_argument("--workdir", required=True, help="where the figures and the numbers go")
+
   args, overrides = parser.parse_known_args(argv)
   from dca_jax.errors import UserError
 
   try:
-    return {"train": _train, "compare": _compare, "report": _report}[args.command](args, overrides)
+    if args.command in ("report", "lab") and overrides:
+      raise UserError(f"cannot read the argument {overrides[0]!r}")
+    return {"train": _train, "compare": _compare, "report": _report, "lab": _lab}[args.command](args, overrides)
   except UserError as error:
     print(f"dca-jax: error: {error}", file=sys.stderr)
   except OSError as error:
@@ -98,12 +105,24 @@ def _report(args, overrides) -> int:
   from dca_jax.metrics import read_metrics
   from dca_jax.report import write_report
 
+  del overrides
   folder = epath.Path(args.workdir).expanduser().absolute()
-  if overrides:
-    raise ConfigError(f"cannot read the argument {overrides[0]!r}")
   if not (folder / "metrics.jsonl").exists():
     raise ConfigError(f"--workdir={args.workdir} holds no run")
   if not any("train/accuracy" in line for line in read_metrics(folder)):
     raise ConfigError(f"--workdir={args.workdir} holds a run that has not finished a step yet")
   print(f"report: {write_report(folder)}")
+  return 0
+
+
+def _lab(args, overrides) -> int:
+  from etils import epath
+
+  from dca_jax import lab
+
+  del overrides
+  folder = epath.Path(args.workdir).expanduser().absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  print(lab.run(folder))
+  print(f"\nfigures: {folder / 'lab.png'} and drift.png; numbers: lab.json")
   return 0

@@ -22,7 +22,7 @@ pre { background: #f6f7f9; padding: .8rem; overflow: auto; }
 .answer { font-family: ui-monospace, monospace; margin: .6rem 0 1.1rem; }
 .step { display: inline-block; padding: 0 .25rem; margin: .1rem .15rem .1rem 0; border-radius: .25rem; }
 """
-_PALETTE = ("#5d6671", "#0b7285", "#d9480f", "#6741d9", "#2b8a3e", "#c2255c", "#846800", "#1864ab")
+PALETTE = ("#5d6671", "#0b7285", "#d9480f", "#6741d9", "#2b8a3e", "#c2255c", "#846800", "#1864ab")
 
 
 def write_report(workdir: epath.Path) -> epath.Path:
@@ -84,7 +84,7 @@ def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
       for i, (name, runs) in enumerate(curves.items()):
         for j, (x, y) in enumerate(runs if isinstance(runs, list) else [runs]):
           axis.plot(
-            x, y, color=_PALETTE[i % len(_PALETTE)], linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None
+            x, y, color=PALETTE[i % len(PALETTE)], linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None
           )
       axis.set(xlabel=x_label, ylabel=label)
       axis.xaxis.set_major_formatter(EngFormatter(sep=""))

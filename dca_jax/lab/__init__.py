@@ -1,0 +1,87 @@
+"""The laboratory: what every scheme does to the expected update, exactly, and to a policy that can perform."""
+
+import io
+import json
+
+import numpy as np
+from etils import epath
+
+from dca_jax.lab import drift, tree
+from dca_jax.report import PALETTE, chart, text_table
+
+
+def run(folder: epath.Path) -> str:
+  """Both experiments; writes lab.png, drift.png and lab.json into `folder` and returns the tables as text."""
+  traces = tree.make_tree()
+  rows = tree.table(traces)
+  grpo = rows[0].snr
+  table = [
+    [r.name, f"{r.cosine:.6f}", f"{r.snr / grpo:.2f}", *(f"{round(x, 6) + 0.0:+.6f}" for x in (r.leading, r.trailing))]
+    for r in rows
+  ]
+  curves = drift.run()
+  ends = {name: drift.ends(c) for name, c in curves.items()}
+  drifted = [
+    [
+      name,
+      f"{e.accuracy:.4f}",
+      f"{e.worst:.4f}",
+      f"{e.checks:.2f} +- {e.error:.2f}",
+      "drifts" if e.checks > ends[next(iter(ends))].checks + 1 else "",
+    ]
+    for name, e in ends.items()
+  ]
+  (folder / "lab.png").write_bytes(_bars(rows))
+  updates = np.arange(drift.UPDATES)
+  panels = [
+    (label, {name: (updates, _smooth(getattr(c, field).mean(0))) for name, c in curves.items()})
+    for label, field in (("checks in a trace", "checks"), ("accuracy", "accuracy"))
+  ]
+  (folder / "drift.png").write_bytes(chart(panels, "updates", (9.5, 3.4), "png"))
+  numbers = {"tree": [r._asdict() for r in rows], "drift": {name: e._asdict() for name, e in ends.items()}}
+  (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
+  start = curves[next(iter(curves))].checks[:, 0].mean()
+  return "\n\n".join(
+    [
+      f"The exact update over all {len(traces.reward_N):,} traces of a policy that succeeds with"
+      f" {traces.probability_N @ traces.reward_N:.3f}",
+      text_table(["scheme, reviewer", "cosine", "SNR / GRPO", "premium, leading", "trailing"], table),
+      "Cosine with the policy gradient; signal to noise of one trace's update; how much more a check is reinforced than"
+      "\na step that does as little, where the policy leads (a better chance than at the start) and where it trails.",
+      f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS} seeds; at first"
+      f" {start:.2f} of a trace's {drift.SLOTS} steps are checks",
+      text_table(["scheme, reviewer", "accuracy", "worst seed", "checks at the end (+- s.e.)", ""], drifted),
+      "Checks do nothing. Accuracy does not tell who drifts.",
+    ]
+  )
+
+
+def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
+  return np.convolve(np.pad(y, (window - 1, 0), "edge"), np.full(window, 1 / window), "valid")
+
+
+def _bars(rows: list[tree.Row]) -> bytes:
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 5), sharey=True, layout="constrained")
+    names = [r.name for r in rows]
+    panels = (
+      ("cosine with the policy gradient", [r.cosine for r in rows]),
+      ("signal to noise / GRPO's", [r.snr / rows[0].snr for r in rows]),
+      ("premium of performing, leading", [r.leading for r in rows]),
+    )
+    for i, (axis, (label, values)) in enumerate(zip(axes, panels, strict=True)):
+      axis.barh(names, values, color=PALETTE[i + 1], height=0.7)
+      axis.set_xlabel(label)
+      axis.grid(axis="x", alpha=0.25)
+    axes[0].set_xlim(0, 1)
+    axes[1].axvline(1, color=PALETTE[0], linewidth=0.8)
+    axes[0].invert_yaxis()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    pyplot.close(figure)
+  return out.getvalue()

@@ -1,0 +1,52 @@
+"""Who drifts towards steps that only please the reviewer, and that accuracy does not show it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dca_jax import cli
+from dca_jax.lab import drift
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+  """What `dca-jax lab` leaves: its folder and its numbers."""
+  folder = tmp_path_factory.mktemp("lab") / "new"
+  assert cli.main(["lab", f"--workdir={folder}"]) == 0
+  return folder, json.loads((folder / "lab.json").read_text())
+
+
+def test_every_arm_learns_and_only_some_drift(lab):
+  ends = lab[1]["drift"]
+  assert all(end["worst"] > 0.99 for end in ends.values())
+  start = drift.SLOTS / 3
+  for name in ("uniform (GRPO)", "potential 1, fooled", "weighted, honest"):
+    assert ends[name]["checks"] < start - 4 * ends[name]["error"]
+  for name in ("weighted, fooled", "return_to_go, fooled", "potential 0, fooled"):
+    assert ends[name]["checks"] > start + 4 * ends[name]["error"]
+
+
+def test_potential_1_with_a_fooled_reviewer_ends_where_grpo_does(lab):
+  grpo, safe = (lab[1]["drift"][name] for name in ("uniform (GRPO)", "potential 1, fooled"))
+  noise = np.hypot(grpo["error"], safe["error"])
+  assert noise < 0.25  # Otherwise the next line would prove nothing.
+  assert abs(safe["checks"] - grpo["checks"]) < 3 * noise
+
+
+def test_lab_writes_its_figures_and_prints_its_tables(lab, capsys):
+  folder, numbers = lab
+  for name in ("lab.png", "drift.png"):
+    assert (folder / name).read_bytes().startswith(b"\x89PNG")
+  assert numbers["tree"][0]["name"] == "uniform (GRPO)"
+  assert cli.main(["lab", f"--workdir={folder}", "--config.seed=1"]) == 1
+  assert "--config.seed=1" in capsys.readouterr().err
+
+
+def test_the_value_table_is_the_chance_of_a_policy_that_picks_at_random():
+  rng = np.random.default_rng(0)
+  advances = rng.integers(0, 3, (200_000, drift.SLOTS)) == 0
+  table = drift.value_table()
+  for slot, progress in ((0, 0), (3, 1), (8, 2), (8, 3), (9, 4)):
+    share = np.mean(progress + advances[:, slot:].sum(1) >= drift.NEEDED)
+    assert table[slot, progress] == pytest.approx(share, abs=0.01)
