@@ -11,11 +11,25 @@ seeds: `weighted` passes 0.8 after 2,800 to 3,600 completions and ends at 0.96 t
 
 from ml_collections import ConfigDict
 
-# Arms for `dca-jax compare`, each with its own best learning rate; README.md says how they were chosen.
+# Arms for `dca-jax compare`, each with its own best learning rate; docs/method.md says how they were chosen.
+_POTENTIAL = {"credit.scheme": "potential", "credit.discount": 0.0}
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
   "weighted": {"learner.lr": 1.5e-3},
   "noisy": {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.flip": 0.3, "learner.lr": 1e-3},
+  "signed": {"learner.lr": 2e-3},
+  "potential_0": {**_POTENTIAL, "learner.lr": 1.5e-3},
+  "potential_1": {**_POTENTIAL, "credit.discount": 1.0, "learner.lr": 7e-4},
+  "return_to_go": {"learner.lr": 5e-4},
+  "capo": {"learner.lr": 2e-3},
+  "learned": {
+    **_POTENTIAL,
+    "credit.discount": 0.95,
+    "reviewer.name": "none",
+    "value.source": "learned",
+    "learner.lr": 7e-4,
+  },
+  "monte_carlo": {**_POTENTIAL, "reviewer.name": "none", "value.source": "monte_carlo", "learner.lr": 1e-3},
 }
 
 
