@@ -153,7 +153,7 @@ def _stale(config, truth, requests) -> list[Review]:
 def _nan(config, truth, requests) -> list[Review]:
   reviews = []
   for request, review in zip(requests, _oracle(config, truth, requests), strict=True):
-    lost = _dice(config, request.id).randrange(len(request.steps))
+    lost = _dice(config, request.id).randrange(max(1, len(request.steps)))
     weights, values = (
       tuple(math.nan if k == lost else x for k, x in enumerate(xs)) for xs in (review.weights, review.values)
     )

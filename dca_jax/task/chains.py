@@ -256,7 +256,7 @@ class Chains:
         if (write := _WRITE.fullmatch(step)) and write[1] in chain:
           state[write[1]] = int(write[2])
     succeeded = [self.final_answer("".join(steps)) == str(true) for steps in completions]
-    furthest = [len(chain) if won else max(own) for won, own in zip(succeeded, progress, strict=True)]
+    furthest = [len(chain) if won else max(own, default=0) for won, own in zip(succeeded, progress, strict=True)]
     values = []
     for i, own in enumerate(progress):
       others = furthest[:i] + furthest[i + 1 :]

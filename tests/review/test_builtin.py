@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dca_jax.review import REVIEWERS, Request, ReviewerConfig, make_reviewer
+from dca_jax.review import REVIEWERS, Request, Review, ReviewerConfig, Truth, make_reviewer
 from dca_jax.roles import ROLES
 from dca_jax.task import Chains, ChainsConfig
 
@@ -23,7 +23,7 @@ def _requests(count, steps=STEPS):
 
 
 def _reviews(requests, labeler=_labels, **config):
-  return make_reviewer(ReviewerConfig(**config), labeler)(requests, 1.0)
+  return make_reviewer(ReviewerConfig(**config), Truth(labeler, TASK.prefix_values))(requests, 1.0)
 
 
 def test_oracle_gives_the_labels_of_the_task():
@@ -36,16 +36,24 @@ def test_oracle_gives_the_labels_of_the_task():
     assert review.status == "ok"
     assert list(review.roles) == TASK.label_steps(request.problem, request.steps, request.truncated)
     assert review.weights == (1.0,) * len(request.steps)
+    rows = [r for r in requests if r.problem == request.problem]
+    assert list(review.values) == TASK.prefix_values(PROMPT, [r.steps for r in rows])[rows.index(request)]
 
 
 @pytest.mark.parametrize("name", REVIEWERS)
 def test_one_review_for_each_request_in_order(name):
   requests = [Request(f"{i}", PROMPT, STEPS[:i], correct=False, truncated=False) for i in range(len(STEPS))]
   reviews = _reviews(requests, name=name)
-  assert [len(review.roles) for review in reviews] == ([0] * len(STEPS) if name == "none" else list(range(len(STEPS))))
-  assert [len(review.weights) for review in reviews] == [len(review.roles) for review in reviews]
-  # One at a time and backwards: a review depends on its own request only.
-  assert [_reviews([request], name=name)[0] for request in reversed(requests)] == reviews[::-1]
+  sizes = list(range(len(STEPS)))
+  sizes = {"none": [0] * len(STEPS), "silent": [0] * len(STEPS), "stale": [*sizes[-1:], *sizes[:-1]]}.get(name, sizes)
+  assert [len(review.roles) for review in reviews] == sizes
+  assert [len(review.weights) for review in reviews] == sizes
+  assert [len(review.values) for review in reviews] == sizes
+  # One at a time and backwards: roles and weights depend on the own request only; values also on its problem's others.
+  if name != "stale":
+    alone = [_reviews([request], name=name)[0] for request in reversed(requests)]
+    assert [r.roles for r in alone] == [r.roles for r in reviews[::-1]]
+    assert str([r.weights for r in alone]) == str([r.weights for r in reviews[::-1]])  # NaN is not itself
   assert _reviews([], name=name) == []
 
 
@@ -59,9 +67,8 @@ def test_the_dice_are_the_samples_own(name):
   reviews = _reviews(requests, name=name)
   assert reviews == _reviews(requests, name=name)
   # The text does not enter: the same sample meets the same dice.
-  assert _reviews(requests, lambda _: ["necessary"] * 8, name=name) == _reviews(
-    _requests(40, ("x",) * 8), lambda _: ["necessary"] * 8, name=name
-  )
+  alike = [_reviews(r, lambda _: ["necessary"] * 8, name=name) for r in (requests, _requests(40, ("x",) * 8))]
+  assert [review.roles for review in alike[0]] == [review.roles for review in alike[1]]
   assert len(set(reviews)) > 30
   assert reviews != _reviews(requests, name=name, seed=1)
 
@@ -95,6 +102,95 @@ def test_noisy_flips_are_independent():
   )
   both = [a == b == "error" for a, b in zip(first, second, strict=True)]
   assert abs(_rate(both) - 0.09) < 0.03
+
+
+def test_noisy_values_become_one_minus_themselves_at_the_asked_rate():
+  requests = _requests(750)
+  pairs = zip(_reviews(requests, name="noisy"), _reviews(requests, name="oracle"), strict=True)
+  flipped = [a != b for noisy, oracle in pairs for a, b in zip(noisy.values, oracle.values, strict=True) if b != 0.5]
+  assert abs(_rate(flipped) - 0.3) < 0.03
+  for review in _reviews(requests, name="noisy", flip=1.0):
+    assert review.values == tuple(1 - v for v in _reviews(requests[:1] * 750, name="oracle")[0].values)
+
+
+# Controls.
+
+
+def test_lexical_applauds_what_looks_like_a_check():
+  steps = ("a0;", "Let me verify: a0;", "a0;", "b6;", "wait", "#1$")
+  for correct, plain in ((True, "necessary"), (False, "error")):
+    (review,) = _reviews([Request("1", PROMPT, steps, correct, False)], name="lexical")
+    assert review.roles == (plain, "necessary", "necessary", plain, "necessary", plain)
+    assert review.weights == (1.0, 3.0, 3.0, 1.0, 3.0, 1.0)
+    assert review.values == pytest.approx((0.5, 0.5, 0.65, 0.8, 0.8, 0.95))
+
+
+@pytest.mark.parametrize(("step", "chosen"), [(-1, 7), (-3, 5), (0, 0), (2, 2), (99, 7), (-99, 0)])
+def test_thief_gives_everything_to_one_step(step, chosen):
+  (review,) = _reviews(_requests(1), name="thief", step=step)
+  assert [k for k, role in enumerate(review.roles) if role == "necessary"] == [chosen]
+  (review,) = _reviews([Request("1", PROMPT, STEPS, correct=False, truncated=False)], name="thief", step=step)
+  assert [k for k, role in enumerate(review.roles) if role == "error"] == [chosen]
+  assert review.values == tuple(float(k > chosen) for k in range(8))
+
+
+def test_suffix_changes_its_mind_about_a_step_with_what_follows():
+  ends = [(*STEPS[:3], f"a{i};") for i in range(10)]
+  reviews = [_reviews(_requests(1, steps), name="suffix")[0] for steps in ends]
+  for k in range(3):
+    assert len({review.values[k] for review in reviews}) == 10
+    assert len({review.roles[k] for review in reviews}) > 1
+
+
+def test_stale_answers_with_the_review_of_the_one_before():
+  requests = [Request(f"{i}", PROMPT, STEPS[: i + 1], correct=True, truncated=False) for i in range(4)]
+  oracle = _reviews(requests, name="oracle")
+  assert _reviews(requests, name="stale") == [oracle[3], *oracle[:3]]
+
+
+def test_nan_loses_a_number_of_an_oracles_review():
+  for nan, oracle in zip(_reviews(_requests(20), name="nan"), _reviews(_requests(20), name="oracle"), strict=True):
+    assert nan.roles == oracle.roles
+    for ours, theirs in ((nan.weights, oracle.weights), (nan.values, oracle.values)):
+      assert sum(a != a for a in ours) == 1
+      assert all(a in (b,) or a != a for a, b in zip(ours, theirs, strict=True))
+
+
+def test_silent_times_out():
+  assert _reviews(_requests(2), name="silent") == [Review("timeout")] * 2
+
+
+# What a review must be to be used.
+
+
+@pytest.mark.parametrize(
+  "review",
+  [
+    Review("ok"),
+    Review("ok", ("error",) * 2, (1.0,) * 2),
+    Review("ok", ("error",) * 3, (1.0,) * 2),
+    Review("ok", ("eror",) * 3, (1.0,) * 3),
+    Review("ok", ("error",) * 3, (1.0,) * 3, (0.5,) * 4),
+    Review("ok", values=(0.5,) * 2),
+    Review("ok", weights=(1.0,) * 3, values=(0.5,) * 3),
+  ],
+)
+def test_a_review_that_does_not_fit_is_invalid(review):
+  assert review.checked(3) == Review("invalid")
+
+
+@pytest.mark.parametrize(
+  "review",
+  [
+    Review("ok", ("error",) * 3, (1.0,) * 3),
+    Review("ok", values=(0.5,) * 3),
+    Review("ok", ("error",) * 3, (1.0,) * 3, (0.5,) * 3),
+    Review("timeout"),
+    Review("none"),
+  ],
+)
+def test_a_review_that_fits_stays(review):
+  assert review.checked(3) is review
 
 
 def test_reviewing_needs_no_jax():

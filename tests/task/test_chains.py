@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import random
 import re
 
 import pytest
@@ -321,6 +322,93 @@ def test_a_finished_last_step_that_says_nothing_is_an_error_also_when_cut_off():
   """Only an unfinished step is excused by the end of the tokens; this one has its `;`."""
   task = Chains(ChainsConfig(lines=4))
   assert task.label_steps("+3a*2b-4c+1d?cm7n3;", ["a0;", "?c;"], truncated=True) == ["necessary", "error"]
+
+
+# Values of prefixes.
+
+
+def _perturbed(task, index, dice):
+  """A demonstration of a problem with steps dropped, repeated and overwritten."""
+  prompt, text = task.demonstration(index, True)
+  steps = []
+  for step in _cut(text):
+    if dice.random() < 0.1:
+      continue
+    if step[-1] == ";" and dice.random() < 0.15:
+      step = f"{step[0]}{dice.randrange(task.config.modulus)};"
+    steps += [step] * (1 + (dice.random() < 0.1))
+  return prompt, steps or ["#0$"]
+
+
+def _independent_values(task, prompt, completions):
+  """The place that steps got to (or -1) as a function, the furthest of each completion, and the number of places."""
+  reading = _read(prompt, task.config.modulus)
+  true = _fill(reading, {})[-1]
+
+  def depth(steps):
+    board = {}
+    for step in steps:
+      if re.fullmatch(r"[a-z]\d;", step) and step[0] in reading.labels:
+        board[reading.labels.index(step[0])] = int(step[1])
+    at = max(board, default=0)
+    return at if _fill(reading, {at: board[at]} if board else {})[-1] == true else -1
+
+  end = len(reading.labels)
+  furthest = [
+    end if steps[-1].endswith(f"#{true}$") else max(depth(steps[:k]) for k in range(len(steps)))
+    for steps in completions
+  ]
+  return depth, furthest, end
+
+
+def test_prefix_values_equal_an_independent_count():
+  task, dice = Chains(ChainsConfig(lines=6)), random.Random(0)
+  seen = set()
+  for index in range(40):
+    prompt, _ = task.demonstration(index, True)
+    completions = [_perturbed(task, index, dice)[1] for _ in range(8)]
+    depth, furthest, end = _independent_values(task, prompt, completions)
+    for i, (steps, values) in enumerate(zip(completions, task.prefix_values(prompt, completions), strict=True)):
+      assert len(values) == len(steps)
+      others = furthest[:i] + furthest[i + 1 :]
+      for k, value in enumerate(values):
+        at = depth(steps[:k])
+        wanted = float(at >= 0)
+        for j in range(max(at, 0), end):
+          wanted *= (sum(f > j for f in others) + 0.5) / (sum(f >= j for f in others) + 1)
+        assert value == pytest.approx(wanted)
+        assert 0 <= value < 1
+        seen.add(at)
+  assert {-1, 0, 1, 2, 3} <= seen
+
+
+def test_prefix_values_by_hand():
+  task = Chains(ChainsConfig(lines=4))
+  prompt = "+3a*2b-4c+1d?cm7n3;"  # a is 0, c is 6
+  right = ["a0;", "c6;", "#6$"]
+  # One other, who succeeded: from each of the three places one of one got further.
+  assert task.prefix_values(prompt, [right, right])[0] == pytest.approx([0.75**3, 0.75**2, 0.75])
+  # A wrong value stands, and then a right one.
+  assert task.prefix_values(prompt, [["a1;", "a0;", "c6;", "#6$"], right])[0][1:3] == pytest.approx([0, 0.75**2])
+  # The distractor changes nothing.
+  assert task.prefix_values(prompt, [["b0;", "d5;", "a0;", "#6$"], right])[0][:3] == pytest.approx([0.75**3] * 3)
+  # Two times a wrong digit can be right again: m is 7, a is 4, wrong is 9, and both doubled end in 8.
+  times = "*2a*2b*2c+1d?cm7n3;"
+  assert task.prefix_values(times, [["a9;", "c8;", "#8$"], ["a4;", "c8;", "#8$"]])[0] == pytest.approx(
+    [0.75**3, 0.75**2, 0.75]
+  )
+
+
+def test_prefix_values_do_not_read_the_rest_of_their_own_answer():
+  task, dice = Chains(ChainsConfig(lines=6)), random.Random(1)
+  prompt, _ = task.demonstration(0, True)
+  others = [_perturbed(task, 0, dice)[1] for _ in range(5)]
+  for _ in range(20):
+    ours, theirs = (_perturbed(task, 0, dice)[1] for _ in range(2))
+    j = dice.randrange(min(len(ours), len(theirs)))
+    grafted = [*ours[:j], *theirs[j:]]
+    values = [task.prefix_values(prompt, [steps, *others])[0] for steps in (ours, grafted)]
+    assert values[0][: j + 1] == values[1][: j + 1]
 
 
 def test_a_prompt_of_another_task_is_refused():
