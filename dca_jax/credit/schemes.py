@@ -71,7 +71,7 @@ class CreditConfig:
   credit: RoleTable = RoleTable(necessary=1.0, repair=1.0)
   """Which roles earn in a win."""
   blame: RoleTable = RoleTable(error=1.0)
-  """Which roles pay in a loss. A table of its own: one table for both costs a factor of six in signal to noise."""
+  """Which roles pay in a loss. A table of its own: one table for both costs nearly all of the gain (docs/method.md)."""
   blame_truncated: RoleTable = RoleTable(error=1.0, redundant=1.0, irrelevant=1.0)
   """Which roles pay when the completion ran out of tokens."""
 

@@ -7,53 +7,72 @@ import numpy as np
 from etils import epath
 
 from dca_jax.lab import drift, tree
-from dca_jax.report import PALETTE, chart, text_table
+from dca_jax.report import PALETTE, text_table
 
 
 def run(folder: epath.Path) -> str:
   """Both experiments; writes lab.png, drift.png and lab.json into `folder` and returns the tables as text."""
   traces = tree.make_tree()
   rows = tree.table(traces)
-  grpo = rows[0].snr
-  table = [
-    [r.name, f"{r.cosine:.6f}", f"{r.snr / grpo:.2f}", *(f"{round(x, 6) + 0.0:+.6f}" for x in (r.leading, r.trailing))]
-    for r in rows
-  ]
   curves = drift.run()
-  ends = {name: drift.ends(c) for name, c in curves.items()}
-  drifted = [
-    [
-      name,
-      f"{e.accuracy:.4f}",
-      f"{e.worst:.4f}",
-      f"{e.checks:.2f} +- {e.error:.2f}",
-      "drifts" if e.checks > ends[next(iter(ends))].checks + 1 else "",
-    ]
-    for name, e in ends.items()
-  ]
+  ends = {name: drift.end(c) for name, c in curves.items()}
   (folder / "lab.png").write_bytes(_bars(rows))
-  updates = np.arange(drift.UPDATES)
-  panels = [
-    (label, {name: (updates, _smooth(getattr(c, field).mean(0))) for name, c in curves.items()})
-    for label, field in (("checks in a trace", "checks"), ("accuracy", "accuracy"))
-  ]
-  (folder / "drift.png").write_bytes(chart(panels, "updates", (9.5, 3.4), "png"))
+  (folder / "drift.png").write_bytes(_lines(curves))
   numbers = {"tree": [r._asdict() for r in rows], "drift": {name: e._asdict() for name, e in ends.items()}}
   (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+  def six(x: float) -> str:
+    return f"{round(x, 6) + 0.0:+.6f}"  # Without the sign of a zero.
+
+  snr = [r.snr / rows[0].snr for r in rows]
+  table = [
+    [r.name, f"{r.cosine:.6f}", f"{s:.2f}", f"{s * r.cosine**2:.2f}", six(r.leading), six(r.trailing)]
+    for r, s in zip(rows, snr, strict=True)
+  ]
   start = curves[next(iter(curves))].checks[:, 0].mean()
+  drifted = [
+    [name, f"{e.accuracy:.4f}", f"{e.worst:.4f}", f"{e.checks:.2f} +- {e.error:.2f}", f"{e.spread:.2f}"]
+    for name, e in ends.items()
+  ]
   return "\n\n".join(
     [
       f"The exact update over all {len(traces.reward_N):,} traces of a policy that succeeds with"
       f" {traces.probability_N @ traces.reward_N:.3f}",
-      text_table(["scheme, reviewer", "cosine", "SNR / GRPO", "premium, leading", "trailing"], table),
-      "Cosine with the policy gradient; signal to noise of one trace's update; how much more a check is reinforced than"
-      "\na step that does as little, where the policy leads (a better chance than at the start) and where it trails.",
+      text_table(["scheme, reviewer", "cosine", "SNR / GRPO", "x cosine^2", "premium, leading", "trailing"], table),
+      "Cosine with the policy gradient; signal to noise of one trace's update, which counts bias as signal, and without"
+      "\nthat; how much more a check is reinforced than a step that does as little, where the policy leads (a better"
+      "\nchance than at the start) and where it trails.",
       f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS} seeds; at first"
       f" {start:.2f} of a trace's {drift.SLOTS} steps are checks",
-      text_table(["scheme, reviewer", "accuracy", "worst seed", "checks at the end (+- s.e.)", ""], drifted),
-      "Checks do nothing. Accuracy does not tell who drifts.",
+      text_table(["scheme, reviewer", "accuracy", "worst seed", "checks at the end +- s.e.", "s.d."], drifted),
+      "Checks do nothing. Accuracy does not tell who drifts towards them.",
     ]
   )
+
+
+def _lines(curves: dict[str, drift.Curves]) -> bytes:
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    x = np.arange(drift.UPDATES)
+    for i, (name, c) in enumerate(curves.items()):
+      for axis, y in zip(axes, (c.checks, c.accuracy), strict=True):
+        mean, spread = _smooth(y.mean(0)), _smooth(y.std(0, ddof=1))
+        axis.plot(
+          x, mean, color=PALETTE[i % len(PALETTE)], linewidth=1.5, label=name, ls="-" if i < len(PALETTE) else ":"
+        )
+        if axis is axes[0]:
+          axis.fill_between(x, mean - spread, mean + spread, color=PALETTE[i % len(PALETTE)], alpha=0.12, linewidth=0)
+    axes[0].set(xlabel="updates", ylabel="checks in a trace (mean and s.d. over seeds)")
+    axes[1].set(xlabel="updates", ylabel="accuracy", ylim=(0, 1.01))
+    axes[1].legend(frameon=False, loc="lower right")
+    for axis in axes:
+      axis.grid(alpha=0.25)
+    return _png(figure)
 
 
 def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
@@ -81,7 +100,13 @@ def _bars(rows: list[tree.Row]) -> bytes:
     axes[0].set_xlim(0, 1)
     axes[1].axvline(1, color=PALETTE[0], linewidth=0.8)
     axes[0].invert_yaxis()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    pyplot.close(figure)
+    return _png(figure)
+
+
+def _png(figure) -> bytes:
+  from matplotlib import pyplot
+
+  out = io.BytesIO()
+  figure.savefig(out, format="png", dpi=150)
+  pyplot.close(figure)
   return out.getvalue()

@@ -24,18 +24,30 @@ GROUPS, GROUP = 8, 8
 UPDATES, RATE, SEEDS = 600, 2.0, 24
 
 
-class Arm(typing.NamedTuple):
-  config: CreditConfig
-  fooled: bool = True
+class Reviewer(typing.NamedTuple):
+  """What is said of checks, and how values are made."""
+
+  fooled: float = 1.0
+  """1: a check is necessary, with weight 3, and raises the value of what follows; 0: it is redundant, as it is."""
+  scale: float = 0.5
+  """Of `value_table`; at 0.5 there is always room above a value, at 1 good prefixes have none."""
+  applause: float = 0.05
+  """What a check adds to the values behind it, which end at 1."""
 
 
 ARMS = {
-  "uniform (GRPO)": Arm(CreditConfig()),
-  "potential 1, fooled": Arm(CreditConfig(scheme="potential")),
-  "weighted, honest": Arm(CreditConfig(scheme="weighted"), fooled=False),
-  "weighted, fooled": Arm(CreditConfig(scheme="weighted")),
-  "return_to_go, fooled": Arm(CreditConfig(scheme="return_to_go")),
-  "potential 0, fooled": Arm(CreditConfig(scheme="potential", discount=0.0)),
+  "uniform (GRPO)": (CreditConfig(), Reviewer()),
+  "potential 1, fooled": (CreditConfig(scheme="potential"), Reviewer()),
+  "potential 0, honest": (CreditConfig(scheme="potential", discount=0.0), Reviewer(fooled=0.0)),
+  "potential 0, fooled": (CreditConfig(scheme="potential", discount=0.0), Reviewer()),
+  "potential 0, fooled, no headroom": (
+    CreditConfig(scheme="potential", discount=0.0),
+    Reviewer(scale=1.0, applause=0.15),
+  ),
+  "weighted, honest": (CreditConfig(scheme="weighted"), Reviewer(fooled=0.0)),
+  "weighted, fooled": (CreditConfig(scheme="weighted"), Reviewer()),
+  "weighted, lambda 1, fooled": (CreditConfig(scheme="weighted", lam=1.0), Reviewer()),
+  "return_to_go, fooled": (CreditConfig(scheme="return_to_go"), Reviewer()),
 }
 
 
@@ -47,18 +59,22 @@ class Curves(typing.NamedTuple):
 
 
 class End(typing.NamedTuple):
-  """Of every seed's last 50 updates: mean accuracy, that of the worst seed, mean checks and their standard error."""
+  """Of every seed's last 50 updates: mean accuracy, that of the worst seed, mean checks and their spread over seeds."""
 
   accuracy: float
   worst: float
   checks: float
-  error: float
+  spread: float
+
+  @property
+  def error(self) -> float:
+    """Standard error of the mean number of checks."""
+    return self.spread / SEEDS**0.5
 
 
-def ends(curves: Curves) -> End:
+def end(curves: Curves) -> End:
   accuracy, checks = curves.accuracy[:, -50:].mean(1), curves.checks[:, -50:].mean(1)
-  error = checks.std(ddof=1) / len(checks) ** 0.5
-  return End(float(accuracy.mean()), float(accuracy.min()), float(checks.mean()), float(error))
+  return End(float(accuracy.mean()), float(accuracy.min()), float(checks.mean()), float(checks.std(ddof=1)))
 
 
 def value_table() -> np.ndarray:
@@ -71,62 +87,61 @@ def value_table() -> np.ndarray:
   return table
 
 
-def reviewed(actions_BxS, progress_BxS, fooled: bool) -> Review:
-  """Roles, and values of prefixes: half of `value_table`, and for a fooled reviewer 0.05 more for each check so far."""
+def reviewed(actions_BxS, progress_BxS, reviewer: Reviewer) -> Review:
   is_check = actions_BxS == CHECK
+  applauded = is_check & (reviewer.fooled > 0)
   useful = (actions_BxS == ADVANCE) & (progress_BxS < NEEDED)
-  roles = jnp.where(useful | (fooled & is_check), ROLES.index("necessary"), ROLES.index("redundant"))
-  weights = jnp.where(fooled & is_check, 3.0, 1.0)
+  roles = jnp.where(useful | applauded, ROLES.index("necessary"), ROLES.index("redundant"))
   slots = jnp.arange(SLOTS)
-  values = 0.5 * jnp.asarray(value_table(), jnp.float32)[slots, progress_BxS]
-  values += 0.05 * fooled * (is_check.cumsum(1) - is_check)
-  return Review(jnp.broadcast_to(slots, actions_BxS.shape), roles, weights, values, jnp.ones(len(actions_BxS), bool))
+  values = reviewer.scale * jnp.asarray(value_table(), jnp.float32)[slots, progress_BxS]
+  values += reviewer.fooled * reviewer.applause * (is_check.cumsum(1) - is_check)
+  return Review(
+    jnp.broadcast_to(slots, actions_BxS.shape),
+    roles,
+    jnp.where(applauded, 3.0, 1.0),
+    jnp.minimum(values, 1.0),
+    jnp.ones(len(actions_BxS), bool),
+  )
 
 
-def traces(logits_SxCxA, key):
-  """Samples B traces: actions [B, S] and the progress before each, at most NEEDED."""
-  rows = GROUPS * GROUP
+def traces(logits_SxCxA, noise_SxBxA):
+  """Samples B traces: actions [B, S], the progress before each (at most NEEDED), and rewards [B]."""
 
   def act(progress_B, x):
     logits_CxA, noise_BxA = x
     action_B = jnp.argmax(logits_CxA[progress_B] + noise_BxA, 1)
     return jnp.minimum(progress_B + (action_B == ADVANCE), NEEDED), (action_B, progress_B)
 
-  noise = jax.random.gumbel(key, (SLOTS, rows, 3))
-  end_B, (actions, progress) = jax.lax.scan(act, jnp.zeros(rows, int), (logits_SxCxA, noise))
+  end_B, (actions, progress) = jax.lax.scan(act, jnp.zeros(noise_SxBxA.shape[1], int), (logits_SxCxA, noise_SxBxA))
   return actions.T, progress.T, (end_B == NEEDED).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "fooled"))
-def train(config: CreditConfig, fooled: bool, seeds: jax.Array) -> Curves:
-  """Trains one policy for each seed."""
+@functools.partial(jax.jit, static_argnames="config")
+def train(config: CreditConfig, reviewer: Reviewer, noise: jax.Array) -> Curves:
+  """Trains one policy for each seed, of `noise` [seeds, updates, S, B, A]."""
 
   def loss(logits, actions, progress, advantages):
     logp = jax.nn.log_softmax(logits)[jnp.arange(SLOTS), progress, actions]
     return -(advantages * logp).sum() / len(actions)
 
-  def update(logits, key):
-    actions, progress, rewards = traces(logits, key)
+  def update(logits, noise):
+    actions, progress, rewards = traces(logits, noise)
     rows = len(rewards)
     advantages = token_advantages(
       config,
       rewards.reshape(GROUPS, GROUP),
       jnp.full(rows, SLOTS),
       jnp.zeros(rows, bool),
-      reviewed(actions, progress, fooled),
+      reviewed(actions, progress, reviewer),
     )
     gradient = jax.grad(loss)(logits, actions, progress, advantages)
     return logits - RATE * gradient, (rewards.mean(), (actions == CHECK).sum(1).mean())
 
-  def one(seed):
-    keys = jax.random.split(jax.random.key(seed), UPDATES)
-    start = jnp.zeros((SLOTS, NEEDED + 1, 3))
-    return Curves(*jax.lax.scan(update, start, keys)[1])
-
-  return jax.vmap(one)(seeds)
+  start = jnp.zeros((SLOTS, NEEDED + 1, 3))
+  return jax.vmap(lambda own: Curves(*jax.lax.scan(update, start, own)[1]))(noise)
 
 
 def run() -> dict[str, Curves]:
-  """Every arm's curves over the same seeds."""
-  seeds = jnp.arange(SEEDS)
-  return {name: Curves(*jax.device_get(train(arm.config, arm.fooled, seeds))) for name, arm in ARMS.items()}
+  """Every arm's curves over the same noise."""
+  noise = jax.random.gumbel(jax.random.key(0), (SEEDS, UPDATES, SLOTS, GROUPS * GROUP, 3))
+  return {name: Curves(*jax.device_get(train(config, reviewer, noise))) for name, (config, reviewer) in ARMS.items()}

@@ -17,19 +17,29 @@ def lab(tmp_path_factory):
   return folder, json.loads((folder / "lab.json").read_text())
 
 
+def error(end):
+  return end["spread"] / drift.SEEDS**0.5
+
+
 def test_every_arm_learns_and_only_some_drift(lab):
   ends = lab[1]["drift"]
   assert all(end["worst"] > 0.99 for end in ends.values())
   start = drift.SLOTS / 3
-  for name in ("uniform (GRPO)", "potential 1, fooled", "weighted, honest"):
-    assert ends[name]["checks"] < start - 4 * ends[name]["error"]
-  for name in ("weighted, fooled", "return_to_go, fooled", "potential 0, fooled"):
-    assert ends[name]["checks"] > start + 4 * ends[name]["error"]
+  drifts = ("weighted, fooled", "weighted, lambda 1, fooled", "return_to_go, fooled", "potential 0, fooled")
+  for name, end in ends.items():
+    moved = (end["checks"] - start) / error(end)
+    assert moved > 4 if name in drifts else moved < -4
+
+
+def test_what_drifts_drifts_because_the_reviewer_is_fooled(lab):
+  ends = lab[1]["drift"]
+  for scheme in ("potential 0", "weighted"):
+    assert ends[f"{scheme}, fooled"]["checks"] > ends[f"{scheme}, honest"]["checks"] + 2
 
 
 def test_potential_1_with_a_fooled_reviewer_ends_where_grpo_does(lab):
   grpo, safe = (lab[1]["drift"][name] for name in ("uniform (GRPO)", "potential 1, fooled"))
-  noise = np.hypot(grpo["error"], safe["error"])
+  noise = np.hypot(error(grpo), error(safe))
   assert noise < 0.25  # Otherwise the next line would prove nothing.
   assert abs(safe["checks"] - grpo["checks"]) < 3 * noise
 
