@@ -21,7 +21,7 @@ from dca_jax.evaluate import EvaluateConfig
 from dca_jax.learner import LearnerConfig
 from dca_jax.mesh import MeshConfig
 from dca_jax.policy import PolicyConfig
-from dca_jax.review import ReviewerConfig
+from dca_jax.review import TRANSPORTS, ReviewerConfig
 from dca_jax.rollout import RolloutConfig
 from dca_jax.task import ChainsConfig
 from dca_jax.value import ValueConfig
@@ -62,6 +62,11 @@ class Config:
     if self.rollout.problems % self.learner.micro_batches:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
     reviewed = self.reviewer.name != "none" or self.value.source != "reviewer"
+    if self.reviewer.overlap and self.learner.loss != "ppo":
+      bad["learner.loss"] = "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
+    language_models = [m for m in self.reviewer.members if m.partition(":")[0] in TRANSPORTS]
+    if self.credit.scheme == "potential" and self.value.source == "reviewer" and language_models:
+      bad["reviewer.name"] = "gives no prefix values, which credit.scheme 'potential' reads; see the value section"
     if self.credit.scheme != "uniform" and not reviewed:
       bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
     return bad
@@ -74,6 +79,10 @@ class Config:
       unused["reviewer.name"] = "credit.scheme is 'uniform', which reads no review"
     elif self.value.source != "reviewer":
       unused["reviewer.name"] = f"credit.scheme is 'potential' and value.source '{self.value.source}'"
+    if self.learner.loss == "ppo" and self.learner.updates_per_batch == 1 and not self.reviewer.overlap:
+      # With one update on a fresh batch the ratio is exactly 1, so its clip never acts.
+      why = "learner.updates_per_batch is 1 and reviewer.overlap 0"
+      unused |= dict.fromkeys(("learner.clip_low", "learner.clip_high"), why)
     return unused
 
   def to_json(self) -> str:
@@ -160,7 +169,7 @@ def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 def difference(ours: Config, saved: str) -> list[str]:
   """The keys in which `ours` differs from a saved config.json and that a resumed run may not change."""
-  mine, theirs = flatten(dataclasses.asdict(ours)), flatten(json.loads(saved))
+  mine, theirs = flatten(json.loads(ours.to_json())), flatten(json.loads(saved))
   keys = [k for k in {**theirs, **mine} if not _is_free(k, ours)]
   return [f"{k} was {theirs.get(k)!r} and is now {mine.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
 
@@ -187,6 +196,8 @@ def _section(defaults, given, prefix: str):
       continue
     if isinstance(default, float) and type(value) is int:
       value = float(value)
+    if isinstance(default, tuple) and type(value) is list:
+      value = tuple(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -64,7 +64,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def state_shardings(mesh: Mesh, policy: Policy, optimizer: optax.GradientTransformation, value_head=None) -> TrainState:
+def state_shardings(
+  mesh: Mesh, policy: Policy, optimizer: optax.GradientTransformation, value_head=None, behind: bool = False
+) -> TrainState:
   """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
 
   A jitted `optimizer.init` would replicate the moments, so they are named here.
@@ -89,4 +91,5 @@ def state_shardings(mesh: Mesh, policy: Policy, optimizer: optax.GradientTransfo
     params,
     transform_non_params=lambda _: replicated(mesh),
   )
-  return TrainState(params, opt_state, jax.tree.map(lambda _: replicated(mesh), value_head))
+  head = jax.tree.map(lambda _: replicated(mesh), value_head)
+  return TrainState(params, opt_state, head, params if behind else None)

@@ -6,10 +6,13 @@ is keyed by what it is for, a review by the sample that it judges. So a run that
 that was not.
 """
 
+import contextlib
 import functools
 import math
 import os
+import pathlib
 import time
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,7 +30,7 @@ from dca_jax.errors import UserError
 from dca_jax.evaluate import Estimate, evaluate
 from dca_jax.metrics import Reporter, not_finite
 from dca_jax.policy import Policy
-from dca_jax.review import Request, Truth, make_reviewer
+from dca_jax.review import Request, Reviewer, Truth, open_reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
 from dca_jax.rollout import (
@@ -58,32 +61,50 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   tokenizer = task.tokenizer()
   tokenizer.save_pretrained(folder / "tokenizer")
   policy = Policy(config.policy, len(tokenizer))
-  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
-  reviewer = make_reviewer(config.reviewer, truth)
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
   devices = mesh.make_mesh(config.mesh)
   rows = mesh.batch_sharding(devices)
   mesh.check_divisible(devices, config.rollout.problems // config.learner.micro_batches)
-  learned = config.value.source == "learned"
+  learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, config.policy.width, config.seed) if learned else None
-  shardings = mesh.state_shardings(devices, policy, optimizer, head)
+  shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap)
   end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
   update = functools.partial(
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
   )
   on_policy = jax.device_put([np.bool_(False), np.bool_(True)], mesh.replicated(devices))
+  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
+  canaries = make_canaries(task)
+  cache = pathlib.Path(folder / "reviews.sqlite")
 
-  with Checkpoints(config.checkpoint, folder) as checkpoints:
+  with (
+    contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer,
+    Checkpoints(config.checkpoint, folder) as checkpoints,
+  ):
     init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
-    init_state = jax.jit(functools.partial(learner.init_state, optimizer), out_shardings=shardings)
-    abstract = jax.eval_shape(lambda: learner.init_state(optimizer, init_params(jax.random.key(0)), head))
+
+    def new_state(params, head):
+      return learner.init_state(optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None)
+
+    init_state = jax.jit(new_state, out_shardings=shardings)
+    abstract = jax.eval_shape(lambda: new_state(init_params(jax.random.key(0)), head))
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
     def make_start():
       params = init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
       return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits)
+
+    def begin(step: int, params) -> Begun:
+      """Samples a batch and hands it to the reviewer, who reads it while the device goes on."""
+      rollout = collect(config.rollout, config.seed, step, task, tokenizer, policy, params, end_ids, rows)
+      if config.learner.mask_truncated:
+        rollout = rollout._replace(trained_B=rollout.trained_B & ~rollout.samples.truncated_B)
+      spans, texts = cut_steps(rollout.samples, tokenizer, task)
+      asked = worth_a_review(config, step, rollout, texts)
+      requests = [r for r, ask in zip(make_requests(step, rollout, texts), asked, strict=True) if ask]
+      return Begun(rollout, spans, texts, asked, reviewer.submit(requests, config.reviewer.deadline))
 
     start = starting_policy(folder, abstract.params, make_start)
     done, state = checkpoints.restore(abstract, config.hash()) or (0, init_state(jax.tree.map(jnp.copy, start), head))
@@ -92,12 +113,18 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
       if 0 not in reporter.steps:
         reporter.log(0, eval_metrics(evaluate(config.evaluate, config.rollout, task, tokenizer, policy, state.params)))
 
+      ahead: Begun | None = None
       for step in range(done + 1, config.steps + 1):
         with jax.transfer_guard("disallow"):
           clock = Clock()
-          rollout = collect(config.rollout, config.seed, step, task, tokenizer, policy, state.params, end_ids, rows)
-          if config.learner.mask_truncated:
-            rollout = rollout._replace(trained_B=rollout.trained_B & ~rollout.samples.truncated_B)
+          if overlap:
+            # This batch was sampled a step ago; after a resume it is sampled anew, by the same policy.
+            begun = ahead or begin(step, state.behind)
+            ahead = begin(step + 1, state.params) if step < config.steps else None
+            state = state._replace(behind=copy_of(state.params))
+          else:
+            begun = begin(step, state.params)
+          rollout, spans, texts = begun.rollout, begun.spans, begun.texts
           clock.lap("sample")
 
           # The reference runs on the device while the host reviews.
@@ -109,9 +136,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             reference = learner.reference_logprobs(
               policy, config.rollout.sampling, start, prompts, prompt_lengths, completions
             )
-          spans, texts = cut_steps(rollout.samples, tokenizer, task)
-          reviews = reviewer(make_requests(step, rollout, texts), deadline=60.0)
-          reviews = [review.checked(len(steps)) for review, steps in zip(reviews, texts, strict=True)]
+          reviews = wait_for_reviews(begun, config.reviewer.deadline)
           continued = 0
           if config.value.source == "monte_carlo":
             reviews, continued = monte_carlo(
@@ -152,10 +177,11 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             prompts, prompt_lengths, completions, lengths, trained, advantages.tokens_BxT, behaviour, reference
           )
           for i in range(config.learner.updates_per_batch):
-            state, stats, logprobs = update(state, batch, on_policy[i == 0])
+            # One step behind, the ratio is against the policy that sampled, in every update.
+            state, stats, logprobs = update(state, batch, on_policy[i == 0 and not overlap])
             if i == 0:
-              batch = batch._replace(logprobs_BxT=logprobs)
               first = stats
+              batch = batch if overlap else batch._replace(logprobs_BxT=logprobs)
           stats["sampler/logprob_error"] = first["sampler/logprob_error"]
           if learned:
             head, stats["value/loss"] = fit_head(
@@ -172,19 +198,25 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
           clock.lap("update")
 
         measured = step_metrics(
-          config.credit, rollout, continued, rewards_B, reviews, values_BxK, host_advantages, stats, clock
+          config.credit, rollout, continued, rewards_B, begun.asked, reviews, values_BxK, host_advantages, stats, clock
         )
         if bad := not_finite(measured):
           raise UserError(
             f"{bad} is not finite at step {step}; {checkpoints.describe()}. Lower learner.lr or set"
             " learner.max_grad_norm (with a new --workdir), or run again to repeat the steps since then"
           )
+        if config.reviewer.canary_every and step % config.reviewer.canary_every == 0:
+          measured["review/canary_accuracy"] = canary_accuracy(reviewer, canaries, config.reviewer.deadline)
+        measured |= reviewer.stats()
+        problem = reviewer.problem()
         due = config.evaluate.every and step % config.evaluate.every == 0
         if due or step == config.steps:
           scores = evaluate(config.evaluate, config.rollout, task, tokenizer, policy, state.params)
           measured |= eval_metrics(scores)
         reporter.log(step, measured)
-        checkpoints.save(step, state, config.hash(), last=step == config.steps)
+        checkpoints.save(step, state, config.hash(), last=bool(problem) or step == config.steps)
+        if problem:
+          raise UserError(f"{problem}; {checkpoints.describe()}")
 
 
 # One step, in the order of the loop.
@@ -263,6 +295,74 @@ def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Ou
     task.verify(problem, "".join(pieces[t] for t in tokens[:length]), bool(truncated))
     for tokens, length, truncated in zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
   ]
+
+
+class Begun(NamedTuple):
+  """A batch on its way: sampled and verified, and handed to the reviewer."""
+
+  rollout: Rollout
+  spans: list[list[tuple[int, int]]]
+  texts: list[tuple[str, ...]]
+  asked: list[bool]
+  """Which completions the reviewer was asked about."""
+  reviews: Future[list[HostReview]]
+
+
+def worth_a_review(config: Config, step: int, rollout: Rollout, texts: list[tuple[str, ...]]) -> list[bool]:
+  """Which completions a review can matter to, `reviewer.sample_frac` of them."""
+  group = config.rollout.group
+  asked = []
+  for i, steps in enumerate(texts):
+    own = {outcome.reward for outcome in rollout.outcomes[i // group * group : (i // group + 1) * group]}
+    # Weights move nothing where the advantage is 0, and within a single step there is nothing to move.
+    idle = config.credit.scheme == "weighted" and len(own) == 1
+    single = len(steps) < 2 and config.credit.scheme not in ("potential", "capo")
+    ask = bool(rollout.trained_B[i]) and not idle and not single
+    if ask and config.reviewer.sample_frac < 1:
+      ask = np.random.default_rng([config.seed, step, i]).random() < config.reviewer.sample_frac
+    asked.append(ask)
+  return asked
+
+
+def wait_for_reviews(begun: Begun, deadline: float) -> list[HostReview]:
+  """A review for every completion: what was not asked for is `skipped`, what does not fit its answer `invalid`."""
+  try:
+    came = iter(begun.reviews.result(deadline + 1.0))
+  except TimeoutError:  # A client keeps its deadline; this is for one that does not.
+    came = iter([HostReview("timeout")] * sum(begun.asked))
+  return [
+    next(came).checked(len(steps)) if ask else HostReview("skipped")
+    for steps, ask in zip(begun.texts, begun.asked, strict=True)
+  ]
+
+
+def make_canaries(task: Task) -> list[tuple[Request, list[str]]]:
+  """Demonstrations whose labels are known, to see how good a reviewer is while it works."""
+  canaries = []
+  for i in range(8):
+    prompt, text = task.demonstration(i, True)
+    steps = tuple(text[a:b] for a, b in cut(list(text), task.step_end))
+    labels = task.label_steps(prompt, steps, False)
+    # An answer is right exactly where the role of its last step is.
+    correct = labels[-1] in ("necessary", "repair")
+    canaries.append((Request(f"canary/{i}", prompt, steps, correct, False), labels))
+  return canaries
+
+
+def canary_accuracy(reviewer: Reviewer, canaries, deadline: float) -> float:
+  """Share of the steps of canaries whose role the reviewer knew; those of failed reviews count as not known."""
+  reviews = reviewer.submit([request for request, _ in canaries], deadline).result(deadline + 1.0)
+  known = [
+    role == true
+    for review, (_, labels) in zip(reviews, canaries, strict=True)
+    for role, true in zip(review.roles or [""] * len(labels), labels, strict=True)
+  ]
+  return float(np.mean(known))
+
+
+@jax.jit
+def copy_of(params):
+  return jax.tree.map(jnp.copy, params)
 
 
 @jax.jit
@@ -351,6 +451,7 @@ def trajectories(step, rollout: Rollout, spans, texts, reviews: list[HostReview]
       correct=outcome.correct,
       truncated=outcome.truncated,
       review=review.status,
+      model=review.model,
       trained=bool(rollout.trained_B[i]),
       advantage=float(completion_advantages[i]),
       credit=advantages.tokens_BxT[i, :length].tolist(),
@@ -374,6 +475,7 @@ def step_metrics(
   rollout: Rollout,
   continued: int,
   rewards_B,
+  asked: list[bool],
   reviews,
   values_BxK,
   advantages: Advantages,
@@ -402,7 +504,8 @@ def step_metrics(
     "train/generated_tokens": float(rollout.generated + continued),
     "train/mixed_groups": float(np.mean([len(set(g)) > 1 for g in rewards_B.reshape(-1, group).tolist()])),
     "train/tokens_per_second": float(samples.lengths_B.sum() / total),
-    "review/ok": float(np.mean([review.status == "ok" for review in reviews])),
+    "review/asked": float(np.mean(asked)),
+    "review/ok": sum(review.status == "ok" for review in reviews) / max(1, sum(asked)),
     **{f"review/{role}": roles.count(role) / max(1, len(roles)) for role in ROLES},
     "credit/moved": float(np.abs(advantages.tokens_BxT).sum() / max(1e-9, np.abs(mass).sum())),
     **extra,

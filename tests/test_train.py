@@ -292,7 +292,7 @@ def test_trajectories_describe_the_completions(weighted_run):
       assert "".join(s["text"] for s in t.steps) == tokenizer.decode(t.tokens)
       for s in t.steps:
         assert s["text"] == tokenizer.decode(t.tokens[s["start"] : s["end"]])
-        assert s["role"] in ROLES
+        assert s.get("role", "necessary") in ROLES
       assert (t.tokens[-1] == tokenizer.eos_token_id) == (not t.truncated)
       assert t.correct == (t.reward == 1.0)
       assert t.correct == tokenizer.decode(t.tokens).endswith(f"#{t.answer}$")
@@ -320,6 +320,8 @@ def test_metrics_agree_with_the_trajectories(weighted_run):
   assert [line["step"] for line in lines] == [0, 1, 2, 3]
   for step in (1, 2, 3):
     line, rows = lines[step], records(weighted_run, step)
+    asked = [t for t in rows if t.review != "skipped"]
+    assert all(len({t.reward for t in g}) > 1 or g[0].review == "skipped" for g in groups(rows))
     assert line["train/reward"] == pytest.approx(np.mean([t.reward for t in rows]))
     assert line["train/accuracy"] == pytest.approx(np.mean([t.correct for t in rows]))
     assert line["train/truncated"] == pytest.approx(np.mean([t.truncated for t in rows]))
@@ -328,7 +330,8 @@ def test_metrics_agree_with_the_trajectories(weighted_run):
     assert line["train/completions"] == 16
     assert line["learner/tokens"] == sum(len(t.tokens) for t in rows)
     assert line["review/ok"] == 1
-    roles = [s["role"] for t in rows for s in t.steps]
+    assert line["review/asked"] == len(asked) / 16
+    roles = [s["role"] for t in asked for s in t.steps]
     assert line["review/necessary"] == pytest.approx(roles.count("necessary") / len(roles))
     assert sum(line[f"review/{role}"] for role in ROLES) == pytest.approx(1)
     assert line["credit/conservation_error"] < 1e-5

@@ -69,11 +69,9 @@ class LearnerConfig:
     return bad
 
   def unused(self) -> dict[str, str]:
-    if self.loss == "ppo" and self.updates_per_batch > 1:
+    if self.loss == "ppo":
       return {}
-    # With one update the ratio is exactly 1, so its clip never acts.
-    why = "learner.loss is 'reinforce'" if self.loss == "reinforce" else "learner.updates_per_batch is 1"
-    return dict.fromkeys(("clip_low", "clip_high"), why)
+    return dict.fromkeys(("clip_low", "clip_high"), "learner.loss is 'reinforce'")
 
 
 @functools.lru_cache

@@ -15,11 +15,13 @@ from dca_jax.policy import Policy, Sampling, token_logprobs
 
 
 class TrainState(typing.NamedTuple):
-  """What training changes: parameters, optimizer state and, where values are learned, the head that gives them."""
+  """What training changes: parameters and optimizer state; where values are learned, the head that gives them."""
 
   params: typing.Any
   opt_state: typing.Any
   value_head: typing.Any = None
+  behind: typing.Any = None
+  """The parameters one step ago, where batches are sampled one step ahead."""
 
 
 class Batch(typing.NamedTuple):
@@ -90,8 +92,8 @@ def loss_sums(
   return loss, (jax.lax.stop_gradient(sums), jax.lax.stop_gradient(logp))
 
 
-def init_state(optimizer: optax.GradientTransformation, params, value_head=None) -> TrainState:
-  return TrainState(params, optimizer.init(params), value_head)
+def init_state(optimizer: optax.GradientTransformation, params, value_head=None, behind=None) -> TrainState:
+  return TrainState(params, optimizer.init(params), value_head, behind)
 
 
 @functools.partial(

@@ -1,14 +1,14 @@
 """Reviewers that need no model: the task's own labels, and controls made from them."""
 
-import dataclasses
 import hashlib
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
-from dca_jax.review.types import Request, Review, Reviewer
+from dca_jax.review.types import Request, Review
 from dca_jax.roles import ROLES
 
 # What helps becomes wrong; what is wrong or needless becomes helpful.
@@ -32,46 +32,34 @@ class Truth(NamedTuple):
   """From a prompt and the steps of its completions to the values of their prefixes (see `task.Task.prefix_values`)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ReviewerConfig:
-  """The `reviewer` section."""
+class Builtin:
+  """A reviewer (see `types.Reviewer`) that answers in milliseconds and costs nothing."""
 
-  name: str = "none"
-  """`none`; `oracle`, the task's own labels and prefix values; `noisy`, the oracle with labels flipped. And controls:
-  `random`; `lexical` applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes its mind
-  about a step with what follows it; `stale` answers with the review of the completion before; `nan` gives the oracle's
-  review with a number missing; `silent` never answers in time."""
-  flip: float = 0.3
-  """`noisy`: chance that a step's label is turned into its opposite; at 0.5 it no longer tells right from wrong. As
-  likely a value becomes one minus itself."""
-  step: int = -1
-  """`thief`: the step that gets everything; negative numbers count from the end."""
-  seed: int = 0
-  """`noisy`, `random`, `suffix` and `nan`: their dice; the same sample always gets the same review."""
+  def __init__(self, name: str, dice: "Dice", truth: Truth):
+    self._name, self._dice, self._truth = name, dice, truth
 
-  def check(self) -> dict[str, str]:
-    bad = {}
-    if self.name not in REVIEWERS:
-      bad["name"] = f"must be one of {', '.join(REVIEWERS)}"
-    if not 0 <= self.flip <= 1:
-      bad["flip"] = "must be between 0 and 1"
-    return bad
+  def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
+    del deadline
+    done: Future[list[Review]] = Future()
+    done.set_result(REVIEWERS[self._name](self._dice, self._truth, requests))
+    return done
 
-  def unused(self) -> dict[str, str]:
-    dice = ("seed",)
-    reads = {"noisy": ("flip", "seed"), "random": dice, "suffix": dice, "nan": dice, "thief": ("step",)}
-    keys = [key for key in ("flip", "step", "seed") if key not in reads.get(self.name, ())]
-    return {key: f"reviewer.name is '{self.name}'" for key in keys}
+  def stats(self) -> dict[str, float]:
+    return {}
+
+  def problem(self) -> None:
+    return None
+
+  def close(self) -> None:
+    pass
 
 
-def make_reviewer(config: ReviewerConfig, truth: Truth) -> Reviewer:
-  """The reviewer that `config` names."""
+class Dice(NamedTuple):
+  """The settings of controls; see `ReviewerConfig`."""
 
-  def reviewer(requests: Sequence[Request], deadline: float) -> list[Review]:
-    del deadline  # These answer in milliseconds.
-    return REVIEWERS[config.name](config, truth, requests)
-
-  return reviewer
+  flip: float
+  step: int
+  seed: int
 
 
 def _none(config, truth, requests) -> list[Review]:
@@ -170,7 +158,7 @@ def _review(roles: Sequence[str], values: Sequence[float]) -> Review:
   return Review("ok", tuple(roles), (1.0,) * len(roles), tuple(values))
 
 
-def _dice(config: ReviewerConfig, name: str) -> random.Random:
+def _dice(config: Dice, name: str) -> random.Random:
   return random.Random(hashlib.sha256(f"{config.seed}/{name}".encode()).digest())
 
 

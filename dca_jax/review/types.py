@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 from dca_jax.roles import ROLES
@@ -19,6 +20,23 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class Usage:
+  """What calls to a model took; tokens of thought are billed as output."""
+
+  calls: int = 0
+  prompt_tokens: int = 0
+  cached_tokens: int = 0
+  """Of the prompt's, those that the provider had cached."""
+  output_tokens: int = 0
+  thought_tokens: int = 0
+  dollars: float = 0.0
+
+  def __add__(self, other: "Usage") -> "Usage":
+    ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+    return Usage(*(a + b for a, b in zip(ours, theirs, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Review:
   """What a reviewer says of each step; where `status` is not `ok` nothing, and credit is uniform."""
 
@@ -28,6 +46,11 @@ class Review:
   values: tuple[float, ...] = ()
   """The chance of success before each step is written, told without a look at the rest; what `potential` credit reads.
   A reviewer gives roles with weights, or values, or both."""
+  sure: bool = True
+  model: str = ""
+  """The model that said so, as its provider names the version."""
+  cached: bool = False
+  """Whether it came from the cache, and cost nothing."""
 
   def checked(self, steps: int) -> "Review":
     """This review, or one of status `invalid` where it does not fit an answer of so many steps."""
@@ -38,6 +61,16 @@ class Review:
 
 
 class Reviewer(Protocol):
-  def __call__(self, requests: Sequence[Request], deadline: float) -> list[Review]:
+  def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
     """One review per request, in order, always, within `deadline` seconds; failure is a status, never an exception."""
     ...
+
+  def stats(self) -> dict[str, float]:
+    """Metrics of what was done since the last call."""
+    ...
+
+  def problem(self) -> str | None:
+    """Why the run should end at this step, or None."""
+    ...
+
+  def close(self) -> None: ...

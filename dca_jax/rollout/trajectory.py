@@ -26,6 +26,8 @@ class Trajectory:
   truncated: bool
   review: str
   """The review's status."""
+  model: str
+  """The version of the model that reviewed, if one did."""
   trained: bool
   advantage: float
   """The completion's own, before credit moved it."""

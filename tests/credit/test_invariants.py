@@ -1,25 +1,48 @@
-"""The twelve invariants that no reviewer can break, for `return_to_go`, `potential` and `capo`.
+"""The twelve invariants that no reviewer can break, I1 to I12; reviews are random, hostile, missing and no numbers.
 
-Those of `weighted` and `signed` are in test_schemes.py: sums, signs and caps (I1, I2, I12) in
-`test_sums_signs_and_caps`, silence (I3) in `test_a_review_that_says_nothing_...`, permutation (I4), splitting (I6),
-tokens without credit (I9), groups without variance (I10), missing reviews (I11) under those names.
+More on `weighted` and `signed` is in test_schemes.py: sums, signs and caps in `test_sums_signs_and_caps`, silence in
+`test_a_review_that_says_nothing_...`, and examples that can be followed by hand.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from test_schemes import NECESSARY, B, G, K, P, T, _batch, _batches, _compute, _mask, _uniform
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from test_schemes import (
+  CONFIGS,
+  INHERITS,
+  INSANE,
+  IRRELEVANT,
+  NECESSARY,
+  SANE,
+  WILD,
+  B,
+  G,
+  K,
+  P,
+  T,
+  _batch,
+  _batches,
+  _compute,
+  _jitted,
+  _mask,
+  _uniform,
+  _usable,
+)
 
 from dca_jax.credit import CreditConfig, Review
 from dca_jax.lab import tree
-from dca_jax.review import Request, ReviewerConfig, Truth, make_reviewer
+from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
 from dca_jax.roles import ROLES
 from dca_jax.task import Chains, ChainsConfig
 
 RTG, CAPO = CreditConfig(scheme="return_to_go"), CreditConfig(scheme="capo")
 SAFE, OWN = CreditConfig(scheme="potential"), CreditConfig(scheme="potential", discount=0.0)
+WEIGHTED, SIGNED = CreditConfig(scheme="weighted"), CreditConfig(scheme="signed")
 POTENTIALS = [SAFE, OWN, dataclasses.replace(SAFE, discount=0.9), dataclasses.replace(OWN, log_epsilon=0.01)]
 
 
@@ -85,28 +108,84 @@ def test_i1_changes_of_value_telescope_to_the_reward(config, batch):
       assert sum(coefficients) == pytest.approx(rewards[i] - phi[0], abs=1e-6)
 
 
-def test_i1_capo_conserves_nothing():
-  batch = _batch(3)
-  roles, ok = batch["review"].roles_BxK, np.ones(B, bool)
-  batch["truncated"][:] = False
+@settings(max_examples=40, deadline=None)
+@given(batch=_batches())
+def test_i1_capo_conserves_nothing(batch):
+  """What a completion's sum loses is the penalty times its blamed tokens, beyond those of the others."""
+  blame = _blame_by_hand(CAPO, batch)
   tokens = _compute(CAPO, batch).astype(float)
-  wrong = np.take_along_axis(roles == ROLES.index("error"), batch["review"].step_ids_BxT, 1) & _mask(batch)
-  share = (wrong.sum(1) / batch["lengths"]).reshape(P, G)
-  others = ((share.sum(1, keepdims=True) - share) / (G - 1)).reshape(-1)
+  ok = batch["review"].ok_B & _usable(batch)
   mass = _uniform(CAPO, batch).astype(float).sum(1)
-  lost = CAPO.penalty * (wrong.sum(1) - others * batch["lengths"])
-  np.testing.assert_allclose(tokens.sum(1), mass - lost, atol=1e-5)
-  assert np.abs(lost[ok]).max() > 1
+  lost = np.where(ok, CAPO.penalty * (blame.sum(1) - _others_blame(blame, batch, ok) * batch["lengths"]), 0)
+  scale = 1 + np.abs(tokens).sum(1) + CAPO.penalty * _others_blame(blame, batch, ok) * batch["lengths"]
+  assert (np.abs(tokens.sum(1) - (mass - lost)) <= 1e-6 * scale).all()
+
+
+def test_i1_capo_pays_for_marking_steps_as_wrong():
+  batch = _batch(3)
+  batch["truncated"][:] = False
+  gained = _compute(CAPO, batch).astype(float).sum(1) - _uniform(CAPO, batch).astype(float).sum(1)
+  assert np.abs(gained).max() > 1
+
+
+def _blame_by_hand(config, batch):
+  """The blame of every token in float64, 0 in rows without a usable review."""
+  ids, roles, weights, _, ok = batch["review"]
+  tables = np.where(
+    batch["truncated"][:, None], *(x.array()[None].astype(float) for x in (config.blame_truncated, config.blame))
+  )
+  sane = np.where((weights >= 0) & (weights <= 1000), weights, 0.0)
+  per_step = np.take_along_axis(tables, roles, 1) * sane
+  return np.take_along_axis(per_step, ids, 1) * (_mask(batch) & (ok & _usable(batch))[:, None])
+
+
+def _others_blame(blame, batch, ok):
+  """For each completion the mean blame of a token in the others of its group that have a usable review."""
+  mean = (blame.sum(1) / batch["lengths"] * ok).reshape(P, G)
+  count = ok.reshape(P, G).sum(1, keepdims=True) - ok.reshape(P, G)
+  return ((mean.sum(1, keepdims=True) - mean) / np.maximum(count, 1)).reshape(-1)
+
+
+# I2: no sign flips.
+
+
+@pytest.mark.parametrize("config", [WEIGHTED, CreditConfig(scheme="weighted", lam=1.0, cap=1000.0, **WILD)], ids=_name)
+@settings(max_examples=40, deadline=None)
+@given(batch=_batches())
+def test_i2_weighted_flips_no_sign(config, batch):
+  """No token of a win is discouraged and none of a loss encouraged."""
+  advantages = _uniform(config, batch)
+  assert (np.sign(_compute(config, batch)) * np.sign(advantages) >= 0).all()
+  assert not _compute(config, batch)[advantages == 0].any()
+
+
+# I3: who says nothing changes nothing.
+
+
+@pytest.mark.parametrize("scheme", ["weighted", "signed"])
+@settings(max_examples=40, deadline=None)
+@given(batch=_batches(), role=st.integers(0, len(ROLES) - 1), weight=st.sampled_from(SANE))
+def test_i3_a_reviewer_that_calls_all_steps_alike_is_no_reviewer(scheme, batch, role, weight):
+  alike = {"roles_BxK": np.full((B, K), role, np.int32), "weights_BxK": np.full((B, K), weight, np.float32)}
+  for config in (c for c in CONFIGS if c.scheme == scheme):
+    assert np.array_equal(_compute(config, batch, **alike), _uniform(config, batch))
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *POTENTIALS, RTG, CAPO], ids=_name)
+@settings(max_examples=15, deadline=None)
+@given(batch=_batches())
+def test_i3_without_reviews_every_scheme_is_uniform(config, batch):
+  assert np.array_equal(_compute(config, batch, ok_B=np.zeros(B, bool)), _uniform(config, batch))
 
 
 # I4: a group has no order.
 
 
-@pytest.mark.parametrize("config", [*POTENTIALS, RTG, CAPO], ids=_name)
-def test_i4_permuting_a_group_permutes_its_tokens(config):
-  rng = np.random.default_rng(5)
-  batch = _batch(5, rng.integers(0, 9, (P, G)) / 8)
-  order = np.concatenate([rng.permutation(G) + G * p for p in range(P)])
+@pytest.mark.parametrize("config", [CreditConfig(), WEIGHTED, SIGNED, *POTENTIALS, RTG, CAPO], ids=_name)
+@settings(max_examples=25, deadline=None)
+@given(batch=_batches(), data=st.data())
+def test_i4_permuting_a_group_permutes_its_tokens(config, batch, data):
+  order = np.concatenate([np.array(data.draw(st.permutations(range(G)))) + G * p for p in range(P)])
   moved = {
     "rewards": batch["rewards"].reshape(-1)[order].reshape(P, G),
     "lengths": batch["lengths"][order],
@@ -114,8 +193,10 @@ def test_i4_permuting_a_group_permutes_its_tokens(config):
     "review": Review(*(x[order] for x in batch["review"])),
   }
   ours, theirs = _compute(config, moved), _compute(config, batch)[order]
-  # The group's mean is summed in another order.
-  np.testing.assert_allclose(ours, theirs, atol=0 if config.scheme == "potential" else 1e-6)
+  if config.scheme in ("return_to_go", "capo"):  # The group's mean is summed in another order.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * max(1, np.abs(theirs).max()))
+  else:
+    assert np.array_equal(ours, theirs)
 
 
 # I5: nothing that is written into an answer changes its total.
@@ -165,39 +246,108 @@ def test_i5_a_probe_leaves_the_total_alone(config, after, role):
   assert total(probed) == pytest.approx(total(batch), rel=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["uniform", "weighted", "signed", "return_to_go", "potential"])
+@settings(max_examples=40, deadline=None)
+@given(
+  batch=_batches(),
+  after=st.integers(0, K - 2),
+  role=st.integers(0, len(ROLES) - 1),
+  weight=st.sampled_from([*SANE, *INSANE]),
+  value=st.sampled_from([0.0, 0.5, 1.0, *INSANE]),
+  tokens=st.integers(1, 6),
+)
+def test_i5_no_probe_whatever_is_said_of_it_changes_the_total(scheme, batch, after, role, weight, value, tokens):
+  batch["lengths"] = np.minimum(batch["lengths"], T - 6)
+  ids, _, _, values, ok = batch["review"]
+  np.minimum(ids, K - 2, out=ids)
+  after = min(after, int(ids[0, batch["lengths"][0] - 1]))
+  batch["rewards"][0, 1:] = 0  # So that return_to_go's baseline is 0.
+  if scheme == "potential":  # Without any value there is nothing to telescope.
+    values[0, 0], ok[0] = 0.25, True
+  config = {"potential": OWN, "return_to_go": RTG}.get(scheme, CreditConfig(scheme=scheme, conserve="completion"))
+  if scheme == "return_to_go" and not _uses_review(
+    batch
+  ):  # Uniform pays R to each token: no rewards that are paid out.
+    return
+  probed = _with_probe(batch, 0, after, role, weight, value, tokens)
+  if scheme == "return_to_go" and not _uses_review(probed):
+    return
+  ours, theirs = (_compute(config, b)[0].astype(float) for b in (batch, probed))
+  if scheme == "potential":
+    totals = [sum(_step_coefficients(_compute(config, b), b, 0)) for b in (batch, probed)]
+    assert totals[0] == pytest.approx(totals[1], abs=1e-6)
+  elif scheme == "return_to_go":
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-6) == pytest.approx(batch["rewards"][0, 0], rel=1e-6)
+  else:
+    assert abs(ours.sum() - theirs.sum()) <= 1e-6 * (np.abs(ours).sum() + np.abs(theirs).sum())
+
+
+def _uses_review(batch):
+  return batch["review"].ok_B[0] and _usable(batch)[0]
+
+
 # I6: where steps are cut does not matter, where what is said is the same.
 
 
-@pytest.mark.parametrize("config", [RTG, CAPO], ids=_name)
-def test_i6_cutting_steps_in_two_changes_nothing(config):
-  batch, rng = _batch(6), np.random.default_rng(6)
-  whole = np.minimum(batch["review"].step_ids_BxT // 2, K // 2 - 1)
-  roles, weights = rng.integers(0, 6, (B, K // 2)), rng.random((B, K // 2), np.float32)
+@pytest.mark.parametrize("config", [WEIGHTED, SIGNED, CONFIGS[1], RTG, CAPO], ids=_name)
+@settings(max_examples=25, deadline=None)
+@given(batch=_batches(), later=hnp.arrays(bool, (B, T)))
+def test_i6_cutting_steps_in_two_changes_nothing(config, batch, later):
+  whole = batch["review"].step_ids_BxT // 2
+  roles, weights = (getattr(batch["review"], name)[:, : K // 2] for name in ("roles_BxK", "weights_BxK"))
   one = {"roles_BxK": np.tile(roles, 2), "weights_BxK": np.tile(weights, 2)}
   two = {"roles_BxK": roles.repeat(2, 1), "weights_BxK": weights.repeat(2, 1)}
-  halves = whole * 2 + (np.arange(T) >= 12)
+  # Any of a step's tokens may go to its second half.
+  halves = whole * 2 + later
   ours = _compute(config, batch, step_ids_BxT=whole, **one)
-  np.testing.assert_allclose(_compute(config, batch, step_ids_BxT=halves, **two), ours, atol=1e-6)
-  assert not np.allclose(ours, _uniform(config, batch))
+  assert np.array_equal(_compute(config, batch, step_ids_BxT=halves, **two), ours)
+
+
+@pytest.mark.parametrize("config", [WEIGHTED, SIGNED, RTG, CAPO], ids=_name)
+def test_i6_cutting_where_something_else_is_said_does(config):
+  batch = _batch(6)
+  whole = np.minimum(batch["review"].step_ids_BxT, 2)
+  moved = _compute(config, batch, step_ids_BxT=np.where(np.arange(T) >= 12, whole + 3, whole))
+  assert not np.allclose(moved, _compute(config, batch, step_ids_BxT=whole))
 
 
 # I7: a prefix does not hear of what follows.
 
 
-@pytest.mark.parametrize("config", POTENTIALS, ids=_name)
-def test_i7_values_behind_a_step_do_not_reach_it(config):
-  batch, rng = _batch(10), np.random.default_rng(10)
-  j = 2
-  edited = {name: getattr(batch["review"], name).copy() for name in ("roles_BxK", "weights_BxK", "values_BxK")}
-  edited["values_BxK"][:, j + 1 :] = rng.choice([0.0, 0.3, 1.0, np.nan, np.inf], (B, K - j - 1))
-  edited["roles_BxK"][:, j + 1 :] = NECESSARY
-  edited["weights_BxK"][:, j + 1 :] = np.nan
-  tokens, after = _compute(config, batch), _compute(config, batch, **edited)
+def _edited_behind(batch, other, j):
+  """The batch with everything that is said of steps behind `j` taken from another one."""
+  edited = {}
+  for name in ("roles_BxK", "weights_BxK", "values_BxK"):
+    edited[name] = getattr(batch["review"], name).copy()
+    edited[name][:, j + 1 :] = getattr(other["review"], name)[:, j + 1 :]
+  return edited
+
+
+@pytest.mark.parametrize(
+  "config", [SAFE, OWN, POTENTIALS[3], CreditConfig(scheme="potential", log_epsilon=0.01)], ids=_name
+)
+@settings(max_examples=40, deadline=None)
+@given(batch=_batches(), other=_batches(), j=st.integers(0, K - 2))
+def test_i7_values_behind_a_step_do_not_reach_it(config, batch, other, j):
+  tokens, after = _compute(config, batch), _compute(config, batch, **_edited_behind(batch, other, j))
   # At discount 1 a step hears of the outcome only; at 0 of the next prefix too.
-  sees = {1.0: j, 0.0: j - 1}.get(config.discount, -1)
-  early = batch["review"].step_ids_BxT <= sees
-  assert np.array_equal(tokens[early], after[early])
-  assert not np.array_equal(tokens, after)
+  early = batch["review"].step_ids_BxT <= (j if config.discount else j - 1)
+  values = batch["review"].values_BxK[:, : j + 1]
+  valued = ((values >= 0) & (values <= 1)).any(1)[:, None]
+  assert np.array_equal(tokens[early & valued], after[early & valued])
+  # Without a value so far a step has the group's baseline; a review of no value at all is uniform, which is the same
+  # number computed in another way. (Not with logarithms: they make another number of the baseline.)
+  if not config.log_epsilon and config.discount:
+    np.testing.assert_allclose(tokens[early], after[early], atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [WEIGHTED, SIGNED, RTG, OWN, POTENTIALS[2]], ids=_name)
+def test_i7_the_other_schemes_do_hear_of_what_follows(config):
+  """So the test above can fail."""
+  batch, other, j = _batch(10), _batch(11), 2
+  tokens, after = _compute(config, batch), _compute(config, batch, **_edited_behind(batch, other, j))
+  early = batch["review"].step_ids_BxT <= j
+  assert not np.allclose(tokens[early], after[early])
 
 
 CHAINS = Chains(ChainsConfig())
@@ -207,7 +357,7 @@ TRUTH = Truth(lambda r: CHAINS.label_steps(r.problem, r.steps, r.truncated), CHA
 def _values(name, steps, others, correct):
   prompt = CHAINS.demonstration(3, False)[0]
   requests = [Request(f"1/3/{i}", prompt, tuple(s), correct, False) for i, s in enumerate([steps, *others])]
-  return make_reviewer(ReviewerConfig(name=name), TRUTH)(requests, 1.0)[0].values
+  return open_reviewer(ReviewerConfig(name=name), TRUTH, None).submit(requests, 1.0).result()[0].values
 
 
 @pytest.mark.parametrize("name", ["oracle", "noisy", "random", "lexical", "thief", "suffix"])
@@ -256,25 +406,185 @@ def test_i8_a_potential_that_knows_the_rest_does_not():
   assert _cosine(np.where(total > 1, np.nan, SMALL.value_NxT)) < 0.9999
 
 
+def _grouped_update(config, values_NxT):
+  """Expected update per logit, and the policy gradient: all groups of two of a policy of three steps of three actions.
+
+  Credit is what `token_advantages` gives to each group, its baseline and its way with missing values included.
+  """
+  steps, actions = 3, 3
+  rng = np.random.default_rng(5)
+  traces = np.array(list(itertools.product(range(actions), repeat=steps)))
+  n = len(traces)
+  policy = [rng.dirichlet(np.full(actions, 2.0), actions**t) for t in range(steps)]
+  prefixes = np.stack([np.arange(n) // actions ** (steps - t) for t in range(steps)], 1)
+  p = np.prod([policy[t][prefixes[:, t], traces[:, t]] for t in range(steps)], 0)
+  rewards = (rng.random(n) < 0.4).astype(np.float32)
+  # Gradients of log pi by the logits, [N, T, all logits].
+  first = np.cumsum([0, *(pi.size for pi in policy)])
+  scores = np.zeros((n, steps, first[-1]))
+  for i, t in itertools.product(range(n), range(steps)):
+    at = first[t] + prefixes[i, t] * actions
+    scores[i, t, at : at + actions] = -policy[t][prefixes[i, t]]
+    scores[i, t, at + traces[i, t]] += 1
+  pairs = np.array(list(itertools.product(range(n), repeat=2)))
+  rows = pairs.reshape(-1)
+  review = Review(
+    np.broadcast_to(np.arange(steps, dtype=np.int32), (len(rows), steps)),
+    np.zeros((len(rows), steps), np.int32),
+    np.ones((len(rows), steps), np.float32),
+    values_NxT(traces, prefixes, rng).astype(np.float32)[rows],
+    np.ones(len(rows), bool),
+  )
+  tokens = _jitted(config, rewards[pairs], np.full(len(rows), steps, np.int32), np.zeros(len(rows), bool), review)
+  update = np.einsum("bt,btd,b->d", np.asarray(tokens, float), scores[rows], np.repeat(p[pairs].prod(1), 2)) / 2
+  return update, np.einsum("n,ntd->d", p * rewards, scores)
+
+
+def _some_value(traces, prefixes, rng):
+  return np.stack([rng.random(prefixes[:, t].max() + 1)[prefixes[:, t]] for t in range(prefixes.shape[1])], 1)
+
+
+def _missing_after_action_0(traces, prefixes, rng):
+  seen = (traces == 0).cumsum(1) - (traces == 0)
+  return np.where(seen > 0, np.nan, _some_value(traces, prefixes, rng))
+
+
+def _missing_until_action_0(traces, prefixes, rng):
+  """The first value never comes, and whether any does depends on the whole trace."""
+  seen = (traces == 0).cumsum(1) - (traces == 0)
+  return np.where(seen == 0, np.inf, _some_value(traces, prefixes, rng))
+
+
+def _that_hears_the_rest(traces, prefixes, rng):
+  return np.clip(0.2 + 0.3 * (traces == 0).sum(1, keepdims=True) + 0.0 * prefixes, 0, 1)
+
+
+@pytest.mark.parametrize("log_epsilon", [0.0, 0.01])
+@pytest.mark.parametrize("values", [_some_value, _missing_after_action_0, _missing_until_action_0])
+def test_i8_with_the_baseline_of_a_real_group_the_update_is_the_policy_gradient(values, log_epsilon):
+  """Not only its direction: also its length."""
+  update, gradient = _grouped_update(dataclasses.replace(SAFE, log_epsilon=log_epsilon), values)
+  np.testing.assert_allclose(update, gradient, atol=1e-6 * np.linalg.norm(gradient))
+
+
+def test_i8_with_a_real_group_values_that_hear_the_rest_show():
+  update, gradient = _grouped_update(SAFE, _that_hears_the_rest)
+  assert update @ gradient / np.linalg.norm(update) / np.linalg.norm(gradient) < 0.99
+
+
+# I9: padding does not pump up the rest.
+
+
+@pytest.mark.parametrize(
+  "config",
+  [CreditConfig(scheme="weighted", conserve="completion", lam=1.0, cap=1000.0), RTG],
+  ids=_name,
+)
+@settings(max_examples=40, deadline=None)
+@given(batch=_batches(), after=st.integers(0, K - 2), tokens=st.integers(1, 6), data=st.data())
+def test_i9_tokens_without_credit_leave_the_others_as_they_were(config, batch, after, tokens, data):
+  """Of `weighted` the part that follows the review, and where no cap bites: its uniform part is spread over all."""
+  batch["lengths"] = np.minimum(batch["lengths"], T - 6)
+  ids, roles, weights, _, ok = batch["review"]
+  np.minimum(ids, K - 2, out=ids)
+  batch["rewards"][:] = 0
+  batch["rewards"][0, 0] = 0.75
+  # The first step earns, so that something stands out; no weight so small that it counts as none.
+  roles[0, 0], ok[0] = NECESSARY, True
+  weights[0] = data.draw(hnp.arrays(np.float32, K, elements=st.floats(0.125, 8, width=32)))
+  after = min(after, int(ids[0, batch["lengths"][0] - 1]))
+  role = data.draw(st.sampled_from([INHERITS, IRRELEVANT]))
+  probed = _with_probe(batch, 0, after, role, 1.0, 0.5, tokens)
+  short, long = _compute(config, batch), _compute(config, probed)
+  probe = (probed["review"].step_ids_BxT[0] == after + 1) & _mask(probed)[0]
+  kept = np.flatnonzero(_mask(probed)[0] & ~probe)
+  # Multipliers are quotients of sums of different length.
+  np.testing.assert_allclose(long[0, kept], short[0, : batch["lengths"][0]], rtol=2e-6, atol=1e-6)
+  if config.scheme == "weighted":
+    assert not np.abs(long[0, probe]).max() > 1e-5
+    assert np.array_equal(long[1:], short[1:])
+
+
 # I10: groups without variance.
 
 
+@pytest.mark.parametrize("reward", [0.0, 0.25, 1.0])
+@settings(max_examples=25, deadline=None)
+@given(batch=_batches())
+def test_i10_where_all_rewards_are_equal_only_signed_moves_tokens_and_its_sum_is_zero(reward, batch):
+  batch["rewards"][:] = reward
+  for config in (CreditConfig(), *(c for c in CONFIGS if c.scheme == "weighted")):
+    assert not _compute(config, batch).any()
+  for config in (c for c in CONFIGS if c.scheme == "signed"):
+    tokens = _compute(config, batch).astype(float)
+    assert (np.abs(tokens.sum(1)) <= 1e-6 * np.abs(tokens).sum(1)).all()
+
+
 @pytest.mark.parametrize("baseline", ["leave_one_out", "mean"])
-def test_i10_return_to_go_is_zero_where_all_fail(baseline):
-  batch = _batch(8, np.zeros((P, G)))
+@settings(max_examples=25, deadline=None)
+@given(batch=_batches())
+def test_i10_return_to_go_is_zero_where_all_fail(baseline, batch):
+  batch["rewards"][:] = 0
   assert not _compute(dataclasses.replace(RTG, baseline=baseline), batch).any()
 
 
 # I11: a missing review is that completion's alone.
 
 
-@pytest.mark.parametrize("config", [*POTENTIALS, RTG, CAPO], ids=_name)
-def test_i11_a_missing_review_is_uniform_for_that_completion(config):
-  batch = _batch(3, np.random.default_rng(3).integers(1, 9, (P, G)) / 8)
-  ok = np.arange(B) % 3 > 0
-  tokens, all_ok = _compute(config, batch, ok_B=ok), _compute(config, batch)
+@pytest.mark.parametrize("config", [WEIGHTED, SIGNED, *POTENTIALS, RTG, CAPO], ids=_name)
+@settings(max_examples=25, deadline=None)
+@given(batch=_batches(), ok=hnp.arrays(bool, B))
+def test_i11_a_missing_review_is_uniform_for_that_completion(config, batch, ok):
+  ok &= batch["review"].ok_B
+  tokens = _compute(config, batch, ok_B=ok)
   assert np.array_equal(tokens[~ok], _uniform(config, batch)[~ok])
-  if config.scheme == "potential":
-    assert np.array_equal(tokens[ok], all_ok[ok])
-  else:  # These have a baseline made of what is said of the others.
-    assert not np.array_equal(tokens[ok], all_ok[ok])
+  if config.scheme not in ("return_to_go", "capo"):
+    assert np.array_equal(tokens[ok], _compute(config, batch)[ok])
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=_batches(), ok=hnp.arrays(bool, B))
+def test_i11_return_to_go_expects_even_pay_of_a_missing_review(batch, ok):
+  """To the others it is a completion whose tokens all earn the same."""
+  ok &= batch["review"].ok_B & _usable(batch)
+  even = {name: getattr(batch["review"], name).copy() for name in ("roles_BxK", "weights_BxK")}
+  even["roles_BxK"][~ok], even["weights_BxK"][~ok] = NECESSARY, 1.0
+  tokens, theirs = _compute(RTG, batch, ok_B=ok), _compute(RTG, batch, ok_B=np.ones(B, bool), **even)
+  assert np.array_equal(tokens[ok], theirs[ok])
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=_batches(), ok=hnp.arrays(bool, B))
+def test_i11_capo_leaves_a_missing_review_out_of_the_mean(batch, ok):
+  ok &= batch["review"].ok_B & _usable(batch)
+  batch["review"] = batch["review"]._replace(ok_B=ok)
+  blame = _blame_by_hand(CAPO, batch)
+  others = _others_blame(blame, batch, ok)[:, None]
+  wanted = np.where(_mask(batch), _uniform(CAPO, batch) - CAPO.penalty * (blame - others), 0)
+  np.testing.assert_allclose(_compute(CAPO, batch)[ok], wanted[ok], rtol=1e-6, atol=1e-6 * (1 + blame.max()))
+
+
+# I12: what a cap takes it gives back.
+
+
+@pytest.mark.parametrize("conserve", ["tokens", "completion"])
+@pytest.mark.parametrize(("scheme", "caps"), [("weighted", (1.0, 1.5)), ("signed", (0.0, 0.05))])
+@settings(max_examples=40, deadline=None)
+@given(batch=_batches(), rare=st.integers(0, 11))
+def test_i12_the_sum_stays_where_a_cap_bites(scheme, caps, conserve, batch, rare):
+  # One token of each first completion stands out, by more than the caps allow.
+  lengths, ids = batch["lengths"], batch["review"].step_ids_BxT
+  rows = np.arange(0, B, G)
+  lengths[rows] = np.maximum(lengths[rows], 12)
+  ids[rows], batch["rewards"][:, 0], batch["rewards"][:, 1:] = 0, 1, 0
+  ids[rows, rare] = 1
+  for array, value in ((batch["review"].roles_BxK, [INHERITS, NECESSARY]), (batch["review"].weights_BxK, [1.0, 1.0])):
+    array[rows, :2] = value
+  batch["review"].ok_B[rows] = True
+  for cap in caps:
+    config = CreditConfig(scheme=scheme, conserve=conserve, cap=cap, lam=1.0, beta=3.0)
+    tokens, advantages = (x.astype(float) for x in (_compute(config, batch), _uniform(config, batch)))
+    mass = advantages[:, 0] * lengths
+    assert (np.abs(tokens.sum(1) - mass) <= 1e-6 * np.abs(tokens).sum(1)).all()
+    peak = tokens[rows, rare] / advantages[rows, 0] if scheme == "weighted" else (tokens - advantages)[rows, rare]
+    np.testing.assert_allclose(peak, cap, rtol=1e-5, atol=1e-6)

@@ -286,16 +286,52 @@ def test_a_missing_review_leaves_the_others_of_its_group_alone(scheme):
   assert not np.array_equal(tokens[ok], _uniform(config, batch)[ok])
 
 
-@pytest.mark.parametrize("scheme", ["weighted", "signed"])
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
 def test_padding_does_not_matter(scheme):
-  batch, config = _batch(4), CreditConfig(scheme=scheme)
+  batch, config = _batch(4), CreditConfig(scheme=scheme, discount=0.5)
   beyond = ~_mask(batch)
   ids = np.where(beyond, K - 1, np.minimum(batch["review"].step_ids_BxT, K - 2))
-  weights = batch["review"].weights_BxK.copy()
+  weights, values = (getattr(batch["review"], name).copy() for name in ("weights_BxK", "values_BxK"))
   plain = _compute(config, batch, step_ids_BxT=ids)
-  weights[:, K - 1] = np.nan  # That step has no token within the length, so its weight voids nothing.
-  assert np.array_equal(plain, _compute(config, batch, step_ids_BxT=ids, weights_BxK=weights))
+  # That step has no token within the length, so what is said of it voids nothing and is not heard.
+  weights[:, K - 1], values[:, K - 1] = np.nan, 1.0
+  assert np.array_equal(plain, _compute(config, batch, step_ids_BxT=ids, weights_BxK=weights, values_BxK=values))
   assert not np.array_equal(plain, _uniform(config, batch))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_scheme_is_deaf_to_what_it_does_not_read(scheme):
+  batch, config = _batch(5), CreditConfig(scheme=scheme, discount=0.5)
+  insane = np.resize(np.array(INSANE, np.float32), (B, K))
+  other = _batch(6)["review"]
+  if scheme == "potential":
+    said = {"roles_BxK": other.roles_BxK, "weights_BxK": insane}
+  else:
+    said = {"values_BxK": insane}
+  assert np.array_equal(_compute(config, batch, **said), _compute(config, batch))
+
+
+def test_what_is_reported_as_unused_is_all_that_is_unused():
+  """A key that a scheme does not report changes its credit; one that it reports does not change it."""
+  table = RoleTable(inherits=1.0, redundant=0.3)
+  changes = {"divide_by_std": True, "conserve": "completion", "lam": 0.1, "beta": 0.1, "cap": 1.25}
+  changes |= {"discount": 0.5, "log_epsilon": 0.1, "penalty": 0.1, "credit": table, "blame": table}
+  changes |= {"blame_truncated": table}
+  assert {"scheme", "baseline", *changes} == {field.name for field in dataclasses.fields(CreditConfig)}
+  batch = _batch(9, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
+  batch["truncated"][:] = np.arange(B) % 4 == 3
+  batch["lengths"][:] = T - 2
+  batch["review"].roles_BxK[:] = np.arange(K)
+  for scheme in SCHEMES:
+    # What caps can bite on. Outside jit, because there are many configs.
+    config = CreditConfig(scheme=scheme, lam=1.0, beta=3.0)
+    plain, unused = token_advantages(config, *batch.values()), config.unused()
+    for key, value in changes.items():
+      tokens = token_advantages(dataclasses.replace(config, **{key: value}), *batch.values())
+      same = np.array_equal(tokens, plain)
+      # The mass of capo and the fallbacks have a shape too, which these schemes do not support.
+      if key not in ("divide_by_std", "conserve") or key not in unused:
+        assert same == (key in unused), (scheme, key)
 
 
 # Invariances.
@@ -408,6 +444,88 @@ def test_signed_by_hand():
   np.testing.assert_allclose(tokens, np.repeat([0.25, -0.25, 0, 0, 0, 0], 4)[None].repeat(B, 0), atol=1e-7)
 
 
+def _one_group(rewards, lengths):
+  """A batch whose groups are all the same; every token is a step up to the last, which takes the rest."""
+  batch = _batch(0, np.tile(rewards, (P, 1)))
+  batch["lengths"] = np.tile(lengths, P).astype(np.int32)
+  batch["truncated"][:] = False
+  return batch
+
+
+def test_return_to_go_by_hand():
+  batch = _one_group([1.0, 0.5, 0.0, 0.0], [24, 12, 24, 24])
+  # Two steps: of the long completion's 24 tokens the last 12 earn, of the short one's 12 the first 3.
+  ids = np.array([np.arange(T) >= 12, np.arange(T) >= 3] * 2 * P).astype(np.int32)
+  ids = ids.reshape(P, G, T)[:, [0, 1, 0, 0]].reshape(B, T)
+  roles = np.full((B, K), INHERITS)
+  roles[0::G, 1], roles[1::G, 0] = NECESSARY, NECESSARY
+  tokens = _compute(CreditConfig(scheme="return_to_go"), batch, step_ids_BxT=ids, roles_BxK=roles)
+  long = np.array([1.0] * 12 + [1 - i / 12 for i in range(12)])
+  short = np.array([0.5, 1 / 3, 1 / 6] + [0.0] * 9)
+  # A third each of the others' at the same share of their length: two tokens of the long are one of the short.
+  np.testing.assert_allclose(tokens[0], long - short.repeat(2) / 3, atol=1e-6)
+  np.testing.assert_allclose(tokens[1], [*(short - long[::2] / 3), *[0] * 12], atol=1e-6)
+  np.testing.assert_allclose(tokens[2], -(long + short.repeat(2)) / 3, atol=1e-6)
+  assert np.array_equal(tokens.reshape(P, G, T), np.tile(tokens[:G], (P, 1, 1)))
+
+
+@pytest.mark.parametrize("length", [48, 49, 50])
+def test_return_to_go_is_zero_in_a_group_of_equals(length):
+  """The baseline is read at the same place, whatever the length is divided by."""
+  ids = np.tile(np.minimum(np.arange(length) // 5, K - 1), (G, 1))
+  review = Review(ids, np.tile(np.arange(K), (G, 1)), *np.ones((2, G, K), np.float32), np.ones(G, bool))
+  config = CreditConfig(scheme="return_to_go")
+  tokens = _jitted(config, np.ones((1, G), np.float32), np.full(G, length), np.zeros(G, bool), review)
+  np.testing.assert_allclose(tokens, 0, atol=1e-6)
+
+
+def test_potential_by_hand():
+  batch = _one_group([1.0, 0.0, 0.0, 0.0], [24, 24, 24, 24])
+  ids = np.tile(np.minimum(np.arange(T) // 6, 3), (B, 1))
+  values = np.tile(np.float32([0.25, 0.5, np.nan, 0.125, 0.75, 0.75]), (B, 1))  # Of six steps four are written.
+  values[2::G, 0], values[2::G, 3] = -1.0, np.inf
+  for discount, won, lost, missing in (
+    (1.0, [0.75, 0.5, 0.5, 0.875], [-0.25, -0.5, -0.5, -0.125], [-1 / 3, -0.5, -0.5, -0.5]),
+    (0.0, [0.25, 0.0, -0.375, 0.875], [0.25, 0.0, -0.375, -0.125], [1 / 6, 0.0, 0.0, -0.5]),
+    (0.5, [0.265625, 0.03125, 0.0625, 0.875], [0.140625, -0.21875, -0.4375, -0.125], [5 / 48, -0.125, -0.25, -0.5]),
+  ):
+    tokens = _compute(CreditConfig(scheme="potential", discount=discount), batch, step_ids_BxT=ids, values_BxK=values)
+    for row, wanted in enumerate((won, lost, missing)):
+      np.testing.assert_allclose(tokens[row], np.repeat(wanted, 6), atol=1e-6)
+
+
+def test_log_potential_counts_a_doubling_as_much_at_any_height():
+  batch = _one_group([1.0, 0.0, 0.0, 0.0], [24, 24, 24, 24])
+  ids = np.tile(np.minimum(np.arange(T) // 6, 3), (B, 1))
+  # 1 + v / epsilon is 1, 2, 4 and 8, of at most 1 / epsilon + 1 = 1024.
+  values = np.tile(np.float32([0, 1, 3, 7, 0, 0]) / 1023, (B, 1))
+  config = CreditConfig(scheme="potential", discount=0.0, log_epsilon=1 / 1023)
+  tokens = _compute(config, batch, step_ids_BxT=ids, values_BxK=values)
+  np.testing.assert_allclose(tokens[0], np.repeat([0.1, 0.1, 0.1, 0.7], 6), atol=1e-6)
+  np.testing.assert_allclose(tokens[1], np.repeat([0.1, 0.1, 0.1, -0.3], 6), atol=1e-6)
+
+
+def test_capo_by_hand():
+  batch = _one_group([1.0, 0.0, 0.0, 0.0], [24, 12, 24, 24])
+  batch["truncated"] = np.arange(B) % G == 3
+  ids = np.tile((np.arange(T) >= 6).astype(np.int32), (B, 1))
+  roles = np.tile([ERROR, NECESSARY, 0, 0, 0, 0], (B, 1))
+  roles[3::G, :2] = NECESSARY, REDUNDANT  # Redundancy is to blame where the tokens ran out.
+  weights = np.ones((B, K), np.float32)
+  weights[2::G, 0] = 0.5
+  config = CreditConfig(scheme="capo", penalty=0.4)
+  tokens = _compute(config, batch, step_ids_BxT=ids, roles_BxK=roles, weights_BxK=weights)
+  # The mean blame of a token: a quarter, a half, an eighth and three quarters.
+  for row, plain, first, rest, others in (
+    (0, 1, 1, 0, (0.5 + 0.125 + 0.75) / 3),
+    (1, -1 / 3, 1, 0, (0.25 + 0.125 + 0.75) / 3),
+    (2, -1 / 3, 0.5, 0, (0.25 + 0.5 + 0.75) / 3),
+    (3, -1 / 3, 0, 1, (0.25 + 0.5 + 0.125) / 3),
+  ):
+    wanted = plain - 0.4 * (np.array([first] * 6 + [rest] * 18) - others)
+    np.testing.assert_allclose(tokens[row], np.where(np.arange(T) < batch["lengths"][row], wanted, 0), atol=1e-6)
+
+
 def test_lambda_and_cap():
   batch = _batch(12, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
   batch["lengths"][:] = T
@@ -450,5 +568,10 @@ def test_config_finds_impossible_values():
   assert CreditConfig().check() == {}
   bad = CreditConfig(scheme="both", baseline="none", conserve="steps", lam=1.5, beta=-1.0, cap=-1.0).check()
   assert set(bad) == {"scheme", "baseline", "conserve", "lam", "beta", "cap"}
+  for value in (-0.1, 1.1, float("nan")):
+    assert set(CreditConfig(discount=value, log_epsilon=value).check()) == {"discount", "log_epsilon"}
+  assert set(CreditConfig(penalty=-0.1).check()) == {"penalty"}
+  for value in (0.0, 1.0):
+    assert CreditConfig(discount=value, log_epsilon=value, penalty=value).check() == {}
   assert set(CreditConfig(scheme="weighted", cap=0.5).check()) == {"cap"}
   assert set(RoleTable(error=-1.0, repair=float("nan"), necessary=1001.0).check()) == {"error", "repair", "necessary"}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dca_jax.review import REVIEWERS, Request, Review, ReviewerConfig, Truth, make_reviewer
+from dca_jax.review import REVIEWERS, Request, Review, ReviewerConfig, Truth, open_reviewer
 from dca_jax.roles import ROLES
 from dca_jax.task import Chains, ChainsConfig
 
@@ -23,7 +23,8 @@ def _requests(count, steps=STEPS):
 
 
 def _reviews(requests, labeler=_labels, **config):
-  return make_reviewer(ReviewerConfig(**config), Truth(labeler, TASK.prefix_values))(requests, 1.0)
+  reviewer = open_reviewer(ReviewerConfig(**config), Truth(labeler, TASK.prefix_values), None)
+  return reviewer.submit(requests, 1.0).result()
 
 
 def test_oracle_gives_the_labels_of_the_task():

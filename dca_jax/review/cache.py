@@ -1,0 +1,55 @@
+"""Replies that have been paid for, and what was spent: one SQLite file in the workdir."""
+
+import dataclasses
+import json
+import pathlib
+import sqlite3
+import threading
+
+from dca_jax.review.types import Usage
+
+_TABLES = """
+create table if not exists replies (key text primary key, model text, text text, usage text);
+create table if not exists spending (number integer primary key, dollars real);
+"""
+
+
+class Cache:
+  """By content: the same question to the same model is paid for once. Failures are not kept.
+
+  Safe against a kill at any moment; a damaged row is as good as none. Used from one thread at a time.
+  """
+
+  def __init__(self, path: pathlib.Path | None):
+    self._lock = threading.Lock()
+    self._db = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
+    self._db.execute("pragma journal_mode = wal")
+    self._db.execute("pragma synchronous = normal")
+    self._db.executescript(_TABLES)
+
+  def get(self, key: str) -> tuple[str, str, Usage] | None:
+    """(model version, reply text, what it took), or None."""
+    with self._lock:
+      row = self._db.execute("select model, text, usage from replies where key = ?", (key,)).fetchone()
+    try:
+      return row and (str(row[0]), str(row[1]), Usage(**json.loads(row[2])))
+    except (TypeError, ValueError):
+      return None
+
+  def put(self, key: str, model: str, text: str, usage: Usage) -> None:
+    row = key, model, text, json.dumps(dataclasses.asdict(usage))
+    with self._lock:
+      self._db.execute("insert or replace into replies values (?, ?, ?, ?)", row)
+
+  def spend(self, dollars: float) -> None:
+    with self._lock:
+      self._db.execute("insert into spending (dollars) values (?)", (dollars,))
+
+  def spent(self) -> float:
+    """Dollars over the whole life of the file."""
+    with self._lock:
+      return float(self._db.execute("select coalesce(sum(dollars), 0) from spending").fetchone()[0])
+
+  def close(self) -> None:
+    with self._lock:
+      self._db.close()

@@ -1,0 +1,137 @@
+"""Several reviewers as one: all of them asked at once, or a second one where the first is unsure."""
+
+import collections
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from dca_jax.review.types import Request, Review, Reviewer
+
+
+class _Several:
+  def __init__(self, members: Sequence[Reviewer]):
+    self._members = members
+
+  def problem(self) -> str | None:
+    return next((problem for member in self._members if (problem := member.problem())), None)
+
+  def close(self) -> None:
+    for member in self._members:
+      member.close()
+
+  def _member_stats(self) -> dict[str, float]:
+    """Of the first member under plain names, of the others with their number."""
+    out: dict[str, float] = {}
+    for i, member in enumerate(self._members, 1):
+      out |= {key if i == 1 else f"{key}_{i}": value for key, value in member.stats().items()}
+    return out
+
+
+class Panel(_Several):
+  """Asks every member and combines what they say; see `combine_reviews`."""
+
+  def __init__(self, members: Sequence[Reviewer], how: str):
+    super().__init__(members)
+    self._how = how
+    self._disagreed: list[float] = []
+
+  def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
+    return _together([member.submit(requests, deadline) for member in self._members], self._combine)
+
+  def _combine(self, by_member: list[list[Review]]) -> list[Review]:
+    combined = []
+    for reviews in zip(*by_member, strict=True):
+      review, disagreed = combine_reviews(reviews, self._how)
+      combined.append(review)
+      self._disagreed += disagreed
+    return combined
+
+  def stats(self) -> dict[str, float]:
+    out = self._member_stats()
+    if self._disagreed:
+      out["review/disagreement"] = statistics.fmean(self._disagreed)
+    self._disagreed = []
+    return out
+
+
+def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[float]]:
+  """One review of several of the same completion, and for each step whether the reviewers differed (0 or 1).
+
+  A step's role is the most frequent one, ties going to the reviewer named first. Its weight is, with `vote`, the mean
+  of those who gave that role; with `mean` and `median` that of all, who gave another role counting as 0. Values are
+  means or, with `median`, medians. Reviews that failed are left out; where all did, the first one's failure stands.
+  """
+  good = [review for review in reviews if review.status == "ok"]
+  if not good:
+    return reviews[0], []
+  middle = statistics.median if how == "median" else statistics.fmean
+  named = [review for review in good if review.roles]
+  roles, weights, disagreed = [], [], []
+  for k in range(len(named[0].roles) if named else 0):
+    said = [(review.roles[k], review.weights[k]) for review in named]
+    role = collections.Counter(r for r, _ in said).most_common(1)[0][0]
+    for_it = [w for r, w in said if r == role]
+    weights.append(float(middle(for_it if how == "vote" else [w if r == role else 0.0 for r, w in said])))
+    roles.append(role)
+    disagreed.append(float(len(for_it) < len(said)))
+  valued = [review.values for review in good if review.values]
+  values = tuple(float(middle(v)) for v in zip(*valued, strict=True))
+  model = "+".join(review.model for review in good if review.model)
+  cached = all(review.cached for review in good)
+  return Review("ok", tuple(roles), tuple(weights), values, all(r.sure for r in good), model, cached), disagreed
+
+
+class Escalating(_Several):
+  """Asks the second reviewer about the completions of which the first was not sure, in the time that is left."""
+
+  def __init__(self, first: Reviewer, second: Reviewer):
+    super().__init__([first, second])
+    self._asked = self._escalated = 0
+
+  def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
+    end, result = time.monotonic() + deadline, Future()  # type: tuple[float, Future[list[Review]]]
+
+    def first_answered(done) -> None:
+      reviews = done.result()
+      unsure = [i for i, review in enumerate(reviews) if review.status == "ok" and not review.sure]
+      self._asked, self._escalated = self._asked + len(reviews), self._escalated + len(unsure)
+      left = end - time.monotonic()
+      if not unsure or left <= 0:
+        result.set_result(reviews)
+        return
+
+      def second_answered(done) -> None:
+        for i, review in zip(unsure, done.result(), strict=True):
+          reviews[i] = review if review.status == "ok" else reviews[i]
+        result.set_result(reviews)
+
+      self._members[1].submit([requests[i] for i in unsure], left).add_done_callback(second_answered)
+
+    self._members[0].submit(requests, deadline).add_done_callback(first_answered)
+    return result
+
+  def stats(self) -> dict[str, float]:
+    out = self._member_stats() | {"review/escalated": self._escalated / max(1, self._asked)}
+    self._asked = self._escalated = 0
+    return out
+
+
+def _together(
+  futures: Sequence["Future[list[Review]]"], combine: Callable[[list[list[Review]]], list[Review]]
+) -> "Future[list[Review]]":
+  result: Future[list[Review]] = Future()
+  left, lock = len(futures), threading.Lock()
+
+  def one_done(_) -> None:
+    nonlocal left
+    with lock:
+      left -= 1
+      last = left == 0
+    if last:
+      result.set_result(combine([future.result() for future in futures]))
+
+  for future in futures:
+    future.add_done_callback(one_done)
+  return result

@@ -1,0 +1,153 @@
+"""The `reviewer` section, and the reviewer that it describes."""
+
+import dataclasses
+import datetime
+import hashlib
+import pathlib
+
+from dca_jax.errors import UserError
+from dca_jax.review.builtin import REVIEWERS, Builtin, Dice, Truth
+from dca_jax.review.cache import Cache
+from dca_jax.review.client import Client, ClientConfig
+from dca_jax.review.panel import Escalating, Panel
+from dca_jax.review.prices import Price, price
+from dca_jax.review.prompt import RUBRIC
+from dca_jax.review.transports import TRANSPORTS
+from dca_jax.review.types import Reviewer
+
+
+@dataclasses.dataclass(frozen=True)
+class ReviewerConfig:
+  """The `reviewer` section."""
+
+  name: str = "none"
+  """`none`; `gemini` or `openai` (any server that speaks OpenAI's chat completions), called as `client` says; `oracle`,
+  the task's own labels and prefix values; `noisy`, the oracle with labels flipped; `panel`, several at once. And
+  controls: `random`; `lexical` applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes
+  its mind about a step with what follows it; `stale` answers with the review of the completion before; `nan` gives the
+  oracle's review with a number missing; `silent` never answers in time."""
+  flip: float = 0.3
+  """`noisy`: chance that a step's label is turned into its opposite; at 0.5 it no longer tells right from wrong. As
+  likely a value becomes one minus itself."""
+  step: int = -1
+  """`thief`: the step that gets everything; negative numbers count from the end."""
+  seed: int = 0
+  """`noisy`, `random`, `suffix` and `nan`: their dice; the same sample always gets the same review."""
+  panel: tuple[str, ...] = ()
+  """`panel`: its members, each NAME or NAME:MODEL."""
+  combine: str = "vote"
+  """`panel`: `vote`, `mean` or `median`."""
+  escalate: str = ""
+  """NAME or NAME:MODEL of a second reviewer, asked where the first one says that it is not sure."""
+  deadline: float = 60.0
+  """Seconds after which a step stops waiting; what is missing then gets uniform credit."""
+  sample_frac: float = 1.0
+  """Share of the completions that are reviewed, of those that a review can matter to."""
+  overlap: int = 0
+  """0: a batch is trained on before the next is sampled. 1: the next is sampled while the reviewer reads, so training
+  runs one batch behind the policy that samples (learner.loss must be `ppo`, whose ratio accounts for it)."""
+  canary_every: int = 0
+  """Steps between reviews of demonstrations whose labels are known; 0 never asks."""
+  client: ClientConfig = ClientConfig()
+
+  @property
+  def members(self) -> tuple[str, ...]:
+    """Every reviewer that is asked, as NAME or NAME:MODEL."""
+    first = self.panel if self.name == "panel" else (self.name,)
+    return (*first, self.escalate) if self.escalate else first
+
+  def check(self) -> dict[str, str]:
+    bad = {}
+    names = (*REVIEWERS, *TRANSPORTS)
+    if self.name not in (*names, "panel"):
+      bad["name"] = f"must be one of {', '.join((*names, 'panel'))}"
+    if not 0 <= self.flip <= 1:
+      bad["flip"] = "must be between 0 and 1"
+    if self.name == "panel" and not self.panel:
+      bad["panel"] = "must name at least one reviewer"
+    for key, members in (("panel", self.panel), ("escalate", (self.escalate,) if self.escalate else ())):
+      if unknown := [m for m in members if m.partition(":")[0] not in names]:
+        bad[key] = f"knows no reviewer {unknown[0]!r}; there are {', '.join(names)}"
+    if self.combine not in ("vote", "mean", "median"):
+      bad["combine"] = "must be 'vote', 'mean' or 'median'"
+    if self.deadline <= 0:
+      bad["deadline"] = "must be positive"
+    if not 0 < self.sample_frac <= 1:
+      bad["sample_frac"] = "must be above 0 and at most 1"
+    if self.overlap not in (0, 1):
+      bad["overlap"] = "must be 0 or 1"
+    if self.canary_every < 0:
+      bad["canary_every"] = "must not be negative"
+    if any(m.partition(":")[0] == "openai" for m in self.members) and not self.client.base_url:
+      bad["client.base_url"] = "must be the server's address, such as http://localhost:8000/v1"
+    return bad
+
+  def unused(self) -> dict[str, str]:
+    names = [member.partition(":")[0] for member in self.members]
+    dice = ("seed",)
+    reads = {"noisy": ("flip", "seed"), "thief": ("step",), "random": dice, "suffix": dice, "nan": dice}
+    used = {key for name in names for key in reads.get(name, ())}
+    unused = {key: f"reviewer.name is '{self.name}'" for key in ("flip", "step", "seed") if key not in used}
+    if self.name != "panel":
+      unused |= dict.fromkeys(("panel", "combine"), f"reviewer.name is '{self.name}'")
+    if self.name == "none":
+      unused |= dict.fromkeys(("escalate", "sample_frac", "overlap", "canary_every"), "reviewer.name is 'none'")
+    if "gemini" not in names:
+      keys = [field.name for field in dataclasses.fields(ClientConfig)] if "openai" not in names else ["vertex"]
+      unused |= {f"client.{key}": f"reviewer.name is '{self.name}'" for key in keys}
+    return unused
+
+
+def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | None) -> Reviewer:
+  """The reviewer that `config` describes; `cache` is where replies that were paid for are kept.
+
+  Raises:
+    UserError: there is no key, no price for a cap in dollars, or no rubric.
+  """
+  if config.name == "panel":
+    first: Reviewer = Panel([_open(config, member, truth, cache) for member in config.panel], config.combine)
+  else:
+    first = _open(config, config.name, truth, cache)
+  return Escalating(first, _open(config, config.escalate, truth, cache)) if config.escalate else first
+
+
+def _open(config: ReviewerConfig, member: str, truth: Truth, cache: pathlib.Path | None) -> Reviewer:
+  name, _, model = member.partition(":")
+  if name in REVIEWERS:
+    return Builtin(name, Dice(config.flip, config.step, config.seed), truth)
+  client = dataclasses.replace(config.client, model=model or config.client.model)
+
+  def open_transport():
+    c = client
+    return TRANSPORTS[name](c.model, c.thinking, c.base_url, c.vertex, c.concurrency)
+
+  rubric = read_rubric(client)
+  server = hashlib.sha256(f"{name} {client.base_url}".encode()).hexdigest()[:8]
+  return Client(client, open_transport, f"{name}-{server}", rubric, price_of(client), Cache(cache))
+
+
+def read_rubric(config: ClientConfig) -> str:
+  if not config.rubric:
+    return RUBRIC
+  try:
+    return pathlib.Path(config.rubric).read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    raise UserError(f"reviewer.client.rubric: cannot read {config.rubric} ({error})") from None
+
+
+def price_of(config: ClientConfig) -> Price | None:
+  """What the model costs; None where the cap is 0, which says that it costs nothing.
+
+  Raises:
+    UserError: there is a cap and no price.
+  """
+  if not config.max_dollars:
+    return None
+  if config.prompt_price or config.output_price:
+    return Price(config.prompt_price, config.prompt_price, config.output_price)
+  if (known := price(config.model, datetime.date.today())) is None:
+    raise UserError(
+      f"reviewer.client.model: no price is known for {config.model!r}; set reviewer.client.prompt_price and"
+      " output_price (dollars per million tokens), or reviewer.client.max_dollars to 0 if it costs nothing"
+    )
+  return known

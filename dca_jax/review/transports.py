@@ -1,0 +1,217 @@
+"""Ways to reach a language model. Each sends one prompt and returns one reply, and tells every failure in our words.
+
+To add one: a class with `__call__` and `close` as in `Transport`, and a line in `TRANSPORTS`.
+"""
+
+import email.utils
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from dca_jax.errors import UserError
+
+# The Developer API refuses a server-side limit under ten seconds; shorter ones are kept by the caller.
+_SERVER_SECONDS = 30
+
+
+class Reply(NamedTuple):
+  text: str | None
+  prompt_tokens: int | None = None
+  cached_tokens: int = 0
+  output_tokens: int | None = None
+  """Thought included; None where the server did not say."""
+  thought_tokens: int = 0
+  model: str = ""
+  stopped: str = ""
+  """Empty where the model finished; else the status of a reply that ended early: `truncated` or `blocked`."""
+
+
+class CallFailed(Exception):
+  """A call without a reply. `again`: whether another try can help; `wait`: the seconds that the server asked for."""
+
+  def __init__(self, status: str, message: str, again: bool = False, wait: float | None = None):
+    super().__init__(message)
+    self.status, self.again, self.wait = status, again, wait
+
+
+class Transport(Protocol):
+  async def __call__(self, system: str, user: str, schema: dict[str, Any], max_tokens: int, seed: int) -> Reply:
+    """Raises CallFailed, and nothing else, where there is no reply."""
+    ...
+
+  async def close(self) -> None: ...
+
+
+class Gemini:
+  """Gemini through google-genai: a developer key from the environment, or Google Cloud with ambient credentials."""
+
+  def __init__(self, model: str, thinking: str, base_url: str, vertex: bool, connections: int):
+    import httpx2
+    from google import genai
+    from google.genai import types
+
+    self._types, self._httpx = types, httpx2
+    if vertex and not os.environ.get("GOOGLE_CLOUD_PROJECT"):
+      raise UserError("reviewer.vertex: set GOOGLE_CLOUD_PROJECT (and GOOGLE_CLOUD_LOCATION) in the environment")
+    if not vertex and not (os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")):
+      raise UserError("reviewer.name 'gemini': no key; set GEMINI_API_KEY in the environment (aistudio.google.com)")
+    limits = httpx2.Limits(max_connections=2 * connections, max_keepalive_connections=2 * connections)
+    options = types.HttpOptions(
+      base_url=base_url or None,
+      timeout=_SERVER_SECONDS * 1000,
+      retry_options=types.HttpRetryOptions(attempts=1),  # Ours knows deadlines, budgets and what the server asked for.
+      httpx_async_client=httpx2.AsyncClient(limits=limits, timeout=_SERVER_SECONDS),
+    )
+    where = os.environ.get("GOOGLE_CLOUD_LOCATION", "global") if vertex else None
+    self._client = genai.Client(enterprise=vertex or None, location=where, http_options=options)
+    self._model, self._thinking = model, thinking
+
+  async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
+    types = self._types
+    config = types.GenerateContentConfig(
+      system_instruction=system,
+      response_mime_type="application/json",
+      response_json_schema=schema,
+      max_output_tokens=max_tokens,
+      seed=seed,
+      candidate_count=1,
+      thinking_config=types.ThinkingConfig(thinking_level=self._thinking.upper()) if self._thinking else None,
+      automatic_function_calling=types.AutomaticFunctionCallingConfig(disable=True),
+      automatic_continuation=False,  # It is on by default, and then one call may become any number.
+    )
+    try:
+      response = await self._client.aio.models.generate_content(model=self._model, contents=user, config=config)
+    except Exception as error:
+      raise self._failed(error) from None
+    usage, candidates = response.usage_metadata, response.candidates or []
+    finish = getattr(candidates[0].finish_reason, "name", None) if candidates else None
+    stopped = ""
+    if finish == "MAX_TOKENS":
+      stopped = "truncated"
+    elif not candidates or finish not in (None, "STOP"):
+      stopped = "blocked" if finish or (response.prompt_feedback and response.prompt_feedback.block_reason) else ""
+    thought = (usage.thoughts_token_count or 0) if usage else 0
+    return Reply(
+      response.text,
+      usage.prompt_token_count if usage else None,
+      (usage.cached_content_token_count or 0) if usage else 0,
+      usage.candidates_token_count + thought if usage and usage.candidates_token_count is not None else None,
+      thought,
+      response.model_version or self._model,
+      stopped,
+    )
+
+  def _failed(self, error: Exception) -> CallFailed:
+    from google.genai import errors
+
+    if isinstance(error, errors.APIError):
+      headers = getattr(error.response, "headers", None) or {}
+      return http_failure(error.code, str(error), headers, error.details)
+    return _connection_failure(error, self._httpx)
+
+  async def close(self) -> None:
+    await self._client.aio.aclose()
+
+
+class OpenAI:
+  """Any server that speaks OpenAI's chat completions, such as vLLM or SGLang; the key, if any, is OPENAI_API_KEY."""
+
+  def __init__(self, model: str, thinking: str, base_url: str, vertex: bool, connections: int):
+    import httpx2
+
+    del vertex
+    self._httpx, self._model, self._thinking = httpx2, model, thinking
+    key = os.environ.get("OPENAI_API_KEY")
+    self._client = httpx2.AsyncClient(
+      base_url=base_url.rstrip("/") + "/",
+      headers={"Authorization": f"Bearer {key}"} if key else {},
+      limits=httpx2.Limits(max_connections=2 * connections, max_keepalive_connections=2 * connections),
+      timeout=_SERVER_SECONDS,
+    )
+
+  async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
+    body = {
+      "model": self._model,
+      "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
+      "max_tokens": max_tokens,
+      "seed": seed,
+      "response_format": {"type": "json_schema", "json_schema": {"name": "review", "schema": schema, "strict": True}},
+    }
+    if self._thinking:
+      body["reasoning_effort"] = self._thinking
+    try:
+      response = await self._client.post("chat/completions", json=body)
+      if response.status_code != 200:
+        raise http_failure(response.status_code, response.text[:200], response.headers, None)
+      answer = response.json()
+      choice, usage = answer["choices"][0], answer.get("usage") or {}
+      finish = choice.get("finish_reason")
+      return Reply(
+        choice["message"].get("content"),
+        usage.get("prompt_tokens"),
+        (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+        usage.get("completion_tokens"),
+        (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0,
+        answer.get("model") or self._model,
+        {"length": "truncated", "content_filter": "blocked"}.get(finish, ""),
+      )
+    except CallFailed:
+      raise
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+      raise CallFailed("malformed", f"the server's reply has no {error}", again=True) from None
+    except Exception as error:
+      raise _connection_failure(error, self._httpx) from None
+
+  async def close(self) -> None:
+    await self._client.aclose()
+
+
+TRANSPORTS = {"gemini": Gemini, "openai": OpenAI}
+
+
+def http_failure(code: int, message: str, headers: Mapping[str, str], details: Any) -> CallFailed:
+  """What an HTTP status means: too many requests, a passing fault of the server, or a mistake of ours."""
+  message = f"{code}: {message}"[:300]
+  if code == 429:
+    return CallFailed("rate_limited", message, again=True, wait=asked_wait(headers, details))
+  if code == 408 or code >= 500:
+    return CallFailed("server_error", message, again=True, wait=asked_wait(headers, details))
+  return CallFailed("client_error", message)
+
+
+def asked_wait(headers: Mapping[str, str], details: Any) -> float | None:
+  """The seconds that a server asks to wait for, in a RetryInfo or a Retry-After header; None where it does not."""
+  entries = details.get("error", {}).get("details") if isinstance(details, dict) else None
+  for entry in entries if isinstance(entries, list) else []:
+    if isinstance(entry, dict) and str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
+      return _seconds(str(entry.get("retryDelay", "")).removesuffix("s"))
+  after = headers.get("retry-after") or headers.get("Retry-After")
+  if after is None:
+    return None
+  if (seconds := _seconds(after)) is not None:
+    return seconds
+  try:
+    return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+  except (TypeError, ValueError):
+    return None
+
+
+def _seconds(text: str) -> float | None:
+  try:
+    return max(0.0, min(float(text), 3600.0)) if float(text) == float(text) else None
+  except ValueError:
+    return None
+
+
+def _connection_failure(error: Exception, httpx) -> CallFailed:
+  """For what is no HTTP status: never the key or a header, only the kind of failure."""
+  name = type(error).__name__
+  if isinstance(error, (TimeoutError, httpx.TimeoutException)):
+    return CallFailed("timeout", name, again=True)
+  if isinstance(error, json.JSONDecodeError):
+    return CallFailed("malformed", "the server's reply is not JSON", again=True)
+  if isinstance(error, (OSError, httpx.TransportError)):
+    return CallFailed("connection", f"{name}: {error}"[:200], again=True)
+  return CallFailed("client_error", f"{name}: {error}"[:200])

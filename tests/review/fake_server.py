@@ -1,0 +1,167 @@
+"""A server on the loopback that speaks Gemini's and OpenAI's wire formats, and fails as it is told to."""
+
+import collections
+import hashlib
+import http.server
+import json
+import re
+import threading
+import time
+from typing import Any
+
+
+def asked_for(user: str) -> dict[str, Any]:
+  """The data between the marks of a prompt."""
+  found = re.search(r"<(doc-[0-9a-f]{16})>\n(.*)\n</\1>", user, re.DOTALL)
+  assert found, user
+  return json.loads(found[2])
+
+
+def honest_reply(data, role="necessary", weight=2) -> dict[str, Any]:
+  """A well-formed review of what was asked for."""
+  return {
+    "answers": [
+      {
+        "answer": answer["answer"],
+        "steps": [{"step": s["step"], "why": "", "role": role, "weight": weight} for s in answer["steps"]],
+        "suspicious": False,
+        "sure": True,
+      }
+      for answer in data["answers"]
+    ]
+  }
+
+
+class FakeServer:
+  """`behave(name, attempt)` says what happens to a request: `ok`, a status code, or the name of a fault below.
+
+  `name` is the content of the request without its marks; `attempt` counts the requests of that name before.
+  """
+
+  def __init__(self, behave=lambda name, attempt: "ok", latency=0.0, reply=honest_reply, tokens=(500, 100)):
+    self.behave, self.latency, self.reply, self.tokens = behave, latency, reply, tokens
+    self.requests: list[dict[str, Any]] = []
+    self.in_flight = self.most_in_flight = 0
+    self.attempts: collections.Counter[str] = collections.Counter()
+    self._lock = threading.Lock()
+    self._hanging = threading.Event()
+    outer = self
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+      protocol_version = "HTTP/1.1"
+
+      def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with outer._lock:
+          outer.in_flight += 1
+          outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
+          outer.requests.append({"path": self.path, "headers": dict(self.headers), "body": body})
+        try:
+          outer._answer(self, body)
+        except OSError:
+          pass  # The client has gone.
+        finally:
+          with outer._lock:
+            outer.in_flight -= 1
+
+      def log_message(self, *args):
+        pass
+
+    class Server(http.server.ThreadingHTTPServer):
+      request_queue_size = 1024
+      daemon_threads = True
+
+    self._server = Server(("127.0.0.1", 0), Handler)
+    self.url = f"http://127.0.0.1:{self._server.server_port}"
+    threading.Thread(target=self._server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self._hanging.set()
+    self._server.shutdown()
+    self._server.server_close()
+
+  def _answer(self, handler, body) -> None:
+    openai = handler.path.endswith("chat/completions")
+    user = body["messages"][1]["content"] if openai else body["contents"][0]["parts"][0]["text"]
+    data = asked_for(user)
+    name = hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    with self._lock:
+      attempt, self.attempts[name] = self.attempts[name], self.attempts[name] + 1
+    action = self.behave(name, attempt)
+    time.sleep(self.latency)
+    text = json.dumps(self.reply(data))
+    if action == "hang":
+      self._hanging.wait(60)
+      return
+    if action == "drop":
+      handler.close_connection = True
+      handler.connection.close()
+      return
+    if action == "drip":  # A byte now and then, so that no read ever times out.
+      handler.send_response(200)
+      handler.send_header("content-length", "1000")
+      handler.end_headers()
+      for _ in range(100):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        if self._hanging.wait(0.2):
+          return
+    if isinstance(action, int):
+      details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.1s"}] if action == 429 else []
+      error = {"error": {"code": action, "message": "told to", "status": "TOLD", "details": details}}
+      self._send(handler, action, json.dumps(error).encode())
+      return
+    if action == "html":
+      self._send(handler, 200, b"<html>gateway</html>")
+      return
+    if action == "empty":
+      self._send(handler, 200, b"{}")
+      return
+    if action == "malformed":
+      text = text[: len(text) // 2]
+    elif action == "fenced":
+      text = f"```json\n{text}\n```"
+    elif action == "wrong":
+      text = text.replace('"step": 1,', '"step": 7,', 1)
+    prompt_tokens, output_tokens = self.tokens
+    if openai:
+      finish = {"max_tokens": "length", "safety": "content_filter"}.get(action, "stop")
+      reply = {
+        "model": "fake-001",
+        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}],
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens},
+      }
+    else:
+      finish = {"max_tokens": "MAX_TOKENS", "safety": "SAFETY", "continuation": "CONTINUATION"}.get(action, "STOP")
+      candidate = {"finishReason": finish, "index": 0, "content": {"role": "model", "parts": [{"text": text}]}}
+      if action in ("safety", "max_tokens"):
+        del candidate["content"]
+      if action == "continuation":
+        candidate["continuationToken"] = "more"
+      reply = {
+        "candidates": [candidate],
+        "usageMetadata": {
+          "promptTokenCount": prompt_tokens,
+          "candidatesTokenCount": output_tokens,
+          "thoughtsTokenCount": 10,
+          "totalTokenCount": prompt_tokens + output_tokens + 10,
+        },
+        "modelVersion": "gemini-fake-001",
+        "responseId": "abc",
+      }
+      if action == "blocked":
+        del reply["candidates"]
+        reply["promptFeedback"] = {"blockReason": "SAFETY"}
+      if action == "no usage":
+        del reply["usageMetadata"]
+    self._send(handler, 200, json.dumps(reply).encode())
+
+  def _send(self, handler, code: int, body: bytes) -> None:
+    handler.send_response(code)
+    handler.send_header("content-type", "application/json")
+    handler.send_header("content-length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
