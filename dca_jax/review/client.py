@@ -7,6 +7,7 @@ the deadline, with a status for every request. What fails is counted and costs c
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -227,7 +228,9 @@ class Client:
     ]
     tasks = [*jobs, *(task for _, task in repeats)]
     if tasks:
-      _, late = await asyncio.wait(tasks, timeout=max(0.0, end - time.monotonic()))
+      with contextlib.suppress(asyncio.CancelledError):  # The client is being closed.
+        await asyncio.wait(tasks, timeout=max(0.0, end - time.monotonic()))
+      late = [task for task in tasks if not task.done()]
       for task in late:
         task.cancel()
       if late:
@@ -286,7 +289,8 @@ class Client:
             self._refused = str(failed)
         if status in ("server_error", "connection", "timeout"):
           self._breaker.failed()
-        if not failed.again:
+        malformed += status == "malformed"
+        if not failed.again or malformed == 2:
           break
         if status == "rate_limited":
           self._gate.too_many(min(failed.wait if failed.wait is not None else self._backoff(attempt), _LONGEST_PAUSE))
@@ -322,6 +326,8 @@ class Client:
     if self._tokens:
       await self._tokens.acquire(min(most_prompt // 2, self._tokens.max_rate))
     async with self._gate.enter():
+      if self._refused:
+        raise CallFailed("client_error", self._refused)
       if not await self._budget.reserve(most):
         self._broke = True
         raise CallFailed("budget", "the spending cap is reached")

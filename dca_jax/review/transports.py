@@ -64,8 +64,11 @@ class Gemini:
       retry_options=types.HttpRetryOptions(attempts=1),  # Ours knows deadlines, budgets and what the server asked for.
       httpx_async_client=httpx2.AsyncClient(limits=limits, timeout=_SERVER_SECONDS),
     )
-    where = os.environ.get("GOOGLE_CLOUD_LOCATION", "global") if vertex else None
-    self._client = genai.Client(enterprise=vertex or None, location=where, http_options=options)
+    if vertex:
+      project, location = os.environ["GOOGLE_CLOUD_PROJECT"], os.environ.get("GOOGLE_CLOUD_LOCATION", "global")
+      self._client = genai.Client(enterprise=True, project=project, location=location, http_options=options)
+    else:
+      self._client = genai.Client(http_options=options)
     self._model, self._thinking = model, thinking
 
   async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:

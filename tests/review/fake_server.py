@@ -71,6 +71,9 @@ class FakeServer:
       request_queue_size = 1024
       daemon_threads = True
 
+      def handle_error(self, request, address):
+        pass  # A client that has gone is what several tests are about.
+
     self._server = Server(("127.0.0.1", 0), Handler)
     self.url = f"http://127.0.0.1:{self._server.server_port}"
     threading.Thread(target=self._server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()

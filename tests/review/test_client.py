@@ -1,0 +1,440 @@
+"""The client with the real SDK against a server on the loopback, which fails in every way."""
+
+import contextlib
+import json
+import logging
+import math
+import threading
+import time
+
+import pytest
+from fake_server import FakeServer, honest_reply
+
+from dca_jax.errors import UserError
+from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review.client import ClientConfig
+
+KEY = "secret-key-1234567890"
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+  for name in ("GOOGLE_API_KEY", "GOOGLE_CLOUD_PROJECT"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("GEMINI_API_KEY", KEY)
+  monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def requests(count, start=0, steps=("a1;", "b2;", "#3$")):
+  return [Request(f"1/{i}/0", f"problem {i}", steps, i % 2 == 0, False) for i in range(start, start + count)]
+
+
+@contextlib.contextmanager
+def opened(server, name="gemini", cache=None, **client):
+  settings = {"attempt_seconds": 2.0, **client}
+  url = server.url + ("/v1" if name == "openai" else "")
+  config = ReviewerConfig(name=name, client=ClientConfig(base_url=url, **settings))
+  with contextlib.closing(open_reviewer(config, Truth(None, None), cache)) as reviewer:
+    yield reviewer
+
+
+def reviewed(reviewer, asked, deadline=20.0):
+  return reviewer.submit(asked, deadline).result(deadline + 5)
+
+
+def statuses(reviews):
+  return {review.status for review in reviews}
+
+
+# A bad day at the provider.
+
+
+def bad_day(name, attempt):
+  share = int(name[:8], 16) % 100
+  if attempt or share >= 10:
+    return "ok"
+  return 429 if share < 5 else 500 if share < 7 else "malformed" if share < 9 else "hang"
+
+
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_two_hundred_reviews_on_a_bad_day(name):
+  with (
+    FakeServer(bad_day, latency=0.05) as server,
+    opened(server, name, attempt_seconds=3.0, concurrency=128) as reviewer,
+  ):
+    reviews = reviewed(reviewer, requests(200))
+    assert statuses(reviews) == {"ok"}
+    bad = sum(bad_day(each, 0) != "ok" for each in server.attempts)
+    assert bad >= 10
+    assert len(server.requests) == 200 + bad
+    assert reviews[0].roles == ("necessary",) * 3
+    assert reviews[0].weights == (2.0,) * 3
+
+
+def test_more_than_a_hundred_really_in_flight():
+  with FakeServer(latency=1.5) as server, opened(server, concurrency=160, attempt_seconds=10.0) as reviewer:
+    assert statuses(reviewed(reviewer, requests(200))) == {"ok"}
+    assert server.most_in_flight > 100
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_when_everything_hangs_the_deadline_holds(fault):
+  with FakeServer(lambda *_: fault) as server, opened(server, attempt_seconds=10.0) as reviewer:
+    began = time.monotonic()
+    reviews = reviewed(reviewer, requests(200), deadline=1.5)
+    assert time.monotonic() - began < 2.0
+    assert statuses(reviews) == {"timeout"}
+    assert len(reviews) == 200
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1.0])
+def test_a_deadline_that_has_passed(deadline):
+  with FakeServer() as server, opened(server) as reviewer:
+    assert statuses(reviewed(reviewer, requests(5), deadline)) == {"timeout"}
+    assert reviewed(reviewer, []) == []
+
+
+# What each reply becomes.
+
+
+@pytest.mark.parametrize(
+  ("fault", "status", "calls"),
+  [
+    (429, "rate_limited", 3),
+    (500, "server_error", 3),
+    (503, "server_error", 3),
+    (408, "server_error", 3),
+    ("drop", "connection", 3),
+    ("html", "malformed", 2),
+    ("empty", "malformed", 2),
+    ("malformed", "malformed", 2),
+    ("fenced", "malformed", 2),
+    ("wrong", "malformed", 2),
+    ("max_tokens", "truncated", 1),
+    ("safety", "blocked", 1),
+    ("blocked", "blocked", 1),
+    (400, "client_error", 1),
+    (403, "client_error", 1),
+    (404, "client_error", 1),
+    ("no usage", "ok", 1),
+    ("ok", "ok", 1),
+  ],
+)
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_each_reply(name, fault, status, calls):
+  if name == "openai" and fault in ("blocked", "no usage"):
+    return  # Its wire has no such thing.
+  with FakeServer(lambda *_: fault) as server, opened(server, name, attempts=3) as reviewer:
+    (review,) = reviewed(reviewer, requests(1))
+    assert review.status == status
+    assert len(server.requests) == calls
+    assert (review.roles == ()) == (status != "ok")
+
+
+def test_one_continuation_reply_is_one_request():
+  with FakeServer(lambda *_: "continuation") as server, opened(server) as reviewer:
+    reviewed(reviewer, requests(1))
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_refuses_ends_the_run_with_a_sentence():
+  with FakeServer(lambda *_: 403) as server, opened(server) as reviewer:
+    assert reviewer.problem() is None
+    reviews = reviewed(reviewer, requests(200))
+    assert statuses(reviews) == {"client_error"}
+    assert len(server.requests) < 100  # Those that were under way when the third refusal came.
+    assert "refuses" in reviewer.problem()
+    assert KEY not in reviewer.problem()
+
+
+# Retries.
+
+
+def test_an_outage_does_not_multiply_the_calls():
+  with FakeServer(lambda *_: 503) as server, opened(server, concurrency=200) as reviewer:
+    reviews = reviewed(reviewer, requests(200), deadline=3.0)
+    assert statuses(reviews) <= {"server_error", "circuit_open", "timeout"}
+    assert len(server.requests) <= 220
+
+
+def test_the_breaker_opens_and_recovers():
+  down = threading.Event()
+  down.set()
+  with FakeServer(lambda *_: 503 if down.is_set() else "ok") as server, opened(server, attempts=1) as reviewer:
+    reviewed(reviewer, requests(60), deadline=3.0)
+    calls = len(server.requests)
+    assert statuses(reviewed(reviewer, requests(5, 100), deadline=0.5)) == {"circuit_open"}
+    assert len(server.requests) == calls
+    down.clear()
+    assert statuses(reviewed(reviewer, requests(50, 200), deadline=15.0)) == {"ok"}
+
+
+def test_too_many_requests_lowers_the_concurrency_and_pauses_all():
+  with FakeServer(lambda name, attempt: "ok" if attempt else 429) as server, opened(server, concurrency=64) as reviewer:
+    assert statuses(reviewed(reviewer, requests(8))) == {"ok"}
+    assert reviewer.stats()["review/concurrency"] < 64
+    assert len(server.requests) == 16
+
+
+def test_requests_per_minute():
+  with FakeServer() as server, opened(server, requests_per_minute=60) as reviewer:
+    reviews = reviewed(reviewer, requests(80), deadline=3.0)
+    assert 60 <= len(server.requests) <= 66  # A burst of a minute's worth, then one a second.
+    assert statuses(reviews) == {"ok", "timeout"}
+
+
+# Money.
+
+
+def test_the_cap_holds_under_concurrency_and_most_of_it_can_be_used():
+  # A call costs 500 x 0.30 + 110 x 2.50 dollars a million: $0.000425; at most about $0.0061 are reserved for it.
+  with FakeServer(latency=0.02) as server, opened(server, max_dollars=0.06, concurrency=64) as reviewer:
+    reviews = reviewed(reviewer, requests(400))
+    spent = reviewer.stats()["review/dollars_spent"]
+    assert statuses(reviews) == {"ok", "budget"}
+    assert spent == pytest.approx(0.000425 * len(server.requests))
+    assert 0.85 * 0.06 < spent <= 0.06
+    assert reviewer.problem() is None
+
+
+def test_a_run_can_stop_when_the_money_is_gone():
+  with FakeServer() as server, opened(server, max_dollars=0.007, on_budget="stop") as reviewer:
+    reviewed(reviewer, requests(50))
+    assert "max_dollars" in reviewer.problem()
+
+
+def test_spending_outlives_the_process(tmp_path):
+  with FakeServer() as server:
+    for i in range(2):
+      with opened(server, cache=tmp_path / "reviews.sqlite") as reviewer:
+        reviewed(reviewer, requests(10, 10 * i))
+        assert reviewer.stats()["review/dollars_spent"] == pytest.approx(0.00425 * (i + 1))
+
+
+def test_calls_that_nobody_waits_for_are_booked():
+  with FakeServer(lambda *_: "hang") as server, opened(server) as reviewer:
+    reviewed(reviewer, requests(3), deadline=0.5)
+    assert reviewer.stats()["review/dollars_spent"] > 3 * 0.005
+
+
+def test_a_model_without_a_price_needs_one():
+  with FakeServer() as server:
+    with pytest.raises(UserError, match="prompt_price"), opened(server, model="gemini-99"):
+      pass
+    with opened(server, model="gemini-99", max_dollars=0.0) as reviewer:
+      assert statuses(reviewed(reviewer, requests(1))) == {"ok"}
+      assert reviewer.stats()["review/dollars"] == 0
+    with opened(server, model="gemini-99", prompt_price=1.0, output_price=2.0) as reviewer:
+      reviewed(reviewer, requests(1))
+      assert reviewer.stats()["review/dollars"] == pytest.approx((500 + 2 * 110) / 1e6)
+
+
+# The cache.
+
+
+def test_nothing_is_paid_for_twice(tmp_path):
+  with FakeServer() as server:
+    with opened(server, cache=tmp_path / "reviews.sqlite") as reviewer:
+      first = reviewed(reviewer, requests(20))
+    with opened(server, cache=tmp_path / "reviews.sqlite") as reviewer:
+      again = reviewed(reviewer, requests(20))
+      assert len(server.requests) == 20
+      assert [r.roles for r in again] == [r.roles for r in first]
+      assert all(review.cached for review in again)
+      assert reviewer.stats()["review/dollars"] == 0
+    # Another model, rubric or answer is another question.
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text("Give everything to the first step.")
+    for changes in ({"model": "gemini-3.5-flash"}, {"rubric": str(rubric)}, {"thinking": "low"}):
+      with opened(server, cache=tmp_path / "reviews.sqlite", **changes) as reviewer:
+        assert not reviewed(reviewer, requests(1))[0].cached
+    with opened(server, cache=tmp_path / "reviews.sqlite") as reviewer:
+      assert not reviewed(reviewer, requests(1, steps=("a1;", "b3;", "#3$")))[0].cached
+
+
+def test_failures_are_not_kept_and_damaged_rows_are_asked_anew(tmp_path):
+  import sqlite3
+
+  path = tmp_path / "reviews.sqlite"
+  with FakeServer(lambda name, attempt: "malformed" if attempt < 2 else "ok") as server:
+    with opened(server, cache=path) as reviewer:
+      assert reviewed(reviewer, requests(1))[0].status == "malformed"
+      assert reviewed(reviewer, requests(1))[0].status == "ok"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+      db.execute("update replies set text = substr(text, 1, 20)")
+      db.commit()
+    with opened(server, cache=path) as reviewer:
+      assert reviewed(reviewer, requests(1))[0] == reviewed(reviewer, requests(1))[0].__class__(
+        "ok", ("necessary",) * 3, (2.0,) * 3, model="gemini-fake-001"
+      )
+
+
+def test_equal_answers_under_way_share_one_call():
+  with FakeServer(latency=0.3) as server, opened(server) as reviewer:
+    same = [Request(f"1/7/{g}", "problem", ("a1;", "#1$"), True, False) for g in range(8)]
+    assert statuses(reviewed(reviewer, same)) == {"ok"}
+    assert len(server.requests) == 1
+
+
+# Groups.
+
+
+def shuffled_reply(data):
+  reply = honest_reply(data)
+  for i, answer in enumerate(reply["answers"]):
+    for step in answer["steps"]:
+      step["weight"] = (i + step["step"]) % 5
+    answer["steps"].reverse()
+  reply["answers"].reverse()
+  return reply
+
+
+def test_a_group_in_one_call_and_entries_go_by_number():
+  with FakeServer(reply=shuffled_reply) as server, opened(server, whole_group=True) as reviewer:
+    group = [Request(f"1/7/{g}", "problem", (f"a{g};", "b2;", "#3$"), g == 0, False) for g in range(4)]
+    other = [Request("1/8/0", "another", ("a1;", "#3$"), True, False)]
+    reviews = reviewed(reviewer, [*group[:2], *other, *group[2:]])
+    assert len(server.requests) == 2
+    for g, review in zip((0, 1, 2, 3), [*reviews[:2], *reviews[3:]], strict=True):
+      assert review.weights == tuple(float((g + k) % 5) for k in (1, 2, 3))
+    assert len(reviews[2].weights) == 2
+
+
+# The training thread.
+
+
+def test_submit_returns_at_once_and_close_does_not_wait():
+  with FakeServer(lambda *_: "hang") as server:
+    config = ReviewerConfig(name="gemini", client=ClientConfig(base_url=server.url, concurrency=64))
+    reviewer = open_reviewer(config, Truth(None, None), None)
+    began = time.monotonic()
+    future = reviewer.submit(requests(50), 60.0)
+    assert time.monotonic() - began < 0.02
+    while server.most_in_flight < 50:
+      time.sleep(0.01)
+    began = time.monotonic()
+    reviewer.close()
+    reviewer.close()
+    assert time.monotonic() - began < 0.5
+    assert not any(thread.name == "reviewer" for thread in threading.enumerate())
+    assert statuses(future.result(1.0)) == {"timeout"}
+    assert statuses(reviewer.submit(requests(2), 1.0).result(1.0)) == {"closed"}
+
+
+def test_an_unforeseen_error_is_a_status():
+  class Broken:
+    async def __call__(self, *args):
+      raise ZeroDivisionError("a bug in a transport")
+
+    async def close(self):
+      pass
+
+  from dca_jax.review.cache import Cache
+  from dca_jax.review.client import Client
+
+  with contextlib.closing(Client(ClientConfig(), Broken, "broken", "", None, Cache(None))) as reviewer:
+    assert statuses(reviewed(reviewer, requests(3))) == {"client_error"}
+
+
+# What it says of itself.
+
+
+def test_bad_health_is_said_and_with_strict_ends_the_run(capsys):
+  with FakeServer(lambda *_: "safety") as server:
+    with opened(server) as reviewer:
+      for i in range(5):
+        assert reviewer.problem() is None
+        reviewed(reviewer, requests(2, 10 * i))
+      assert reviewer.problem() is None
+      reviewer.problem()
+      assert capsys.readouterr().err.count("uniform credit") == 1
+    with opened(server, strict=True) as reviewer:
+      for i in range(5):
+        reviewed(reviewer, requests(2, 10 * i))
+      assert "min_ok_frac" in reviewer.problem()
+
+
+def test_repeats_measure_agreement():
+  count = iter(range(10**6))
+
+  def moody(data):
+    return honest_reply(data, role="necessary" if next(count) % 3 else "error")
+
+  with FakeServer(reply=moody) as server, opened(server, repeat_frac=1.0, concurrency=1) as reviewer:
+    reviewed(reviewer, requests(20))
+    assert len(server.requests) == 40
+    assert 0 <= reviewer.stats()["review/repeat_agreement"] < 1
+  with FakeServer() as server, opened(server, repeat_frac=0.5) as reviewer:
+    reviewed(reviewer, requests(40))
+    assert 45 < len(server.requests) < 75
+    assert reviewer.stats()["review/repeat_agreement"] == 1
+
+
+def test_stats_are_shares_tokens_and_dollars():
+  with FakeServer(bad_day) as server, opened(server, attempt_seconds=3.0) as reviewer:
+    reviewed(reviewer, requests(100))
+    stats = reviewer.stats()
+    assert stats["review/status_ok"] == 1
+    assert stats["review/calls"] == len(server.requests)
+    assert stats["review/thought_tokens"] > 0
+    assert stats["review/call_seconds_median"] <= stats["review/call_seconds_95"]
+    assert all(math.isfinite(value) for value in stats.values())
+    assert reviewer.stats()["review/calls"] == 0
+
+
+# The wire.
+
+
+def test_the_wire_of_gemini(caplog):
+  caplog.set_level(logging.DEBUG)
+  with FakeServer() as server, opened(server, thinking="low") as reviewer:
+    reviewed(reviewer, requests(1))
+    (request,) = server.requests
+  assert request["path"].endswith("/models/gemini-3.5-flash-lite:generateContent")
+  assert {k.lower(): v for k, v in request["headers"].items()}["x-goog-api-key"] == KEY
+  config = request["body"]["generationConfig"]
+  assert config["responseMimeType"] == "application/json"
+  assert config["responseJsonSchema"]["required"] == ["answers"]
+  assert config["seed"] == 0
+  assert config["candidateCount"] == 1
+  assert config["maxOutputTokens"] == 2048 + 40 * 3
+  assert "low" in json.dumps(config["thinkingConfig"]).lower()
+  assert "tools" not in request["body"]
+  assert KEY not in caplog.text
+
+
+def test_vertex_uses_ambient_credentials(monkeypatch):
+  import google.auth
+  from google.auth.credentials import Credentials
+
+  class Ambient(Credentials):
+    def refresh(self, request):
+      self.token = "from-the-machine"
+
+  monkeypatch.setattr(google.auth, "default", lambda *args, **kwargs: (Ambient(), "a-project"))
+  with FakeServer() as server:
+    with pytest.raises(UserError, match="GOOGLE_CLOUD_PROJECT"), opened(server, vertex=True):
+      pass
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "a-project")
+    monkeypatch.delenv("GEMINI_API_KEY")
+    with opened(server, vertex=True) as reviewer:
+      assert statuses(reviewed(reviewer, requests(1))) == {"ok"}
+    path, headers = server.requests[0]["path"], server.requests[0]["headers"]
+    assert {k.lower(): v for k, v in headers.items()}["authorization"] == "Bearer from-the-machine"
+    assert "/projects/a-project/locations/global/publishers/google/models/gemini-3.5-flash-lite:generateContent" in path
+
+
+def test_the_wire_of_openai():
+  with FakeServer() as server, opened(server, "openai", model="qwen", max_dollars=0.0) as reviewer:
+    reviewed(reviewer, requests(1))
+    (request,) = server.requests
+  assert request["path"] == "/v1/chat/completions"
+  assert {k.lower(): v for k, v in request["headers"].items()}["authorization"] == f"Bearer {KEY}"
+  assert request["body"]["model"] == "qwen"
+  assert request["body"]["response_format"]["json_schema"]["strict"] is True
+
+
+def test_without_a_key_there_is_a_sentence(monkeypatch):
+  monkeypatch.delenv("GEMINI_API_KEY")
+  with FakeServer() as server, pytest.raises(UserError, match="GEMINI_API_KEY"), opened(server):
+    pass
