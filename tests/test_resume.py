@@ -16,6 +16,14 @@ STEPS = 30
 EVERYTHING = {**tiny.EVERYTHING, "steps": STEPS}
 PLAIN = {"steps": STEPS, "evaluate.every": 7}
 LEARNED = {"steps": STEPS, "credit.scheme": "potential", "credit.discount": 0.9, "value.source": "learned"}
+OVERLAP = {
+  "steps": STEPS,
+  "credit.scheme": "weighted",
+  "reviewer.name": "oracle",
+  "reviewer.overlap": 1,
+  "learner.loss": "ppo",
+  "checkpoint.every": 3,
+}
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -58,8 +66,8 @@ def kill_while_saving(recipe: str, workdir: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
   ("changes", "in_save", "kills"),
-  [(EVERYTHING, True, 2), (PLAIN, False, 1), (LEARNED, False, 1)],
-  ids=["everything", "plain", "learned"],
+  [(EVERYTHING, True, 2), (PLAIN, False, 1), (LEARNED, False, 1), (OVERLAP, False, 2)],
+  ids=["everything", "plain", "learned", "overlap"],
 )
 def test_a_killed_run_equals_an_uninterrupted_one(changes, in_save, kills, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"

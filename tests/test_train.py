@@ -1,6 +1,8 @@
 """The training loop: what a step trains on, what it records, and what it must not do."""
 
 import json
+import threading
+from concurrent.futures import Future
 
 import flax.linen as nn
 import jax
@@ -10,7 +12,9 @@ import pytest
 import tiny
 
 from dca_jax import learner, mesh, review
+from dca_jax import train as train_module
 from dca_jax.credit import SCHEMES
+from dca_jax.errors import UserError
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
 from dca_jax.roles import ROLES
@@ -135,6 +139,66 @@ def test_the_conserved_sum_is_checked_for_either_mass(tmp_path):
   for t in rows:
     assert sum(t.credit) == pytest.approx(t.advantage * 12, rel=1e-5, abs=1e-6)
   assert tiny.read_lines(tmp_path)[2]["credit/conservation_error"] < 1e-5
+
+
+# Overlap.
+
+OVERLAP = {**WEIGHTED, "reviewer.overlap": 1, "learner.loss": "ppo", "steps": 5}
+
+
+def test_one_step_ahead_batches_come_from_the_policy_before(tmp_path):
+  """Without learning, one step behind or not makes no difference; with it, from the second batch on it does."""
+  still = {"learner.lr": 1e-30, "steps": 3}
+  train(tiny.make_config({**OVERLAP, **still}), str(tmp_path / "ahead"), quiet=True)
+  train(tiny.make_config({**WEIGHTED, **still}), str(tmp_path / "fresh"), quiet=True)
+  for step in (1, 2, 3):
+    ours, theirs = records(tmp_path / "ahead", step), records(tmp_path / "fresh", step)
+    assert [(t.id, t.tokens, t.credit) for t in ours] == [(t.id, t.tokens, t.credit) for t in theirs]
+  train(tiny.make_config(OVERLAP), str(tmp_path / "learning"), quiet=True)
+  lines = tiny.read_lines(tmp_path / "learning")
+  # The first batch and the second come from the start; the first update's ratio is 1, the others' is not.
+  assert lines[1]["learner/ratio"] == pytest.approx(1, abs=1e-5)
+  assert [t.tokens for t in records(tmp_path / "learning", 2)] == [t.tokens for t in records(tmp_path / "fresh", 2)]
+  assert abs(lines[4]["learner/ratio"] - 1) > 1e-4
+
+
+def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeypatch):
+  events = []
+
+  class Watched(builtin.Builtin):
+    def submit(self, requests, deadline):
+      step, done = len([e for e in events if e[0] == "asked"]) + 1, super().submit(requests, deadline)
+      events.append(("asked", step))
+
+      class Answer(Future):
+        def result(self, timeout=None):
+          events.append(("waited for", step))
+          return done.result()
+
+      return Answer()
+
+  monkeypatch.setattr(
+    train_module, "open_reviewer", lambda config, truth, cache: Watched("oracle", builtin.Dice(0.3, -1, 0), truth)
+  )
+  train(tiny.make_config(OVERLAP), str(tmp_path), quiet=True)
+  for step in range(1, 5):
+    assert events.index(("asked", step + 1)) < events.index(("waited for", step))
+  assert len(events) == 10
+
+
+def test_a_reviewer_that_asks_to_stop_ends_the_run_with_its_step_saved(tmp_path, monkeypatch):
+  monkeypatch.setattr(builtin.Builtin, "problem", lambda self: "no more money")
+  with pytest.raises(UserError, match=r"no more money; step 1 is safe"):
+    train(tiny.make_config({**WEIGHTED, "checkpoint.every": 5, "steps": 3}), str(tmp_path), quiet=True)
+
+
+def test_a_share_of_the_completions_can_be_reviewed(tmp_path):
+  train(
+    tiny.make_config({**WEIGHTED, "reviewer.sample_frac": 0.5, "reviewer.canary_every": 2}), str(tmp_path), quiet=True
+  )
+  lines = tiny.read_lines(tmp_path)[1:]
+  assert 0 < np.mean([line["review/asked"] for line in lines]) < 0.6
+  assert [line.get("review/canary_accuracy") for line in lines] == [None, 1.0, None]
 
 
 # Prefix values.

@@ -6,15 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from dca_jax import mesh
+from dca_jax import mesh, value
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
-from dca_jax.rollout import Samples, encode_prompts, sample, token_pieces
-from dca_jax.task import TASKS
-from dca_jax.train import cut_steps
+from dca_jax.rollout import Samples, encode_prompts, read_trajectories, sample, token_pieces
+from dca_jax.task import TASKS, Problem
+from dca_jax.train import cut_steps, train
 from dca_jax.value import ValueConfig, fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import warm_start
 
@@ -122,6 +123,83 @@ def test_a_continuation_gets_no_more_tokens_than_were_left():
   assert generated <= 8 * (T + (T - 3) + 1 + (T - 6) + (T - 9))
 
 
+def test_what_is_generated_is_counted_and_judged_by_the_task():
+  """Both texts have one step, so all there is to continue is the prompt, once."""
+  batch = Batch(1, texts=["#3$", "#4$"])
+  values, generated = batch.values(4)
+  width = CONFIG.rollout.max_prompt_tokens + T
+  prompt = np.zeros((2, width), np.int32)
+  prompt[:, : batch.prompts[0].shape[1]] = batch.prompts[0]
+  lengths = np.repeat(batch.prompts[1], 2)
+  drawn = jax.device_get(
+    sample(
+      POLICY,
+      batch.params,
+      prompt,
+      lengths,
+      np.zeros(2, np.uint32),
+      jax.random.key(9),
+      END_IDS,
+      sampling=CONFIG.rollout.sampling,
+      group=4,
+      max_tokens=T,
+    )
+  )
+  pieces = token_pieces(TOKENIZER)
+  texts = ["".join(pieces[t] for t in drawn.tokens_BxT[i, : drawn.lengths_B[i]]) for i in range(4)]
+  won = [TASK.verify(batch.problems[0], x, bool(cut)).reward for x, cut in zip(texts, drawn.truncated_B, strict=False)]
+  assert values == [(np.mean(won),)] * 2
+  assert generated == drawn.lengths_B[:4].sum()
+
+
+class Fake:
+  """In the place of the sampler: every continuation is the right answer, of `length` tokens."""
+
+  def __init__(self, batch, length, truncated=False):
+    self.text = ("b0;" * T)[: length - 3] + f"#{batch.problems[0].answer}$"
+    self.truncated, self.seen = truncated, []
+
+  def __call__(self, policy, params, ids, lengths, numbers, key, end_ids, *, group, max_tokens, **_):
+    self.seen += [tuple(row[:n]) for row, n in zip(np.asarray(ids).tolist(), np.asarray(lengths), strict=True)]
+    b = len(lengths) * group
+    tokens = np.zeros((b, max_tokens), np.int32)
+    tokens[:, : len(self.text)] = TOKENIZER(self.text, add_special_tokens=False)["input_ids"]
+    return Samples(
+      tokens, np.full(b, len(self.text)), np.full(b, self.truncated), np.zeros((b, max_tokens), np.float32)
+    )
+
+
+def test_a_continuation_may_fill_the_room_and_not_one_token_more(monkeypatch):
+  # Twelve tokens; 0, 3, 6 and 9 of them are written before the four steps.
+  batch = Batch(1, texts=["a1;b0;a1;#1$"] * 2)
+  for length, wanted in ((3, (1, 1, 1, 1)), (6, (1, 1, 1, 0)), (7, (1, 1, 0, 0)), (12, (1, 0, 0, 0))):
+    monkeypatch.setattr(value, "sample", Fake(batch, length))
+    values, generated = batch.values(4)
+    assert values == [wanted] * 2
+    # What runs over is paid for as far as it would have been written.
+    assert generated == 4 * sum(min(length, T - written) for written in (0, 3, 6, 9))
+  monkeypatch.setattr(value, "sample", Fake(batch, 3, truncated=True))
+  assert batch.values(4)[0] == [(0, 0, 0, 0)] * 2
+
+
+def test_each_prefix_is_continued_once_from_its_own_prompt(monkeypatch):
+  batch = Batch(2, texts=["a1;b2;#3$", "a1;b3;#4$", "a1;b2;#3$", "#0$"])
+  fake = Fake(batch, 3)
+  monkeypatch.setattr(value, "sample", fake)
+  batch.values(4)
+  prompts = [tuple(batch.prompts[0][p, : batch.prompts[1][p]].tolist()) for p in range(2)]
+  assert prompts[0] != prompts[1]
+
+  def begun(p, text):
+    return (*prompts[p], *(TOKENIZER(text, add_special_tokens=False)["input_ids"] if text else ()))
+
+  wanted = {begun(0, x) for x in ("", "a1;", "a1;b2;", "a1;b3;")} | {begun(1, x) for x in ("", "a1;", "a1;b2;")}
+  assert set(fake.seen) == wanted
+  # Two batches of four, the last one filled up.
+  assert len(fake.seen) == 8
+  assert sorted(map(len, fake.seen), reverse=True)[:4] == sorted(map(len, fake.seen[:4]), reverse=True)
+
+
 def test_monte_carlo_is_a_function_of_its_key_and_compiles_once():
   batch = Batch()
   one, _ = batch.values(4)
@@ -181,9 +259,69 @@ def test_the_head_learns_what_a_prefix_is_worth():
   assert values[0, 0] == values[1, 0] == pytest.approx(0.5, abs=0.1)
 
 
+def test_values_stay_between_0_and_1_and_only_what_was_written_teaches():
+  batch = Batch(1, texts=["a1;b2;#3$", "a2;b2;#3$"])
+  head, losses = trained_head(batch, [1.0, 0.0])
+  assert losses[-1] < 0.5 * losses[0]
+  wild = head._replace(params=jax.tree.map(lambda x: 3 * x, head.params))
+  review, hidden = valued(Batch(2, group=2), wild)
+  values = np.asarray(review.values_BxK)
+  known = np.isfinite(values)
+  assert ((values > 0) & (values < 1))[known].all()
+  assert np.array_equal(known.sum(1), [len(steps) for steps in Batch(2, group=2).spans])
+  # Neither a token inside a step nor what stands beyond the end reaches the head.
+  review, hidden = valued(batch, head)
+  first = np.isin(np.arange(T), [start for start, _ in batch.spans[0]])
+  garbled = jnp.where(first[:, None], hidden, 1e3)
+  fitted = [
+    fit_head(HEAD, jax.tree.map(jnp.copy, head), h, review.step_ids_BxT, batch.samples.lengths_B, jnp.eye(1, 2))
+    for h in (hidden, garbled)
+  ]
+  assert jax.tree.all(jax.tree.map(np.array_equal, *fitted))
+
+
 def test_a_learned_value_does_not_read_its_own_step():
-  batch = Batch(1, texts=["a1;b2;#3$", "a1;b7;#9$"])
   head, _ = trained_head(Batch(1, texts=["a1;b2;#3$", "a2;b2;#3$"]), [1.0, 0.0])
-  values = np.asarray(valued(batch, head)[0].values_BxK)
+  one, other = ("a1;b2;#3$", "a1;b7;#9$"), ("a1;b2;a0;#3$", "#3$")
+  values = np.asarray(valued(Batch(1, texts=one), head)[0].values_BxK)
   assert np.array_equal(values[0, :2], values[1, :2])
   assert values[0, 2] != values[1, 2]
+  # Nor how many steps follow.
+  longer = np.asarray(valued(Batch(1, texts=other), head)[0].values_BxK)
+  assert np.array_equal(longer[0, :3], values[0, :3])
+  assert longer[1, 0] == values[0, 0]
+
+
+def test_a_runs_values_come_from_the_head_and_the_policy_before_its_batch(tmp_path):
+  """Those of the second step, from what was saved after the first."""
+  changes = {"credit.scheme": "potential", "value.source": "learned", "steps": 2}
+  config = tiny.make_config(changes)
+  train(config, str(tmp_path), quiet=True)
+  with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+    saved = manager.restore(1, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+  assert saved["params"]
+  rows = list(read_trajectories(tmp_path / "trajectories", 2))
+  batch = Batch(1, texts=["#0$"])
+  tokens, lengths = np.zeros((len(rows), T), np.int32), np.array([len(t.tokens) for t in rows], np.int32)
+  ids = np.zeros((len(rows), T), np.int32)
+  for i, t in enumerate(rows):
+    tokens[i, : lengths[i]] = t.tokens
+    for k, s in enumerate(t.steps):
+      ids[i, s["start"] : s["end"]] = k
+  by_id = {t.problem: t.prompt for t in rows}
+  problems = [Problem(i, prompt, "0") for i, prompt in by_id.items()]
+  review = arrays(batch)
+  empty = Review(ids, *(np.zeros((len(rows), T), x.dtype) for x in review[1:4]), np.zeros(len(rows), bool))
+  head = value.ValueHead(saved["value_head"]["params"], ())
+  found, _ = learned_values(
+    config.value,
+    POLICY,
+    head,
+    saved["params"],
+    *encode_prompts(TOKENIZER, problems, CONFIG.rollout.max_prompt_tokens),
+    tokens,
+    empty,
+  )
+  for t, values in zip(rows, np.asarray(found.values_BxK).tolist(), strict=True):
+    assert [s["value"] for s in t.steps] == pytest.approx(values[: len(t.steps)], abs=1e-6)
+  assert len({s["value"] for t in rows for s in t.steps}) > 5

@@ -418,7 +418,7 @@ def _grouped_update(config, values_NxT):
   policy = [rng.dirichlet(np.full(actions, 2.0), actions**t) for t in range(steps)]
   prefixes = np.stack([np.arange(n) // actions ** (steps - t) for t in range(steps)], 1)
   p = np.prod([policy[t][prefixes[:, t], traces[:, t]] for t in range(steps)], 0)
-  rewards = (rng.random(n) < 0.4).astype(np.float32)
+  rewards = rng.choice(np.float32([0, 0.25, 1]), n)  # So that the other's reward is like a mean of several.
   # Gradients of log pi by the logits, [N, T, all logits].
   first = np.cumsum([0, *(pi.size for pi in policy)])
   scores = np.zeros((n, steps, first[-1]))

@@ -58,6 +58,49 @@ def test_one_review_for_each_request_in_order(name):
   assert _reviews([], name=name) == []
 
 
+@pytest.mark.parametrize("name", REVIEWERS)
+@pytest.mark.parametrize("steps", [(), ("#6$",), ("a0;", "b6;") * 60], ids=["none", "one", "many"])
+def test_answers_of_any_number_of_steps_are_reviewed(name, steps):
+  requests = _requests(3, steps)
+  reviews = _reviews(requests, name=name)
+  assert len(reviews) == 3
+  for review in reviews:
+    said = len(steps) if review.status == "ok" else 0
+    assert (len(review.roles), len(review.weights), len(review.values)) == (said,) * 3
+    if steps:
+      assert review.checked(len(steps)) is review
+    assert all(0 <= v <= 1 or v != v for v in review.values)
+
+
+def test_the_oracle_keeps_the_order_of_interleaved_problems():
+  """Values are asked for problem by problem."""
+  other = "+1a+1b+1c+1d?cm0n0;"
+  requests = [Request(f"{i}", (PROMPT, other)[i % 2], STEPS[: i + 1], correct=False, truncated=False) for i in range(6)]
+  reviews = _reviews(requests, name="oracle")
+  for first, prompt in enumerate((PROMPT, other)):
+    own = TASK.prefix_values(prompt, [r.steps for r in requests[first::2]])
+    assert [list(review.values) for review in reviews[first::2]] == own
+  assert reviews[4].values[:2] != reviews[5].values[:2]
+
+
+@pytest.mark.parametrize("name", ["oracle", "noisy", "random", "lexical", "thief"])
+def test_values_know_neither_the_outcome_nor_what_follows(name):
+  others = [("a0;", "c6;", "#6$"), ("a1;", "c7;", "#7$")]
+
+  def values(steps, **outcome):
+    requests = [Request("7/0", PROMPT, steps, **outcome)]
+    requests += [Request(f"7/{i}", PROMPT, own, correct=i == 1, truncated=False) for i, own in enumerate(others, 1)]
+    return _reviews(requests, name=name)[0].values
+
+  plain = values(STEPS, correct=True, truncated=False)
+  assert len(plain) == 8
+  assert values(STEPS, correct=False, truncated=False) == plain
+  assert values(STEPS, correct=False, truncated=True) == plain
+  for j in range(8):
+    edited = (*STEPS[:j], "c9;", "a0;", "check", "wait", "a0;", "c1;", "d2;", "#9$")[:8]
+    assert values(edited, correct=False, truncated=False)[: j + 1] == plain[: j + 1]
+
+
 def test_none_says_so():
   assert {(r.status, r.roles, r.weights) for r in _reviews(_requests(3), name="none")} == {("none", (), ())}
 
@@ -106,12 +149,16 @@ def test_noisy_flips_are_independent():
 
 
 def test_noisy_values_become_one_minus_themselves_at_the_asked_rate():
+  # One at a time: a value reads a problem's other completions, and 750 of them take minutes.
   requests = _requests(750)
-  pairs = zip(_reviews(requests, name="noisy"), _reviews(requests, name="oracle"), strict=True)
-  flipped = [a != b for noisy, oracle in pairs for a, b in zip(noisy.values, oracle.values, strict=True) if b != 0.5]
-  assert abs(_rate(flipped) - 0.3) < 0.03
-  for review in _reviews(requests, name="noisy", flip=1.0):
-    assert review.values == tuple(1 - v for v in _reviews(requests[:1] * 750, name="oracle")[0].values)
+  oracle = _reviews(requests[:1], name="oracle")[0].values
+  noisy = [_reviews([request], name="noisy")[0].values for request in requests]
+  assert _rate([a != b for values in noisy for a, b in zip(values, oracle, strict=True) if b != 0.5]) == pytest.approx(
+    0.3, abs=0.03
+  )
+  assert all(a in (b, 1 - b) for values in noisy for a, b in zip(values, oracle, strict=True))
+  for request in requests[:20]:
+    assert _reviews([request], name="noisy", flip=1.0)[0].values == tuple(1 - v for v in oracle)
 
 
 # Controls.

@@ -399,6 +399,47 @@ def test_prefix_values_by_hand():
   )
 
 
+def test_a_wrong_value_that_stands_is_worth_nothing_unless_the_rest_forgives_it():
+  task = Chains(ChainsConfig(lines=4))
+  right = ["a0;", "c6;", "#6$"]
+
+  def values(prompt, *steps, others=(right,)):
+    return task.prefix_values(prompt, [[*steps, "#6$"], *others])[0]
+
+  prompt = "+3a*2b-4c+1d?cm7n3;"  # a is 0, c is 6
+  # It stands until it is overwritten, or until something right stands below it.
+  assert values(prompt, "a1;", "b6;", "c7;")[1:] == [0, 0, 0]
+  assert values(prompt, "a1;", "a0;")[1:] == pytest.approx([0, 0.75**2])
+  assert values(prompt, "a1;", "c6;")[1:] == pytest.approx([0, 0.75])
+  assert values(prompt, "c6;", "a1;")[1:] == pytest.approx([0.75, 0.75])  # Nobody reads a any more.
+  assert values(prompt, "m8;", "m7;")[1:] == pytest.approx([0, 0.75**3])  # A starting value too.
+  # What is no write changes nothing, whatever the labels say of it.
+  assert values(prompt, "?a;", "z1;", "a11;", "#6;")[1:] == pytest.approx([0.75**3] * 4)
+  # Times 0 all is forgiven: c is 0 whatever a is, so long as c itself is right.
+  zero = "+3a*2b*0c+1d?cm7n3;"
+  solved = ["a0;", "c0;", "#0$"]
+  assert task.prefix_values(zero, [["a1;", "c4;", "c0;", "#0$"], solved])[0] == pytest.approx(
+    [0.75**3, 0.75**2, 0, 0.75]
+  )
+
+
+@pytest.mark.parametrize("others", [1, 8, 1000])
+def test_prefix_values_tend_to_the_others_success(others):
+  """One who makes no mistakes is as sure as can be, and one who makes them all knows it from the start."""
+  task = Chains(ChainsConfig(lines=4))
+  prompt, right, wrong = "+3a*2b-4c+1d?cm7n3;", ["a0;", "c6;", "#6$"], ["a1;", "c7;", "#7$"]
+  sure, unsure = (others + 0.5) / (others + 1), 0.5 / (others + 1)
+  assert task.prefix_values(prompt, [right] * (others + 1))[0] == pytest.approx([sure**3, sure**2, sure])
+  # Of those who never wrote the first line rightly nobody showed how the others go: one half each.
+  assert task.prefix_values(prompt, [right] + [wrong] * others)[0] == pytest.approx([unsure / 4, 0.25, 0.5])
+  # How far one came oneself is not counted.
+  assert (
+    task.prefix_values(prompt, [right, *[right] * others])[0]
+    == (task.prefix_values(prompt, [[*right[:2], "#1$"], *[right] * others])[0])
+  )
+  assert task.prefix_values(prompt, [right])[0] == [0.125, 0.25, 0.5]
+
+
 def test_prefix_values_do_not_read_the_rest_of_their_own_answer():
   task, dice = Chains(ChainsConfig(lines=6)), random.Random(1)
   prompt, _ = task.demonstration(0, True)
