@@ -1,4 +1,4 @@
-"""`dca-jax train | compare | report | lab`."""
+"""`dca-jax train | compare | report | review | lab`."""
 
 import argparse
 import os
@@ -36,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument("--workdir", required=True)
 
   p = commands.add_parser(
+    "review", help="have stored trajectories read by another reviewer", epilog=settings, allow_abbrev=False
+  )
+  p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
+  p.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite")
+  p.add_argument("--limit", type=int, default=200, help="completions to read")
+  p.add_argument("--estimate", action="store_true", help="only say what it would cost")
+
+  p = commands.add_parser(
     "lab", help="every credit scheme on a policy small enough to be exact, in half a minute", allow_abbrev=False
   )
   p.add_argument("--workdir", required=True, help="where the figures and the numbers go")
@@ -46,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if args.command in ("report", "lab") and overrides:
       raise UserError(f"cannot read the argument {overrides[0]!r}")
-    return {"train": _train, "compare": _compare, "report": _report, "lab": _lab}[args.command](args, overrides)
+    run = {"train": _train, "compare": _compare, "report": _report, "review": _review, "lab": _lab}[args.command]
+    return run(args, overrides)
   except UserError as error:
     print(f"dca-jax: error: {error}", file=sys.stderr)
   except OSError as error:
@@ -112,6 +121,14 @@ def _report(args, overrides) -> int:
   if not any("train/accuracy" in line for line in read_metrics(folder)):
     raise ConfigError(f"--workdir={args.workdir} holds a run that has not finished a step yet")
   print(f"report: {write_report(folder)}")
+  return 0
+
+
+def _review(args, overrides) -> int:
+  from dca_jax import rereview
+
+  work = rereview.estimate if args.estimate else rereview.rereview
+  print(work(args.trajectories, args.reviewer, args.limit, overrides))
   return 0
 
 

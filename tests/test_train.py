@@ -1,7 +1,6 @@
 """The training loop: what a step trains on, what it records, and what it must not do."""
 
 import json
-import threading
 from concurrent.futures import Future
 
 import flax.linen as nn

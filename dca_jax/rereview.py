@@ -1,0 +1,131 @@
+"""Stored trajectories read again by another reviewer: how the two agree, and what a run would cost."""
+
+import collections
+import contextlib
+import json
+import pathlib
+from collections.abc import Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dca_jax import config as config_lib
+from dca_jax.config import ConfigError
+from dca_jax.report import text_table
+from dca_jax.review import Request, Review, Truth, open_reviewer
+from dca_jax.review.prices import dollars
+from dca_jax.review.prompt import make_prompt
+from dca_jax.review.reviewer import price_of, read_rubric
+from dca_jax.roles import ROLES
+from dca_jax.rollout import Trajectory, read_trajectories
+from dca_jax.task import TASKS
+
+
+def read_folder(folder: str, limit: int) -> list[Trajectory]:
+  """The first `limit` trajectories of a run's `trajectories` folder that have been reviewed, or else the first ones."""
+  path = epath.Path(folder).expanduser().absolute()
+  shards = sorted(p.name for p in path.glob("step_*.jsonl")) if path.is_dir() else []
+  if not shards:
+    raise ConfigError(f"--trajectories={folder}: no trajectories there (a run keeps them in WORKDIR/trajectories)")
+  found = [t for name in shards for t in read_trajectories(path, int(name[5:-6]))]
+  return ([t for t in found if t.review == "ok"] or found)[:limit]
+
+
+def reviewer_config(member: str, overrides: Sequence[str]) -> config_lib.Config:
+  """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments."""
+  name, _, model = member.partition(":")
+  reviewer: dict = {"name": name}
+  if model:
+    reviewer["client"] = {"model": model}
+  given = ConfigDict({"reviewer": reviewer, "credit": {"scheme": "weighted"}})
+  return config_lib.build(config_lib.apply_overrides(given, overrides))
+
+
+def requests_of(trajectories: Sequence[Trajectory]) -> list[Request]:
+  return [
+    Request(t.id, t.prompt, tuple(step["text"] for step in t.steps), t.correct, t.truncated) for t in trajectories
+  ]
+
+
+def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
+  """Reviews stored trajectories again and says how far the two reviews agree; keeps the new ones beside the folder.
+
+  Raises:
+    UserError: there is nothing to read, or the reviewer cannot be opened.
+  """
+  config = reviewer_config(member, overrides).reviewer
+  trajectories = read_folder(folder, limit)
+  run = pathlib.Path(folder).expanduser().absolute().parent
+  settings = json.loads((run / "config.json").read_text())["task"]
+  task = TASKS[settings["name"]](config_lib.build(ConfigDict({"task": settings})).task)
+  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
+  with contextlib.closing(open_reviewer(config, truth, run / "reviews.sqlite")) as reviewer:
+    # Not hurried as a training step is.
+    reviews = reviewer.submit(requests_of(trajectories), 600.0).result()
+    stats, problem = reviewer.stats(), reviewer.problem()
+  reviews = [review.checked(len(t.steps)) for review, t in zip(reviews, trajectories, strict=True)]
+  out = run / f"rereview_{member.replace(':', '_').replace('/', '_')}.jsonl"
+  lines = [
+    {"id": t.id, "review": r.status, "roles": r.roles, "weights": r.weights, "model": r.model}
+    for t, r in zip(trajectories, reviews, strict=True)
+  ]
+  out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  statuses = collections.Counter(review.status for review in reviews)
+  parts = [
+    f"{len(reviews)} completions: " + ", ".join(f"{n} {status}" for status, n in statuses.most_common()),
+    *([f"the reviewer says: {problem}"] if problem else []),
+    *([f"spent: ${stats['review/dollars']:.4f}"] if "review/dollars" in stats else []),
+    agreement(trajectories, reviews),
+    f"reviews: {out}",
+  ]
+  return "\n\n".join(parts)
+
+
+def agreement(trajectories: Sequence[Trajectory], reviews: Sequence[Review]) -> str:
+  """How the stored roles and the new ones compare, step by step: share, Cohen's kappa (1960), and the table."""
+  pairs = [
+    (step["role"], role)
+    for t, review in zip(trajectories, reviews, strict=True)
+    for step, role in zip(t.steps, review.roles, strict=False)
+    if "role" in step
+  ]
+  if not pairs:
+    return "no step was reviewed both times"
+  counts = collections.Counter(pairs)
+  rows, columns = (collections.Counter(pair[side] for pair in pairs) for side in (0, 1))
+  share = sum(a == b for a, b in pairs) / len(pairs)
+  chance = sum(rows[role] * columns[role] for role in ROLES) / len(pairs) ** 2
+  kappa = (share - chance) / (1 - chance) if chance < 1 else 1.0
+  table = [[f"{role} ({rows[role]})", *(str(counts[role, other]) for other in ROLES)] for role in ROLES if rows[role]]
+  return f"same role in {share:.3f} of {len(pairs)} steps; kappa {kappa:.3f}\n\n" + text_table(
+    ["stored \\ new", *ROLES], table
+  )
+
+
+def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
+  """What reviewing like these stored trajectories costs; calls nobody.
+
+  A token is taken to be four characters of prose or two of digits and symbols, and output to be 25 tokens a step and 30
+  an answer. Thought is not in it, and with a model that thinks it is most of the price.
+  """
+  config = reviewer_config(member, overrides).reviewer.client
+  price = price_of(config)
+  trajectories = read_folder(folder, limit)
+  rubric = read_rubric(config)
+  prompt = output = 0.0
+  for request in requests_of(trajectories):
+    asked = make_prompt(rubric, [request])
+    prompt += (len(asked.system) + len(json.dumps(asked.schema))) / 4 + len(asked.user) / 2
+    output += 30 + 25 * sum(asked.counts)
+  n = len(trajectories)
+  lines = [f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought not counted"]
+  if price:
+    each = dollars(price, round(prompt), 0, round(output)) / n
+    run = json.loads((pathlib.Path(folder).expanduser().absolute().parent / "config.json").read_text())
+    batch = run["rollout"]["problems"] * run["rollout"]["group"]
+    lines.append(f"1,000 reviews with {config.model}: about ${1000 * each:.2f}")
+    lines.append(
+      f"this run, {run['steps']} steps of {batch} completions, all of them reviewed: about"
+      f" ${run['steps'] * batch * each:,.2f} (with `weighted` credit, groups that all fare alike are skipped)"
+    )
+  return "\n".join(lines)
