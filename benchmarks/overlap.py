@@ -2,8 +2,8 @@
 
     python benchmarks/overlap.py
 
-The reviewer is the oracle, whose answers are held back for 0.8 times the seconds that sampling and update take. Three
-runs in turns, several times: an instant reviewer, a slow one that is waited for, and a slow one with `reviewer.overlap`.
+The reviewer is the oracle, whose answers are held back for 0.8 times the seconds that sampling and update take. Runs in
+turns: an instant reviewer and a slow one, each with and without `reviewer.overlap`.
 """
 
 import concurrent.futures
