@@ -18,11 +18,11 @@ import numpy as np
 
 from dca_jax import config as config_lib
 from dca_jax import learner
+from dca_jax.batch import assign_credit, review_arrays
 from dca_jax.credit import SCHEMES, CreditConfig
 from dca_jax.policy import Policy
 from dca_jax.review import Review
 from dca_jax.roles import ROLES
-from dca_jax.train import assign_credit, review_arrays
 
 RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py")
 GROUP, B, T, STEP = 8, 1024, 1024, 16

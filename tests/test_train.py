@@ -12,6 +12,7 @@ import tiny
 
 from dca_jax import learner, mesh, review
 from dca_jax import train as train_module
+from dca_jax.batch import collect
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, Sampling, token_logprobs
@@ -19,7 +20,7 @@ from dca_jax.review import builtin
 from dca_jax.roles import ROLES
 from dca_jax.rollout import read_trajectories
 from dca_jax.task import TASKS
-from dca_jax.train import collect, train
+from dca_jax.train import train
 
 WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
 

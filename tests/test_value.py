@@ -11,11 +11,12 @@ import pytest
 import tiny
 
 from dca_jax import mesh, value
+from dca_jax.batch import cut_steps
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
 from dca_jax.rollout import Samples, encode_prompts, read_trajectories, sample, token_pieces
-from dca_jax.task import TASKS, Problem
-from dca_jax.train import cut_steps, train
+from dca_jax.task import TASKS, Outcome, Problem
+from dca_jax.train import train
 from dca_jax.value import ValueConfig, fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import warm_start
 
@@ -180,6 +181,10 @@ def test_a_continuation_may_fill_the_room_and_not_one_token_more(monkeypatch):
     assert generated == 4 * sum(min(length, T - written) for written in (0, 3, 6, 9))
   monkeypatch.setattr(value, "sample", Fake(batch, 3, truncated=True))
   assert batch.values(4)[0] == [(0, 0, 0, 0)] * 2
+  # A task that looks at nothing else is told, too, that what runs over was cut.
+  monkeypatch.setattr(TASK, "verify", lambda problem, text, cut: Outcome(float(not cut), not cut, cut))
+  monkeypatch.setattr(value, "sample", Fake(batch, 6))
+  assert batch.values(4)[0] == [(1, 1, 1, 0)] * 2
 
 
 def test_each_prefix_is_continued_once_from_its_own_prompt(monkeypatch):
