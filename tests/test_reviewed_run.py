@@ -1,0 +1,86 @@
+"""Whole runs with a language model as reviewer: the real SDK, a server on the loopback."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+sys.path.append(str(Path(__file__).parent / "review"))
+from fake_server import FakeServer, honest_reply
+
+from dca_jax.errors import UserError
+from dca_jax.rollout import read_trajectories
+from dca_jax.train import train
+
+
+SECRET = "secret-key-1234567890"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+  monkeypatch.setenv("GEMINI_API_KEY", SECRET)
+
+
+def by_length(data):
+  """A reviewer with an opinion: short answers owe it to their first step, long ones to their last."""
+  reply = honest_reply(data, weight=1)
+  for answer in reply["answers"]:
+    answer["steps"][0 if len(answer["steps"]) % 2 else -1]["weight"] = 4
+  return reply
+
+
+def config(server, **changes):
+  return tiny.make_config(
+    {
+      "credit.scheme": "weighted",
+      "reviewer.name": "gemini",
+      "reviewer.client.base_url": server.url,
+      "warmstart.steps": 60,
+      "steps": 4,
+      **changes,
+    }
+  )
+
+
+@pytest.mark.parametrize("overlap", [{}, {"reviewer.overlap": 1, "learner.loss": "ppo"}], ids=["waiting", "overlap"])
+def test_a_run_that_begins_again_pays_nothing_again_and_ends_the_same(overlap, tmp_path):
+  with FakeServer(reply=by_length) as server:
+    train(config(server, **overlap), str(tmp_path / "run"), quiet=True)
+    paid, state = len(server.requests), tiny.saved_state(tmp_path / "run")
+    assert paid > 4
+    reviewed = [t for step in (1, 2, 3, 4) for t in read_trajectories(tmp_path / "run" / "trajectories", step)]
+    assert {t.model for t in reviewed if t.review == "ok"} == {"gemini-fake-001"}
+    assert any(len(set(t.credit)) > 1 for t in reviewed)
+    for name in ("checkpoints", "metrics.jsonl", "trajectories"):
+      path = tmp_path / "run" / name
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(config(server, **overlap), str(tmp_path / "run"), quiet=True)
+    assert len(server.requests) == paid
+    tiny.assert_same_arrays(tiny.saved_state(tmp_path / "run"), state)
+    lines = tiny.read_lines(tmp_path / "run")
+    assert lines[-1]["review/dollars_spent"] > 0
+    assert sum(line.get("review/dollars", 0) for line in lines) == 0
+
+
+@pytest.mark.parametrize("fault", ["safety", "malformed", "hang"])
+def test_when_every_review_fails_the_run_is_grpo_bit_for_bit(fault, tmp_path):
+  plain = {"credit.scheme": "uniform", "reviewer.name": "none", "reviewer.client.base_url": ""}
+  with FakeServer(lambda *_: fault, reply=by_length) as server:
+    failing = {"reviewer.deadline": 0.3} if fault == "hang" else {"reviewer.client.min_ok_frac": 0.0}
+    train(config(server, **failing), str(tmp_path / "failing"), quiet=True)
+    assert server.requests
+    train(config(server, **plain), str(tmp_path / "uniform"), quiet=True)
+  tiny.assert_same_arrays(tiny.saved_state(tmp_path / "failing"), tiny.saved_state(tmp_path / "uniform"))
+  assert tiny.read_lines(tmp_path / "failing")[-1]["review/ok"] == 0
+
+
+def test_a_refused_key_ends_the_run_in_a_sentence(tmp_path):
+  with (
+    FakeServer(lambda *_: 403) as server,
+    pytest.raises(UserError, match=r"refuses every call .403.*step \d is safe") as raised,
+  ):
+    train(config(server), str(tmp_path), quiet=True)
+  assert SECRET not in str(raised.value)
+  assert not [p for p in tmp_path.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
