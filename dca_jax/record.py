@@ -69,6 +69,9 @@ def step_metrics(
   roles = [role for review in reviews for role in review.roles]
   counted = samples.lengths_B if credit.conserve == "tokens" else samples.tokens_BxT.shape[1]
   mass = advantages.completions_PxG.reshape(-1).astype(np.float64) * counted
+  # 1 where all steps weigh the same, 0 where one has everything.
+  weights = [np.array(r.weights) / sum(r.weights) for r in reviews if len(r.weights) > 1 and sum(r.weights) > 0]
+  evenness = [-np.sum(w * np.log(np.where(w > 0, w, 1.0))) / np.log(len(w)) for w in weights]
   extra: dict[str, float] = {}
   if credit.scheme in ("uniform", "weighted", "signed"):  # The others keep sums of their own, or none.
     spread = np.abs(advantages.tokens_BxT.sum(1, dtype=np.float64) - mass)
@@ -89,6 +92,7 @@ def step_metrics(
     "train/tokens_per_second": float(samples.lengths_B.sum() / total),
     "review/asked": float(np.mean(asked)),
     "review/ok": sum(review.status == "ok" for review in reviews) / max(1, sum(asked)),
+    **({"review/weight_entropy": float(np.mean(evenness))} if evenness else {}),
     **{f"review/{role}": roles.count(role) / max(1, len(roles)) for role in ROLES},
     "credit/moved": float(np.abs(advantages.tokens_BxT).sum() / max(1e-9, np.abs(mass).sum())),
     **extra,

@@ -15,6 +15,7 @@ from dca_jax.errors import UserError
 
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 ORACLE = {"reviewer": {"name": "oracle"}}
+REVIEWED = {"credit.scheme": "weighted"}
 PPO = {"loss": "ppo", "updates_per_batch": 2}
 
 
@@ -145,6 +146,21 @@ def test_a_whole_number_serves_as_a_float():
     ("reviewer.name", "none", {"credit.scheme": "weighted"}),
     ("reviewer.flip", 1.5, {"credit.scheme": "weighted", "reviewer.name": "noisy"}),
     ("reviewer.name", "none", {"credit.scheme": "potential"}),
+    ("reviewer.name", "gemini", {"credit.scheme": "potential"}),
+    ("reviewer.panel", (), {**REVIEWED, "reviewer.name": "panel"}),
+    ("reviewer.panel", ("oracle", "geminy:x"), {**REVIEWED, "reviewer.name": "panel"}),
+    ("reviewer.escalate", "geminy", {**REVIEWED, "reviewer.name": "oracle"}),
+    ("reviewer.combine", "sum", {**REVIEWED, "reviewer.name": "oracle"}),
+    ("reviewer.deadline", 0.0, {**REVIEWED, "reviewer.name": "oracle"}),
+    ("reviewer.sample_frac", 0.0, {**REVIEWED, "reviewer.name": "oracle"}),
+    ("reviewer.overlap", 2, {**REVIEWED, "reviewer.name": "oracle"}),
+    ("learner.loss", "reinforce", {**REVIEWED, "reviewer.name": "oracle", "reviewer.overlap": 1}),
+    ("reviewer.client.base_url", "", {**REVIEWED, "reviewer.name": "openai"}),
+    ("reviewer.client.thinking", "hard", {**REVIEWED, "reviewer.name": "gemini"}),
+    ("reviewer.client.on_budget", "weep", {**REVIEWED, "reviewer.name": "gemini"}),
+    ("reviewer.client.concurrency", 0, {**REVIEWED, "reviewer.name": "gemini"}),
+    ("reviewer.client.max_dollars", -1.0, {**REVIEWED, "reviewer.name": "gemini"}),
+    ("reviewer.client.min_ok_frac", 1.5, {**REVIEWED, "reviewer.name": "gemini"}),
     ("credit.discount", 1.5, {"credit.scheme": "potential", "reviewer.name": "oracle"}),
     ("credit.log_epsilon", -0.1, {"credit.scheme": "potential", "reviewer.name": "oracle"}),
     ("credit.penalty", -1.0, {"credit.scheme": "capo", "reviewer.name": "oracle"}),
@@ -225,6 +241,12 @@ def test_an_impossible_value_is_named(key, value, others):
     ("reviewer.name", "oracle", {}),
     ("reviewer.name", "oracle", {"credit.scheme": "potential", "value.source": "learned"}),
     ("reviewer.step", 2, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("reviewer.panel", ("oracle",), {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("reviewer.client.model", "gemini-3.5-flash", {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("reviewer.client.vertex", True, {**REVIEWED, "reviewer.name": "openai", "reviewer.client.base_url": "http://x"}),
+    ("reviewer.client.on_budget", "stop", {**REVIEWED, "reviewer.name": "gemini", "reviewer.client.max_dollars": 0.0}),
+    ("reviewer.overlap", 1, {"learner.loss": "ppo"}),
+    ("learner.clip_low", 0.1, {"learner.loss": "ppo"}),
     ("value.source", "learned", {}),
     ("value.source", "monte_carlo", {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("value.continuations", 8, {"credit.scheme": "potential", "value.source": "learned"}),

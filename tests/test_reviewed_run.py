@@ -14,7 +14,6 @@ from dca_jax.errors import UserError
 from dca_jax.rollout import read_trajectories
 from dca_jax.train import train
 
-
 SECRET = "secret-key-1234567890"
 
 

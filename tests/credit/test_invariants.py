@@ -78,7 +78,7 @@ def _phi(config, batch, i, baseline):
 # I1: what each scheme conserves.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(batch=_batches())
 def test_i1_redistributed_rewards_sum_to_the_reward(batch):
   # With no reward elsewhere in the group the baseline is 0, so a token's advantage is the reward still to come.
@@ -91,7 +91,7 @@ def test_i1_redistributed_rewards_sum_to_the_reward(batch):
 
 
 @pytest.mark.parametrize("config", POTENTIALS, ids=_name)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=_batches())
 def test_i1_changes_of_value_telescope_to_the_reward(config, batch):
   tokens, rewards = _compute(config, batch), batch["rewards"].reshape(-1).astype(float)
@@ -109,7 +109,7 @@ def test_i1_changes_of_value_telescope_to_the_reward(config, batch):
       assert sum(coefficients) == pytest.approx(rewards[i] - phi[0], abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=_batches())
 def test_i1_capo_conserves_nothing(batch):
   """What a completion's sum loses is the penalty times its blamed tokens, beyond those of the others."""
@@ -151,7 +151,7 @@ def _others_blame(blame, batch, ok):
 
 
 @pytest.mark.parametrize("config", [WEIGHTED, CreditConfig(scheme="weighted", lam=1.0, cap=1000.0, **WILD)], ids=_name)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=_batches())
 def test_i2_weighted_flips_no_sign(config, batch):
   """No token of a win is discouraged and none of a loss encouraged."""
@@ -164,7 +164,7 @@ def test_i2_weighted_flips_no_sign(config, batch):
 
 
 @pytest.mark.parametrize("scheme", ["weighted", "signed"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=_batches(), role=st.integers(0, len(ROLES) - 1), weight=st.sampled_from(SANE))
 def test_i3_a_reviewer_that_calls_all_steps_alike_is_no_reviewer(scheme, batch, role, weight):
   alike = {"roles_BxK": np.full((B, K), role, np.int32), "weights_BxK": np.full((B, K), weight, np.float32)}
@@ -173,7 +173,7 @@ def test_i3_a_reviewer_that_calls_all_steps_alike_is_no_reviewer(scheme, batch, 
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *POTENTIALS, RTG, CAPO], ids=_name)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(batch=_batches())
 def test_i3_without_reviews_every_scheme_is_uniform(config, batch):
   assert np.array_equal(_compute(config, batch, ok_B=np.zeros(B, bool)), _uniform(config, batch))
@@ -183,7 +183,7 @@ def test_i3_without_reviews_every_scheme_is_uniform(config, batch):
 
 
 @pytest.mark.parametrize("config", [CreditConfig(), WEIGHTED, SIGNED, *POTENTIALS, RTG, CAPO], ids=_name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=_batches(), data=st.data())
 def test_i4_permuting_a_group_permutes_its_tokens(config, batch, data):
   order = np.concatenate([np.array(data.draw(st.permutations(range(G)))) + G * p for p in range(P)])
@@ -248,7 +248,7 @@ def test_i5_a_probe_leaves_the_total_alone(config, after, role):
 
 
 @pytest.mark.parametrize("scheme", ["uniform", "weighted", "signed", "return_to_go", "potential"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
   batch=_batches(),
   after=st.integers(0, K - 2),
@@ -281,7 +281,7 @@ def test_i5_no_probe_whatever_is_said_of_it_changes_the_total(scheme, batch, aft
 
 
 @pytest.mark.parametrize("config", [WEIGHTED, SIGNED, CONFIGS[1], RTG, CAPO], ids=_name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=_batches(), later=hnp.arrays(bool, (B, T)))
 def test_i6_cutting_steps_in_two_changes_nothing(config, batch, later):
   whole = batch["review"].step_ids_BxT // 2
@@ -317,7 +317,7 @@ def _edited_behind(batch, other, j):
 @pytest.mark.parametrize(
   "config", [SAFE, OWN, POTENTIALS[3], CreditConfig(scheme="potential", log_epsilon=0.01)], ids=_name
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=_batches(), other=_batches(), j=st.integers(0, K - 2))
 def test_i7_values_behind_a_step_do_not_reach_it(config, batch, other, j):
   tokens, after = _compute(config, batch), _compute(config, batch, **_edited_behind(batch, other, j))
@@ -471,7 +471,7 @@ def test_i8_with_a_real_group_values_that_hear_the_rest_show():
   [CreditConfig(scheme="weighted", conserve="completion", lam=1.0, cap=1000.0), RTG],
   ids=_name,
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=_batches(), after=st.integers(0, K - 2), tokens=st.integers(1, 6), data=st.data())
 def test_i9_tokens_without_credit_leave_the_others_as_they_were(config, batch, after, tokens, data):
   """Of `weighted` the part that follows the review, and where no cap bites: its uniform part is spread over all."""
@@ -500,7 +500,7 @@ def test_i9_tokens_without_credit_leave_the_others_as_they_were(config, batch, a
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.25, 1.0])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=_batches())
 def test_i10_where_all_rewards_are_equal_only_signed_moves_tokens_and_its_sum_is_zero(reward, batch):
   batch["rewards"][:] = reward
@@ -512,7 +512,7 @@ def test_i10_where_all_rewards_are_equal_only_signed_moves_tokens_and_its_sum_is
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "mean"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=_batches())
 def test_i10_return_to_go_is_zero_where_all_fail(baseline, batch):
   batch["rewards"][:] = 0
@@ -523,7 +523,7 @@ def test_i10_return_to_go_is_zero_where_all_fail(baseline, batch):
 
 
 @pytest.mark.parametrize("config", [WEIGHTED, SIGNED, *POTENTIALS, RTG, CAPO], ids=_name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=_batches(), ok=hnp.arrays(bool, B))
 def test_i11_a_missing_review_is_uniform_for_that_completion(config, batch, ok):
   ok &= batch["review"].ok_B
@@ -533,7 +533,7 @@ def test_i11_a_missing_review_is_uniform_for_that_completion(config, batch, ok):
     assert np.array_equal(tokens[ok], _compute(config, batch)[ok])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=_batches(), ok=hnp.arrays(bool, B))
 def test_i11_return_to_go_expects_even_pay_of_a_missing_review(batch, ok):
   """To the others it is a completion whose tokens all earn the same."""
@@ -544,7 +544,7 @@ def test_i11_return_to_go_expects_even_pay_of_a_missing_review(batch, ok):
   assert np.array_equal(tokens[ok], theirs[ok])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=_batches(), ok=hnp.arrays(bool, B))
 def test_i11_capo_leaves_a_missing_review_out_of_the_mean(batch, ok):
   ok &= batch["review"].ok_B & _usable(batch)
@@ -560,7 +560,7 @@ def test_i11_capo_leaves_a_missing_review_out_of_the_mean(batch, ok):
 
 @pytest.mark.parametrize("conserve", ["tokens", "completion"])
 @pytest.mark.parametrize(("scheme", "caps"), [("weighted", (1.0, 1.5)), ("signed", (0.0, 0.05))])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=_batches(), rare=st.integers(0, 11))
 def test_i12_the_sum_stays_where_a_cap_bites(scheme, caps, conserve, batch, rare):
   # One token of each first completion stands out, by more than the caps allow.
