@@ -50,7 +50,7 @@ class CreditConfig:
   """Divide by the group's standard deviation, as GRPO was published; it weights easy and hard problems up."""
   conserve: str = "tokens"
   """A completion's mass is its T_i tokens times its advantage (`tokens`), or the same number of tokens for every
-  completion (`completion`): then writing tokens without credit cannot pump up the others."""
+  completion (`completion`): then, as far as `lam` goes, tokens without credit cannot pump up the others."""
   lam: float = 0.5
   """`weighted`: share of the mass that follows the review; the rest stays uniform. At 1, redundant steps are never
   blamed and the policy drifts to endless repetition."""
@@ -263,9 +263,10 @@ def potential(config: CreditConfig, given: Given) -> jax.Array:
   last_known_BxK = jax.lax.cummax(jnp.where(known_BxK, jnp.arange(k), -1), 1)
   baseline_B = jnp.clip(rewards_B - given.advantages_B, 0.0, 1.0)
   filled_BxK = jnp.take_along_axis(values_BxK, jnp.maximum(last_known_BxK, 0), 1)
-  phi_BxK = jnp.where(last_known_BxK >= 0, filled_BxK, baseline_B[:, None])
   if config.log_epsilon:
-    phi_BxK = jnp.log1p(phi_BxK / config.log_epsilon) / np.log1p(1 / config.log_epsilon)
+    filled_BxK = jnp.log1p(filled_BxK / config.log_epsilon) / np.log1p(1 / config.log_epsilon)
+  # The baseline stays as it is also under the logarithm: what fills a gap must not depend on what is known later.
+  phi_BxK = jnp.where(last_known_BxK >= 0, filled_BxK, baseline_B[:, None])
 
   steps_B = jnp.where(given.mask_BxT, ids_BxT, 0).max(1) + 1
   is_last_BxK = jnp.arange(k) >= steps_B[:, None] - 1
@@ -331,17 +332,18 @@ def _blame(config: CreditConfig, given: Given) -> jax.Array:
 def _others_mean(config: CreditConfig, group: int, lengths_B, x_BxT, counts_B) -> jax.Array:
   """See `Given.expected`; with `baseline="mean"` the completion itself counts too."""
   b, t = x_BxT.shape
-  share_T = (jnp.arange(t) / t).astype(jnp.float32)
+  # Whole numbers: a share in float32 would miss its token now and then. Unsigned, they hold 65,535 x 65,535.
+  place_T, length_Bx1 = jnp.arange(t, dtype=jnp.uint32), jnp.asarray(lengths_B, jnp.uint32)[:, None]
   counts_B = counts_B.astype(jnp.float32)
-  at_share_BxT = (share_T * lengths_B[:, None]).astype(jnp.int32)
+  at_share_BxT = (place_T * length_Bx1 // t).astype(jnp.int32)
   own_BxT = counts_B[:, None] * jnp.take_along_axis(x_BxT, at_share_BxT, 1)
   sum_BxT = jnp.repeat(own_BxT.reshape(b // group, group, t).sum(1), group, 0)
   n_B = jnp.repeat(counts_B.reshape(b // group, group).sum(1), group)
   if config.baseline == "leave_one_out":
     sum_BxT, n_B = sum_BxT - own_BxT, n_B - counts_B
   mean_BxT = sum_BxT / jnp.maximum(n_B, 1)[:, None]
-  back_BxT = jnp.ceil(jnp.arange(t) * (t / lengths_B[:, None])).astype(jnp.int32)
-  return jnp.take_along_axis(mean_BxT, jnp.minimum(back_BxT, t - 1), 1)
+  back_BxT = (place_T * t + length_Bx1 - 1) // length_Bx1
+  return jnp.take_along_axis(mean_BxT, jnp.minimum(back_BxT, t - 1).astype(jnp.int32), 1)
 
 
 def _centred(x_BxT, mask_BxT) -> jax.Array:

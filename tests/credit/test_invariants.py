@@ -67,12 +67,12 @@ def _phi(config, batch, i, baseline):
   known = (given_ >= 0) & (given_ <= 1)
   if not known.any() or not batch["review"].ok_B[i]:
     return None
-  phi, last = [], min(max(baseline, 0.0), 1.0)
+  phi, last, epsilon = [], min(max(baseline, 0.0), 1.0), config.log_epsilon
   for value, ok in zip(given_, known, strict=True):
-    last = value if ok else last
+    if ok:
+      last = np.log1p(value / epsilon) / np.log1p(1 / epsilon) if epsilon else value
     phi.append(last)
-  epsilon = config.log_epsilon
-  return [np.log1p(v / epsilon) / np.log1p(1 / epsilon) if epsilon else v for v in phi]
+  return phi
 
 
 # I1: what each scheme conserves.
@@ -328,7 +328,7 @@ def test_i7_values_behind_a_step_do_not_reach_it(config, batch, other, j):
   assert np.array_equal(tokens[early & valued], after[early & valued])
   # Without a value so far a step has the group's baseline; a review of no value at all is uniform, which is the same
   # number computed in another way. (Not with logarithms: they make another number of the baseline.)
-  if not config.log_epsilon and config.discount:
+  if config.discount:
     np.testing.assert_allclose(tokens[early], after[early], atol=1e-6)
 
 
