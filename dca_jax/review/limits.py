@@ -4,46 +4,47 @@ All of it belongs to one event loop. Seconds are the loop's own clock.
 """
 
 import asyncio
+import collections
 import contextlib
 import time
 from collections.abc import AsyncIterator
-
-
-class _Changes:
-  """Lets any number of tasks wait for the next change."""
-
-  def __init__(self) -> None:
-    self._event = asyncio.Event()
-
-  async def wait(self) -> None:
-    await self._event.wait()
-
-  def tell(self) -> None:
-    self._event.set()
-    self._event = asyncio.Event()
 
 
 class Gate:
   """At most `most` calls at once; fewer after the server said that it is too much, and more again as calls succeed."""
 
   def __init__(self, most: int):
-    self.most, self.allowed, self.busy, self.peak = most, float(most), 0, 0
-    self._changes = _Changes()
+    self.most, self.allowed, self.busy = most, float(most), 0
+    self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
     self._not_before = self._halved = 0.0
 
   @contextlib.asynccontextmanager
   async def enter(self) -> AsyncIterator[None]:
     while self.busy >= int(self.allowed):
-      await self._changes.wait()
+      turn = asyncio.get_running_loop().create_future()
+      self._waiting.append(turn)
+      try:
+        await turn
+      except asyncio.CancelledError:
+        self._let_in()  # It may have been this one's turn.
+        raise
     self.busy += 1
-    self.peak = max(self.peak, self.busy)
     try:
       while (wait := self._not_before - time.monotonic()) > 0:
         await asyncio.sleep(wait)
       yield
     finally:
       self.busy -= 1
-      self._changes.tell()
+      self._let_in()
+
+  def _let_in(self) -> None:
+    """Wakes as many as there is room for, and no more: thousands may be waiting."""
+    room = int(self.allowed) - self.busy
+    while room > 0 and self._waiting:
+      turn = self._waiting.popleft()
+      if not turn.done():
+        turn.set_result(None)
+        room -= 1
 
   def too_many(self, wait: float) -> None:
     """The server is overloaded: halve, once for a burst of such replies, and let nobody begin for `wait` seconds."""
@@ -55,7 +56,7 @@ class Gate:
   def succeeded(self) -> None:
     if self.allowed < self.most:
       self.allowed = min(float(self.most), self.allowed + 1 / self.allowed)
-      self._changes.tell()
+      self._let_in()
 
 
 class Breaker:
@@ -108,18 +109,19 @@ class Budget:
   def __init__(self, cap: float, spent: float):
     self.cap, self.spent = cap, spent
     self._reserved: list[float] = []
-    self._changes = _Changes()
+    self._settled = asyncio.Event()
 
   async def reserve(self, dollars: float) -> bool:
     """Waits while what others have reserved may come back; False where the cap leaves no room in any case."""
     while self.spent + sum(self._reserved) + dollars > self.cap:
       if self.spent + dollars > self.cap:
         return False
-      await self._changes.wait()
+      await self._settled.wait()
     self._reserved.append(dollars)
     return True
 
   def settle(self, reserved: float, dollars: float) -> None:
     self._reserved.remove(reserved)
     self.spent += dollars
-    self._changes.tell()
+    self._settled.set()  # For those who wait now, not for those who come later.
+    self._settled = asyncio.Event()
