@@ -15,11 +15,11 @@ setup(
   packages=find_packages(include=["dca_jax", "dca_jax.*"]),
   install_requires=[
     "absl-py",
+    "aiohttp>=3.10",
     "aiolimiter>=1.2",
     "etils[epath]",
     "flax>=0.11.2",
     "google-genai>=3.4,<4",
-    "httpx2",
     "jax>=0.7.2",
     "matplotlib",
     "ml-collections>=1.0",

@@ -16,7 +16,7 @@ import re
 import statistics
 import time
 
-CALLS, CONCURRENCY, STEPS = 1000, 48, 12
+CALLS, CONCURRENCY, STEPS = 480, 48, 12
 LATENCY = 2.0  # seconds; what small Gemini models are said to take
 TEXT = "So the train needs 3 hours for 240 km, and its speed is 240 / 3 = 80 km/h. "
 
@@ -99,8 +99,7 @@ def main() -> None:
     for round_ in range(6):
       quiet += [training_step() for _ in range(20)]
       pending = reviewer.submit(requests(10_000 * (round_ + 1), 512), 3600.0)
-      while reviewer.stats()["review/calls"] < CONCURRENCY:
-        time.sleep(0.05)
+      time.sleep(LATENCY / 2)  # By then all of them are under way.
       busy += [training_step() for _ in range(20)]
       pending.cancel()
       time.sleep(LATENCY)

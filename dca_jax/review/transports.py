@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import aiohttp
+
 from dca_jax.errors import UserError
 
 # The Developer API refuses a server-side limit under ten seconds; shorter ones are kept by the caller.
@@ -48,21 +50,19 @@ class Gemini:
   """Gemini through google-genai: a developer key from the environment, or Google Cloud with ambient credentials."""
 
   def __init__(self, model: str, thinking: str, base_url: str, vertex: bool, connections: int):
-    import httpx2
     from google import genai
     from google.genai import types
 
-    self._types, self._httpx = types, httpx2
+    del connections  # The SDK takes aiohttp where it is installed, which does not count them, and is the faster.
+    self._types = types
     if vertex and not os.environ.get("GOOGLE_CLOUD_PROJECT"):
       raise UserError("reviewer.vertex: set GOOGLE_CLOUD_PROJECT (and GOOGLE_CLOUD_LOCATION) in the environment")
     if not vertex and not (os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")):
       raise UserError("reviewer.name 'gemini': no key; set GEMINI_API_KEY in the environment (aistudio.google.com)")
-    limits = httpx2.Limits(max_connections=2 * connections, max_keepalive_connections=2 * connections)
     options = types.HttpOptions(
       base_url=base_url or None,
       timeout=_SERVER_SECONDS * 1000,
       retry_options=types.HttpRetryOptions(attempts=1),  # Ours knows deadlines, budgets and what the server asked for.
-      httpx_async_client=httpx2.AsyncClient(limits=limits, timeout=_SERVER_SECONDS),
     )
     if vertex:
       project, location = os.environ["GOOGLE_CLOUD_PROJECT"], os.environ.get("GOOGLE_CLOUD_LOCATION", "global")
@@ -112,7 +112,7 @@ class Gemini:
     if isinstance(error, errors.APIError):
       headers = getattr(error.response, "headers", None) or {}
       return http_failure(error.code, str(error), headers, error.details)
-    return _connection_failure(error, self._httpx)
+    return _connection_failure(error)
 
   async def close(self) -> None:
     await self._client.aio.aclose()
@@ -122,17 +122,10 @@ class OpenAI:
   """Any server that speaks OpenAI's chat completions, such as vLLM or SGLang; the key, if any, is OPENAI_API_KEY."""
 
   def __init__(self, model: str, thinking: str, base_url: str, vertex: bool, connections: int):
-    import httpx2
-
     del vertex
-    self._httpx, self._model, self._thinking = httpx2, model, thinking
-    key = os.environ.get("OPENAI_API_KEY")
-    self._client = httpx2.AsyncClient(
-      base_url=base_url.rstrip("/") + "/",
-      headers={"Authorization": f"Bearer {key}"} if key else {},
-      limits=httpx2.Limits(max_connections=2 * connections, max_keepalive_connections=2 * connections),
-      timeout=_SERVER_SECONDS,
-    )
+    self._url, self._model, self._thinking = base_url.rstrip("/") + "/chat/completions", model, thinking
+    self._connections = connections
+    self._session: aiohttp.ClientSession | None = None
 
   async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
     body = {
@@ -144,11 +137,18 @@ class OpenAI:
     }
     if self._thinking:
       body["reasoning_effort"] = self._thinking
+    if self._session is None:  # Within the loop, where it belongs.
+      key = os.environ.get("OPENAI_API_KEY")
+      self._session = aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        connector=aiohttp.TCPConnector(limit=2 * self._connections),
+        timeout=aiohttp.ClientTimeout(total=_SERVER_SECONDS),
+      )
     try:
-      response = await self._client.post("chat/completions", json=body)
-      if response.status_code != 200:
-        raise http_failure(response.status_code, response.text[:200], response.headers, None)
-      answer = response.json()
+      async with self._session.post(self._url, json=body) as response:
+        if response.status != 200:
+          raise http_failure(response.status, (await response.text())[:200], response.headers, None)
+        answer = await response.json(content_type=None)
       choice, usage = answer["choices"][0], answer.get("usage") or {}
       finish = choice.get("finish_reason")
       return Reply(
@@ -165,10 +165,11 @@ class OpenAI:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
       raise CallFailed("malformed", f"the server's reply has no {error}", again=True) from None
     except Exception as error:
-      raise _connection_failure(error, self._httpx) from None
+      raise _connection_failure(error) from None
 
   async def close(self) -> None:
-    await self._client.aclose()
+    if self._session is not None:
+      await self._session.close()
 
 
 TRANSPORTS = {"gemini": Gemini, "openai": OpenAI}
@@ -208,13 +209,13 @@ def _seconds(text: str) -> float | None:
     return None
 
 
-def _connection_failure(error: Exception, httpx) -> CallFailed:
+def _connection_failure(error: Exception) -> CallFailed:
   """For what is no HTTP status: never the key or a header, only the kind of failure."""
   name = type(error).__name__
-  if isinstance(error, (TimeoutError, httpx.TimeoutException)):
+  if isinstance(error, TimeoutError):
     return CallFailed("timeout", name, again=True)
   if isinstance(error, json.JSONDecodeError):
     return CallFailed("malformed", "the server's reply is not JSON", again=True)
-  if isinstance(error, (OSError, httpx.TransportError)):
+  if isinstance(error, (OSError, aiohttp.ClientError)):
     return CallFailed("connection", f"{name}: {error}"[:200], again=True)
   return CallFailed("client_error", f"{name}: {error}"[:200])
