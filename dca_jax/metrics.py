@@ -90,8 +90,17 @@ def _line(m: dict[str, float]) -> str:
     f"len {m['train/length']:.1f}",
     f"kl {m['learner/kl']:.3f}",
     f"sample {m['seconds/sample']:.2f}s",
-    f"review {m['seconds/review']:.2f}s",
+    f"review {m['seconds/review']:.2f}s{_reviews(m)}",
     f"update {m['seconds/update']:.2f}s",
     f"{m['train/tokens_per_second']:,.0f} tok/s",
   ]
   return "  ".join(parts)
+
+
+def _reviews(m: dict[str, float]) -> str:
+  """Nothing where every review was usable or none was asked for; else what went wrong most often, and the spending."""
+  failed = {k.removeprefix("review/status_"): v for k, v in m.items() if k.startswith("review/status_") and v}
+  failed.pop("ok", None)
+  worst = max(failed, key=lambda k: failed[k], default="")
+  said = f" {m['review/ok']:.0%} ok, {worst} {failed[worst]:.0%}" if worst else ""
+  return said + (f" ${m['review/dollars_spent']:.2f}" if m.get("review/dollars_spent") else "")

@@ -338,10 +338,9 @@ class Client:
         async with asyncio.timeout(max(0.0, min(self._config.attempt_seconds, end - began))):
           reply = await self._transport(prompt.system, prompt.user, prompt.schema, most_output, attempt)
       except TimeoutError:
-        raise CallFailed("timeout", "no answer in time", again=True) from None
+        raise CallFailed("timeout", "no answer in time", again=True, billed=True) from None
       except CallFailed as failed:
-        if failed.status not in ("timeout", "connection", "malformed"):
-          cost = 0.0  # A server that refuses does not bill.
+        cost = most if failed.billed else 0.0
         raise
       except Exception as error:
         raise CallFailed("client_error", f"{type(error).__name__}: {error}"[:200]) from error

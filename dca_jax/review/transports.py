@@ -31,11 +31,15 @@ class Reply(NamedTuple):
 
 
 class CallFailed(Exception):
-  """A call without a reply. `again`: whether another try can help; `wait`: the seconds that the server asked for."""
+  """A call without a reply.
 
-  def __init__(self, status: str, message: str, again: bool = False, wait: float | None = None):
+  `again`: whether another try can help; `wait`: the seconds that the server asked for; `billed`: whether it may have
+  been billed all the same.
+  """
+
+  def __init__(self, status: str, message: str, again: bool = False, wait: float | None = None, billed: bool = False):
     super().__init__(message)
-    self.status, self.again, self.wait = status, again, wait
+    self.status, self.again, self.wait, self.billed = status, again, wait, billed
 
 
 class Transport(Protocol):
@@ -163,7 +167,7 @@ class OpenAI:
     except CallFailed:
       raise
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-      raise CallFailed("malformed", f"the server's reply has no {error}", again=True) from None
+      raise CallFailed("malformed", f"the server's reply has no {error}", again=True, billed=True) from None
     except Exception as error:
       raise _connection_failure(error) from None
 
@@ -213,9 +217,10 @@ def _connection_failure(error: Exception) -> CallFailed:
   """For what is no HTTP status: never the key or a header, only the kind of failure."""
   name = type(error).__name__
   if isinstance(error, TimeoutError):
-    return CallFailed("timeout", name, again=True)
+    return CallFailed("timeout", name, again=True, billed=True)
   if isinstance(error, json.JSONDecodeError):
-    return CallFailed("malformed", "the server's reply is not JSON", again=True)
+    return CallFailed("malformed", "the server's reply is not JSON", again=True, billed=True)
   if isinstance(error, (OSError, aiohttp.ClientError)):
-    return CallFailed("connection", f"{name}: {error}"[:200], again=True)
+    reached = not isinstance(error, (aiohttp.ClientConnectorError, ConnectionRefusedError))
+    return CallFailed("connection", f"{name}: {error}"[:200], again=True, billed=reached)
   return CallFailed("client_error", f"{name}: {error}"[:200])

@@ -217,6 +217,15 @@ def test_calls_that_nobody_waits_for_are_booked():
     assert reviewer.stats()["review/dollars_spent"] > 3 * 0.005
 
 
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_a_server_that_is_not_there_costs_nothing(name):
+  with FakeServer() as server:
+    pass  # Its port is closed again.
+  with opened(server, name, attempts=1) as reviewer:
+    assert statuses(reviewed(reviewer, requests(3), deadline=5.0)) == {"connection"}
+    assert reviewer.stats()["review/dollars_spent"] == 0
+
+
 def test_a_model_without_a_price_needs_one():
   with FakeServer() as server:
     with pytest.raises(UserError, match="prompt_price"), opened(server, model="gemini-99"):
