@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument("--workdir", required=True, help="where the figures and the numbers go")
 
   args, overrides = parser.parse_known_args(argv)
-  from dca_jax.errors import UserError
+  from dca_jax.errors import Terminated, UserError
 
   try:
     if args.command in ("report", "lab") and overrides:
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(args, overrides)
   except UserError as error:
     print(f"dca-jax: error: {error}", file=sys.stderr)
+  except Terminated as error:
+    print(f"dca-jax: {error}; the same command again continues", file=sys.stderr)
+    return 143
   except OSError as error:
     where = error.filename or getattr(args, "workdir", "")
     print(f"dca-jax: error: {where}: {error.strerror or error}; what was saved before is intact", file=sys.stderr)

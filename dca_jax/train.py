@@ -10,6 +10,9 @@ import contextlib
 import functools
 import os
 import pathlib
+import signal
+import threading
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -34,7 +37,7 @@ from dca_jax.batch import (
 )
 from dca_jax.checkpoint import Checkpoints
 from dca_jax.config import Config, claim_workdir
-from dca_jax.errors import UserError
+from dca_jax.errors import Terminated, UserError
 from dca_jax.evaluate import evaluate
 from dca_jax.metrics import Reporter, not_finite
 from dca_jax.policy import Policy
@@ -52,6 +55,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   Raises:
     UserError: bad input, a metric that is not finite, or a checkpoint that cannot be written; nothing that was saved
       is lost.
+    Terminated: SIGTERM came, as it does before a preemption; the step under way was finished and saved.
   """
   folder = claim_workdir(config, workdir)
   use_compilation_cache()
@@ -77,6 +81,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   cache = pathlib.Path(folder / "reviews.sqlite")
 
   with (
+    sigterm_noted() as sigterm,
     contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer,
     Checkpoints(config.checkpoint, folder) as checkpoints,
   ):
@@ -212,9 +217,26 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
           scores = evaluate(config.evaluate, config.rollout, task, tokenizer, policy, state.params)
           measured |= eval_metrics(scores)
         reporter.log(step, measured)
-        checkpoints.save(step, state, config.hash(), last=bool(problem) or step == config.steps)
+        stop = bool(problem) or sigterm.is_set()
+        checkpoints.save(step, state, config.hash(), last=stop or step == config.steps)
         if problem:
           raise UserError(f"{problem}; {checkpoints.describe()}")
+        if stop:
+          raise Terminated(f"stopped by SIGTERM; {checkpoints.describe()}")
+
+
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[threading.Event]:
+  """Within it SIGTERM ends nothing, but sets the event."""
+  noted = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield noted  # Python hands signals to the main thread only.
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+  try:
+    yield noted
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 @jax.jit

@@ -115,3 +115,22 @@ def test_monte_carlo_values_are_the_same_after_a_resume(tmp_path):
   for step in (3, 4):
     name = f"trajectories/step_{step:06d}.jsonl"
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("changes", [PLAIN, OVERLAP], ids=["plain", "overlap"])
+def test_sigterm_saves_the_step_under_way(changes, tmp_path):
+  changes = {**changes, "checkpoint.every": 100}
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  train(tiny.make_config(changes), str(whole), quiet=True)
+  recipe = tiny.write_recipe(tmp_path, changes)
+  process = tiny.start("train", f"--config={recipe}", f"--workdir={stopped}")
+  tiny.wait_until(lambda: len(tiny.read_lines(stopped)) > 5, process)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 143
+  last = tiny.read_lines(stopped)[-1]["step"]
+  assert last < STEPS
+  assert errors.splitlines()[-1].startswith(f"dca-jax: stopped by SIGTERM; step {last} is safe in ")
+  assert (stopped / "checkpoints" / str(last)).is_dir()
+  train(tiny.make_config(changes), str(stopped), quiet=True)
+  tiny.assert_same_run(stopped, whole)
