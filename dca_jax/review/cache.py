@@ -10,7 +10,7 @@ from dca_jax.review.types import Usage
 
 _TABLES = """
 create table if not exists replies (key text primary key, model text, text text, usage text);
-create table if not exists spending (number integer primary key, dollars real);
+create table if not exists spending (number integer primary key, reviewer text, dollars real);
 """
 
 
@@ -41,14 +41,15 @@ class Cache:
     with self._lock:
       self._db.execute("insert or replace into replies values (?, ?, ?, ?)", row)
 
-  def spend(self, dollars: float) -> None:
+  def spend(self, reviewer: str, dollars: float) -> None:
     with self._lock:
-      self._db.execute("insert into spending (dollars) values (?)", (dollars,))
+      self._db.execute("insert into spending (reviewer, dollars) values (?, ?)", (reviewer, dollars))
 
-  def spent(self) -> float:
-    """Dollars over the whole life of the file."""
+  def spent(self, reviewer: str) -> float:
+    """Dollars that a reviewer has spent over the whole life of the file."""
     with self._lock:
-      return float(self._db.execute("select coalesce(sum(dollars), 0) from spending").fetchone()[0])
+      query = "select coalesce(sum(dollars), 0) from spending where reviewer = ?"
+      return float(self._db.execute(query, (reviewer,)).fetchone()[0])
 
   def close(self) -> None:
     with self._lock:

@@ -55,7 +55,8 @@ class ClientConfig:
   attempts: int = 4
   attempt_seconds: float = 20.0
   max_dollars: float = 10.0
-  """Spending of the whole run, resumptions included; 0 for servers that cost nothing."""
+  """Spending of the whole run, resumptions included, of each reviewer where there are several; 0 for servers that cost
+  nothing."""
   on_budget: str = "degrade"
   """When the money is gone: `degrade` to uniform credit, or `stop` the run."""
   prompt_price: float = 0.0
@@ -129,7 +130,7 @@ class Client:
       self._transport = open_transport()
       c = self._config
       self._gate, self._breaker, self._retries = Gate(c.concurrency), Breaker(), RetryBudget()
-      self._budget = Budget(c.max_dollars if self._price else math.inf, self._cache.spent())
+      self._budget = Budget(c.max_dollars if self._price else math.inf, self._cache.spent(self._name))
       self._per_minute = AsyncLimiter(c.requests_per_minute, 60) if c.requests_per_minute else None
       self._tokens = AsyncLimiter(c.tokens_per_minute, 60) if c.tokens_per_minute else None
     except BaseException as error:
@@ -352,7 +353,7 @@ class Client:
         self._usage += used
         self._budget.settle(most, used.dollars)
         if used.dollars:
-          self._cache.spend(used.dollars)
+          self._cache.spend(self._name, used.dollars)
     return reply
 
   def _used(self, reply: Reply, most: float) -> Usage:
