@@ -92,7 +92,7 @@ def compare(
     "length",
   ]
   panels = [("accuracy", curves)]
-  size = (6.4, 3.6)
+  size = (6.4 if len(arms) < 5 else 8.0, 3.6)
   (folder / "compare.png").write_bytes(chart(panels, "completions sampled", size, "png"))
   note = (
     f"Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed ({', '.join(map(str, seeds))}). "

@@ -83,15 +83,16 @@ def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
     for axis, (label, curves) in zip(axes[0], panels, strict=True):
       for i, (name, runs) in enumerate(curves.items()):
         for j, (x, y) in enumerate(runs if isinstance(runs, list) else [runs]):
-          axis.plot(
-            x, y, color=PALETTE[i % len(PALETTE)], linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None
-          )
+          style = {"color": PALETTE[i % len(PALETTE)], "linestyle": "-" if i < len(PALETTE) else ":"}
+          axis.plot(x, y, linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None, **style)
       axis.set(xlabel=x_label, ylabel=label)
       axis.xaxis.set_major_formatter(EngFormatter(sep=""))
       axis.grid(alpha=0.25)
       if label == "accuracy":
         axis.set_ylim(0, 1)
-      if any(curves):
+      if len(curves) > 4:  # Too many to stand among the curves.
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+      elif any(curves):
         axis.legend(frameon=False)
     out = io.BytesIO()
     figure.savefig(out, format=kind, dpi=150)
