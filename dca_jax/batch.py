@@ -49,7 +49,7 @@ class Group(NamedTuple):
 def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, end_ids, rows) -> Rollout:
   """Samples and verifies the batch of `step`."""
   rounds = config.refill_rounds if config.zero_variance == "refill" else 1
-  key = step_key(*jax.device_put((np.uint32(seed), np.uint32(step))))
+  key = step_key(*jax.device_put((np.uint32(seed), np.uint32(step)), end_ids.sharding))  # On every device.
   sampled: list[Group] = []
   for i in range((step - 1) * rounds, step * rounds):
     first = i * config.problems

@@ -149,7 +149,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
               tokenizer,
               policy,
               state.params,
-              step_key(*jax.device_put((np.uint32(config.seed + 2**31), np.uint32(step)))),  # Keys of no other use.
+              value_key(config.seed, step, end_ids.sharding),
               end_ids,
               rows,
               rollout.problems,
@@ -223,6 +223,11 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
           raise UserError(f"{problem}; {checkpoints.describe()}")
         if stop:
           raise Terminated(f"stopped by SIGTERM; {checkpoints.describe()}")
+
+
+def value_key(seed: int, step: int, sharding) -> jax.Array:
+  """The key of a step's continuations; sampling uses none of these, because seeds end below 2**31."""
+  return step_key(*jax.device_put((np.uint32(seed + 2**31), np.uint32(step)), sharding))
 
 
 @contextlib.contextmanager
