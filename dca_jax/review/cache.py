@@ -1,15 +1,11 @@
 """Replies that have been paid for, and what was spent: one SQLite file in the workdir."""
 
-import dataclasses
-import json
 import pathlib
 import sqlite3
 import threading
 
-from dca_jax.review.types import Usage
-
 _TABLES = """
-create table if not exists replies (key text primary key, model text, text text, usage text);
+create table if not exists replies (key text primary key, model text, text text);
 create table if not exists spending (number integer primary key, reviewer text, dollars real);
 """
 
@@ -17,7 +13,7 @@ create table if not exists spending (number integer primary key, reviewer text, 
 class Cache:
   """By content: the same question to the same model is paid for once. Failures are not kept.
 
-  Safe against a kill at any moment; a damaged row is as good as none. Used from one thread at a time.
+  Safe against a kill at any moment.
   """
 
   def __init__(self, path: pathlib.Path | None):
@@ -27,19 +23,14 @@ class Cache:
     self._db.execute("pragma synchronous = normal")
     self._db.executescript(_TABLES)
 
-  def get(self, key: str) -> tuple[str, str, Usage] | None:
-    """(model version, reply text, what it took), or None."""
+  def get(self, key: str) -> tuple[str, str] | None:
+    """(model version, reply text), or None."""
     with self._lock:
-      row = self._db.execute("select model, text, usage from replies where key = ?", (key,)).fetchone()
-    try:
-      return row and (str(row[0]), str(row[1]), Usage(**json.loads(row[2])))
-    except (TypeError, ValueError):
-      return None
+      return self._db.execute("select model, text from replies where key = ?", (key,)).fetchone()
 
-  def put(self, key: str, model: str, text: str, usage: Usage) -> None:
-    row = key, model, text, json.dumps(dataclasses.asdict(usage))
+  def put(self, key: str, model: str, text: str) -> None:
     with self._lock:
-      self._db.execute("insert or replace into replies values (?, ?, ?, ?)", row)
+      self._db.execute("insert or replace into replies values (?, ?, ?)", (key, model, text))
 
   def spend(self, reviewer: str, dollars: float) -> None:
     with self._lock:

@@ -24,7 +24,7 @@ from dca_jax.review.cache import Cache
 from dca_jax.review.limits import Breaker, Budget, Gate, RetryBudget
 from dca_jax.review.prices import Price, dollars
 from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply, speaks_to_the_reviewer
-from dca_jax.review.transports import CallFailed, Reply, Transport
+from dca_jax.review.transports import SERVER_SECONDS, CallFailed, Reply, Transport
 from dca_jax.review.types import Request, Review, Usage
 
 _FATAL_AFTER = 3
@@ -82,8 +82,8 @@ class ClientConfig:
       bad["thinking"] = "must be minimal, low, medium, high or empty"
     if self.on_budget not in ("degrade", "stop"):
       bad["on_budget"] = "must be 'degrade' or 'stop'"
-    if self.attempt_seconds <= 0:
-      bad["attempt_seconds"] = "must be positive"
+    if not 0 < self.attempt_seconds <= SERVER_SECONDS:
+      bad["attempt_seconds"] = f"must be positive and at most {SERVER_SECONDS}"
     if self.max_output_tokens < 0:
       bad["max_output_tokens"] = "must not be negative"
     return bad
@@ -254,7 +254,7 @@ class Client:
     key = hashlib.sha256(f"{self._name}/{again}/{prompt.key}".encode()).hexdigest()
     if (kept := self._cache.get(key)) is not None:
       try:
-        return _reviews(requests, prompt, kept[1], kept[0], cached=True)
+        return _reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
       except ValueError:
         pass  # A damaged row; asked for anew.
     if key in self._flying:
@@ -312,20 +312,20 @@ class Client:
         if malformed == 2:
           break
         continue
-      self._cache.put(key, reply.model, reply.text or "", Usage())
+      self._cache.put(key, reply.model, reply.text or "")
       return reviews
     return [Review(status)] * len(requests)
 
   async def _attempt(self, requests, prompt: Prompt, end: float, attempt: int) -> Reply:
     """One call, within every limit; books what it cost, also where nobody waits for it any more."""
     most_output = self._config.max_output_tokens or 2048 + 40 * sum(prompt.counts)
-    # A token of English is four characters, of digits and escapes one or two.
-    most_prompt = (len(prompt.system) + len(prompt.user)) // 2
+    # No token is shorter than a character. English has four in one, digits and escapes one or two.
+    most_prompt = len(prompt.system) + len(prompt.user)
     most = dollars(self._price, most_prompt, 0, most_output) if self._price else 0.0
     if self._per_minute:
       await self._per_minute.acquire()
     if self._tokens:
-      await self._tokens.acquire(min(most_prompt // 2, self._tokens.max_rate))
+      await self._tokens.acquire(min(most_prompt // 3, self._tokens.max_rate))
     async with self._gate.enter():
       if self._refused:
         raise CallFailed("client_error", self._refused)

@@ -14,8 +14,8 @@ import aiohttp
 
 from dca_jax.errors import UserError
 
-# The Developer API refuses a server-side limit under ten seconds; shorter ones are kept by the caller.
-_SERVER_SECONDS = 30
+# How long a server may take. The Developer API refuses less than ten; shorter limits are kept by the caller.
+SERVER_SECONDS = 30
 
 
 class Reply(NamedTuple):
@@ -65,7 +65,7 @@ class Gemini:
       raise UserError("reviewer.name 'gemini': no key; set GEMINI_API_KEY in the environment (aistudio.google.com)")
     options = types.HttpOptions(
       base_url=base_url or None,
-      timeout=_SERVER_SECONDS * 1000,
+      timeout=SERVER_SECONDS * 1000,
       retry_options=types.HttpRetryOptions(attempts=1),  # Ours knows deadlines, budgets and what the server asked for.
     )
     if vertex:
@@ -146,7 +146,7 @@ class OpenAI:
       self._session = aiohttp.ClientSession(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         connector=aiohttp.TCPConnector(limit=2 * self._connections),
-        timeout=aiohttp.ClientTimeout(total=_SERVER_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=SERVER_SECONDS),
       )
     try:
       async with self._session.post(self._url, json=body) as response:

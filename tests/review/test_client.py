@@ -197,7 +197,7 @@ def test_requests_per_minute():
 
 
 def test_the_cap_holds_under_concurrency_and_most_of_it_can_be_used():
-  # A call costs 500 x 0.30 + 110 x 2.50 dollars a million: $0.000425; at most about $0.0061 are reserved for it.
+  # A call costs 500 x 0.30 + 110 x 2.50 dollars a million: $0.000425; at most about $0.0062 are reserved for it.
   with FakeServer(latency=0.02) as server, opened(server, max_dollars=0.06, concurrency=64) as reviewer:
     reviews = reviewed(reviewer, requests(400))
     spent = reviewer.stats()["review/dollars_spent"]
