@@ -94,8 +94,31 @@ class Config:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Keys that a resumed run may change: they alter what is saved and measured, not what is learnt.
-_FREE = ("checkpoint.", "evaluate.", "mesh.")
+# Keys that a resumed run may change: they alter what is saved, measured and spent, not what is learnt from.
+_FREE = (
+  "checkpoint.",
+  "evaluate.",
+  "mesh.",
+  "reviewer.canary_every",
+  "reviewer.deadline",
+  *(
+    f"reviewer.client.{key}"
+    for key in (
+      "attempt_seconds",
+      "attempts",
+      "concurrency",
+      "max_dollars",
+      "min_ok_frac",
+      "on_budget",
+      "output_price",
+      "prompt_price",
+      "repeat_frac",
+      "requests_per_minute",
+      "strict",
+      "tokens_per_minute",
+    )
+  ),
+)
 
 
 def _is_free(key: str, config: Config) -> bool:

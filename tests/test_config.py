@@ -368,6 +368,16 @@ def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them():
   assert tiny.make_config({**linear, "steps": 9}).hash() != tiny.make_config(linear).hash()
 
 
+def test_a_resumed_run_may_be_given_more_money_and_another_pace_but_no_other_model():
+  gemini = {**REVIEWED, "reviewer.name": "gemini"}
+  saved = tiny.make_config(gemini)
+  richer = tiny.make_config({**gemini, "reviewer.client.max_dollars": 50.0, "reviewer.client.concurrency": 4})
+  assert difference(richer, saved.to_json()) == []
+  assert richer.hash() == saved.hash()
+  other = tiny.make_config({**gemini, "reviewer.client.model": "gemini-3.8-flash"})
+  assert [change.split()[0] for change in difference(other, saved.to_json())] == ["reviewer.client.model"]
+
+
 def test_difference_names_what_a_resumed_run_may_not_change():
   saved = tiny.make_config().to_json()
   free = {"checkpoint.every": 9, "evaluate.every": 1, "steps": 99}
