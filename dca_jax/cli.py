@@ -1,4 +1,4 @@
-"""`dca-jax train | compare | report | review | lab`."""
+"""`dca-jax train | compare | status | report | review | lab`."""
 
 import argparse
 import os
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument("--seeds", default="0", help="numbers, by commas")
   p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
 
+  p = commands.add_parser("status", help="what a run is doing", allow_abbrev=False)
+  p.add_argument("--workdir", required=True)
+
   p = commands.add_parser("report", help="write report.html of a run anew", allow_abbrev=False)
   p.add_argument("--workdir", required=True)
 
@@ -52,10 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   from dca_jax.errors import Terminated, UserError
 
   try:
-    if args.command in ("report", "lab") and overrides:
+    if args.command in ("report", "lab", "status") and overrides:
       raise UserError(f"cannot read the argument {overrides[0]!r}")
-    run = {"train": _train, "compare": _compare, "report": _report, "review": _review, "lab": _lab}[args.command]
-    return run(args, overrides)
+    command = {
+      "train": _train,
+      "compare": _compare,
+      "status": _status,
+      "report": _report,
+      "review": _review,
+      "lab": _lab,
+    }[args.command]
+    return command(args, overrides)
   except UserError as error:
     print(f"dca-jax: error: {error}", file=sys.stderr)
   except Terminated as error:
@@ -107,6 +117,14 @@ def _compare(args, overrides) -> int:
     raise config.ConfigError(f"--seeds={args.seeds}: must be whole numbers, separated by commas") from None
   table = compare(config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides)
   print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
+  return 0
+
+
+def _status(args, overrides) -> int:
+  from dca_jax.status import status
+
+  del overrides
+  print(status(args.workdir))
   return 0
 
 
