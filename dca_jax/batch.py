@@ -96,21 +96,22 @@ class Begun(NamedTuple):
 
   rollout: Rollout
   spans: list[list[tuple[int, int]]]
-  texts: list[tuple[str, ...]]
+  requests: list[Request]
+  """One for each completion."""
   asked: list[bool]
   """Which completions the reviewer was asked about."""
   reviews: Future[list[HostReview]]
 
 
-def worth_a_review(config: Config, step: int, rollout: Rollout, texts: list[tuple[str, ...]]) -> list[bool]:
+def worth_a_review(config: Config, step: int, rollout: Rollout, requests: list[Request]) -> list[bool]:
   """Which completions a review can matter to, `reviewer.sample_frac` of them."""
   group = config.rollout.group
   asked = []
-  for i, steps in enumerate(texts):
+  for i, request in enumerate(requests):
     own = {outcome.reward for outcome in rollout.outcomes[i // group * group : (i // group + 1) * group]}
     # Weights move nothing where the advantage is 0, and within a single step there is nothing to move.
     idle = config.credit.scheme == "weighted" and len(own) == 1
-    single = len(steps) < 2 and config.credit.scheme not in ("potential", "capo")
+    single = len(request.steps) < 2 and config.credit.scheme not in ("potential", "capo")
     ask = bool(rollout.trained_B[i]) and not idle and not single
     if ask and config.reviewer.sample_frac < 1:
       ask = np.random.default_rng([config.seed, step, i]).random() < config.reviewer.sample_frac
@@ -119,15 +120,19 @@ def worth_a_review(config: Config, step: int, rollout: Rollout, texts: list[tupl
 
 
 def wait_for_reviews(begun: Begun, deadline: float) -> list[HostReview]:
-  """A review for every completion: what was not asked for is `skipped`, what does not fit its answer `invalid`."""
+  """A review for every completion; what was not asked for is `skipped`."""
+  requests = [request for request, ask in zip(begun.requests, begun.asked, strict=True) if ask]
+  came = iter(usable(begun.reviews, requests, deadline))
+  return [next(came) if ask else HostReview("skipped") for ask in begun.asked]
+
+
+def usable(reviews: Future[list[HostReview]], requests: list[Request], deadline: float) -> list[HostReview]:
+  """The reviews when they have come; one that does not fit its answer is `invalid`."""
   try:
-    came = iter(begun.reviews.result(deadline + 1.0))
+    came = reviews.result(deadline + 1.0)
   except TimeoutError:  # A client keeps its deadline; this is for one that does not.
-    came = iter([HostReview("timeout")] * sum(begun.asked))
-  return [
-    next(came).checked(len(steps)) if ask else HostReview("skipped")
-    for steps, ask in zip(begun.texts, begun.asked, strict=True)
-  ]
+    came = [HostReview("timeout")] * len(requests)
+  return [review.checked(len(request.steps)) for review, request in zip(came, requests, strict=True)]
 
 
 def make_canaries(task: Task) -> list[tuple[Request, list[str]]]:
@@ -145,7 +150,8 @@ def make_canaries(task: Task) -> list[tuple[Request, list[str]]]:
 
 def canary_accuracy(reviewer: Reviewer, canaries, deadline: float) -> float:
   """Share of the steps of canaries whose role the reviewer knew; those of failed reviews count as not known."""
-  reviews = reviewer.submit([request for request, _ in canaries], deadline).result(deadline + 1.0)
+  requests = [request for request, _ in canaries]
+  reviews = usable(reviewer.submit(requests, deadline), requests, deadline)
   known = [
     role == true
     for review, (_, labels) in zip(reviews, canaries, strict=True)

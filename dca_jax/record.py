@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from dca_jax.batch import Advantages, Rollout, make_requests
+from dca_jax.batch import Advantages, Begun, Rollout
 from dca_jax.credit import CreditConfig
 from dca_jax.evaluate import Estimate
 from dca_jax.review import Review as HostReview
@@ -13,12 +13,14 @@ from dca_jax.roles import ROLES
 from dca_jax.rollout import Trajectory
 
 
-def trajectories(step, rollout: Rollout, spans, texts, reviews: list[HostReview], values_BxK, advantages: Advantages):
-  completion_advantages = advantages.completions_PxG.reshape(-1)
-  for i, request in enumerate(make_requests(step, rollout, texts)):
+def trajectories(begun: Begun, reviews: list[HostReview], values_BxK, advantages: Advantages):
+  rollout, completion_advantages = begun.rollout, advantages.completions_PxG.reshape(-1)
+  for i, (request, spans, review) in enumerate(zip(begun.requests, begun.spans, reviews, strict=True)):
     problem = rollout.problems[i * len(rollout.problems) // len(reviews)]
-    length, outcome, review = int(rollout.samples.lengths_B[i]), rollout.outcomes[i], reviews[i]
-    steps: list[dict] = [{"start": a, "end": b, "text": text} for (a, b), text in zip(spans[i], texts[i], strict=True)]
+    length, outcome = int(rollout.samples.lengths_B[i]), rollout.outcomes[i]
+    steps: list[dict] = [
+      {"start": a, "end": b, "text": text} for (a, b), text in zip(spans, request.steps, strict=True)
+    ]
     for described, role, weight in zip(steps, review.roles, review.weights, strict=False):
       described |= {"role": role, "weight": weight}
     for described, value in zip(steps, values_BxK[i].tolist(), strict=False):

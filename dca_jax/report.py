@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
@@ -70,21 +70,13 @@ def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
   Returns:
     An SVG element, or the bytes of a PNG.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
   from matplotlib.ticker import EngFormatter
 
-  with pyplot.rc_context(
-    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
-  ):
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (label, curves) in zip(axes[0], panels, strict=True):
+  def paint(axes) -> None:
+    for axis, (label, curves) in zip(axes, panels, strict=True):
       for i, (name, runs) in enumerate(curves.items()):
         for j, (x, y) in enumerate(runs if isinstance(runs, list) else [runs]):
-          style = {"color": PALETTE[i % len(PALETTE)], "linestyle": "-" if i < len(PALETTE) else ":"}
-          axis.plot(x, y, linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None, **style)
+          axis.plot(x, y, linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None, **line_style(i))
       axis.set(xlabel=x_label, ylabel=label)
       axis.xaxis.set_major_formatter(EngFormatter(sep=""))
       axis.grid(alpha=0.25)
@@ -94,6 +86,27 @@ def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
       elif any(curves):
         axis.legend(frameon=False)
+
+  return draw(len(panels), size, kind, paint)
+
+
+def line_style(i: int) -> dict[str, str]:
+  """Of curve number i: a colour, and dots when the colours begin again."""
+  return {"color": PALETTE[i % len(PALETTE)], "linestyle": "-" if i < len(PALETTE) else ":"}
+
+
+def draw(columns: int, size: tuple[float, float], kind: str, paint: Callable[[Sequence], None], share_y: bool = False):
+  """A figure with panels side by side that `paint` fills; an SVG element, or the bytes of a PNG."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  with pyplot.rc_context(
+    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+  ):
+    figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", sharey=share_y)
+    paint(axes[0])
     out = io.BytesIO()
     figure.savefig(out, format=kind, dpi=150)
     pyplot.close(figure)

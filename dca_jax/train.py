@@ -77,7 +77,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   )
   on_policy = jax.device_put([np.bool_(False), np.bool_(True)], mesh.replicated(devices))
   truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
-  canaries = make_canaries(task)
+  canaries = make_canaries(task) if config.reviewer.canary_every else []
   cache = pathlib.Path(folder / "reviews.sqlite")
 
   with (
@@ -105,9 +105,10 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
       if config.learner.mask_truncated:
         rollout = rollout._replace(trained_B=rollout.trained_B & ~rollout.samples.truncated_B)
       spans, texts = cut_steps(rollout.samples, tokenizer, task)
-      asked = worth_a_review(config, step, rollout, texts)
-      requests = [r for r, ask in zip(make_requests(step, rollout, texts), asked, strict=True) if ask]
-      return Begun(rollout, spans, texts, asked, reviewer.submit(requests, config.reviewer.deadline))
+      requests = make_requests(step, rollout, texts)
+      asked = worth_a_review(config, step, rollout, requests)
+      sent = [request for request, ask in zip(requests, asked, strict=True) if ask]
+      return Begun(rollout, spans, requests, asked, reviewer.submit(sent, config.reviewer.deadline))
 
     start = starting_policy(folder, abstract.params, make_start)
     done, state = checkpoints.restore(abstract, config.hash()) or (0, init_state(jax.tree.map(jnp.copy, start), head))
@@ -127,7 +128,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
             state = state._replace(behind=copy_of(state.params))
           else:
             begun = begin(step, state.params)
-          rollout, spans, texts = begun.rollout, begun.spans, begun.texts
+          rollout, spans = begun.rollout, begun.spans
           clock.lap("sample")
 
           # The reference runs on the device while the host reviews.
@@ -160,6 +161,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
           clock.lap("review")
 
           rewards_B = np.array([o.reward for o in rollout.outcomes], np.float32)
+          said = review_arrays(reviews, spans, config.rollout.max_tokens)
           lengths, truncated, trained, behaviour, rewards, review = jax.device_put(
             (
               rollout.samples.lengths_B,
@@ -167,7 +169,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
               rollout.trained_B,
               rollout.samples.logprobs_BxT,
               rewards_B.reshape(-1, config.rollout.group),
-              review_arrays(reviews, spans, config.rollout.max_tokens),
+              said,
             ),
             rows,
           )
@@ -191,12 +193,10 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
               config.value, state.value_head, hidden, review.step_ids_BxT, lengths, rewards
             )
             state = state._replace(value_head=head)
-          host_advantages, values_BxK = jax.device_get((advantages, review.values_BxK))
-          write_trajectories(
-            folder / "trajectories",
-            step,
-            trajectories(step, rollout, spans, texts, reviews, values_BxK, host_advantages),
-          )
+          values = review.values_BxK if learned else said.values_BxK
+          host_advantages, values_BxK = jax.device_get((advantages, values))
+          records = trajectories(begun, reviews, values_BxK, host_advantages)
+          write_trajectories(folder / "trajectories", step, records)
           stats = jax.device_get(stats)
           clock.lap("update")
 

@@ -124,7 +124,8 @@ def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(scheme, unif
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
 @pytest.mark.parametrize("name", ["nan", "stale", "lexical", "thief", "suffix"])
 def test_no_reviewer_can_break_a_run(scheme, name, tmp_path):
-  config = tiny.make_config({"credit.scheme": scheme, "reviewer.name": name, "steps": 2})
+  # Canaries too: their reviews need not fit them either.
+  config = tiny.make_config({"credit.scheme": scheme, "reviewer.name": name, "reviewer.canary_every": 1, "steps": 2})
   train(config, str(tmp_path), quiet=True)
   lines = tiny.read_lines(tmp_path)
   assert lines[-1]["step"] == 2

@@ -1,13 +1,12 @@
 """The laboratory: what every scheme does to the expected update, exactly, and to a policy that can perform."""
 
-import io
 import json
 
 import numpy as np
 from etils import epath
 
 from dca_jax.lab import drift, tree
-from dca_jax.report import PALETTE, text_table
+from dca_jax.report import PALETTE, draw, line_style, text_table
 
 
 def run(folder: epath.Path) -> str:
@@ -51,28 +50,22 @@ def run(folder: epath.Path) -> str:
 
 
 def _lines(curves: dict[str, drift.Curves]) -> bytes:
-  import matplotlib
+  x = np.arange(drift.UPDATES)
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    x = np.arange(drift.UPDATES)
+  def paint(axes) -> None:
     for i, (name, c) in enumerate(curves.items()):
       for axis, y in zip(axes, (c.checks, c.accuracy), strict=True):
         mean, spread = _smooth(y.mean(0)), _smooth(y.std(0, ddof=1))
-        axis.plot(
-          x, mean, color=PALETTE[i % len(PALETTE)], linewidth=1.5, label=name, ls="-" if i < len(PALETTE) else ":"
-        )
+        axis.plot(x, mean, linewidth=1.5, label=name, **line_style(i))
         if axis is axes[0]:
-          axis.fill_between(x, mean - spread, mean + spread, color=PALETTE[i % len(PALETTE)], alpha=0.12, linewidth=0)
+          axis.fill_between(x, mean - spread, mean + spread, color=line_style(i)["color"], alpha=0.12, linewidth=0)
     axes[0].set(xlabel="updates", ylabel="checks in a trace (mean and s.d. over seeds)")
     axes[1].set(xlabel="updates", ylabel="accuracy", ylim=(0, 1.01))
     axes[1].legend(frameon=False, loc="lower right")
     for axis in axes:
       axis.grid(alpha=0.25)
-    return _png(figure)
+
+  return draw(2, (10, 4), "png", paint)
 
 
 def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
@@ -80,33 +73,19 @@ def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
 
 
 def _bars(rows: list[tree.Row]) -> bytes:
-  import matplotlib
+  panels = (
+    ("cosine with the policy gradient", [r.cosine for r in rows]),
+    ("signal to noise / GRPO's", [r.snr / rows[0].snr for r in rows]),
+    ("premium of performing, leading", [r.leading for r in rows]),
+  )
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 5), sharey=True, layout="constrained")
-    names = [r.name for r in rows]
-    panels = (
-      ("cosine with the policy gradient", [r.cosine for r in rows]),
-      ("signal to noise / GRPO's", [r.snr / rows[0].snr for r in rows]),
-      ("premium of performing, leading", [r.leading for r in rows]),
-    )
+  def paint(axes) -> None:
     for i, (axis, (label, values)) in enumerate(zip(axes, panels, strict=True)):
-      axis.barh(names, values, color=PALETTE[i + 1], height=0.7)
+      axis.barh([r.name for r in rows], values, color=PALETTE[i + 1], height=0.7)
       axis.set_xlabel(label)
       axis.grid(axis="x", alpha=0.25)
     axes[0].set_xlim(0, 1)
     axes[1].axvline(1, color=PALETTE[0], linewidth=0.8)
     axes[0].invert_yaxis()
-    return _png(figure)
 
-
-def _png(figure) -> bytes:
-  from matplotlib import pyplot
-
-  out = io.BytesIO()
-  figure.savefig(out, format="png", dpi=150)
-  pyplot.close(figure)
-  return out.getvalue()
+  return draw(3, (10, 5), "png", paint, share_y=True)
