@@ -150,6 +150,12 @@ class Client:
 
   def stats(self) -> dict[str, float]:
     """Shares of statuses, what was spent, and how long calls took, since the last call."""
+    if self._closed:
+      return {}
+    # In the loop, which goes on counting while another batch is being reviewed.
+    return asyncio.run_coroutine_threadsafe(self._take_stats(), self._loop).result()
+
+  async def _take_stats(self) -> dict[str, float]:
     asked = max(1, sum(self._statuses.values()))
     out = {f"review/status_{status}": n / asked for status, n in sorted(self._statuses.items())}
     out |= {f"review/{k}": float(v) for k, v in dataclasses.asdict(self._usage).items()}
@@ -171,9 +177,10 @@ class Client:
       return f"the reviewer refuses every call ({self._refused}); correct the reviewer section or the key"
     if self._broke and self._config.on_budget == "stop":
       return f"reviewer.client.max_dollars: ${self._config.max_dollars:g} are spent"
-    asked = sum(n for n, _ in self._health)
-    share = sum(ok for _, ok in self._health) / max(1, asked)
-    if len(self._health) == _HEALTH_WINDOW and asked and share < self._config.min_ok_frac:
+    health = list(self._health)  # At once: the loop adds to it.
+    asked = sum(n for n, _ in health)
+    share = sum(ok for _, ok in health) / max(1, asked)
+    if len(health) == _HEALTH_WINDOW and asked and share < self._config.min_ok_frac:
       message = f"only {share:.0%} of the last {asked} reviews were usable; what failed gets uniform credit"
       if self._config.strict:
         return f"{message} (reviewer.client.min_ok_frac, strict)"
