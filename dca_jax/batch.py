@@ -1,4 +1,7 @@
-"""A batch on its way to the learner: sampled, verified, cut into steps, reviewed, credit assigned."""
+"""A batch on its way to the learner: sampled, verified, cut into steps, reviewed, credit assigned.
+
+Where several processes share a run, each has the problems of its own devices here, and no others.
+"""
 
 import functools
 from concurrent.futures import Future
@@ -9,15 +12,16 @@ import numpy as np
 
 from dca_jax.config import Config
 from dca_jax.credit import Review, group_advantages, token_advantages
+from dca_jax.processes import gather, put
 from dca_jax.review import Request, Reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
-from dca_jax.rollout import RolloutConfig, Samples, cut, encode_prompts, sample, token_pieces
+from dca_jax.rollout import Sampler, Samples, cut, encode_prompts, token_pieces
 from dca_jax.task import Outcome, Problem, Task
 
 
 class Rollout(NamedTuple):
-  """One batch on the host: P problems, B = P * G completions."""
+  """One batch on the host, or this process's part of it: P problems, B = P * G completions."""
 
   problems: list[Problem]
   prompts_PxS: np.ndarray
@@ -46,30 +50,28 @@ class Group(NamedTuple):
     return len({outcome.reward for outcome in self.outcomes}) > 1
 
 
-def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, end_ids, rows) -> Rollout:
+def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, params) -> Rollout:
   """Samples and verifies the batch of `step`."""
-  rounds = config.refill_rounds if config.zero_variance == "refill" else 1
-  key = step_key(*jax.device_put((np.uint32(seed), np.uint32(step)), end_ids.sharding))  # On every device.
+  config = sampler.config
+  refill = config.zero_variance == "refill"
+  rounds = config.refill_rounds if refill else 1
+  key, own = step_key(seed, step, sampler.end_ids_E.sharding), sampler.own(config.problems)
   sampled: list[Group] = []
   for i in range((step - 1) * rounds, step * rounds):
-    first = i * config.problems
-    problems = [task.problem("train", (seed << 32) + first + p) for p in range(config.problems)]
+    numbers = i * config.problems + own
+    problems = [task.problem("train", (seed << 32) + int(n)) for n in numbers]
     prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens)
-    ids = np.arange(first, first + config.problems, dtype=np.uint32)
-    arrays = jax.device_put((prompts, lengths, ids), rows)
-    samples = sample(
-      policy, params, *arrays, key, end_ids, sampling=config.sampling, group=config.group, max_tokens=config.max_tokens
-    )
-    by_group = [x.reshape(config.problems, config.group, *x.shape[1:]) for x in jax.device_get(samples)]
+    samples = sampler(params, prompts, lengths, numbers, key, config.group)
+    by_group = [x.reshape(len(own), config.group, *x.shape[1:]) for x in samples]
     for p, problem in enumerate(problems):
-      own = Samples(*(x[p] for x in by_group))
-      sampled.append(Group(problem, prompts[p], lengths[p], own, verify(task, tokenizer, problem, own)))
-    if sum(group.mixed for group in sampled) >= config.problems:
+      mine = Samples(*(x[p] for x in by_group))
+      sampled.append(Group(problem, prompts[p], lengths[p], mine, verify(task, tokenizer, problem, mine)))
+    if refill and all(gather(sum(group.mixed for group in sampled) >= len(own))):
       break
   kept = sampled
-  if config.zero_variance == "refill":
+  if refill:
     # Mixed groups first, each kind in the order of its problems.
-    kept = sorted(sampled, key=lambda group: not group.mixed)[: config.problems]
+    kept = sorted(sampled, key=lambda group: not group.mixed)[: len(own)]
   trained = [group.mixed or config.zero_variance == "keep" for group in kept]
   return Rollout(
     [group.problem for group in kept],
@@ -103,7 +105,7 @@ class Begun(NamedTuple):
   reviews: Future[list[HostReview]]
 
 
-def worth_a_review(config: Config, step: int, rollout: Rollout, requests: list[Request]) -> list[bool]:
+def worth_a_review(config: Config, rollout: Rollout, requests: list[Request]) -> list[bool]:
   """Which completions a review can matter to, `reviewer.sample_frac` of them."""
   group = config.rollout.group
   asked = []
@@ -114,7 +116,8 @@ def worth_a_review(config: Config, step: int, rollout: Rollout, requests: list[R
     single = len(request.steps) < 2 and config.credit.scheme not in ("potential", "capo")
     ask = bool(rollout.trained_B[i]) and not idle and not single
     if ask and config.reviewer.sample_frac < 1:
-      ask = np.random.default_rng([config.seed, step, i]).random() < config.reviewer.sample_frac
+      dice = np.random.default_rng([rollout.problems[i // group].id, i % group])
+      ask = dice.random() < config.reviewer.sample_frac
     asked.append(ask)
   return asked
 
@@ -160,8 +163,13 @@ def canary_accuracy(reviewer: Reviewer, canaries, deadline: float) -> float:
   return float(np.mean(known))
 
 
+def step_key(seed: int, step: int, sharding) -> jax.Array:
+  """The key of a step; `sharding` says on which devices it lies."""
+  return _step_key(*put((np.uint32(seed), np.uint32(step)), sharding))
+
+
 @jax.jit
-def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+def _step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), step)
 
 

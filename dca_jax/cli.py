@@ -20,6 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   p = commands.add_parser("train", help="train a policy, or continue a run", epilog=settings, allow_abbrev=False)
   p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
   p.add_argument("--workdir", required=True, help="where the run lives; the same command again continues it")
+  p.add_argument("--resume", default="auto", help="auto, never, or the number of a saved step to go back to")
+  several = p.add_argument_group("several processes, each with the same command")
+  several.add_argument(
+    "--distributed", action="store_true", help="find the others as a TPU pod, Slurm or Kubernetes say"
+  )
+  several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens")
+  several.add_argument("--processes", type=int, default=0, help="how many there are")
+  several.add_argument("--process", type=int, default=-1, help="which one this is, from 0")
 
   p = commands.add_parser(
     "compare", help="train several arms and draw their curves", epilog=settings, allow_abbrev=False
@@ -92,13 +100,23 @@ def run() -> NoReturn:
 
 
 def _train(args, overrides) -> int:
+  import jax
   from etils import epath
 
-  from dca_jax import config, report
+  from dca_jax import config, processes, report
   from dca_jax.metrics import read_metrics
   from dca_jax.train import train
 
-  train(config.load(args.config, overrides), args.workdir)
+  settings = config.load(args.config, overrides)
+  if args.resume not in ("auto", "never") and not args.resume.isdigit():
+    raise config.ConfigError(f"--resume={args.resume}: must be auto, never, or the number of a saved step")
+  if args.distributed or args.coordinator:
+    if args.coordinator and not 0 <= args.process < args.processes:
+      raise config.ConfigError("--coordinator needs --processes=N and, in each of them, --process=0 to N - 1")
+    processes.connect(args.coordinator, args.processes, args.process)
+  train(settings, args.workdir, args.resume)
+  if jax.process_index() > 0:
+    return 0
   folder = epath.Path(args.workdir).expanduser().absolute()
   metrics = read_metrics(folder)
   print("\n" + report.text_table(["held-out", "step 0", f"step {metrics[-1]['step']}"], report.score_rows(metrics)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import hashlib
 import importlib.util
 import json
 import math
@@ -88,10 +87,9 @@ class Config:
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
-  def hash(self) -> str:
-    """Of all keys that change what is computed, so not of those in `_FREE`."""
-    fixed = {k: v for k, v in flatten(dataclasses.asdict(self)).items() if not _is_free(k, self)}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+  def fixed(self) -> dict[str, Any]:
+    """All keys that change what is computed, so not those in `_FREE`, and their values."""
+    return {k: v for k, v in flatten(dataclasses.asdict(self)).items() if not _is_free(k, self)}
 
 
 # Keys that a resumed run may change: they alter what is saved, measured and spent, not what is learnt from.
@@ -258,15 +256,30 @@ def _nearest(key: str, known: list[str]) -> str:
   return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
-def claim_workdir(config: Config, workdir: str) -> epath.Path:
+def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.Path:
   """Makes `workdir` the home of this run, or checks that it already is.
 
   Raises:
-    ConfigError: it holds a run with other settings, or files that are no run.
+    ConfigError: it holds a run, and `resume` is `never`; or a run with other settings, or files that are no run; or it
+      cannot be reached.
   """
   folder = epath.Path(workdir).expanduser().absolute()
+  try:
+    _claim(config, workdir, resume, folder)
+  except ConfigError:
+    raise
+  except OSError:
+    raise
+  except Exception as error:  # A bucket's client reports with types of its own.
+    raise ConfigError(f"--workdir={workdir} cannot be reached: {str(error).splitlines()[0][:200]}") from error
+  return folder
+
+
+def _claim(config: Config, workdir: str, resume: str, folder: epath.Path) -> None:
   saved, partial = folder / "config.json", folder / ".config.json"
   if saved.exists():
+    if resume == "never":
+      raise ConfigError(f"--workdir={workdir} already holds a run, and --resume is never; choose another --workdir")
     if changes := difference(config, saved.read_text()):
       raise ConfigError(f"--workdir={workdir} holds a different run: {changes[0]}; choose another --workdir")
   elif folder.exists() and {path.name for path in folder.iterdir()} - {partial.name}:
@@ -274,4 +287,3 @@ def claim_workdir(config: Config, workdir: str) -> epath.Path:
   folder.mkdir(parents=True, exist_ok=True)
   partial.write_text(config.to_json())
   partial.replace(saved)
-  return folder

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from dca_jax.policy import Policy, Sampling
-from dca_jax.rollout import RolloutConfig, encode_prompts, sample, token_pieces
+from dca_jax.policy import Sampling
+from dca_jax.processes import gather, put
+from dca_jax.rollout import Sampler, encode_prompts, token_pieces
 from dca_jax.task import Task
 
 _GREEDY = Sampling(top_k=1)
@@ -49,35 +50,32 @@ class Estimate:
     return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def evaluate(
-  config: EvaluateConfig, rollout: RolloutConfig, task: Task, tokenizer, policy: Policy, params
-) -> dict[str, Estimate]:
+def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[str, Estimate]:
   """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
-  problems = [task.problem("heldout", i) for i in range(config.problems)]
-  prompts = encode_prompts(tokenizer, problems, rollout.max_prompt_tokens)
-  pieces = token_pieces(tokenizer)
-  end_ids = np.array([tokenizer.eos_token_id], np.int32)
+  n, pieces = config.problems, token_pieces(tokenizer)
+  key = jax.jit(jax.random.key)(put(np.uint32(0), sampler.end_ids_E.sharding))
+  # The last rows may be there only so that every device has as many.
+  shards = sampler.rows.num_devices // sampler.rows.mesh.shape["tensor"]
+  ids = sampler.own(-(-n // shards) * shards)
+  problems = [task.problem("heldout", int(i) % n) for i in ids]
+  prompts = encode_prompts(tokenizer, problems, sampler.config.max_prompt_tokens)
 
-  def outcomes(sampling: Sampling, count: int) -> tuple[np.ndarray, list[list[str]], float]:
-    arrays = jax.device_put((*prompts, np.arange(len(problems), dtype=np.uint32), end_ids))
-    key = jax.random.key(0)
-    samples = jax.device_get(
-      sample(policy, params, *arrays[:3], key, arrays[3], sampling=sampling, group=count, max_tokens=rollout.max_tokens)
-    )
-    texts = ["".join(pieces[t] for t in row[:n]) for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)]
-    correct = [
-      task.verify(problems[i // count], text, bool(samples.truncated_B[i])).correct for i, text in enumerate(texts)
-    ]
-    answers = [task.final_answer(text) for text in texts]
-    shape = (len(problems), count)
-    return (
-      np.reshape(correct, shape),
-      np.reshape(np.array(answers, object), shape).tolist(),
-      float(samples.lengths_B.mean()),
-    )
+  def outcomes(sampling: Sampling, count: int):
+    """Of each problem's completions which are correct, their final answers and lengths: [problems, count] each."""
+    samples = sampler(params, *prompts, ids, key, count, sampling)
+    rows = zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
+    by_problem: dict[int, list] = {}
+    for row, (tokens, length, truncated) in enumerate(rows):
+      text = "".join(pieces[t] for t in tokens[:length])
+      correct = task.verify(problems[row // count], text, bool(truncated)).correct
+      by_problem.setdefault(int(ids[row // count]), []).append((correct, task.final_answer(text), int(length)))
+    everyone = {int(i): own for part in gather(by_problem) for i, own in part.items()}
+    return zip(*(zip(*everyone[i], strict=True) for i in range(n)), strict=True)
 
-  greedy, _, _ = outcomes(_GREEDY, 1)
-  sampled, answers, length = outcomes(rollout.sampling, config.samples)
+  greedy = np.array(next(outcomes(_GREEDY, 1)), float)
+  correct, answers, lengths = (list(x) for x in outcomes(sampler.config.sampling, config.samples))
+  sampled = np.array(correct, bool)
+  length = float(np.mean(lengths))
   passed = [pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]
   majority = [
     majority_correct(row[: config.k], ok[: config.k].tolist()) for row, ok in zip(answers, sampled, strict=True)

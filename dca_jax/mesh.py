@@ -1,20 +1,24 @@
 """The device mesh, and where every array lives on it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 from dca_jax.policy import Policy
+from dca_jax.processes import own_rows
 
 # Logical axis of a parameter -> mesh axis. Names that are missing are not sharded.
 _RULES = (("embed", "fsdp"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
+_AXES, _TYPES = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,27 +26,64 @@ class MeshConfig:
   """The `mesh` section: devices along each axis; -1 takes the rest."""
 
   data: int = -1
+  """Copies of the parameters, each with its own part of the batch."""
   fsdp: int = 1
+  """Parts of the parameters; these devices share the batch too."""
   tensor: int = 1
+  """Parts of each matrix product."""
+  sampler: tuple[int, ...] = ()
+  """The same three while sampling, such as (-1, 1, 1); the parameters are laid out so once a step. Empty: as above."""
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    return self.data, self.fsdp, self.tensor
 
   def check(self) -> dict[str, str]:
-    sizes = dataclasses.asdict(self)
-    bad = {k: "must be positive, or -1 for the rest" for k, n in sizes.items() if n == 0 or n < -1}
-    if list(sizes.values()).count(-1) > 1:
+    named = dict(zip(_AXES, self.sizes, strict=True))
+    bad = {key: "must be positive, or -1 for the rest" for key, n in named.items() if n == 0 or n < -1}
+    if self.sizes.count(-1) > 1:
       bad["data"] = "only one axis of the mesh can be -1"
+    if len(self.sampler) not in (0, 3) or any(n == 0 or n < -1 for n in self.sampler) or self.sampler.count(-1) > 1:
+      bad["sampler"] = "must be empty, or (data, fsdp, tensor), each positive, or one of them -1 for the rest"
     return bad
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-  """Raises UserError where the devices do not fill the mesh."""
-  sizes, devices = dataclasses.astuple(config), jax.devices()
+  """The mesh for training. Raises UserError where the devices do not fill it."""
+  devices = jax.devices()
+  shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, len(devices))
+  return Mesh(device_order(shape, devices), _AXES, axis_types=_TYPES)
+
+
+def sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
+  """The mesh for sampling, of the same devices; raises UserError where they do not fill it."""
+  if not config.sampler:
+    return mesh
+  return Mesh(mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)), _AXES, axis_types=_TYPES)
+
+
+def _fill(name: str, sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
   fixed = int(np.prod([n for n in sizes if n > 0]))
-  shape = tuple(len(devices) // fixed if n == -1 else n for n in sizes)
-  if np.prod(shape) != len(devices):
-    raise UserError(
-      f"mesh.data x mesh.fsdp x mesh.tensor = {' x '.join(map(str, sizes))} does not fit {len(devices)} device(s)"
-    )
-  return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  shape = tuple(devices // fixed if n == -1 else n for n in sizes)
+  if np.prod(shape) != devices:
+    raise UserError(f"{name} = {' x '.join(map(str, sizes))} does not fit {devices} device(s)")
+  return shape
+
+
+def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
+  """`devices` in the shape of the mesh, neighbours in it close to each other.
+
+  Between slices of a pod the network is slow, so only one axis goes across them: `data`, or else `fsdp`.
+  """
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  across = next((axis for axis in (0, 1) if shape[axis] % slices == 0), None)
+  if across is None:
+    raise UserError(f"neither mesh.data = {shape[0]} nor mesh.fsdp = {shape[1]} is a multiple of the {slices} slices")
+  within, between = list(shape), [1, 1, 1]
+  within[across], between[across] = shape[across] // slices, slices
+  return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -50,14 +91,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def check_divisible(mesh: Mesh, problems: int) -> None:
-  """Raises UserError where a micro-batch of `problems` does not spread evenly over the data-parallel devices."""
-  devices = mesh.shape["data"] * mesh.shape["fsdp"]
-  if problems % devices:
-    raise UserError(
-      f"rollout.problems / learner.micro_batches = {problems} does not divide over the {devices} devices of"
-      " mesh.data x mesh.fsdp"
-    )
+def check_rows(mesh: Mesh, sampler: Mesh, problems: int, micro_batches: int) -> None:
+  """Raises UserError where problems do not spread evenly, or a process would train on others than it samples."""
+  for where, devices, count, keys in (
+    ("mesh.data x mesh.fsdp", mesh, problems // micro_batches, "rollout.problems / learner.micro_batches"),
+    ("mesh.sampler", sampler, problems, "rollout.problems"),
+  ):
+    shards = devices.shape["data"] * devices.shape["fsdp"]
+    if count % shards:
+      raise UserError(f"{keys} = {count} does not divide over the {shards} devices of {where}")
+  if sampler == mesh:
+    return
+  if own_rows(batch_sharding(mesh), problems).tolist() != own_rows(batch_sharding(sampler), problems).tolist():
+    raise UserError("mesh.sampler would give a process other problems than it trains on; set it nearer to the mesh")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -70,6 +116,25 @@ def state_shardings(
   """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
 
   A jitted `optimizer.init` would replicate the moments, so they are named here.
+  """
+  params = param_shardings(mesh, policy)
+  opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, param_shapes(policy)),
+    params,
+    transform_non_params=lambda _: replicated(mesh),
+  )
+  head = jax.tree.map(lambda _: replicated(mesh), value_head)
+  return TrainState(params, opt_state, head, params if behind else None)
+
+
+def param_shapes(policy: Policy):
+  return nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
+
+
+def param_shardings(mesh: Mesh, policy: Policy):
+  """The sharding of every parameter.
 
   Raises:
     UserError: a parameter does not divide over an axis of the mesh.
@@ -86,12 +151,10 @@ def state_shardings(
           f"mesh.{axis} = {mesh.shape[axis]} does not divide {size}, a side of the policy's {name} {param.shape};"
           f" set mesh.{axis} to a divisor, or change the policy section"
         )
-  opt_state = optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    jax.eval_shape(optimizer.init, nn.unbox(boxed)),
-    params,
-    transform_non_params=lambda _: replicated(mesh),
-  )
-  head = jax.tree.map(lambda _: replicated(mesh), value_head)
-  return TrainState(params, opt_state, head, params if behind else None)
+  return params
+
+
+def relay(mesh: Mesh, sampler: Mesh, policy: Policy) -> Callable:
+  """A function that lays parameters out for sampling; nothing moves where both meshes are one."""
+  shardings = param_shardings(sampler, policy)
+  return (lambda params: params) if sampler == mesh else jax.jit(lambda params: params, out_shardings=shardings)

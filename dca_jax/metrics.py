@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import sys
 import time
 from typing import Any
@@ -21,7 +22,7 @@ class Reporter:
   On resume, what an interrupted run had written beyond `start` is taken back, so that every step appears once.
   """
 
-  def __init__(self, workdir: epath.Path, start: int, steps: int, quiet: bool = False):
+  def __init__(self, workdir: pathlib.Path, start: int, steps: int, quiet: bool = False):
     self._path = workdir / "metrics.jsonl"
     kept: list[dict[str, Any]] = [line for line in read_metrics(workdir) if line["step"] <= start]
     partial = workdir / ".metrics.jsonl"
@@ -63,7 +64,7 @@ class Reporter:
       sys.stdout.flush()
 
 
-def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: epath.Path | pathlib.Path) -> list[dict[str, Any]]:
   """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped."""
   path = workdir / "metrics.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []

@@ -1,14 +1,18 @@
 """What a step leaves behind: trajectories and metrics."""
 
+import dataclasses
 import math
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from dca_jax.batch import Advantages, Begun, Rollout
+from dca_jax.batch import Advantages, Begun
 from dca_jax.credit import CreditConfig
 from dca_jax.evaluate import Estimate
 from dca_jax.review import Review as HostReview
+from dca_jax.review.types import Usage
 from dca_jax.roles import ROLES
 from dca_jax.rollout import Trajectory
 
@@ -55,53 +59,80 @@ class Clock:
     self.seconds[name], self._last = now - self._last, now
 
 
-def step_metrics(
+class Tally(NamedTuple):
+  """The metrics of a step as one process sees them, to be put together by `merge`."""
+
+  means: dict[str, tuple[float, float]]
+  """Totals and counts."""
+  sums: dict[str, float]
+  largest: dict[str, float]
+  reviewer: dict[str, float]
+  """What the reviewer says of itself."""
+
+
+def tally(
   credit: CreditConfig,
-  rollout: Rollout,
+  begun: Begun,
   continued: int,
   rewards_B,
-  asked: list[bool],
-  reviews,
+  reviews: list[HostReview],
   values_BxK,
   advantages: Advantages,
-  stats,
+  reviewer: dict[str, float],
   clock: Clock,
-) -> dict[str, float]:
-  samples, sampled = rollout.samples, rollout.sampled
+) -> Tally:
+  samples, sampled = begun.rollout.samples, begun.rollout.sampled
+  n, asked = len(rewards_B), sum(begun.asked)
   roles = [role for review in reviews for role in review.roles]
   counted = samples.lengths_B if credit.conserve == "tokens" else samples.tokens_BxT.shape[1]
   mass = advantages.completions_PxG.reshape(-1).astype(np.float64) * counted
   # 1 where all steps weigh the same, 0 where one has everything.
   weights = [np.array(r.weights) / sum(r.weights) for r in reviews if len(r.weights) > 1 and sum(r.weights) > 0]
   evenness = [-np.sum(w * np.log(np.where(w > 0, w, 1.0))) / np.log(len(w)) for w in weights]
-  extra: dict[str, float] = {}
+  largest = {f"seconds/{key}": value for key, value in clock.seconds.items()}
+  largest["seconds/step"] = total = sum(clock.seconds.values())
   if credit.scheme in ("uniform", "weighted", "signed"):  # The others keep sums of their own, or none.
     spread = np.abs(advantages.tokens_BxT.sum(1, dtype=np.float64) - mass)
-    extra["credit/conservation_error"] = float((spread / np.maximum(1.0, np.abs(mass))).max())
+    largest["credit/conservation_error"] = float((spread / np.maximum(1.0, np.abs(mass))).max())
   known = ~np.isnan(values_BxK)
-  if known.any():
-    extra["value/brier"] = float(np.square(values_BxK - rewards_B[:, None]).mean(where=known))
-  total = sum(clock.seconds.values())
-  group = len(rewards_B) // len(rollout.problems)
-  return {
-    "train/reward": float(np.mean([o.reward for o in sampled])),
-    "train/accuracy": float(np.mean([o.correct for o in sampled])),
-    "train/truncated": float(np.mean([o.truncated for o in sampled])),
-    "train/length": float(samples.lengths_B.mean()),
-    "train/completions": float(len(sampled)),
-    "train/generated_tokens": float(rollout.generated + continued),
-    "train/mixed_groups": float(np.mean([len(set(g)) > 1 for g in rewards_B.reshape(-1, group).tolist()])),
-    "train/tokens_per_second": float(samples.lengths_B.sum() / total),
-    "review/asked": float(np.mean(asked)),
-    "review/ok": sum(review.status == "ok" for review in reviews) / max(1, sum(asked)),
-    **({"review/weight_entropy": float(np.mean(evenness))} if evenness else {}),
-    **{f"review/{role}": roles.count(role) / max(1, len(roles)) for role in ROLES},
-    "credit/moved": float(np.abs(advantages.tokens_BxT).sum() / max(1e-9, np.abs(mass).sum())),
-    **extra,
-    **{key: float(value) for key, value in stats.items()},
-    **{f"seconds/{key}": value for key, value in clock.seconds.items()},
-    "seconds/step": total,
+  groups = rewards_B.reshape(len(begun.rollout.problems), -1).tolist()
+  means = {
+    "train/reward": (sum(o.reward for o in sampled), len(sampled)),
+    "train/accuracy": (sum(o.correct for o in sampled), len(sampled)),
+    "train/truncated": (sum(o.truncated for o in sampled), len(sampled)),
+    "train/length": (samples.lengths_B.sum(), n),
+    "train/mixed_groups": (sum(len(set(group)) > 1 for group in groups), len(groups)),
+    "review/asked": (asked, n),
+    "review/ok": (sum(review.status == "ok" for review in reviews), max(1, asked)),
+    "review/weight_entropy": (sum(evenness), len(evenness)),
+    **{f"review/{role}": (roles.count(role), max(1, len(roles))) for role in ROLES},
+    "credit/moved": (np.abs(advantages.tokens_BxT).sum(), max(1e-9, np.abs(mass).sum())),
+    "value/brier": (np.square(values_BxK - rewards_B[:, None]).sum(where=known), known.sum()),
   }
+  sums = {
+    "train/completions": float(len(sampled)),
+    "train/generated_tokens": float(begun.rollout.generated + continued),
+    "train/tokens_per_second": float(samples.lengths_B.sum() / total),
+  }
+  return Tally({key: (float(x), float(count)) for key, (x, count) in means.items()}, sums, largest, reviewer)
+
+
+# What of a reviewer's metrics adds up over processes; the rest are shares and medians.
+_ADD_UP = {field.name for field in dataclasses.fields(Usage)} | {"dollars_spent", "concurrency"}
+
+
+def merge(tallies: Sequence[Tally]) -> dict[str, float]:
+  """The metrics of a step over all processes; means that are over nothing are left out."""
+  merged: dict[str, float] = {}
+  for key in tallies[0].means:
+    totals, counts = zip(*(tally.means[key] for tally in tallies), strict=True)
+    merged |= {key: sum(totals) / sum(counts)} if sum(counts) else {}
+  merged |= {key: sum(tally.sums[key] for tally in tallies) for key in tallies[0].sums}
+  merged |= {key: max(tally.largest[key] for tally in tallies) for key in tallies[0].largest}
+  for key in sorted({key for tally in tallies for key in tally.reviewer}):
+    total = sum(tally.reviewer.get(key, 0.0) for tally in tallies)
+    merged[key] = total if key.rpartition("/")[2] in _ADD_UP else total / len(tallies)
+  return merged
 
 
 def eval_metrics(scores: dict[str, Estimate]) -> dict[str, float]:

@@ -24,10 +24,10 @@ from dca_jax.task import TASKS
 def read_folder(folder: str, limit: int) -> list[Trajectory]:
   """The first `limit` trajectories of a run's `trajectories` folder that have been reviewed, or else the first ones."""
   path = epath.Path(folder).expanduser().absolute()
-  shards = sorted(p.name for p in path.glob("step_*.jsonl")) if path.is_dir() else []
+  shards = sorted({int(p.stem.split("_")[1]) for p in path.glob("step_*.jsonl")}) if path.is_dir() else []
   if not shards:
     raise ConfigError(f"--trajectories={folder}: no trajectories there (a run keeps them in WORKDIR/trajectories)")
-  found = [t for name in shards for t in read_trajectories(path, int(name[5:-6]))]
+  found = [t for step in shards for t in read_trajectories(path, step)]
   return ([t for t in found if t.review == "ok"] or found)[:limit]
 
 

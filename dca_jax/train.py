@@ -3,16 +3,12 @@
 This file tells the whole story of a run; a training step continues in `batch.py`, `credit/schemes.py` and
 `learner/update.py`. What a step does is a function of (config, step, train state) alone: problems are numbered, noise
 is keyed by what it is for, a review by the sample that it judges. So a run that was killed and started again equals one
-that was not.
+that was not. Several processes all run this, each with the problems of its own devices (`processes.py`).
 """
 
 import contextlib
 import functools
 import os
-import pathlib
-import signal
-import threading
-from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -36,54 +32,74 @@ from dca_jax.batch import (
   worth_a_review,
 )
 from dca_jax.checkpoint import Checkpoints
-from dca_jax.config import Config, claim_workdir
+from dca_jax.config import Config, claim_workdir, difference
 from dca_jax.errors import Terminated, UserError
 from dca_jax.evaluate import evaluate
 from dca_jax.metrics import Reporter, not_finite
+from dca_jax.notices import notices
 from dca_jax.policy import Policy
-from dca_jax.record import Clock, eval_metrics, step_metrics, trajectories
-from dca_jax.review import Truth, open_reviewer
-from dca_jax.rollout import write_trajectories
+from dca_jax.processes import fetch, gather, put, watched
+from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
+from dca_jax.review import Share, Truth, open_reviewer
+from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
 from dca_jax.task import TASKS, Task
 from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import cache_folder, warm_start
+from dca_jax.workdir import Growing
 
 
-def train(config: Config, workdir: str, quiet: bool = False) -> None:
+def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = False) -> None:
   """Runs `config` in `workdir`, or continues the run that is there.
+
+  Args:
+    workdir: a folder or a bucket (`gs://`), which all processes share.
+    resume: `auto` goes on from the newest checkpoint, a number from that of a step; `never` refuses to.
 
   Raises:
     UserError: bad input, a metric that is not finite, or a checkpoint that cannot be written; nothing that was saved
       is lost.
     Terminated: SIGTERM came, as it does before a preemption; the step under way was finished and saved.
   """
-  folder = claim_workdir(config, workdir)
+  with watched():
+    _train(config, workdir, resume, quiet or jax.process_index() > 0)
+
+
+def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
+  devices = mesh.make_mesh(config.mesh)
   use_compilation_cache()
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
-  tokenizer.save_pretrained(folder / "tokenizer")
   policy = Policy(config.policy, len(tokenizer))
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
-  devices = mesh.make_mesh(config.mesh)
-  rows = mesh.batch_sharding(devices)
-  mesh.check_divisible(devices, config.rollout.problems // config.learner.micro_batches)
+  rows, everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, config.policy.width, config.seed) if learned else None
   shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap)
-  end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
   update = functools.partial(
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
   )
-  on_policy = jax.device_put([np.bool_(False), np.bool_(True)], mesh.replicated(devices))
+  on_policy = put([np.bool_(False), np.bool_(True)], everywhere)
   truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
-  canaries = make_canaries(task) if config.reviewer.canary_every else []
-  cache = pathlib.Path(folder / "reviews.sqlite")
+  canaries = make_canaries(task) if config.reviewer.canary_every and jax.process_index() == 0 else []
 
+  sampler_devices = mesh.sampler_mesh(config.mesh, devices)
+  end_ids = put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(sampler_devices))
+  sampler = Sampler(policy, config.rollout, end_ids, mesh.batch_sharding(sampler_devices))
+  for_sampler = mesh.relay(devices, sampler_devices, policy)
+  mesh.check_rows(devices, sampler_devices, config.rollout.problems, config.learner.micro_batches)
+
+  folder = claim(config, workdir, resume)
+  growing = Growing(folder)
+  if jax.process_index() == 0:
+    tokenizer.save_pretrained(growing.folder / "tokenizer")
+
+  share = Share(jax.process_count(), lambda own: sum(gather(own)))
   with (
-    sigterm_noted() as sigterm,
-    contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer,
-    Checkpoints(config.checkpoint, folder) as checkpoints,
+    notices() as stop_asked,
+    contextlib.closing(growing),
+    contextlib.closing(open_reviewer(config.reviewer, truth, growing.reviews, share)) as reviewer,
+    Checkpoints(config.checkpoint, folder, config.fixed()) as checkpoints,
   ):
     init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
 
@@ -97,42 +113,45 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
     def make_start():
       params = init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
-      return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits)
+      return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, everywhere)
 
     def begin(step: int, params) -> Begun:
       """Samples a batch and hands it to the reviewer, who reads it while the device goes on."""
-      rollout = collect(config.rollout, config.seed, step, task, tokenizer, policy, params, end_ids, rows)
+      rollout = collect(sampler, config.seed, step, task, tokenizer, params)
       if config.learner.mask_truncated:
         rollout = rollout._replace(trained_B=rollout.trained_B & ~rollout.samples.truncated_B)
       spans, texts = cut_steps(rollout.samples, tokenizer, task)
       requests = make_requests(step, rollout, texts)
-      asked = worth_a_review(config, step, rollout, requests)
+      asked = worth_a_review(config, rollout, requests)
       sent = [request for request, ask in zip(requests, asked, strict=True) if ask]
       return Begun(rollout, spans, requests, asked, reviewer.submit(sent, config.reviewer.deadline))
 
     start = starting_policy(folder, abstract.params, make_start)
-    done, state = checkpoints.restore(abstract, config.hash()) or (0, init_state(jax.tree.map(jnp.copy, start), head))
+    done, state = checkpoints.restore(abstract, resume) or (0, init_state(copy_of(start), put(head, everywhere)))
 
-    with Reporter(folder, done, config.steps, quiet) as reporter:
-      if 0 not in reporter.steps:
-        reporter.log(0, eval_metrics(evaluate(config.evaluate, config.rollout, task, tokenizer, policy, state.params)))
+    with Reporter(growing.folder, done, config.steps, quiet) as reporter:
+      if jax.process_index() == 0:
+        forget_trajectories(folder / "trajectories", done)
+      if not gather(0 in reporter.steps)[0]:
+        reporter.log(0, eval_metrics(evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(state.params))))
 
       ahead: Begun | None = None
       for step in range(done + 1, config.steps + 1):
         with jax.transfer_guard("disallow"):
           clock = Clock()
+          params = for_sampler(state.params)
           if overlap:
             # This batch was sampled a step ago; after a resume it is sampled anew, by the same policy.
-            begun = ahead or begin(step, state.behind)
-            ahead = begin(step + 1, state.params) if step < config.steps else None
+            begun = ahead or begin(step, for_sampler(state.behind))
+            ahead = begin(step + 1, params) if step < config.steps else None
             state = state._replace(behind=copy_of(state.params))
           else:
-            begun = begin(step, state.params)
+            begun = begin(step, params)
           rollout, spans = begun.rollout, begun.spans
           clock.lap("sample")
 
           # The reference runs on the device while the host reviews.
-          prompts, prompt_lengths, completions = jax.device_put(
+          prompts, prompt_lengths, completions = put(
             (rollout.prompts_PxS, rollout.prompt_lengths_P, rollout.samples.tokens_BxT), rows
           )
           reference = None
@@ -145,24 +164,22 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
           if config.value.source == "monte_carlo":
             reviews, continued = monte_carlo(
               config.value,
-              config.rollout,
+              sampler,
               task,
               tokenizer,
-              policy,
-              state.params,
+              params,
               value_key(config.seed, step, end_ids.sharding),
-              end_ids,
-              rows,
               rollout.problems,
               (rollout.prompts_PxS, rollout.prompt_lengths_P),
               rollout.samples,
               spans,
             )
+          del params  # A layout of its own would stand beside the gradients.
           clock.lap("review")
 
           rewards_B = np.array([o.reward for o in rollout.outcomes], np.float32)
           said = review_arrays(reviews, spans, config.rollout.max_tokens)
-          lengths, truncated, trained, behaviour, rewards, review = jax.device_put(
+          lengths, truncated, trained, behaviour, rewards, review = put(
             (
               rollout.samples.lengths_B,
               rollout.samples.truncated_B,
@@ -193,55 +210,44 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
               config.value, state.value_head, hidden, review.step_ids_BxT, lengths, rewards
             )
             state = state._replace(value_head=head)
-          values = review.values_BxK if learned else said.values_BxK
-          host_advantages, values_BxK = jax.device_get((advantages, values))
+          host_advantages = fetch(advantages, rows)
+          values_BxK = fetch(review.values_BxK, rows) if learned else said.values_BxK
           records = trajectories(begun, reviews, values_BxK, host_advantages)
-          write_trajectories(folder / "trajectories", step, records)
+          write_trajectories(folder / "trajectories", step, jax.process_index(), records)
           stats = jax.device_get(stats)
           clock.lap("update")
 
-        measured = step_metrics(
-          config.credit, rollout, continued, rewards_B, begun.asked, reviews, values_BxK, host_advantages, stats, clock
-        )
+        own = reviewer.stats()
+        if canaries and step % config.reviewer.canary_every == 0:
+          own["review/canary_accuracy"] = canary_accuracy(reviewer, canaries, config.reviewer.deadline)
+        mine = tally(config.credit, begun, continued, rewards_B, reviews, values_BxK, host_advantages, own, clock)
+        # The one place in a step where processes hear of each other, beside the arrays.
+        told = gather([mine, reviewer.problem(), stop_asked()])
+        measured = merge([Tally(*said) for said, _, _ in told]) | {key: float(x) for key, x in stats.items()}
         if bad := not_finite(measured):
           raise UserError(
             f"{bad} is not finite at step {step}; {checkpoints.describe()}. Lower learner.lr or set"
             " learner.max_grad_norm (with a new --workdir), or run again to repeat the steps since then"
           )
-        if config.reviewer.canary_every and step % config.reviewer.canary_every == 0:
-          measured["review/canary_accuracy"] = canary_accuracy(reviewer, canaries, config.reviewer.deadline)
-        measured |= reviewer.stats()
-        problem = reviewer.problem()
-        due = config.evaluate.every and step % config.evaluate.every == 0
-        if due or step == config.steps:
-          scores = evaluate(config.evaluate, config.rollout, task, tokenizer, policy, state.params)
+        problem = next((problem for _, problem, _ in told if problem), None)
+        stop = next((reason for _, _, reason in told if reason), None)
+        last = bool(problem or stop) or step == config.steps
+        if step == config.steps or (config.evaluate.every and step % config.evaluate.every == 0):
+          scores = evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(state.params))
           measured |= eval_metrics(scores)
         reporter.log(step, measured)
-        stop = bool(problem) or sigterm.is_set()
-        checkpoints.save(step, state, config.hash(), last=stop or step == config.steps)
+        if checkpoints.due(step, measured, last):
+          growing.publish()
+          checkpoints.save(step, state, measured, last)
         if problem:
           raise UserError(f"{problem}; {checkpoints.describe()}")
         if stop:
-          raise Terminated(f"stopped by SIGTERM; {checkpoints.describe()}")
+          raise Terminated(f"stopped by {stop}; {checkpoints.describe()}")
 
 
 def value_key(seed: int, step: int, sharding) -> jax.Array:
   """The key of a step's continuations; sampling uses none of these, because seeds end below 2**31."""
-  return step_key(*jax.device_put((np.uint32(seed + 2**31), np.uint32(step)), sharding))
-
-
-@contextlib.contextmanager
-def sigterm_noted() -> Iterator[threading.Event]:
-  """Within it SIGTERM ends nothing, but sets the event."""
-  noted = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield noted  # Python hands signals to the main thread only.
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
-  try:
-    yield noted
-  finally:
-    signal.signal(signal.SIGTERM, before)
+  return step_key(seed + 2**31, step, sharding)
 
 
 @jax.jit
@@ -252,10 +258,24 @@ def copy_of(params):
 # Before the first step.
 
 
+def claim(config: Config, workdir: str, resume: str) -> epath.Path:
+  """`claim_workdir` by process 0, whose work the others then find."""
+  folder = epath.Path(workdir).expanduser().absolute()
+  if jax.process_index() == 0:
+    claim_workdir(config, workdir, resume)
+  gather("claimed")
+  if not (folder / "config.json").exists() or difference(config, (folder / "config.json").read_text()):
+    raise UserError(
+      f"--workdir={workdir}: process {jax.process_index()} does not find there what process 0 wrote; it must be a"
+      " bucket or a folder that all hosts share, and all processes need the same settings"
+    )
+  return folder
+
+
 def starting_policy(folder: epath.Path, abstract, make):
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
   with ocp.StandardCheckpointer() as checkpointer:
-    if not (folder / "start").exists():
+    if not all(gather((folder / "start").exists())):
       params = make()
       try:
         checkpointer.save(folder / "start", params)

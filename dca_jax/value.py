@@ -21,8 +21,9 @@ import optax
 
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
+from dca_jax.processes import gather
 from dca_jax.review import Review as HostReview
-from dca_jax.rollout import RolloutConfig, Samples, sample, token_pieces
+from dca_jax.rollout import Sampler, Samples, token_pieces
 from dca_jax.task import Problem, Task
 
 
@@ -60,14 +61,11 @@ class ValueConfig:
 
 def monte_carlo(
   config: ValueConfig,
-  rollout: RolloutConfig,
+  sampler: Sampler,
   task: Task,
   tokenizer,
-  policy: Policy,
   params,
   key: jax.Array,
-  end_ids: jax.Array,
-  rows: jax.sharding.Sharding,
   problems: Sequence[Problem],
   prompts: tuple[np.ndarray, np.ndarray],
   samples: Samples,
@@ -98,33 +96,23 @@ def monte_carlo(
   # Of like lengths together, because a batch takes as long as its longest answer; the last batch is filled up.
   order = sorted(range(len(begun)), key=lambda n: -len(begun[n][1]))
   values, generated = np.zeros(len(begun)), 0
-  pieces = token_pieces(tokenizer)
-  for first in range(0, len(order), len(spans)):
-    batch = np.resize(order[first : first + len(spans)], len(spans))
-    ids = np.zeros((len(spans), prompts[0].shape[1] + rollout.max_tokens), np.int32)
+  pieces, max_tokens = token_pieces(tokenizer), sampler.config.max_tokens
+  counts = gather(len(begun))  # All processes sample together, as often as the one with most prefixes needs.
+  before = sum(counts[: jax.process_index()])
+  for first in range(0, max(counts), len(spans)):
+    batch = np.resize(order[first : first + len(spans)] or [0], len(spans))
+    ids = np.zeros((len(spans), prompts[0].shape[1] + max_tokens), np.int32)
     lengths = np.zeros(len(spans), np.int32)
     for row, n in enumerate(batch):
       p, tokens = begun[n]
       prompt = prompts[0][p, : prompts[1][p]]
       lengths[row] = len(prompt) + len(tokens)
       ids[row, : lengths[row]] = np.concatenate([prompt, tokens])
-    arrays = jax.device_put((ids, lengths, batch.astype(np.uint32)), rows)
-    answers = jax.device_get(
-      sample(
-        policy,
-        params,
-        *arrays,
-        key,
-        end_ids,
-        sampling=rollout.sampling,
-        group=config.continuations,
-        max_tokens=rollout.max_tokens,
-      )
-    )
+    answers = sampler(params, ids, lengths, before + batch, key, config.continuations)
     for row, n in enumerate(order[first : first + len(spans)]):
       p, tokens = begun[n]
       for a in range(row * config.continuations, (row + 1) * config.continuations):
-        length, room = int(answers.lengths_B[a]), rollout.max_tokens - len(tokens)
+        length, room = int(answers.lengths_B[a]), max_tokens - len(tokens)
         text = "".join(pieces[t] for t in (*tokens, *answers.tokens_BxT[a, : min(length, room)]))
         outcome = task.verify(problems[p], text, bool(answers.truncated_B[a]) or length > room)
         values[n] += outcome.reward / config.continuations

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, Sampling, token_logprobs
+from dca_jax.processes import gather, put
 from dca_jax.rollout import encode_prompts
 from dca_jax.task import Problem, Task
 
@@ -62,13 +63,21 @@ def cache_folder() -> pathlib.Path:
 
 
 def warm_start(
-  config: WarmstartConfig, task: Task, task_config, tokenizer, policy: Policy, params, limits: tuple[int, int]
+  config: WarmstartConfig,
+  task: Task,
+  task_config,
+  tokenizer,
+  policy: Policy,
+  params,
+  limits: tuple[int, int],
+  everywhere,
 ):
   """Trains `params` on demonstrations, or loads the result of an earlier run with the same settings.
 
   Args:
     params: freshly initialised; their shardings are kept.
     limits: most prompt tokens and most completion tokens.
+    everywhere: the sharding of what every device has.
 
   Returns:
     The trained parameters.
@@ -81,7 +90,7 @@ def warm_start(
   folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
   abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params)
   with ocp.StandardCheckpointer() as checkpointer:
-    if folder.exists():
+    if all(gather(folder.exists())):
       try:
         return checkpointer.restore(folder, abstract)
       except Exception as error:  # Damage shows as any of a dozen types; the cache can be made again.
@@ -89,7 +98,9 @@ def warm_start(
           f"the cached warm start {folder} is unreadable ({type(error).__name__}); training it again", file=sys.stderr
         )
         shutil.rmtree(folder)
-    params = _train(config, task, tokenizer, policy, params, limits)
+    params = _train(config, task, tokenizer, policy, params, limits, everywhere)
+    if jax.process_count() > 1:
+      return params  # Hosts have caches of their own, and each holds only parts of the parameters.
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
     checkpointer.save(partial, params)
     checkpointer.wait_until_finished()
@@ -100,7 +111,7 @@ def warm_start(
   return params
 
 
-def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits: tuple[int, int]):
+def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere):
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.lr, min(20, config.total // 2), config.total, config.lr * 0.1
   )
@@ -131,7 +142,7 @@ def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, param
     bar = tqdm(range(config.total), "warm start", unit="step", disable=None, leave=False)
     following = pool.submit(make_batch, 0)
     for i in bar:
-      batch = jax.device_put(following.result())
+      batch = put(following.result(), everywhere)
       following = pool.submit(make_batch, i + 1)
       params, opt_state, value = step(params, opt_state, batch)
       if i % 50 == 0 or i == config.total - 1:

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 
 from dca_jax.errors import UserError
 from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, update
-from dca_jax.mesh import MeshConfig, batch_sharding, check_divisible, make_mesh, replicated, state_shardings
+from dca_jax.mesh import MeshConfig, batch_sharding, check_rows, make_mesh, replicated, state_shardings
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 
 VOCAB = 20
@@ -144,9 +144,9 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_the_keys(config):
 
 def test_problems_that_do_not_divide_are_an_error_that_names_the_keys():
   devices = AbstractMesh((2, 4, 3), ("data", "fsdp", "tensor"))
-  check_divisible(devices, 16)
+  check_rows(devices, devices, 32, 2)
   with pytest.raises(UserError, match=r"rollout\.problems / learner\.micro_batches = 12 .*\b8 devices") as error:
-    check_divisible(devices, 12)
+    check_rows(devices, devices, 24, 2)
   assert "mesh.data x mesh.fsdp" in str(error.value)
 
 

@@ -81,7 +81,7 @@ def test_text_of_problems_and_answers_cannot_become_markup(run, tmp_path):
       )
       for t in read_trajectories(copy / "trajectories", step)
     ]
-    write_trajectories(copy / "trajectories", step, rows)
+    write_trajectories(copy / "trajectories", step, 0, rows)
   text = write_report(copy).read_text()
   page = Page(text)
   assert "script" not in page.tags

@@ -18,7 +18,7 @@ from dca_jax.errors import UserError
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
 from dca_jax.roles import ROLES
-from dca_jax.rollout import read_trajectories
+from dca_jax.rollout import Sampler, read_trajectories
 from dca_jax.task import TASKS
 from dca_jax.train import train
 
@@ -178,9 +178,8 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
 
       return Answer()
 
-  monkeypatch.setattr(
-    train_module, "open_reviewer", lambda config, truth, cache: Watched("oracle", builtin.Dice(0.3, -1, 0), truth)
-  )
+  watched = lambda config, truth, cache, share: Watched("oracle", builtin.Dice(0.3, -1, 0), truth)  # noqa: E731
+  monkeypatch.setattr(train_module, "open_reviewer", watched)
   train(tiny.make_config(OVERLAP), str(tmp_path), quiet=True)
   for step in range(1, 5):
     assert events.index(("asked", step + 1)) < events.index(("waited for", step))
@@ -254,8 +253,8 @@ def collector(changes):
   init = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
   params = init(jax.random.key(0))
   end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
-  rows = mesh.batch_sharding(devices)
-  return lambda step, seed=0: collect(config.rollout, seed, step, task, tokenizer, policy, params, end_ids, rows)
+  sampler = Sampler(policy, config.rollout, end_ids, mesh.batch_sharding(devices))
+  return lambda step, seed=0: collect(sampler, seed, step, task, tokenizer, params)
 
 
 def same(ours, theirs) -> bool:

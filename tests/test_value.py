@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from dca_jax import mesh, value
+from dca_jax import mesh
 from dca_jax.batch import cut_steps
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
-from dca_jax.rollout import Samples, encode_prompts, read_trajectories, sample, token_pieces
+from dca_jax.rollout import Sampler, Samples, encode_prompts, read_trajectories, sample, sampler, token_pieces
 from dca_jax.task import TASKS, Outcome, Problem
 from dca_jax.train import train
 from dca_jax.value import ValueConfig, fit_head, init_head, learned_values, monte_carlo
@@ -34,7 +34,7 @@ def warm_params():
   """A policy that has seen demonstrations, so that it is right now and then."""
   params = jax.jit(lambda key: nn.unbox(POLICY.init_params(key)))(jax.random.key(0))
   limits = CONFIG.rollout.max_prompt_tokens, CONFIG.rollout.max_tokens
-  return warm_start(CONFIG.warmstart, TASK, CONFIG.task, TOKENIZER, POLICY, params, limits)
+  return warm_start(CONFIG.warmstart, TASK, CONFIG.task, TOKENIZER, POLICY, params, limits, mesh.replicated(ROWS.mesh))
 
 
 class Batch:
@@ -70,14 +70,11 @@ class Batch:
   def values(self, continuations=4, key=9):
     reviews, generated = monte_carlo(
       ValueConfig(source="monte_carlo", continuations=continuations),
-      CONFIG.rollout,
+      Sampler(POLICY, CONFIG.rollout, jnp.asarray(END_IDS), ROWS),
       TASK,
       TOKENIZER,
-      POLICY,
       self.params,
       jax.random.key(key),
-      END_IDS,
-      ROWS,
       self.problems,
       self.prompts,
       self.samples,
@@ -174,23 +171,23 @@ def test_a_continuation_may_fill_the_room_and_not_one_token_more(monkeypatch):
   # Twelve tokens; 0, 3, 6 and 9 of them are written before the four steps.
   batch = Batch(1, texts=["a1;b0;a1;#1$"] * 2)
   for length, wanted in ((3, (1, 1, 1, 1)), (6, (1, 1, 1, 0)), (7, (1, 1, 0, 0)), (12, (1, 0, 0, 0))):
-    monkeypatch.setattr(value, "sample", Fake(batch, length))
+    monkeypatch.setattr(sampler, "sample", Fake(batch, length))
     values, generated = batch.values(4)
     assert values == [wanted] * 2
     # What runs over is paid for as far as it would have been written.
     assert generated == 4 * sum(min(length, T - written) for written in (0, 3, 6, 9))
-  monkeypatch.setattr(value, "sample", Fake(batch, 3, truncated=True))
+  monkeypatch.setattr(sampler, "sample", Fake(batch, 3, truncated=True))
   assert batch.values(4)[0] == [(0, 0, 0, 0)] * 2
   # A task that looks at nothing else is told, too, that what runs over was cut.
   monkeypatch.setattr(TASK, "verify", lambda problem, text, cut: Outcome(float(not cut), not cut, cut))
-  monkeypatch.setattr(value, "sample", Fake(batch, 6))
+  monkeypatch.setattr(sampler, "sample", Fake(batch, 6))
   assert batch.values(4)[0] == [(1, 1, 1, 0)] * 2
 
 
 def test_each_prefix_is_continued_once_from_its_own_prompt(monkeypatch):
   batch = Batch(2, texts=["a1;b2;#3$", "a1;b3;#4$", "a1;b2;#3$", "#0$"])
   fake = Fake(batch, 3)
-  monkeypatch.setattr(value, "sample", fake)
+  monkeypatch.setattr(sampler, "sample", fake)
   batch.values(4)
   prompts = [tuple(batch.prompts[0][p, : batch.prompts[1][p]].tolist()) for p in range(2)]
   assert prompts[0] != prompts[1]

@@ -26,7 +26,8 @@ def start(changes=()):
   policy = Policy(config.policy, len(tokenizer))
   params = nn.unbox(policy.init_params(jax.random.key(config.warmstart.seed)))
   limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
-  trained = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  trained = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, here)
   leaves, _ = jax.tree_util.tree_flatten_with_path(trained)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -3,6 +3,16 @@
 from dca_jax.review.builtin import REVIEWERS, Truth
 from dca_jax.review.reviewer import ReviewerConfig, open_reviewer
 from dca_jax.review.transports import TRANSPORTS
-from dca_jax.review.types import Request, Review, Reviewer
+from dca_jax.review.types import Request, Review, Reviewer, Share
 
-__all__ = ["REVIEWERS", "TRANSPORTS", "Request", "Review", "Reviewer", "ReviewerConfig", "Truth", "open_reviewer"]
+__all__ = [
+  "REVIEWERS",
+  "TRANSPORTS",
+  "Request",
+  "Review",
+  "Reviewer",
+  "ReviewerConfig",
+  "Share",
+  "Truth",
+  "open_reviewer",
+]

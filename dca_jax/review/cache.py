@@ -42,6 +42,14 @@ class Cache:
       query = "select coalesce(sum(dollars), 0) from spending where reviewer = ?"
       return float(self._db.execute(query, (reviewer,)).fetchone()[0])
 
+  def adopt(self, path: pathlib.Path) -> None:
+    """Takes over the replies and the spending of a file that nobody else uses."""
+    with self._lock:
+      self._db.execute("attach ? as other", (str(path),))
+      self._db.execute("insert or ignore into replies select * from other.replies")
+      self._db.execute("insert into spending (reviewer, dollars) select reviewer, dollars from other.spending")
+      self._db.execute("detach other")
+
   def close(self) -> None:
     with self._lock:
       self._db.close()

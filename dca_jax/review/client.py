@@ -25,7 +25,7 @@ from dca_jax.review.limits import Breaker, Budget, Gate, RetryBudget
 from dca_jax.review.prices import Price, dollars
 from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply, speaks_to_the_reviewer
 from dca_jax.review.transports import SERVER_SECONDS, CallFailed, Reply, Transport
-from dca_jax.review.types import Request, Review, Usage
+from dca_jax.review.types import Request, Review, Share, Usage
 
 _FATAL_AFTER = 3
 _LONGEST_PAUSE = 30.0
@@ -104,8 +104,12 @@ class Client:
     rubric: str,
     price: Price | None,
     cache: Cache,
+    share: Share,
   ):
-    """`name` tells models and servers apart in the cache; `price` None is for those that cost nothing."""
+    """`name` tells models and servers apart in the cache; `price` None is for those that cost nothing.
+
+    Of the limits and of what is left of the money this process has its `share`.
+    """
     self._config, self._rubric, self._price, self._cache = config, rubric, price, cache
     self._name = f"{name}/{config.model}/{config.thinking}/{config.max_output_tokens}"
     self._statuses: collections.Counter[str] = collections.Counter()
@@ -120,19 +124,22 @@ class Client:
     self._flying: dict[str, asyncio.Future[list[Review]]] = {}
     self._loop = asyncio.new_event_loop()
     opened: concurrent.futures.Future[None] = concurrent.futures.Future()
-    self._thread = threading.Thread(target=self._run, args=(open_transport, opened), name="reviewer", daemon=True)
+    arguments = open_transport, share, opened
+    self._thread = threading.Thread(target=self._run, args=arguments, name="reviewer", daemon=True)
     self._thread.start()
     opened.result()
 
-  def _run(self, open_transport, opened) -> None:
+  def _run(self, open_transport, share: Share, opened) -> None:
     asyncio.set_event_loop(self._loop)
     try:
       self._transport = open_transport()
-      c = self._config
-      self._gate, self._breaker, self._retries = Gate(c.concurrency), Breaker(), RetryBudget()
-      self._budget = Budget(c.max_dollars if self._price else math.inf, self._cache.spent(self._name))
-      self._per_minute = AsyncLimiter(c.requests_per_minute, 60) if c.requests_per_minute else None
-      self._tokens = AsyncLimiter(c.tokens_per_minute, 60) if c.tokens_per_minute else None
+      c, n = self._config, share.processes
+      self._gate, self._breaker, self._retries = Gate(-(-c.concurrency // n)), Breaker(), RetryBudget()
+      spent = self._cache.spent(self._name)
+      cap = spent + (c.max_dollars - share.total(spent)) / n
+      self._budget = Budget(cap if self._price else math.inf, spent)
+      self._per_minute = _limiter(c.requests_per_minute / n)
+      self._tokens = _limiter(c.tokens_per_minute / n)
     except BaseException as error:
       opened.set_exception(error)
       return
@@ -386,6 +393,11 @@ def _reviews(requests, prompt: Prompt, text: str, model: str, cached: bool = Fal
     roles, weights = verdict.roles + verdict.roles[-1:] * merged, verdict.weights + verdict.weights[-1:] * merged
     reviews.append(Review("ok", roles, weights, sure=verdict.sure, model=model, cached=cached))
   return reviews
+
+
+def _limiter(per_minute: float) -> AsyncLimiter | None:
+  # It cannot hold less than the one that is asked for at once.
+  return AsyncLimiter(max(1.0, per_minute), 60 * max(1.0, 1 / per_minute)) if per_minute else None
 
 
 def _outcome(task: "asyncio.Task[list[Review]]", count: int) -> list[Review]:

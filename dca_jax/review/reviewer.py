@@ -13,7 +13,9 @@ from dca_jax.review.panel import Escalating, Panel
 from dca_jax.review.prices import Price, price
 from dca_jax.review.prompt import RUBRIC
 from dca_jax.review.transports import TRANSPORTS
-from dca_jax.review.types import Reviewer
+from dca_jax.review.types import Reviewer, Share
+
+_ALONE = Share()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +100,20 @@ class ReviewerConfig:
     return unused
 
 
-def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | None) -> Reviewer:
+def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | None, share: Share = _ALONE) -> Reviewer:
   """The reviewer that `config` describes; `cache` is where replies that were paid for are kept.
 
   Raises:
     UserError: there is no key, no price for a cap in dollars, or no rubric.
   """
   if config.name == "panel":
-    first: Reviewer = Panel([_open(config, member, truth, cache) for member in config.panel], config.combine)
+    first: Reviewer = Panel([_open(config, member, truth, cache, share) for member in config.panel], config.combine)
   else:
-    first = _open(config, config.name, truth, cache)
-  return Escalating(first, _open(config, config.escalate, truth, cache)) if config.escalate else first
+    first = _open(config, config.name, truth, cache, share)
+  return Escalating(first, _open(config, config.escalate, truth, cache, share)) if config.escalate else first
 
 
-def _open(config: ReviewerConfig, member: str, truth: Truth, cache: pathlib.Path | None) -> Reviewer:
+def _open(config: ReviewerConfig, member: str, truth: Truth, cache: pathlib.Path | None, share: Share) -> Reviewer:
   name, _, model = member.partition(":")
   if name in REVIEWERS:
     return Builtin(name, Dice(config.flip, config.step, config.seed), truth)
@@ -123,7 +125,7 @@ def _open(config: ReviewerConfig, member: str, truth: Truth, cache: pathlib.Path
 
   rubric = read_rubric(client)
   server = hashlib.sha256(f"{name} {client.base_url}".encode()).hexdigest()[:8]
-  return Client(client, open_transport, f"{name}-{server}", rubric, price_of(client), Cache(cache))
+  return Client(client, open_transport, f"{name}-{server}", rubric, price_of(client), Cache(cache), share)
 
 
 def read_rubric(config: ClientConfig) -> str:

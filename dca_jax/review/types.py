@@ -1,9 +1,9 @@
 """What goes to a reviewer and what comes back."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dca_jax.roles import ROLES
 
@@ -58,6 +58,14 @@ class Review:
     if self.status != "ok" or (fits and (self.roles or self.values) and set(self.roles) <= set(ROLES)):
       return self
     return Review("invalid")
+
+
+class Share(NamedTuple):
+  """A process's part of what a run may do, where several processes review."""
+
+  processes: int = 1
+  total: Callable[[float], float] = lambda own: own
+  """The sum of a number over all processes, which must all ask for it."""
 
 
 class Reviewer(Protocol):

@@ -7,8 +7,10 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from dca_jax.policy import Policy, Sampling, sampling_logits
+from dca_jax.processes import fetch, own_rows, put
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,3 +141,33 @@ def sample(
   )
   end = jax.lax.while_loop(lambda c: (c.t < max_tokens) & ~c.ended_B.all(), body, start)
   return Samples(end.tokens_BxT, end.lengths_B, ~end.ended_B, end.logprobs_BxT)
+
+
+class Sampler(typing.NamedTuple):
+  """What sampling takes, but for the parameters and the problems: host arrays in, host arrays out."""
+
+  policy: Policy
+  config: RolloutConfig
+  end_ids_E: jax.Array
+  rows: NamedSharding
+  """How problems are spread over the devices; each process gives and gets the rows that it owns."""
+
+  def own(self, problems: int) -> np.ndarray:
+    """Which of a batch of `problems` this process samples."""
+    return own_rows(self.rows, problems)
+
+  def __call__(
+    self, params, prompts_PxS, lengths_P, ids_P, key, group: int, sampling: Sampling | None = None
+  ) -> Samples:
+    arrays = put((prompts_PxS, lengths_P, np.asarray(ids_P, np.uint32)), self.rows)
+    samples = sample(
+      self.policy,
+      params,
+      *arrays,
+      key,
+      self.end_ids_E,
+      sampling=sampling or self.config.sampling,
+      group=group,
+      max_tokens=self.config.max_tokens,
+    )
+    return fetch(samples, self.rows)

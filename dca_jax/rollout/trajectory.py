@@ -35,14 +35,24 @@ class Trajectory:
   """Token advantages."""
 
 
-def write_trajectories(folder: epath.Path, step: int, trajectories: Iterable[Trajectory]) -> None:
-  """Writes the shard of one step; a shard that an interrupted run left behind is replaced whole."""
+def write_trajectories(folder: epath.Path, step: int, process: int, trajectories: Iterable[Trajectory]) -> None:
+  """Writes the shard of one step and process; a shard that an interrupted run left behind is replaced whole."""
   folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / f".step_{step:06d}.jsonl"
+  name = f"step_{step:06d}{f'_{process}' if process else ''}.jsonl"
+  partial = folder / f".{name}"
   partial.write_text("".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in trajectories))
-  partial.replace(folder / f"step_{step:06d}.jsonl")
+  partial.replace(folder / name)
+
+
+def forget_trajectories(folder: epath.Path, done: int) -> None:
+  """Removes the shards of steps after `done`, which will be written anew, perhaps by fewer processes."""
+  for path in folder.glob("step_*.jsonl"):
+    if int(path.stem.split("_")[1]) > done:
+      path.unlink()
 
 
 def read_trajectories(folder: epath.Path, step: int) -> Iterator[Trajectory]:
-  for line in (folder / f"step_{step:06d}.jsonl").read_text().splitlines():
-    yield Trajectory(**json.loads(line))
+  others = folder.glob(f"step_{step:06d}_*.jsonl")
+  for path in (folder / f"step_{step:06d}.jsonl", *sorted(others, key=lambda path: int(path.stem.split("_")[2]))):
+    for line in path.read_text().splitlines():
+      yield Trajectory(**json.loads(line))

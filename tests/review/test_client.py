@@ -11,7 +11,7 @@ import pytest
 from fake_server import FakeServer, honest_reply
 
 from dca_jax.errors import UserError
-from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review import Request, ReviewerConfig, Share, Truth, open_reviewer
 from dca_jax.review.client import ClientConfig
 
 KEY = "secret-key-1234567890"
@@ -391,7 +391,7 @@ def test_an_unforeseen_error_is_a_status():
   from dca_jax.review.cache import Cache
   from dca_jax.review.client import Client
 
-  with contextlib.closing(Client(ClientConfig(), Broken, "broken", "", None, Cache(None))) as reviewer:
+  with contextlib.closing(Client(ClientConfig(), Broken, "broken", "", None, Cache(None), Share())) as reviewer:
     assert statuses(reviewed(reviewer, requests(3))) == {"client_error"}
 
 

@@ -90,7 +90,8 @@ def test_same_key_reproduces_bit_for_bit(params, prompts, free):
 
 
 def test_steps_and_seeds_draw_different_samples(params, prompts):
-  keys = [step_key(np.uint32(seed), np.uint32(step)) for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1))]
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  keys = [step_key(seed, step, here) for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1))]
   drawn = [draw(params, prompts, key=key) for key in keys]
   rows = [{tuple(row) for row in samples.tokens_BxT.tolist()} for samples in drawn]
   assert not rows[0] & rows[1]

@@ -1,0 +1,72 @@
+"""The files of a run that grow while it goes, also where the workdir is a bucket, whose files cannot grow."""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import sqlite3
+import tempfile
+
+import jax
+from etils import epath
+
+from dca_jax.review.cache import Cache
+
+
+class Growing:
+  """A local folder for files that are appended to.
+
+  It is the workdir itself, or, where that is a bucket, a temporary folder that begins with the copies there; `publish`
+  brings them up to date. The metrics are process 0's alone; every process has a file of reviews of its own.
+  """
+
+  def __init__(self, workdir: epath.Path):
+    self._workdir, process = workdir, jax.process_index()
+    self._remote = "://" in os.fspath(workdir)
+    reviews = f"reviews_{process}.sqlite" if process else "reviews.sqlite"
+    self._scratch = tempfile.TemporaryDirectory(prefix="dca-jax-") if self._remote or process else None
+    self.folder = pathlib.Path(self._scratch.name if self._scratch else workdir)
+    """For metrics, TensorBoard's events and the tokenizer; what other processes than 0 write there is thrown away."""
+    self.reviews = (self.folder if self._remote else pathlib.Path(workdir)) / reviews
+    if self._remote:
+      for name in (reviews, "metrics.jsonl"):
+        if (workdir / name).exists():
+          (self.folder / name).write_bytes((workdir / name).read_bytes())
+    if process == 0:
+      self._adopt_orphans()
+
+  def _adopt_orphans(self) -> None:
+    """Takes over what processes paid for that the run does not have any more."""
+    for process in itertools.count(jax.process_count()):
+      name = f"reviews_{process}.sqlite"
+      if not (self._workdir / name).exists():
+        break
+      if self._remote:
+        (self.folder / name).write_bytes((self._workdir / name).read_bytes())
+      with contextlib.closing(Cache(self.reviews)) as cache:
+        cache.adopt(self.folder / name)
+      for path in self._workdir.glob(f"{name}*"):  # Its journal too.
+        path.unlink()
+
+  def publish(self) -> None:
+    """Copies to the bucket what has been written so far; nothing to do for a local workdir."""
+    if not self._remote:
+      return
+    if self.reviews.exists():
+      _snapshot(self.reviews, self.folder / "snapshot")
+      (self._workdir / self.reviews.name).write_bytes((self.folder / "snapshot").read_bytes())
+    if jax.process_index() == 0:
+      for path in (self.folder / "metrics.jsonl", *self.folder.glob("t*/*")):  # TensorBoard's events, the tokenizer.
+        place = self._workdir / path.relative_to(self.folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+
+  def close(self) -> None:
+    if self._scratch:
+      self._scratch.cleanup()
+
+
+def _snapshot(path: pathlib.Path, copy: pathlib.Path) -> None:
+  """A consistent copy of a database that is in use."""
+  with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+    source.backup(target)
