@@ -9,7 +9,7 @@ begin "--yes" "$@"
 need PROJECT ZONE NAME
 
 if ! $dry_run && ! has --yes; then
-  read -rp "Delete $NAME ($PROVISIONING, $ZONE, project $PROJECT)? What is not in the workdir is lost. [y/N] " answer
+  read -rp "Delete $NAME ($PROVISIONING, $ZONE, project $PROJECT)? What is not in the workdir is lost. [y/N] " answer || true
   [[ $answer == [yY]* ]] || die "nothing was deleted"
 fi
 now=READY
