@@ -19,6 +19,7 @@ loop() {
   trap 'stopping=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
   echo $$ >pid
   export PATH=$HOME/dca-jax-env/bin:$PATH
+  export JAX_PLATFORMS=tpu,cpu # Where the TPU cannot be had, this is an error, and not training on the CPU.
   while ! $stopping; do
     begun=$SECONDS
     before=$(wc -c <log)
