@@ -25,6 +25,9 @@ calls, states = home.parent / "calls.jsonl", home.parent / "states"
 argv = sys.argv[1:]
 with calls.open("a") as file:
   file.write(json.dumps(argv) + "\\n")
+# A virtual machine has a home of its own; the workers of a TPU are one here.
+home = next((home.parent / a.rstrip(":") for a in argv if a.rstrip(":") in ("vm-a", "vm-b")), home)
+home.mkdir(exist_ok=True)
 option = {{a.split("=")[0]: a.partition("=")[2] for a in argv if a.startswith("--")}}
 if option.get("--format", "").endswith(("tate)", "instanceStatus)", "state.state)")):
   state, *more = states.read_text().splitlines()
@@ -288,6 +291,7 @@ def test_setup_copies_the_repository_and_makes_an_environment_once(cloud, uv):
   before = len(cloud.changes())
   cloud.run("setup.sh", REPOSITORY=str(repository), PROVISIONING="compute-engine")
   assert sorted(c[2] for c in cloud.changes()[before:] if "ssh" in c) == ["vm-a", "vm-a", "vm-b", "vm-b"]
+  assert all((cloud.folder / vm / "dca-jax/setup.py").exists() for vm in ("vm-a", "vm-b"))
   assert "holds no setup.py" in cloud.run("setup.sh", REPOSITORY=str(cloud.worker), code=1)
 
 
@@ -345,7 +349,7 @@ time.sleep(60)
 
 def test_stop_waits_for_the_save_and_is_not_what_a_shutdown_is(cloud):
   cloud.trainer(SAVES)
-  for ending in ("shutdown", "stop"):
+  for ending in ("shutdown", "stop", "shutdown"):
     cloud.run("launch.sh")
     end = time.monotonic() + 30
     while not (cloud.worker / "ready").exists():
@@ -360,7 +364,7 @@ def test_stop_waits_for_the_save_and_is_not_what_a_shutdown_is(cloud):
       cloud.wait_for("dead")
     assert (cloud.worker / "saved").exists()
     (cloud.worker / "saved").unlink()
-  assert len(cloud.trained()) == 2
+  assert len(cloud.trained()) == 3
   assert "nothing is running" in cloud.run("stop.sh")
 
 

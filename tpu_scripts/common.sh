@@ -39,7 +39,7 @@ begin() {
   done
   case $PROVISIONING in
     on-demand | spot | queued | queued-spot | compute-engine | compute-engine-spot) ;;
-    *) die "PROVISIONING=$PROVISIONING: must be on-demand, spot, queued, queued-spot, compute-engine or compute-engine-spot" ;;
+    *) die "PROVISIONING=$PROVISIONING: must be on-demand, spot, queued, queued-spot or compute-engine[-spot]" ;;
   esac
   [[ -z $BUCKET || $BUCKET =~ ^gs://[^/]+$ ]] || die "BUCKET=$BUCKET: must be gs:// and a name"
   $dry_run || command -v gcloud >/dev/null || die "there is no gcloud here; cloud.google.com/sdk/docs/install has it"
@@ -57,9 +57,9 @@ value() { local a; for a in ${rest[@]+"${rest[@]}"}; do [[ $a != "$1="* ]] || ec
 
 # One word: READY; MISSING; UNKNOWN where nobody answered; else what Google Cloud calls it.
 state() {
-  local kind=$PROVISIONING words
+  local kind=$PROVISIONING words group=(compute instance-groups managed list-instances)
   case $kind in
-    compute-engine*) words=$(ask compute instance-groups managed list-instances "$NAME" "${place[@]}" --format='value(instanceStatus)') ;;
+    compute-engine*) words=$(ask "${group[@]}" "$NAME" "${place[@]}" --format='value(instanceStatus)') ;;
     queued*) words=$(ask compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)') ;;
     *) words=$(ask compute tpus tpu-vm describe "$NAME" "${place[@]}" --format='value(state)') ;;
   esac

@@ -9,7 +9,7 @@ begin "--yes" "$@"
 need PROJECT ZONE NAME
 
 if ! $dry_run && ! has --yes; then
-  read -rp "Delete $NAME ($PROVISIONING, $ZONE, project $PROJECT)? What is not in the workdir is lost. [y/N] " answer || true
+  read -rp "Delete $NAME in $ZONE, project $PROJECT? What is not in the workdir is lost. [y/N] " answer || true
   [[ $answer == [yY]* ]] || die "nothing was deleted"
 fi
 now=READY
@@ -33,4 +33,4 @@ if [[ $PROVISIONING == compute-engine* ]]; then
   fi
 fi
 note "$NAME costs nothing more."
-[[ -z $BUCKET ]] || note "$BUCKET still costs; this ends it, and deletes every run in it: gcloud storage rm --recursive $BUCKET"
+[[ -z $BUCKET ]] || note "$BUCKET still costs. This deletes it, with all runs: gcloud storage rm --recursive $BUCKET"

@@ -2,7 +2,7 @@
 # The settings of one run on TPUs. A variable of the same name in the environment wins over what stands here.
 
 PROJECT=${PROJECT:-}              # Google Cloud project id
-ZONE=${ZONE:-us-west4-a}          # where the TPU is; which types exist where: docs.cloud.google.com/tpu/docs/regions-zones
+ZONE=${ZONE:-us-west4-a}          # that has such TPUs: docs.cloud.google.com/tpu/docs/regions-zones
 REGION=${REGION:-${ZONE%-*}}
 NAME=${NAME:-dca-jax}             # of the TPU, and of everything made for it
 PROVISIONING=${PROVISIONING:-on-demand} # on-demand, spot, queued, queued-spot, compute-engine or compute-engine-spot
@@ -16,7 +16,7 @@ BUCKET=${BUCKET:-}                # gs://NAME, in the region of ZONE
 WORKDIR=${WORKDIR:-${BUCKET:+$BUCKET/$NAME}} # the run; shared by all workers, so in a bucket (or on NFS)
 REPOSITORY=${REPOSITORY:-$here/..} # what is copied to the workers
 CONFIG=${CONFIG:-configs/quickstart.py} # a recipe, as seen from REPOSITORY
-ARGS=${ARGS:-}                    # more arguments of `dca-jax train`, in shell syntax: "--config.steps=200 --resume=never"
+ARGS=${ARGS:-}                    # more for `dca-jax train`, in shell syntax: "--config.steps=200 --config.seed=1"
 
 POLL=${POLL:-60}                  # seconds between two looks at the state
 TRIES=${TRIES:-50}                # failures in a row after which watch.sh gives up

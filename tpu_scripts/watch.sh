@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Keeps the training of settings.sh going until it has finished: makes the TPU again when it was preempted or has failed,
-# sets it up and launches. It can itself be ended and started at any time.
+# Keeps the training of settings.sh going until it has finished: when the TPU is missing, preempted or broken, makes it
+# anew, sets it up and launches. It can itself be ended and started at any time.
 # Usage: watch.sh [--delete] [--dry-run]
 #   --delete  delete the TPU when the run has finished
 set -euo pipefail
@@ -28,7 +28,7 @@ look() {
     *" stopped "*) echo "the run was stopped by stop.sh; $NAME is still there, and costs" && exit ;;
     " finished ")
       echo "the run has finished"
-      if has --delete; then "$here/delete.sh" --yes; else echo "$NAME is still there, and costs; delete.sh ends that"; fi
+      if has --delete; then "$here/delete.sh" --yes; else echo "$NAME still costs; delete.sh ends that"; fi
       exit ;;
     *" none "*) begin_again ;;
     *" dead "*) echo "$(date '+%F %T') a worker was restarted" && "$here/launch.sh" ;;
