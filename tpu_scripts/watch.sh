@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Keeps the training of settings.sh going until it has finished: when the TPU is missing, preempted or broken, makes it
+# anew, sets it up and launches. It can itself be ended and started at any time.
+# Usage: watch.sh [--delete] [--dry-run]
+#   --delete  delete the TPU when the run has finished
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/common.sh"
+begin "--delete" "$@"
+need PROJECT ZONE NAME ACCELERATOR CONFIG WORKDIR
+
+begin_again() { "$here/create.sh" --replace && "$here/setup.sh" && "$here/launch.sh"; }
+
+# One round; fails when something in it failed.
+look() {
+  local now said
+  now=$(state)
+  if [[ $now == MISSING ]] || is_gone "$now"; then
+    echo "$(date '+%F %T') $NAME is $now: it is made anew"
+    begin_again
+    return
+  fi
+  [[ $now != UNKNOWN ]] || return 1
+  [[ $now == READY ]] || { echo "$(date '+%F %T') $NAME is $now" && return; }
+  said=$(on_workers all "bash dca-jax/tpu_scripts/loop.sh state || echo run: none" | sed -n 's/.*run: //p' | sort -u)
+  case " ${said//$'\n'/ } " in
+    *" failed "*) die "the run has failed; logs.sh says how. $NAME is still there, and costs" ;;
+    *" stopped "*) echo "the run was stopped by stop.sh; $NAME is still there, and costs" && exit ;;
+    " finished ")
+      echo "the run has finished"
+      if has --delete; then "$here/delete.sh" --yes; else echo "$NAME still costs; delete.sh ends that"; fi
+      exit ;;
+    *" none "*) begin_again ;;
+    *" dead "*) echo "$(date '+%F %T') a worker was restarted" && "$here/launch.sh" ;;
+    "  ") return 1 ;;
+  esac
+}
+
+if $dry_run; then
+  for script in create setup launch; do "$here/$script.sh" --dry-run; done
+  echo "(then it looks every $POLL s, and does this again where $NAME is gone)"
+  exit
+fi
+failures=0
+pause=$POLL
+while :; do
+  if look; then failures=0 pause=$POLL; else failures=$((failures + 1)) pause=$((pause * 2 < 900 ? pause * 2 : 900)); fi
+  ((failures < TRIES)) || die "$failures failures in a row; delete.sh deletes what may be left of $NAME"
+  sleep "$pause"
+done
