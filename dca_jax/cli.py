@@ -1,4 +1,4 @@
-"""`dca-jax train | compare | status | report | review | lab`."""
+"""`dca-jax train | compare | plan | status | report | review | lab`."""
 
 import argparse
 import os
@@ -40,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   p.add_argument("--seeds", default="0", help="numbers, by commas")
   p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
 
+  p = commands.add_parser(
+    "plan", help="how much memory a run takes on each device", epilog=settings, allow_abbrev=False
+  )
+  p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
+  p.add_argument("--devices", type=int, default=0, help="how many; those of this machine if not given")
+
   p = commands.add_parser("status", help="what a run is doing", allow_abbrev=False)
   p.add_argument("--workdir", required=True)
 
@@ -68,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {
       "train": _train,
       "compare": _compare,
+      "plan": _plan,
       "status": _status,
       "report": _report,
       "review": _review,
@@ -101,11 +108,11 @@ def run() -> NoReturn:
 
 def _train(args, overrides) -> int:
   import jax
-  from etils import epath
 
   from dca_jax import config, processes, report
   from dca_jax.metrics import read_metrics
   from dca_jax.train import train
+  from dca_jax.workdir import locate
 
   settings = config.load(args.config, overrides)
   if args.resume not in ("auto", "never") and not args.resume.isdigit():
@@ -117,7 +124,7 @@ def _train(args, overrides) -> int:
   train(settings, args.workdir, args.resume)
   if jax.process_index() > 0:
     return 0
-  folder = epath.Path(args.workdir).expanduser().absolute()
+  folder = locate(args.workdir)
   metrics = read_metrics(folder)
   print("\n" + report.text_table(["held-out", "step 0", f"step {metrics[-1]['step']}"], report.score_rows(metrics)))
   print(f"\nreport: {report.write_report(folder)}")
@@ -138,6 +145,16 @@ def _compare(args, overrides) -> int:
   return 0
 
 
+def _plan(args, overrides) -> int:
+  import jax
+
+  from dca_jax import config
+  from dca_jax.plan import plan
+
+  print(plan(config.load(args.config, overrides), args.devices or jax.device_count()))
+  return 0
+
+
 def _status(args, overrides) -> int:
   from dca_jax.status import status
 
@@ -147,14 +164,13 @@ def _status(args, overrides) -> int:
 
 
 def _report(args, overrides) -> int:
-  from etils import epath
-
   from dca_jax.config import ConfigError
   from dca_jax.metrics import read_metrics
   from dca_jax.report import write_report
+  from dca_jax.workdir import locate
 
   del overrides
-  folder = epath.Path(args.workdir).expanduser().absolute()
+  folder = locate(args.workdir)
   if not (folder / "metrics.jsonl").exists():
     raise ConfigError(f"--workdir={args.workdir} holds no run")
   if not any("train/accuracy" in line for line in read_metrics(folder)):
@@ -172,12 +188,11 @@ def _review(args, overrides) -> int:
 
 
 def _lab(args, overrides) -> int:
-  from etils import epath
-
   from dca_jax import lab
+  from dca_jax.workdir import locate
 
   del overrides
-  folder = epath.Path(args.workdir).expanduser().absolute()
+  folder = locate(args.workdir)
   folder.mkdir(parents=True, exist_ok=True)
   print(lab.run(folder))
   print(f"\nfigures: {folder / 'lab.png'} and drift.png; numbers: lab.json")

@@ -5,7 +5,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
@@ -14,6 +13,7 @@ from dca_jax.credit import SCHEMES, CreditConfig
 from dca_jax.metrics import read_metrics
 from dca_jax.report import chart, html_table, moving_average, page, running_total, text_table
 from dca_jax.train import train
+from dca_jax.workdir import locate
 
 
 def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
@@ -50,7 +50,7 @@ def compare(
   if not arms:
     raise ConfigError("--arms: name at least one")
   configs = {(arm, seed): arm_config(recipe, arm, seed, overrides) for arm in arms for seed in seeds}
-  folder = epath.Path(workdir).expanduser().absolute()
+  folder = locate(workdir)
   runs = {}
   for seed in seeds:
     for arm in arms:

@@ -25,6 +25,7 @@ from dca_jax.rollout import RolloutConfig
 from dca_jax.task import ChainsConfig
 from dca_jax.value import ValueConfig
 from dca_jax.warmstart import WarmstartConfig
+from dca_jax.workdir import is_remote, locate, write_whole
 
 
 class ConfigError(UserError):
@@ -263,27 +264,27 @@ def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.P
     ConfigError: it holds a run, and `resume` is `never`; or a run with other settings, or files that are no run; or it
       cannot be reached.
   """
-  folder = epath.Path(workdir).expanduser().absolute()
+  folder = locate(workdir)
   try:
     _claim(config, workdir, resume, folder)
-  except ConfigError:
-    raise
-  except OSError:
-    raise
   except Exception as error:  # A bucket's client reports with types of its own.
-    raise ConfigError(f"--workdir={workdir} cannot be reached: {str(error).splitlines()[0][:200]}") from error
+    if isinstance(error, ConfigError) or not is_remote(folder):
+      raise
+    raise ConfigError(
+      f"--workdir={workdir} cannot be written ({type(error).__name__}: {str(error)[:200]}); is there such a bucket, and"
+      " are you signed in?"
+    ) from error
   return folder
 
 
 def _claim(config: Config, workdir: str, resume: str, folder: epath.Path) -> None:
-  saved, partial = folder / "config.json", folder / ".config.json"
+  saved = folder / "config.json"
   if saved.exists():
     if resume == "never":
       raise ConfigError(f"--workdir={workdir} already holds a run, and --resume is never; choose another --workdir")
     if changes := difference(config, saved.read_text()):
       raise ConfigError(f"--workdir={workdir} holds a different run: {changes[0]}; choose another --workdir")
-  elif folder.exists() and {path.name for path in folder.iterdir()} - {partial.name}:
+  elif folder.exists() and {path.name for path in folder.iterdir()} - {".config.json"}:
     raise ConfigError(f"--workdir={workdir} holds files but no config.json, so no run; choose another --workdir")
   folder.mkdir(parents=True, exist_ok=True)
-  partial.write_text(config.to_json())
-  partial.replace(saved)
+  write_whole(saved, config.to_json())

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dca_jax.errors import UserError
@@ -18,6 +19,7 @@ from dca_jax.processes import own_rows
 
 # Logical axis of a parameter -> mesh axis. Names that are missing are not sharded.
 _RULES = (("embed", "fsdp"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
+AnyMesh = Mesh | AbstractMesh  # An abstract one has shapes only.
 _AXES, _TYPES = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
 
 
@@ -62,6 +64,13 @@ def sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
   return Mesh(mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)), _AXES, axis_types=_TYPES)
 
 
+def abstract_meshes(config: MeshConfig, devices: int) -> tuple[AbstractMesh, AbstractMesh]:
+  """The meshes for training and for sampling of devices that need not exist."""
+  shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, devices)
+  sampler = _fill("mesh.sampler", config.sampler, devices) if config.sampler else shape
+  return AbstractMesh(shape, _AXES), AbstractMesh(sampler, _AXES)
+
+
 def _fill(name: str, sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
   fixed = int(np.prod([n for n in sizes if n > 0]))
   shape = tuple(devices // fixed if n == -1 else n for n in sizes)
@@ -86,12 +95,12 @@ def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
   return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
   """Rows over all data-parallel devices."""
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def check_rows(mesh: Mesh, sampler: Mesh, problems: int, micro_batches: int) -> None:
+def check_rows(mesh: AnyMesh, sampler: AnyMesh, problems: int, micro_batches: int) -> None:
   """Raises UserError where problems do not spread evenly, or a process would train on others than it samples."""
   for where, devices, count, keys in (
     ("mesh.data x mesh.fsdp", mesh, problems // micro_batches, "rollout.problems / learner.micro_batches"),
@@ -100,18 +109,22 @@ def check_rows(mesh: Mesh, sampler: Mesh, problems: int, micro_batches: int) -> 
     shards = devices.shape["data"] * devices.shape["fsdp"]
     if count % shards:
       raise UserError(f"{keys} = {count} does not divide over the {shards} devices of {where}")
-  if sampler == mesh:
+  if sampler == mesh or isinstance(mesh, AbstractMesh):
     return
   if own_rows(batch_sharding(mesh), problems).tolist() != own_rows(batch_sharding(sampler), problems).tolist():
     raise UserError("mesh.sampler would give a process other problems than it trains on; set it nearer to the mesh")
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
 def state_shardings(
-  mesh: Mesh, policy: Policy, optimizer: optax.GradientTransformation, value_head=None, behind: bool = False
+  mesh: AnyMesh,
+  policy: Policy,
+  optimizer: optax.GradientTransformation,
+  value_head=None,
+  behind: bool = False,
 ) -> TrainState:
   """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
 
@@ -133,7 +146,7 @@ def param_shapes(policy: Policy):
   return nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
 
 
-def param_shardings(mesh: Mesh, policy: Policy):
+def param_shardings(mesh: AnyMesh, policy: Policy):
   """The sharding of every parameter.
 
   Raises:
@@ -142,7 +155,7 @@ def param_shardings(mesh: Mesh, policy: Policy):
   boxed = jax.eval_shape(policy.init_params, jax.random.key(0))
   # A vocabulary is as large as it is; where it does not divide, it is not sharded.
   rules = [rule for rule in _RULES if rule[0] != "vocab" or policy.vocab_size % mesh.shape["tensor"] == 0]
-  params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+  params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), rules)
   for (path, param), sharding in zip(jax.tree.leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(params), strict=True):
     for size, axis in zip(param.shape, sharding.spec, strict=False):
       if axis and size % mesh.shape[axis]:

@@ -14,6 +14,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from dca_jax.errors import UserError
+from dca_jax.workdir import write_whole
 
 
 class Reporter:
@@ -25,9 +26,7 @@ class Reporter:
   def __init__(self, workdir: pathlib.Path, start: int, steps: int, quiet: bool = False):
     self._path = workdir / "metrics.jsonl"
     kept: list[dict[str, Any]] = [line for line in read_metrics(workdir) if line["step"] <= start]
-    partial = workdir / ".metrics.jsonl"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial.replace(self._path)
+    write_whole(epath.Path(self._path), "".join(json.dumps(line) + "\n" for line in kept))
     self.steps = {line["step"] for line in kept}
     """Steps that an earlier process recorded."""
     self._file = self._path.open("a")

@@ -103,10 +103,10 @@ def tally(
     "train/length": (samples.lengths_B.sum(), n),
     "train/mixed_groups": (sum(len(set(group)) > 1 for group in groups), len(groups)),
     "review/asked": (asked, n),
-    "review/ok": (sum(review.status == "ok" for review in reviews), max(1, asked)),
+    "review/ok": (sum(review.status == "ok" for review in reviews), asked),
     "review/weight_entropy": (sum(evenness), len(evenness)),
-    **{f"review/{role}": (roles.count(role), max(1, len(roles))) for role in ROLES},
-    "credit/moved": (np.abs(advantages.tokens_BxT).sum(), max(1e-9, np.abs(mass).sum())),
+    **{f"review/{role}": (roles.count(role), len(roles)) for role in ROLES},
+    "credit/moved": (np.abs(advantages.tokens_BxT).sum(), np.abs(mass).sum()),
     "value/brier": (np.square(values_BxK - rewards_B[:, None]).sum(where=known), known.sum()),
   }
   sums = {
@@ -117,16 +117,19 @@ def tally(
   return Tally({key: (float(x), float(count)) for key, (x, count) in means.items()}, sums, largest, reviewer)
 
 
+# Means that say nothing where they are over nothing; of the others it is 0.
+_LEFT_OUT = ("review/weight_entropy", "value/brier")
 # What of a reviewer's metrics adds up over processes; the rest are shares and medians.
 _ADD_UP = {field.name for field in dataclasses.fields(Usage)} | {"dollars_spent", "concurrency"}
 
 
 def merge(tallies: Sequence[Tally]) -> dict[str, float]:
-  """The metrics of a step over all processes; means that are over nothing are left out."""
+  """The metrics of a step over all processes."""
   merged: dict[str, float] = {}
   for key in tallies[0].means:
-    totals, counts = zip(*(tally.means[key] for tally in tallies), strict=True)
-    merged |= {key: sum(totals) / sum(counts)} if sum(counts) else {}
+    totals, counts = (sum(x) for x in zip(*(tally.means[key] for tally in tallies), strict=True))
+    if counts or key not in _LEFT_OUT:
+      merged[key] = totals / counts if counts else 0.0
   merged |= {key: sum(tally.sums[key] for tally in tallies) for key in tallies[0].sums}
   merged |= {key: max(tally.largest[key] for tally in tallies) for key in tallies[0].largest}
   for key in sorted({key for tally in tallies for key in tally.reviewer}):

@@ -3,10 +3,8 @@
 import collections
 import contextlib
 import json
-import pathlib
 from collections.abc import Sequence
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
@@ -19,11 +17,12 @@ from dca_jax.review.reviewer import price_of, read_rubric
 from dca_jax.roles import ROLES
 from dca_jax.rollout import Trajectory, read_trajectories
 from dca_jax.task import TASKS
+from dca_jax.workdir import locate
 
 
 def read_folder(folder: str, limit: int) -> list[Trajectory]:
   """The first `limit` trajectories of a run's `trajectories` folder that have been reviewed, or else the first ones."""
-  path = epath.Path(folder).expanduser().absolute()
+  path = locate(folder)
   shards = sorted({int(p.stem.split("_")[1]) for p in path.glob("step_*.jsonl")}) if path.is_dir() else []
   if not shards:
     raise ConfigError(f"--trajectories={folder}: no trajectories there (a run keeps them in WORKDIR/trajectories)")
@@ -55,7 +54,7 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   """
   config = reviewer_config(member, overrides).reviewer
   trajectories = read_folder(folder, limit)
-  run = pathlib.Path(folder).expanduser().absolute().parent
+  run = locate(folder).parent
   settings = json.loads((run / "config.json").read_text())["task"]
   task = TASKS[settings["name"]](config_lib.build(ConfigDict({"task": settings})).task)
   truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
@@ -121,7 +120,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   lines = [f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought not counted"]
   if price:
     each = dollars(price, round(prompt), 0, round(output)) / n
-    run = json.loads((pathlib.Path(folder).expanduser().absolute().parent / "config.json").read_text())
+    run = json.loads((locate(folder).parent / "config.json").read_text())
     batch = run["rollout"]["problems"] * run["rollout"]["group"]
     lines.append(f"1,000 reviews with {config.model}: about ${1000 * each:.2f}")
     lines.append(

@@ -5,10 +5,9 @@ import json
 import statistics
 import time
 
-from etils import epath
-
 from dca_jax.config import ConfigError
 from dca_jax.metrics import read_metrics
+from dca_jax.workdir import locate
 
 
 def status(workdir: str) -> str:
@@ -17,7 +16,7 @@ def status(workdir: str) -> str:
   Raises:
     ConfigError: there is no run.
   """
-  folder = epath.Path(workdir).expanduser().absolute()
+  folder = locate(workdir)
   if not (folder / "config.json").exists():
     raise ConfigError(f"--workdir={workdir} holds no run")
   config = json.loads((folder / "config.json").read_text())

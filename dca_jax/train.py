@@ -37,6 +37,7 @@ from dca_jax.errors import Terminated, UserError
 from dca_jax.evaluate import evaluate
 from dca_jax.metrics import Reporter, not_finite
 from dca_jax.notices import notices
+from dca_jax.plan import check_fits
 from dca_jax.policy import Policy
 from dca_jax.processes import fetch, gather, put, watched
 from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
@@ -45,7 +46,7 @@ from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
 from dca_jax.task import TASKS, Task
 from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import cache_folder, warm_start
-from dca_jax.workdir import Growing
+from dca_jax.workdir import Growing, locate
 
 
 def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = False) -> None:
@@ -89,6 +90,16 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
   for_sampler = mesh.relay(devices, sampler_devices, policy)
   mesh.check_rows(devices, sampler_devices, config.rollout.problems, config.learner.micro_batches)
 
+  init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
+
+  def new_state(params, head):
+    return learner.init_state(optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None)
+
+  init_state = jax.jit(new_state, out_shardings=shardings)
+  abstract = jax.eval_shape(lambda: new_state(init_params(jax.random.key(0)), head))
+  abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+  check_fits(abstract, config.learner.reference)
+
   folder = claim(config, workdir, resume)
   growing = Growing(folder)
   if jax.process_index() == 0:
@@ -101,14 +112,6 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
     contextlib.closing(open_reviewer(config.reviewer, truth, growing.reviews, share)) as reviewer,
     Checkpoints(config.checkpoint, folder, config.fixed()) as checkpoints,
   ):
-    init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
-
-    def new_state(params, head):
-      return learner.init_state(optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None)
-
-    init_state = jax.jit(new_state, out_shardings=shardings)
-    abstract = jax.eval_shape(lambda: new_state(init_params(jax.random.key(0)), head))
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
     def make_start():
       params = init_params(jax.random.key(config.warmstart.seed))
@@ -128,6 +131,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
 
     start = starting_policy(folder, abstract.params, make_start)
     done, state = checkpoints.restore(abstract, resume) or (0, init_state(copy_of(start), put(head, everywhere)))
+    if not config.learner.reference:
+      del start
 
     with Reporter(growing.folder, done, config.steps, quiet) as reporter:
       if jax.process_index() == 0:
@@ -260,7 +265,7 @@ def copy_of(params):
 
 def claim(config: Config, workdir: str, resume: str) -> epath.Path:
   """`claim_workdir` by process 0, whose work the others then find."""
-  folder = epath.Path(workdir).expanduser().absolute()
+  folder = locate(workdir)
   if jax.process_index() == 0:
     claim_workdir(config, workdir, resume)
   gather("claimed")

@@ -1,6 +1,7 @@
-"""The files of a run that grow while it goes, also where the workdir is a bucket, whose files cannot grow."""
+"""Where a run lives: a folder, or a bucket, whose files can neither grow nor be moved for nothing."""
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -10,7 +11,33 @@ import tempfile
 import jax
 from etils import epath
 
+from dca_jax.errors import UserError
 from dca_jax.review.cache import Cache
+
+
+def locate(workdir: str) -> epath.Path:
+  """The place that a user means: a bucket's address as it is, a local path made absolute."""
+  if "://" not in workdir:
+    return epath.Path(workdir).expanduser().absolute()
+  if not workdir.startswith("gs://"):
+    raise UserError(f"{workdir}: a run lives in a folder or in a bucket, gs://NAME/FOLDER")
+  if not importlib.util.find_spec("gcsfs"):
+    raise UserError(f"{workdir}: a bucket needs the package gcsfs: pip install gcsfs")
+  return epath.Path(workdir)
+
+
+def is_remote(path: epath.Path) -> bool:
+  return "://" in os.fspath(path)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file so that nobody ever sees a part of it; a bucket does so by itself."""
+  if is_remote(path):
+    path.write_text(text)
+    return
+  partial = path.with_name(f".{path.name}")
+  partial.write_text(text)
+  partial.replace(path)
 
 
 class Growing:
@@ -22,7 +49,7 @@ class Growing:
 
   def __init__(self, workdir: epath.Path):
     self._workdir, process = workdir, jax.process_index()
-    self._remote = "://" in os.fspath(workdir)
+    self._remote = is_remote(workdir)
     reviews = f"reviews_{process}.sqlite" if process else "reviews.sqlite"
     self._scratch = tempfile.TemporaryDirectory(prefix="dca-jax-") if self._remote or process else None
     self.folder = pathlib.Path(self._scratch.name if self._scratch else workdir)

@@ -17,7 +17,7 @@ from dca_jax.policy import Policy
 from dca_jax.rollout import Sampler, Samples, encode_prompts, read_trajectories, sample, sampler, token_pieces
 from dca_jax.task import TASKS, Outcome, Problem
 from dca_jax.train import train
-from dca_jax.value import ValueConfig, fit_head, init_head, learned_values, monte_carlo
+from dca_jax.value import ValueConfig, ValueHead, fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import warm_start
 
 CONFIG = tiny.make_config()
@@ -322,7 +322,7 @@ def test_a_runs_values_come_from_the_head_and_the_policy_before_its_batch(tmp_pa
   for step in (1, 2):
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
       saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
-    head = value.ValueHead(saved["value_head"]["params"], ())
+    head = ValueHead(saved["value_head"]["params"], ())
     review, _ = learned_values(config.value, POLICY, head, saved["params"], *prompts, tokens, nothing)
     values = np.concatenate([own[: len(t.steps)] for own, t in zip(np.asarray(review.values_BxK), rows, strict=True)])
     errors.append(np.abs(values - recorded).max())

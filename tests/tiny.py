@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -70,14 +71,24 @@ def write_recipe(folder: pathlib.Path, changes=(), more: str = "") -> str:
   return str(path)
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
   """The command line in a process of its own, its output in pipes."""
   command = [sys.executable, "-m", "dca_jax", *arguments]
   root = str(pathlib.Path(config_lib.__file__).parents[1])
   path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
   return subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    command,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "PYTHONPATH": path, **(environment or {})},
   )
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
 
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 300.0) -> None:
@@ -103,7 +114,9 @@ def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.
   """Every array of a checkpoint, the newest unless `step` says which, by its path in the tree."""
   with ocp.CheckpointManager(workdir / "checkpoints") as manager:
     step = manager.latest_step() if step is None else step
-    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # Whatever saved it.
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(fallback_sharding=here))
+    restored = manager.restore(step, args=args)
   leaves, _ = jax.tree_util.tree_flatten_with_path(restored.state)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -1,6 +1,15 @@
 """The learner: optimizer, loss and the jitted update."""
 
 from dca_jax.learner.optimizer import LearnerConfig, make_optimizer
-from dca_jax.learner.update import Batch, TrainState, init_state, reference_logprobs, update
+from dca_jax.learner.update import Batch, TrainState, init_state, loss_sums, reference_logprobs, update
 
-__all__ = ["Batch", "LearnerConfig", "TrainState", "init_state", "make_optimizer", "reference_logprobs", "update"]
+__all__ = [
+  "Batch",
+  "LearnerConfig",
+  "TrainState",
+  "init_state",
+  "loss_sums",
+  "make_optimizer",
+  "reference_logprobs",
+  "update",
+]

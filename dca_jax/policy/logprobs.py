@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 # Logits held at once, in float32: 64 MiB, whatever the vocabulary.
-_CHUNK_LOGITS = 2**24
+CHUNK_LOGITS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def token_logprobs(hidden_BxTxD, embedding_VxD, targets_BxT, sampling: Sampling)
   """
   b, t, d = hidden_BxTxD.shape
   n = b * t
-  chunks = max(1, -(-n * embedding_VxD.shape[0] // _CHUNK_LOGITS))
+  chunks = max(1, -(-n * embedding_VxD.shape[0] // CHUNK_LOGITS))
   size = -(-n // chunks)
   padding = chunks * size - n
 

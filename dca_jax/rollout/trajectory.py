@@ -7,6 +7,8 @@ from typing import Any
 
 from etils import epath
 
+from dca_jax.workdir import write_whole
+
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
@@ -39,9 +41,7 @@ def write_trajectories(folder: epath.Path, step: int, process: int, trajectories
   """Writes the shard of one step and process; a shard that an interrupted run left behind is replaced whole."""
   folder.mkdir(parents=True, exist_ok=True)
   name = f"step_{step:06d}{f'_{process}' if process else ''}.jsonl"
-  partial = folder / f".{name}"
-  partial.write_text("".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in trajectories))
-  partial.replace(folder / name)
+  write_whole(folder / name, "".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in trajectories))
 
 
 def forget_trajectories(folder: epath.Path, done: int) -> None:

@@ -1,0 +1,89 @@
+"""A workdir in a bucket: Google Cloud Storage's real clients (gcsfs, TensorStore, Orbax) against an emulator."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+EMULATOR = """
+import sys
+from gcp_storage_emulator.server import create_server
+create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="runs").run()
+"""
+LOOK = """
+import sys
+from etils import epath
+epath.Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
+for path in epath.Path(sys.argv[1]).rglob("*"):
+  if not path.is_dir():
+    place = epath.Path(sys.argv[2]) / str(path).removeprefix(sys.argv[1]).lstrip("/")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(path.read_bytes())
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+  """The environment in which `gs://runs` is the emulator's bucket."""
+  port = str(tiny.free_port())
+  log = (tmp_path_factory.mktemp("emulator") / "log").open("w")
+  server = subprocess.Popen([sys.executable, "-c", EMULATOR, port], stdout=log, stderr=log)
+  address = f"http://localhost:{port}"
+  yield {
+    "STORAGE_EMULATOR_HOST": address,
+    "TENSORSTORE_GCS_HTTP_URL": address,
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+  }
+  server.kill()
+  server.wait()
+
+
+def run(environment, *arguments) -> subprocess.CompletedProcess:
+  process = tiny.start(*arguments, environment=environment)
+  out, errors = process.communicate(timeout=200)
+  return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
+
+
+def download(environment, address, folder):
+  subprocess.run([sys.executable, "-c", LOOK, address, str(folder)], env={**os.environ, **environment}, check=True)
+  return folder
+
+
+def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_in_a_folder_does(bucket, tmp_path):
+  changes = {"steps": 30, "credit.scheme": "weighted", "reviewer.name": "noisy", "checkpoint.every": 5}
+  recipe = tiny.write_recipe(tmp_path, changes)
+  whole = run({}, "train", f"--config={recipe}", f"--workdir={tmp_path / 'whole'}")
+  assert whole.returncode == 0, whole.stderr
+
+  process = tiny.start("train", f"--config={recipe}", "--workdir=gs://runs/one", environment=bucket)
+  for line in process.stdout:
+    if line.startswith("step 13"):
+      process.send_signal(signal.SIGKILL)
+      break
+  process.communicate()
+  after = run(bucket, "train", f"--config={recipe}", "--workdir=gs://runs/one")
+  assert after.returncode == 0, after.stderr
+  assert "report: gs://runs/one/report.html" in after.stdout
+  first = next(line for line in after.stdout.splitlines() if line.startswith("step"))
+  assert 1 < int(first.split()[1].partition("/")[0]) <= 11
+
+  copy = download(bucket, "gs://runs/one", tmp_path / "copy")
+  tiny.assert_same_run(copy, tmp_path / "whole")
+  assert {path.name for path in copy.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+  assert (copy / "tokenizer" / "tokenizer.json").exists()
+  status = run(bucket, "status", "--workdir=gs://runs/one")
+  assert "step 30 of 30" in status.stdout
+  assert "checkpoints: 25, 30" in status.stdout
+
+
+@pytest.mark.parametrize("address", ["gs://no-such-bucket/one", "s3://runs/one"])
+def test_a_bucket_that_cannot_be_used_is_one_sentence(address, bucket, tmp_path):
+  done = run(bucket, "train", f"--config={tiny.write_recipe(tmp_path)}", f"--workdir={address}")
+  assert done.returncode == 1
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith("dca-jax: error: ")
+  assert address in last

@@ -1,0 +1,77 @@
+"""Which checkpoints are kept, and from which a run goes on."""
+
+import json
+
+import pytest
+import tiny
+
+from dca_jax.errors import UserError
+from dca_jax.train import train
+
+
+def kept(workdir) -> list[int]:
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Ten steps, with every kind of keeping."""
+  folder = tmp_path_factory.mktemp("run")
+  changes = {"checkpoint.keep": 2, "checkpoint.keep_every": 4, "checkpoint.best": "eval/sampled", "evaluate.every": 3}
+  train(tiny.make_config({**changes, "steps": 10}), str(folder), quiet=True)
+  return folder
+
+
+def test_the_newest_those_at_intervals_and_the_best_are_kept(run):
+  scores = {
+    line["step"]: line["eval/sampled"] for line in tiny.read_lines(run) if line["step"] and "eval/sampled" in line
+  }
+  assert sorted(scores) == [3, 6, 9, 10]
+  best = max(scores, key=lambda step: (scores[step], step))
+  assert kept(run) == sorted({4, 8, 9, 10, best})
+
+
+def test_a_best_checkpoint_is_saved_where_it_was_measured(tmp_path):
+  changes = {"checkpoint.every": 100, "checkpoint.best": "eval/sampled", "evaluate.every": 2, "checkpoint.keep": 9}
+  train(tiny.make_config({**changes, "steps": 5}), str(tmp_path), quiet=True)
+  assert kept(tmp_path) == [1, 2, 4, 5]  # Orbax always saves the first step.
+
+
+@pytest.mark.parametrize(("every", "keep_every"), [(2, 3), (2, -2)])
+def test_an_interval_that_is_never_saved_is_refused(every, keep_every):
+  with pytest.raises(UserError, match=r"checkpoint\.keep_every: must be a multiple of checkpoint\.every \(2\)"):
+    tiny.make_config({"checkpoint.every": every, "checkpoint.keep_every": keep_every})
+
+
+def test_a_run_goes_back_to_a_step_and_comes_to_the_same_end(tmp_path):
+  config = tiny.make_config({"steps": 6, "checkpoint.keep": 6})
+  train(config, str(tmp_path / "run"), quiet=True)
+  train(config, str(tmp_path / "whole"), quiet=True)
+  train(config, str(tmp_path / "run"), resume="3", quiet=True)
+  assert kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+  assert {path.name for path in (tmp_path / "run").glob("aside*")} == {f"aside_checkpoint_{step}" for step in (4, 5, 6)}
+  tiny.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_step_that_was_not_saved_is_refused_and_nothing_moves(run):
+  before = kept(run)
+  with pytest.raises(UserError, match=r"--resume=5: no such checkpoint .* there are 3, 4, "):
+    train(tiny.make_config({"steps": 12}), str(run), resume="5", quiet=True)
+  assert kept(run) == before
+
+
+def test_never_leaves_a_run_alone(run):
+  before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+  with pytest.raises(UserError, match="already holds a run, and --resume is never"):
+    train(tiny.make_config({"steps": 12}), str(run), resume="never", quiet=True)
+  assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_the_key_that_differs(run, tmp_path):
+  # As when checkpoints were copied from another workdir.
+  train(tiny.make_config({"learner.lr": 0.5}), str(tmp_path), quiet=True)
+  (run / "checkpoints").rename(tmp_path / "kept_aside")
+  (tmp_path / "checkpoints").rename(run / "checkpoints")
+  with pytest.raises(UserError, match=r"other settings: learner\.lr was 0\.5 and is now 0\.001; choose another"):
+    train(tiny.make_config({"steps": 12}), str(run), quiet=True)
+  assert json.loads((run / "config.json").read_text())["learner"]["lr"] == 0.001

@@ -1,0 +1,107 @@
+"""The memory that is planned, against what XLA says it takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from dca_jax import learner, mesh
+from dca_jax.errors import UserError
+from dca_jax.plan import check_fits, memory, plan
+from dca_jax.policy import Policy
+from dca_jax.rollout.sampler import sample
+
+VOCAB = 300
+CHANGES = {
+  "policy.width": 128,
+  "policy.depth": 4,
+  "policy.heads": 4,
+  "policy.kv_heads": 2,
+  "policy.head_dim": 32,
+  "policy.mlp": 384,
+  "rollout.problems": 8,
+  "rollout.group": 4,
+  "rollout.max_tokens": 96,
+  "rollout.max_prompt_tokens": 32,
+  "learner.micro_batches": 2,
+}
+
+
+def planned(changes, devices=1):
+  config = tiny.make_config({**CHANGES, **changes})
+  return config, memory(config, Policy(config.policy, VOCAB), *mesh.abstract_meshes(config.mesh, devices))
+
+
+def batch_shapes(config):
+  p, rows, t = config.rollout.problems, config.rollout.problems * config.rollout.group, config.rollout.max_tokens
+  prompts = jnp.zeros((p, config.rollout.max_prompt_tokens), jnp.int32), jnp.ones(p, jnp.int32)
+  tokens, floats = jnp.zeros((rows, t), jnp.int32), jnp.zeros((rows, t))
+  batch = learner.Batch(*prompts, tokens, jnp.ones(rows, jnp.int32), jnp.ones(rows, bool), floats, floats, None)
+  return jax.eval_shape(lambda: batch)
+
+
+@pytest.mark.parametrize("changes", [{}, {"learner.micro_batches": 1}, {"policy.dtype": "bfloat16"}], ids=str)
+def test_the_update_takes_about_what_is_planned(changes):
+  config, ours = planned(changes)
+  policy, optimizer = Policy(config.policy, VOCAB), learner.make_optimizer(config.learner, config.steps)
+  state = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
+  update = functools.partial(
+    learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
+  )
+  compiled = jax.jit(update).lower(state, batch_shapes(config), jax.ShapeDtypeStruct((), bool)).compile()
+  theirs = compiled.memory_analysis()
+  assert ours.parameters + ours.optimizer == pytest.approx(theirs.output_size_in_bytes, rel=0.05)
+  assert 0.5 < sum(ours.updating.values()) / theirs.temp_size_in_bytes < 2
+
+
+def test_sampling_takes_about_what_is_planned():
+  config, ours = planned({})
+  policy, r = Policy(config.policy, VOCAB), config.rollout
+  prompts, lengths = batch_shapes(config)[:2]
+  shapes = mesh.param_shapes(policy), prompts, lengths, jax.ShapeDtypeStruct((r.problems,), jnp.uint32)
+  key, ends = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1,), jnp.int32)
+  draw = functools.partial(sample, policy, sampling=r.sampling, group=r.group, max_tokens=r.max_tokens)
+  theirs = jax.jit(draw).lower(*shapes, key, ends).compile().memory_analysis()
+  assert 0.5 < sum(ours.sampling.values()) / theirs.temp_size_in_bytes < 2
+
+
+def test_devices_share_what_the_mesh_says():
+  _, one = planned({})
+  _, fsdp = planned({"mesh.fsdp": 4, "mesh.data": 1}, 4)
+  assert fsdp.parameters == pytest.approx(one.parameters / 4, rel=0.01)
+  assert fsdp.optimizer == pytest.approx(one.optimizer / 4, rel=0.01)
+  assert fsdp.sampling["keys and values"] == one.sampling["keys and values"] // 4
+  _, data = planned({"mesh.data": 4}, 4)
+  assert data.parameters == one.parameters
+  assert data.updating["activations of a micro-batch"] < one.updating["activations of a micro-batch"] / 3
+  _, apart = planned({"mesh.fsdp": 4, "mesh.data": 1, "mesh.sampler": (4, 1, 1)}, 4)
+  assert apart.sampling["parameters as the sampler has them"] == one.parameters
+
+
+def test_copies_of_the_policy_count():
+  _, alone = planned({"learner.reference": False})
+  _, both = planned(
+    {"reviewer.name": "oracle", "credit.scheme": "weighted", "reviewer.overlap": 1, "learner.loss": "ppo"}
+  )
+  assert (alone.copies, both.copies) == (0, 2 * alone.parameters)
+
+
+def test_a_plan_says_which_chips_it_fits():
+  small = plan(tiny.make_config(CHANGES), 1)
+  assert "v5e, 14.9 GiB: fits" in small
+  large = {"policy.width": 4096, "policy.depth": 32, "policy.mlp": 16384, "policy.head_dim": 128, "policy.heads": 32}
+  said = plan(tiny.make_config({**CHANGES, **large, "mesh.fsdp": 4, "mesh.data": 1}), 4)
+  assert "v5e, 14.9 GiB: does not fit" in said
+  assert "v5p, 88.5 GiB: fits" in said
+
+
+def test_a_policy_that_cannot_fit_is_refused():
+  config = tiny.make_config({**CHANGES, "policy.width": 16384, "policy.mlp": 65536, "policy.depth": 64})
+  policy, optimizer = Policy(config.policy, VOCAB), learner.make_optimizer(config.learner, config.steps)
+  state = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
+  shardings = mesh.state_shardings(mesh.make_mesh(config.mesh), policy, optimizer)
+  state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+  with pytest.raises(UserError, match=r"take \d+\.\d GiB on each device, .* raise mesh\.fsdp"):
+    check_fits(state, reference=True)
