@@ -37,7 +37,6 @@ setup(
     "cuda": ["jax[cuda12]>=0.7.2"],
     "gcs": ["gcsfs"],
     "test": [
-      "gcp-storage-emulator",
       "gcsfs",
       "hypothesis",
       "ipykernel",

@@ -1,6 +1,7 @@
-"""A workdir in a bucket: Google Cloud Storage's real clients (gcsfs, TensorStore, Orbax) against an emulator."""
+"""A workdir in a bucket: Google Cloud Storage's real clients (gcsfs, TensorStore, Orbax), a server on the loopback."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -8,29 +9,19 @@ import sys
 import pytest
 import tiny
 
-EMULATOR = """
-import sys
-from gcp_storage_emulator.server import create_server
-create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="runs").run()
-"""
-LOOK = """
-import sys
-from etils import epath
-epath.Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-for path in epath.Path(sys.argv[1]).rglob("*"):
-  if not path.is_dir():
-    place = epath.Path(sys.argv[2]) / str(path).removeprefix(sys.argv[1]).lstrip("/")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(path.read_bytes())
+DOWNLOAD = """
+import sys, fsspec
+fsspec.filesystem("gs").get(sys.argv[1] + "/", sys.argv[2] + "/", recursive=True)
 """
 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
-  """The environment in which `gs://runs` is the emulator's bucket."""
+  """The environment in which `gs://runs` is that server's bucket."""
   port = str(tiny.free_port())
-  log = (tmp_path_factory.mktemp("emulator") / "log").open("w")
-  server = subprocess.Popen([sys.executable, "-c", EMULATOR, port], stdout=log, stderr=log)
+  log = (tmp_path_factory.mktemp("bucket") / "log").open("w")
+  script = str(pathlib.Path(__file__).with_name("fake_bucket.py"))
+  server = subprocess.Popen([sys.executable, script, port], stdout=log, stderr=log)
   address = f"http://localhost:{port}"
   yield {
     "STORAGE_EMULATOR_HOST": address,
@@ -49,7 +40,7 @@ def run(environment, *arguments) -> subprocess.CompletedProcess:
 
 
 def download(environment, address, folder):
-  subprocess.run([sys.executable, "-c", LOOK, address, str(folder)], env={**os.environ, **environment}, check=True)
+  subprocess.run([sys.executable, "-c", DOWNLOAD, address, str(folder)], env={**os.environ, **environment}, check=True)
   return folder
 
 
