@@ -9,11 +9,12 @@ import numpy as np
 
 from dca_jax.config import Config
 from dca_jax.credit import Review, group_advantages, token_advantages
+from dca_jax.errors import UserError
 from dca_jax.review import Request, Reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
-from dca_jax.rollout import RolloutConfig, Samples, cut, encode_prompts, sample, token_pieces
-from dca_jax.task import Outcome, Problem, Task
+from dca_jax.rollout import RolloutConfig, Samples, cut, cut_at_stops, encode_prompts, sample, step_texts
+from dca_jax.task import Outcome, Problem, Task, text_of, token_bytes
 
 
 class Rollout(NamedTuple):
@@ -60,7 +61,8 @@ def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, 
     samples = sample(
       policy, params, *arrays, key, end_ids, sampling=config.sampling, group=config.group, max_tokens=config.max_tokens
     )
-    by_group = [x.reshape(config.problems, config.group, *x.shape[1:]) for x in jax.device_get(samples)]
+    samples = cut_at_stops(config.stop, tokenizer, jax.device_get(samples))
+    by_group = [x.reshape(config.problems, config.group, *x.shape[1:]) for x in samples]
     for p, problem in enumerate(problems):
       own = Samples(*(x[p] for x in by_group))
       sampled.append(Group(problem, prompts[p], lengths[p], own, verify(task, tokenizer, problem, own)))
@@ -84,11 +86,24 @@ def collect(config: RolloutConfig, seed, step, task, tokenizer, policy, params, 
 
 
 def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Outcome]:
-  pieces = token_pieces(tokenizer)
   return [
-    task.verify(problem, "".join(pieces[t] for t in tokens[:length]), bool(truncated))
+    task.verify(problem, text_of(tokenizer, tokens[:length]), bool(truncated))
     for tokens, length, truncated in zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
   ]
+
+
+def check_data(config: Config, task: Task, tokenizer) -> None:
+  """Reads every problem of a task that has an end, so that a bad one is found now and not in the middle of a run.
+
+  Raises:
+    UserError: a problem cannot be read or its prompt is too long, or there are too few to evaluate on.
+  """
+  for split, size in task.sizes.items():
+    for first in range(0, size, 512):
+      problems = [task.problem(split, i) for i in range(first, min(first + 512, size))]
+      encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens)
+  if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
+    raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
 
 
 class Begun(NamedTuple):
@@ -140,7 +155,7 @@ def make_canaries(task: Task) -> list[tuple[Request, list[str]]]:
   canaries = []
   for i in range(8):
     prompt, text = task.demonstration(i, True)
-    steps = tuple(text[a:b] for a, b in cut(list(text), task.step_end))
+    steps = tuple(text[a:b] for a, b in cut([c.encode() for c in text], task.step_end))
     labels = task.label_steps(prompt, steps, False)
     # An answer is right exactly where the role of its last step is.
     correct = labels[-1] in ("necessary", "repair")
@@ -167,12 +182,11 @@ def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
 
 def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[int, int]]], list[tuple[str, ...]]]:
   """For each completion, the token spans of its steps and their texts."""
-  pieces = token_pieces(tokenizer)
   spans, texts = [], []
   for tokens, length in zip(samples.tokens_BxT, samples.lengths_B, strict=True):
-    words = [pieces[t] for t in tokens[:length]]
-    spans.append(cut(words, task.step_end))
-    texts.append(tuple("".join(words[start:end]) for start, end in spans[-1]))
+    pieces = token_bytes(tokenizer, tokens[:length])
+    spans.append(cut(pieces, task.step_end, task.min_step_chars, task.max_steps))
+    texts.append(step_texts(pieces, spans[-1]))
   return spans, texts
 
 

@@ -21,9 +21,9 @@ from dca_jax.evaluate import EvaluateConfig
 from dca_jax.learner import LearnerConfig
 from dca_jax.mesh import MeshConfig
 from dca_jax.policy import PolicyConfig
-from dca_jax.review import TRANSPORTS, ReviewerConfig
+from dca_jax.review import LABELLED, TRANSPORTS, ReviewerConfig
 from dca_jax.rollout import RolloutConfig
-from dca_jax.task import ChainsConfig
+from dca_jax.task import CONFIGS, ChainsConfig, TextConfig
 from dca_jax.value import ValueConfig
 from dca_jax.warmstart import WarmstartConfig
 
@@ -40,7 +40,7 @@ class Config:
   """Decides the problems and the noise of every step."""
   steps: int = 100
   """Training steps: batches sampled, reviewed and trained on."""
-  task: ChainsConfig = ChainsConfig()
+  task: ChainsConfig | TextConfig = ChainsConfig()
   policy: PolicyConfig = PolicyConfig()
   warmstart: WarmstartConfig = WarmstartConfig()
   rollout: RolloutConfig = RolloutConfig()
@@ -69,6 +69,16 @@ class Config:
       bad["reviewer.name"] = "gives no prefix values, which credit.scheme 'potential' reads; see the value section"
     if self.credit.scheme != "uniform" and not reviewed:
       bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
+    if isinstance(self.task, TextConfig):
+      if not self.task.tokenizer:
+        bad["task.tokenizer"] = "must be given, because policy.pretrained is not"
+      if readers := [m for m in self.reviewer.members if m in LABELLED]:
+        bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+      if self.reviewer.canary_every:
+        bad["reviewer.canary_every"] = f"must be 0, because task '{self.task.name}' has no labelled demonstrations"
+      for key in ("clean_steps", "steps"):
+        if getattr(self.warmstart, key):
+          bad[f"warmstart.{key}"] = f"must be 0, because task '{self.task.name}' has no demonstrations"
     return bad
 
   def unused(self) -> dict[str, str]:
@@ -134,6 +144,9 @@ def build(given: ConfigDict) -> Config:
       any effect.
   """
   config = _section(Config(), given, "")
+  if isinstance(config.task, TextConfig) and not config.task.tokenizer:
+    task = dataclasses.replace(config.task, tokenizer=getattr(config.policy, "pretrained", ""))
+    config = dataclasses.replace(config, task=task)
   _validate(config)
   return config
 
@@ -168,7 +181,11 @@ def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   """The recipe's values, overridden by `--config.section.key=value` arguments of the right types."""
   if not isinstance(given, ConfigDict):
     raise ConfigError(f"get_config() must return a ConfigDict, not {given!r}")
-  full = ConfigDict(dataclasses.asdict(_section(Config(), given, "")))
+  section = _section(Config(), given, "")
+  named = [a.partition("=")[2] for a in overrides if a.startswith("--config.task.name=")]
+  if named and named[-1] in CONFIGS and CONFIGS[named[-1]] is not type(section.task):
+    section = dataclasses.replace(section, task=CONFIGS[named[-1]](name=named[-1]))
+  full = ConfigDict(dataclasses.asdict(section))
   known = flatten(full.to_dict())
   for argument in overrides:
     key = argument.split("=")[0].removeprefix("--config.")
@@ -214,6 +231,8 @@ def _section(defaults, given, prefix: str):
     if key not in known:
       raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in known])}")
     default = getattr(defaults, key)
+    if isinstance(default, ChainsConfig) and isinstance(value, (ConfigDict, dict)):
+      default = CONFIGS.get(str(value.get("name")), ChainsConfig)()  # The keys of this section depend on its name.
     if dataclasses.is_dataclass(default):
       values[key] = _section(default, value, f"{prefix}{key}.")
       continue
@@ -230,11 +249,12 @@ def _section(defaults, given, prefix: str):
 
 
 def _validate(config: Config) -> None:
+  defaults = Config(task=type(config.task)())
   for prefix, section in _sections(config, ""):
     for key, why in getattr(section, "check", dict)().items():
       raise ConfigError(f"{prefix}{key}: {why} (it is {_lookup(config, prefix + key)!r})")
     for key, why in getattr(section, "unused", dict)().items():
-      name, default = prefix + key, _lookup(Config(), prefix + key)
+      name, default = prefix + key, _lookup(defaults, prefix + key)
       if _lookup(config, name) != default:
         raise ConfigError(f"{name}: has no effect, because {why}; leave it at its default ({default!r})")
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from dca_jax.policy import Policy, Sampling
-from dca_jax.rollout import RolloutConfig, encode_prompts, sample, token_pieces
-from dca_jax.task import Task
+from dca_jax.rollout import RolloutConfig, cut_at_stops, encode_prompts, sample
+from dca_jax.task import Task, end_ids, text_of
 
 _GREEDY = Sampling(top_k=1)
 
@@ -55,16 +55,16 @@ def evaluate(
   """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
   problems = [task.problem("heldout", i) for i in range(config.problems)]
   prompts = encode_prompts(tokenizer, problems, rollout.max_prompt_tokens)
-  pieces = token_pieces(tokenizer)
-  end_ids = np.array([tokenizer.eos_token_id], np.int32)
+  ends = np.array(end_ids(tokenizer), np.int32)
 
   def outcomes(sampling: Sampling, count: int) -> tuple[np.ndarray, list[list[str]], float]:
-    arrays = jax.device_put((*prompts, np.arange(len(problems), dtype=np.uint32), end_ids))
+    arrays = jax.device_put((*prompts, np.arange(len(problems), dtype=np.uint32), ends))
     key = jax.random.key(0)
     samples = jax.device_get(
       sample(policy, params, *arrays[:3], key, arrays[3], sampling=sampling, group=count, max_tokens=rollout.max_tokens)
     )
-    texts = ["".join(pieces[t] for t in row[:n]) for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)]
+    samples = cut_at_stops(rollout.stop, tokenizer, samples)
+    texts = [text_of(tokenizer, row[:n]) for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)]
     correct = [
       task.verify(problems[i // count], text, bool(samples.truncated_B[i])).correct for i, text in enumerate(texts)
     ]

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -31,13 +32,15 @@ def read_folder(folder: str, limit: int) -> list[Trajectory]:
   return ([t for t in found if t.review == "ok"] or found)[:limit]
 
 
-def reviewer_config(member: str, overrides: Sequence[str]) -> config_lib.Config:
-  """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments."""
+def reviewer_config(member: str, overrides: Sequence[str], task: dict | None = None) -> config_lib.Config:
+  """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
   name, _, model = member.partition(":")
   reviewer: dict = {"name": name}
   if model:
     reviewer["client"] = {"model": model}
   given = ConfigDict({"reviewer": reviewer, "credit": {"scheme": "weighted"}})
+  if task:
+    given.update({"task": task, "warmstart": {"clean_steps": 0, "steps": 0}})
   return config_lib.build(config_lib.apply_overrides(given, overrides))
 
 
@@ -53,13 +56,14 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   Raises:
     UserError: there is nothing to read, or the reviewer cannot be opened.
   """
-  config = reviewer_config(member, overrides).reviewer
   trajectories = read_folder(folder, limit)
   run = pathlib.Path(folder).expanduser().absolute().parent
-  settings = json.loads((run / "config.json").read_text())["task"]
-  task = TASKS[settings["name"]](config_lib.build(ConfigDict({"task": settings})).task)
-  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
-  with contextlib.closing(open_reviewer(config, truth, run / "reviews.sqlite")) as reviewer:
+  config = reviewer_config(member, overrides, json.loads((run / "config.json").read_text())["task"])
+  task = functools.cache(lambda: TASKS[config.task.name](config.task))  # Made only for a reviewer that reads its labels.
+  truth = Truth(
+    lambda r: task().label_steps(r.problem, r.steps, r.truncated), lambda *answers: task().prefix_values(*answers)
+  )
+  with contextlib.closing(open_reviewer(config.reviewer, truth, run / "reviews.sqlite")) as reviewer:
     # Not hurried as a training step is.
     reviews = reviewer.submit(requests_of(trajectories), 600.0).result()
     stats, problem = reviewer.stats(), reviewer.problem()

@@ -22,8 +22,8 @@ import optax
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
 from dca_jax.review import Review as HostReview
-from dca_jax.rollout import RolloutConfig, Samples, sample, token_pieces
-from dca_jax.task import Problem, Task
+from dca_jax.rollout import RolloutConfig, Samples, sample, stop_length
+from dca_jax.task import Problem, Task, text_of, token_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,6 @@ def monte_carlo(
   # Of like lengths together, because a batch takes as long as its longest answer; the last batch is filled up.
   order = sorted(range(len(begun)), key=lambda n: -len(begun[n][1]))
   values, generated = np.zeros(len(begun)), 0
-  pieces = token_pieces(tokenizer)
   for first in range(0, len(order), len(spans)):
     batch = np.resize(order[first : first + len(spans)], len(spans))
     ids = np.zeros((len(spans), prompts[0].shape[1] + rollout.max_tokens), np.int32)
@@ -125,8 +124,10 @@ def monte_carlo(
       p, tokens = begun[n]
       for a in range(row * config.continuations, (row + 1) * config.continuations):
         length, room = int(answers.lengths_B[a]), rollout.max_tokens - len(tokens)
-        text = "".join(pieces[t] for t in (*tokens, *answers.tokens_BxT[a, : min(length, room)]))
-        outcome = task.verify(problems[p], text, bool(answers.truncated_B[a]) or length > room)
+        whole = np.concatenate([tokens, answers.tokens_BxT[a, : min(length, room)]])
+        stop = stop_length(rollout.stop, token_bytes(tokenizer, whole)) if rollout.stop else None
+        truncated = stop is None and (bool(answers.truncated_B[a]) or length > room)
+        outcome = task.verify(problems[p], text_of(tokenizer, whole[:stop]), truncated)
         values[n] += outcome.reward / config.continuations
         generated += min(length, room)
   return [HostReview("ok", values=tuple(values[own].tolist())) for own in places], generated

@@ -2,7 +2,7 @@
 
 from dca_jax.rollout.prompts import encode_prompts
 from dca_jax.rollout.sampler import RolloutConfig, Samples, sample
-from dca_jax.rollout.steps import cut, token_pieces
+from dca_jax.rollout.steps import cut, cut_at_stops, step_texts, stop_length
 from dca_jax.rollout.trajectory import Trajectory, read_trajectories, write_trajectories
 
 __all__ = [
@@ -10,9 +10,11 @@ __all__ = [
   "Samples",
   "Trajectory",
   "cut",
+  "cut_at_stops",
   "encode_prompts",
   "read_trajectories",
   "sample",
-  "token_pieces",
+  "step_texts",
+  "stop_length",
   "write_trajectories",
 ]

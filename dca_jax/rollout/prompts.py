@@ -14,12 +14,12 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int) -> tuple[
   Raises:
     UserError: a prompt is empty or longer than `limit`; the message names the problem.
   """
-  ids_P = tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
+  ids_P = tokenizer([p.rendered or p.prompt for p in problems], add_special_tokens=False)["input_ids"]
   prompts_PxS = np.zeros((len(problems), limit), np.int32)
   for row, ids, problem in zip(prompts_PxS, ids_P, problems, strict=True):
     if not 1 <= len(ids) <= limit:
       raise UserError(
-        f"the prompt of problem {problem.id} has {len(ids)} tokens; rollout.max_prompt_tokens allows 1 to {limit}: "
+        f"the prompt of problem {problem.id} ({problem.prompt[:40]!r}) has {len(ids)} tokens; rollout.max_prompt_tokens allows 1 to {limit}: "
         "raise it, or leave such problems out"
       )
     row[: len(ids)] = ids

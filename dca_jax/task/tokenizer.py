@@ -1,0 +1,101 @@
+"""Tokenizers of language models: loaded as their files say, their end tokens, and the exact bytes of every token."""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from dca_jax.errors import UserError
+
+_PROBE = "Is 12,345.67 = 3/4?\n\n  x² + 10%\tit's \"naïve\"   东京 🙂\n1. end"
+
+
+def load_tokenizer(name: str):
+  """The `transformers` fast tokenizer in the folder, or under the hub id, `name`.
+
+  Raises:
+    UserError: there is no such tokenizer, it has no end token, it does not tokenize as its tokenizer.json says, or its
+      tokens have no bytes of their own.
+  """
+  from tokenizers import Tokenizer
+  from transformers import PreTrainedTokenizerFast
+  from transformers.utils import cached_file
+
+  try:
+    file = Tokenizer.from_file(cached_file(name, "tokenizer.json"))
+    # Not AutoTokenizer: some of its classes replace what the file says of pre-tokenization.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+  except Exception as error:  # `tokenizers` raises plain Exceptions.
+    raise UserError(f"task.tokenizer: cannot load {name!r} ({str(error).strip().splitlines()[0][:200]})") from None
+  if tokenizer(_PROBE, add_special_tokens=False)["input_ids"] != file.encode(_PROBE, add_special_tokens=False).ids:
+    raise UserError(
+      f"task.tokenizer: transformers does not tokenize as {name}/tokenizer.json says; save the tokenizer anew with the"
+      " version of transformers that is installed, or install the version that saved it"
+    )
+  if not end_ids(tokenizer):
+    raise UserError(
+      f"task.tokenizer: {name!r} has no end token; name one as eos_token in its tokenizer_config.json, or as"
+      " eos_token_id in a generation_config.json beside it"
+    )
+  if not _decoders(tokenizer) & {"ByteLevel", "ByteFallback", "Metaspace"}:
+    raise UserError(
+      f"task.tokenizer: {name!r} is neither byte-level nor like SentencePiece, so its tokens have no exact text"
+    )
+  return tokenizer
+
+
+@functools.lru_cache
+def end_ids(tokenizer) -> tuple[int, ...]:
+  """The tokens that end a completion: the tokenizer's own, and those of the generation_config.json beside it."""
+  from transformers.utils import cached_file
+
+  ids = [tokenizer.eos_token_id]
+  beside = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
+  options = {f"_raise_exceptions_for_{key}": value for key, value in beside.items()}
+  if tokenizer.name_or_path and (path := cached_file(tokenizer.name_or_path, "generation_config.json", **options)):
+    with open(path, encoding="utf-8") as file:
+      listed = json.load(file).get("eos_token_id")
+    ids += listed if isinstance(listed, list) else [listed]
+  return tuple(sorted({i for i in ids if i is not None}))
+
+
+def token_bytes(tokenizer, tokens: Sequence[int] | np.ndarray) -> list[bytes]:
+  """The bytes of each token: a part of a character in some, none in special tokens and in ids without a token."""
+  table = _table(tokenizer)
+  return [table.get(i, b"") for i in np.asarray(tokens).tolist()]
+
+
+def text_of(tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
+  """The text that the tokens make together."""
+  return b"".join(token_bytes(tokenizer, tokens)).decode(errors="replace")
+
+
+def _decoders(tokenizer) -> set[str]:
+  decoder = tokenizer.backend_tokenizer.decoder
+  return set(re.findall(r'"type":"(\w+)"', decoder.__getstate__().decode())) if decoder else set()
+
+
+@functools.lru_cache
+def _table(tokenizer) -> dict[int, bytes]:
+  decoders, added = _decoders(tokenizer), tokenizer.added_tokens_decoder
+  if "ByteLevel" in decoders:
+    # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
+    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    hidden = [b for b in range(256) if b not in shown]
+    letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+    def read(token: str, i: int) -> bytes:
+      return token.encode() if i in added else bytes(letters[c] for c in token)
+
+  elif decoders & {"ByteFallback", "Metaspace"}:
+
+    def read(token: str, i: int) -> bytes:
+      byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token) if "ByteFallback" in decoders else None
+      return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+  else:  # A task's own alphabet, whose end token is read as a letter.
+    return {i: tokenizer.decode([i]).encode() for i in range(len(tokenizer))}
+  silent = {*end_ids(tokenizer), *tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+  return {i: b"" if i in silent else read(token, i) for token, i in tokenizer.get_vocab().items()}
