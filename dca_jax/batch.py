@@ -14,7 +14,8 @@ from dca_jax.review import Request, Reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
 from dca_jax.rollout import RolloutConfig, Samples, cut, cut_at_stops, encode_prompts, sample, step_texts
-from dca_jax.task import Outcome, Problem, Task, text_of, token_bytes
+from dca_jax.task import Outcome, Problem, Task
+from dca_jax.task.tokenizer import text_of, token_bytes
 
 
 class Rollout(NamedTuple):

@@ -21,7 +21,8 @@ from dca_jax.evaluate import EvaluateConfig
 from dca_jax.learner import LearnerConfig
 from dca_jax.mesh import MeshConfig
 from dca_jax.policy import PolicyConfig
-from dca_jax.review import LABELLED, TRANSPORTS, ReviewerConfig
+from dca_jax.review import TRANSPORTS, ReviewerConfig
+from dca_jax.review.builtin import LABELLED
 from dca_jax.rollout import RolloutConfig
 from dca_jax.task import CONFIGS, ChainsConfig, TextConfig
 from dca_jax.value import ValueConfig
@@ -181,11 +182,7 @@ def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   """The recipe's values, overridden by `--config.section.key=value` arguments of the right types."""
   if not isinstance(given, ConfigDict):
     raise ConfigError(f"get_config() must return a ConfigDict, not {given!r}")
-  section = _section(Config(), given, "")
-  named = [a.partition("=")[2] for a in overrides if a.startswith("--config.task.name=")]
-  if named and named[-1] in CONFIGS and CONFIGS[named[-1]] is not type(section.task):
-    section = dataclasses.replace(section, task=CONFIGS[named[-1]](name=named[-1]))
-  full = ConfigDict(dataclasses.asdict(section))
+  full = ConfigDict(dataclasses.asdict(_section(Config(), given, "")))
   known = flatten(full.to_dict())
   for argument in overrides:
     key = argument.split("=")[0].removeprefix("--config.")

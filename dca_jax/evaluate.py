@@ -10,7 +10,8 @@ import numpy as np
 
 from dca_jax.policy import Policy, Sampling
 from dca_jax.rollout import RolloutConfig, cut_at_stops, encode_prompts, sample
-from dca_jax.task import Task, end_ids, text_of
+from dca_jax.task import Task
+from dca_jax.task.tokenizer import end_ids, text_of
 
 _GREEDY = Sampling(top_k=1)
 

@@ -59,10 +59,9 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   trajectories = read_folder(folder, limit)
   run = pathlib.Path(folder).expanduser().absolute().parent
   config = reviewer_config(member, overrides, json.loads((run / "config.json").read_text())["task"])
-  task = functools.cache(lambda: TASKS[config.task.name](config.task))  # Made only for a reviewer that reads its labels.
-  truth = Truth(
-    lambda r: task().label_steps(r.problem, r.steps, r.truncated), lambda *answers: task().prefix_values(*answers)
-  )
+  # The task is made only for a reviewer that reads its labels.
+  task = functools.cache(lambda: TASKS[config.task.name](config.task))
+  truth = Truth(lambda r: task().label_steps(r.problem, r.steps, r.truncated), lambda *a: task().prefix_values(*a))
   with contextlib.closing(open_reviewer(config.reviewer, truth, run / "reviews.sqlite")) as reviewer:
     # Not hurried as a training step is.
     reviews = reviewer.submit(requests_of(trajectories), 600.0).result()

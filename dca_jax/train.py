@@ -45,7 +45,8 @@ from dca_jax.policy import Policy
 from dca_jax.record import Clock, eval_metrics, step_metrics, trajectories
 from dca_jax.review import Truth, open_reviewer
 from dca_jax.rollout import write_trajectories
-from dca_jax.task import TASKS, Task, end_ids
+from dca_jax.task import TASKS, Task
+from dca_jax.task.tokenizer import end_ids as end_ids_of
 from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import cache_folder, warm_start
 
@@ -73,12 +74,12 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, config.policy.width, config.seed) if learned else None
   shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap)
-  end_ids = jax.device_put(np.array(end_ids(tokenizer), np.int32), mesh.replicated(devices))
+  end_ids = jax.device_put(np.array(end_ids_of(tokenizer), np.int32), mesh.replicated(devices))
   update = functools.partial(
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
   )
   on_policy = jax.device_put([np.bool_(False), np.bool_(True)], mesh.replicated(devices))
-  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *answers: task.prefix_values(*answers))
+  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *a: task.prefix_values(*a))
   canaries = make_canaries(task) if config.reviewer.canary_every else []
   cache = pathlib.Path(folder / "reviews.sqlite")
 

@@ -23,7 +23,8 @@ from dca_jax.credit import Review
 from dca_jax.policy import Policy
 from dca_jax.review import Review as HostReview
 from dca_jax.rollout import RolloutConfig, Samples, sample, stop_length
-from dca_jax.task import Problem, Task, text_of, token_bytes
+from dca_jax.task import Problem, Task
+from dca_jax.task.tokenizer import text_of, token_bytes
 
 
 @dataclasses.dataclass(frozen=True)

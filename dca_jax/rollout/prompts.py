@@ -19,8 +19,8 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int) -> tuple[
   for row, ids, problem in zip(prompts_PxS, ids_P, problems, strict=True):
     if not 1 <= len(ids) <= limit:
       raise UserError(
-        f"the prompt of problem {problem.id} ({problem.prompt[:40]!r}) has {len(ids)} tokens; rollout.max_prompt_tokens allows 1 to {limit}: "
-        "raise it, or leave such problems out"
+        f"the prompt of problem {problem.id} has {len(ids)} tokens; rollout.max_prompt_tokens allows 1 to {limit}: "
+        f"raise it, or leave such problems out ({problem.prompt[:60]!r})"
       )
     row[: len(ids)] = ids
   return prompts_PxS, np.array([len(ids) for ids in ids_P], np.int32)

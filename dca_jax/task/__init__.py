@@ -2,23 +2,9 @@
 
 from dca_jax.task.chains import Chains, ChainsConfig
 from dca_jax.task.text import Text, TextConfig
-from dca_jax.task.tokenizer import end_ids, text_of, token_bytes
 from dca_jax.task.types import Outcome, Problem, Task
 
 TASKS: dict[str, type] = {"chains": Chains, "tfds": Text, "jsonl": Text}
 CONFIGS = {"chains": ChainsConfig, "tfds": TextConfig, "jsonl": TextConfig}
 
-__all__ = [
-  "CONFIGS",
-  "TASKS",
-  "Chains",
-  "ChainsConfig",
-  "Outcome",
-  "Problem",
-  "Task",
-  "Text",
-  "TextConfig",
-  "end_ids",
-  "text_of",
-  "token_bytes",
-]
+__all__ = ["CONFIGS", "TASKS", "Chains", "ChainsConfig", "Outcome", "Problem", "Task", "Text", "TextConfig"]

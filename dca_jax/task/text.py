@@ -7,7 +7,6 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -30,30 +29,26 @@ class TextConfig:
 
   name: str = "tfds"
   dataset: str = ""
-  """`tfds`: a data set's name as TFDS writes it, such as `gsm8k`. TensorFlow is not needed."""
+  """`tfds`: a data set's name as TFDS writes it, such as `gsm8k`; TensorFlow is not needed."""
   data_dir: str = ""
   """`tfds`: where the data is, or is downloaded to; empty is TFDS's own folder."""
   split: str = "train"
   heldout_split: str = "test"
+  """`tfds`: splits; `train[:90%]` is one too."""
   path: str = ""
-  """`jsonl`: a file with one JSON object a line."""
   heldout_path: str = ""
-  """`jsonl`: the file of held-out problems; empty holds out some of `path`."""
-  heldout_frac: float = 0.1
-  """`jsonl`: how many, always the same ones."""
+  """`jsonl`: files with one JSON object a line."""
   question: str = "question"
   answer: str = "answer"
   """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
   verifier: str = "number"
-  """`number`, `exact` or `choice` (see `verifiers`), or a function of your own, MODULE:FUNCTION: called with (question,
-  completion, reference answer) it returns whether the completion is right, or a number from 0 to 1; only 1 counts as
-  correct. If it raises, the run stops with what it said and can go on later. It is not called for truncated
-  completions; they are never correct."""
+  """`number`, `exact` or `choice` (see `verifiers`), or your own, MODULE:FUNCTION: called with (question, completion,
+  reference answer) it returns whether the completion is right, or a number from 0 to 1, of which only 1 counts as
+  correct. If it raises, the run stops and can go on later. Truncated completions are wrong; it never sees them."""
   thinking_end: str = ""
   """Such as `</think>`: the verifier reads only what follows the last one, and nothing where there is none."""
   format: str = ""
-  """Regular expression for the form of a whole completion; white space around that is left out, and `.` matches line
-  ends too."""
+  """Regular expression for the form of a whole completion, white space around it left out; `.` matches line ends."""
   format_weight: float = 0.0
   """The reward is (1 - format_weight) for correctness and format_weight for form; accuracy never counts form."""
   steps: str = "line"
@@ -73,65 +68,40 @@ class TextConfig:
   """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`."""
 
   def check(self) -> dict[str, str]:
-    bad = {}
-    source = "path" if self.name == "jsonl" else "dataset"
-    if not getattr(self, source):
-      bad[source] = f"must be given, because task.name is '{self.name}'"
-    if self.name == "tfds" and self.heldout_split == self.split:
-      bad["heldout_split"] = "must differ from task.split"
-    if not 0 < self.heldout_frac < 1:
-      bad["heldout_frac"] = "must be between 0 and 1"
-    if self.verifier not in VERIFIERS and not re.fullmatch(r"[\w.]+:\w+", self.verifier):
-      bad["verifier"] = f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"
-    if not 0 <= self.format_weight < 1:
-      bad["format_weight"] = "must be at least 0 and below 1"
-    if bool(self.format) != bool(self.format_weight):
-      bad["format"] = f"must be given exactly where task.format_weight ({self.format_weight:g}) is not 0"
-    if self.steps not in _STEPS and re.fullmatch(r"\w*", self.steps):
-      bad["steps"] = f"must be one of {', '.join(_STEPS)}, or a regular expression"
+    verifiers, steps = ", ".join(VERIFIERS), ", ".join(_STEPS)
+    known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
+    # A lone word is a slip; nobody ends steps with one.
+    typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
+    source = ("path", "heldout_path") if self.name == "jsonl" else ("dataset",)
+    rules = {
+      **{key: (not getattr(self, key), f"must be given, because task.name is '{self.name}'") for key in source},
+      "heldout_split": (self.heldout_split == self.split, "must differ from task.split"),
+      "verifier": (not known, f"must be one of {verifiers}, or MODULE:FUNCTION"),
+      "format": (bool(self.format) != (self.format_weight > 0), "must be given where format_weight is, and only there"),
+      "format_weight": (not 0 <= self.format_weight < 1, "must be at least 0 and below 1"),
+      "steps": (typo, f"must be one of {steps}, or a regular expression"),
+      "min_step_chars": (self.min_step_chars < 1, "must be at least 1"),
+      "max_steps": (self.max_steps < 1, "must be at least 1"),
+      "prompt": ("{question}" not in self.prompt, "must hold {question}"),
+    }
+    bad = {key: why for key, (wrong, why) in rules.items() if wrong}
     for key in ("format", "steps"):
       try:
         re.compile(getattr(self, key))
       except re.error as error:
         bad[key] = f"is no regular expression ({error})"
-    for key in ("min_step_chars", "max_steps"):
-      if getattr(self, key) < 1:
-        bad[key] = "must be at least 1"
-    if "{question}" not in self.prompt:
-      bad["prompt"] = "must hold {question}"
-    try:
-      if not isinstance(json.loads(self.template_kwargs), dict):
-        raise ValueError
-    except ValueError:
-      bad["template_kwargs"] = "must be a JSON object"
     return bad
 
   def unused(self) -> dict[str, str]:
-    other = ("dataset", "data_dir", "split", "heldout_split")
-    if self.name == "tfds":
-      other = ("path", "heldout_path", "heldout_frac")
+    other = ("dataset", "data_dir", "split", "heldout_split") if self.name == "jsonl" else ("path", "heldout_path")
     unused = dict.fromkeys(other, f"task.name is '{self.name}'")
-    if self.heldout_path:
-      unused["heldout_frac"] = "task.heldout_path is given"
     if not self.chat_template:
       unused |= dict.fromkeys(("system_prompt", "template_kwargs"), "task.chat_template is False")
     return unused
 
 
-class _Split(NamedTuple):
-  rows: Sequence[Any]
-  """Mappings from fields to values, with random access."""
-  place: Callable[[int], str]
-  """Where a row is, for people."""
-
-
 class Text:
-  """The task; reads its data and its tokenizer when it is made, and problems when they are asked for.
-
-  Raises:
-    UserError: the data, the tokenizer, or the verifier's function cannot be loaded; from `problem`, a field is missing
-      or empty, or the verifier cannot read the reference answer.
-  """
+  """The task. What is wrong with its data, tokenizer or verifier raises a UserError, here or in `problem`."""
 
   def __init__(self, config: TextConfig):
     self.config = config
@@ -139,11 +109,14 @@ class Text:
     self.min_step_chars, self.max_steps = config.min_step_chars, config.max_steps
     self._own = _import(config.verifier) if config.verifier not in VERIFIERS else None
     self._final = VERIFIERS.get(config.verifier, VERIFIERS["exact"])
-    self._splits = _open_jsonl(config) if config.name == "jsonl" else _open_tfds(config)
-    self.sizes = {name: len(split.rows) for name, split in self._splits.items()}
+    if config.name == "jsonl":
+      self._rows = {"train": _read_jsonl(config, "path"), "heldout": _read_jsonl(config, "heldout_path")}
+    else:
+      self._rows = {"train": _open_tfds(config, "split"), "heldout": _open_tfds(config, "heldout_split")}
+    self.sizes = {split: len(rows) for split, (rows, _) in self._rows.items()}
     self._tokenizer = load_tokenizer(config.tokenizer)
     if config.chat_template and not self._tokenizer.chat_template:
-      raise UserError(f"task.chat_template: {config.tokenizer!r} has none; set it to False and write task.prompt in full")
+      raise UserError(f"task.chat_template: {config.tokenizer!r} has none; set it to False, and see task.prompt")
     # As a chat template would, start with what the tokenizer starts with.
     starts = self._tokenizer.bos_token_id in self._tokenizer("")["input_ids"]
     self._start = self._tokenizer.bos_token if starts else ""
@@ -162,14 +135,15 @@ class Text:
       seed, number = divmod(index, 2**32)
       epoch, place = divmod(number, self.sizes[split])
       row = int(self._order(seed, epoch)[place])
-    fields, place = self._splits[split].rows[row], self._splits[split].place(row)
-    question, answer = (self._field(fields, key, place) for key in ("question", "answer"))
+    rows, where = self._rows[split]
+    here = f"{where} {row + 1}"
+    question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
     if not self._own:
       # A bare answer is held to what a statement is held to: it may not be ambiguous.
       stated = "####" in answer or "\\boxed" in answer
       final = self._final(answer if stated else f"#### {' '.join(answer.split())}")
       if final is None:
-        raise UserError(f"{place}: the verifier {self.config.verifier!r} finds no answer in {answer[-60:]!r}")
+        raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
       answer = final
     return Problem(index, question, answer, self._render(question))
 
@@ -177,10 +151,8 @@ class Text:
     """See `TextConfig`: `verifier`, `thinking_end`, `format`."""
     if truncated:
       return Outcome(0.0, False, True)
-    if self._own:
-      score = self._ask(self._own, problem, self._after_thinking(completion))
-    else:
-      score = float(self.final_answer(completion) == problem.answer)
+    right = self.final_answer(completion) == problem.answer
+    score = self._ask(self._own, problem, completion) if self._own else float(right)
     weight = self.config.format_weight
     formed = bool(weight) and re.fullmatch(self.config.format, completion.strip(), re.DOTALL) is not None
     return Outcome((1 - weight) * score + weight * formed, score == 1, False)
@@ -189,28 +161,26 @@ class Text:
     return self._final(self._after_thinking(completion))
 
   def _after_thinking(self, completion: str) -> str:
-    end = self.config.thinking_end
-    if not end:
-      return completion
-    return completion.rpartition(end)[2] if end in completion else ""
+    _, found, after = completion.rpartition(self.config.thinking_end or "\0")
+    return after if found or not self.config.thinking_end else ""
 
-  def _ask(self, function: Callable, problem: Problem, text: str) -> float:
-    where = f"task.verifier: {self.config.verifier} on the question {problem.prompt[:60]!r}"
+  def _ask(self, own: Callable, problem: Problem, completion: str) -> float:
     try:
-      score = float(function(problem.prompt, text, problem.answer))
+      score = float(own(problem.prompt, self._after_thinking(completion), problem.answer))
+      if not 0 <= score <= 1:
+        raise ValueError(f"it gave {score}, which is not from 0 to 1")
     except Exception as error:
+      where = f"task.verifier {self.config.verifier}, question {problem.prompt[:60]!r}"
       raise UserError(f"{where}: {type(error).__name__}: {error}; mend it, then run again to go on") from error
-    if not 0 <= score <= 1:
-      raise UserError(f"{where}: gave {score}, not a number from 0 to 1; mend it, then run again to go on")
     return score
 
-  def _field(self, row, key: str, place: str) -> str:
+  def _field(self, row, key: str, here: str) -> str:
     name = getattr(self.config, key)
     if name not in row:
-      raise UserError(f"task.{key}: {place} has no field {name!r}; there are {', '.join(row)}")
+      raise UserError(f"task.{key}: {here} has no field {name!r}; there are {', '.join(row)}")
     value = row[name].decode(errors="replace") if isinstance(row[name], bytes) else row[name]
     if not isinstance(value, str | int | float | np.number) or not str(value).strip():
-      raise UserError(f"task.{key}: {place}: the field {name!r} must be text or a number, not {value!r}")
+      raise UserError(f"task.{key}: {here}: the field {name!r} must be text or a number, not {value!r}")
     return str(value).strip()
 
   def _render(self, question: str) -> str:
@@ -219,11 +189,12 @@ class Text:
       return self._start + text
     messages = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
     messages.append({"role": "user", "content": text})
-    options = json.loads(self.config.template_kwargs)
     try:
+      options = json.loads(self.config.template_kwargs)
       return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # A template raises what it likes.
-      raise UserError(f"task.chat_template: the tokenizer's template fails ({type(error).__name__}: {error})") from None
+      given = self.config.template_kwargs
+      raise UserError(f"task.chat_template: it fails with task.template_kwargs {given!r} ({error})") from None
 
 
 def _import(name: str) -> Callable:
@@ -231,62 +202,34 @@ def _import(name: str) -> Callable:
   try:
     return getattr(importlib.import_module(module), function)
   except Exception as error:  # The module may raise anything.
-    raise UserError(
-      f"task.verifier: cannot import {name} ({type(error).__name__}: {error}); its folder must be on PYTHONPATH"
-    ) from None
+    raise UserError(f"task.verifier: cannot import {name} ({error}); its folder must be on PYTHONPATH") from None
 
 
-def _open_tfds(config: TextConfig) -> dict[str, _Split]:
+def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, str]:
+  """The rows of a split, and where a row is but for its number, for people."""
   import tensorflow_datasets as tfds
 
+  split = getattr(config, key)
   with contextlib.suppress(ImportError):  # TFDS knows its text data sets only once they are imported.
     importlib.import_module(f"tensorflow_datasets.text.{re.split('[/:]', config.dataset)[0]}")
-  splits = {}
-  for name, split in (("train", config.split), ("heldout", config.heldout_split)):
-    try:
-      rows = tfds.data_source(config.dataset, split=split, data_dir=config.data_dir or None)
-    except Exception as error:  # Of many types: no such data set, no such split, no network, another file format.
-      reason = " ".join(str(error).split())[:300]
-      raise UserError(
-        f"task.dataset: cannot open {config.dataset!r}, split {split!r}, in task.data_dir {config.data_dir!r} ({reason})"
-      ) from None
-    if not len(rows):
-      raise UserError(f"task.dataset: split {split!r} of {config.dataset!r} is empty")
-    splits[name] = _Split(rows, functools.partial("{}, split '{}', example {}".format, config.dataset, split))
-  return splits
-
-
-def _open_jsonl(config: TextConfig) -> dict[str, _Split]:
-  train = _read_jsonl("path", config.path)
-  if config.heldout_path:
-    return {"train": train, "heldout": _read_jsonl("heldout_path", config.heldout_path)}
-  if len(train.rows) < 2:
-    raise UserError(f"task.path: {config.path} has one problem, so none can be held out; set task.heldout_path")
-  order = np.random.default_rng(0).permutation(len(train.rows)).tolist()
-  count = min(max(1, round(config.heldout_frac * len(order))), len(order) - 1)
-  rows = {"heldout": order[:count], "train": sorted(order[count:])}
-  return {
-    name: _Split([train.rows[i] for i in own], lambda i, own=own: train.place(own[i])) for name, own in rows.items()
-  }
-
-
-def _read_jsonl(key: str, path: str) -> _Split:
   try:
-    lines = epath.Path(path).expanduser().read_text(encoding="utf-8").split("\n")
-  except (OSError, ValueError) as error:
-    raise UserError(f"task.{key}: cannot read {path} ({error})") from None
-  rows, numbers = [], []
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-      if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    except ValueError as error:
-      raise UserError(f"task.{key}: {path}, line {number} is not a JSON object ({error})") from None
-    rows.append(row)
-    numbers.append(number)
-  if not rows:
-    raise UserError(f"task.{key}: {path} is empty")
-  return _Split(rows, lambda i: f"{path}, line {numbers[i]}")
+    rows = tfds.data_source(config.dataset, split=split, data_dir=config.data_dir or None)
+    if not len(rows):
+      raise ValueError("it is empty")
+  except Exception as error:  # Of many types: no such data set, no such split, no network, another file format.
+    reason = " ".join(str(error).split())[:300]
+    raise UserError(f"task.{key}: cannot open {split!r} of task.dataset {config.dataset!r} ({reason})") from None
+  return rows, f"{config.dataset}, split {split!r}, example"
+
+
+def _read_jsonl(config: TextConfig, key: str) -> tuple[Sequence, str]:
+  """As `_open_tfds`."""
+  path, rows = getattr(config, key), []
+  try:
+    for line in epath.Path(path).expanduser().read_text("utf-8").rstrip().split("\n"):
+      rows.append(dict(json.loads(line)))
+  except (OSError, TypeError, ValueError) as error:
+    unread = isinstance(error, OSError | UnicodeDecodeError)
+    what = f"cannot read {path}" if unread else f"{path}, line {len(rows) + 1} is not a JSON object"
+    raise UserError(f"task.{key}: {what} ({error})") from None
+  return rows, f"{path}, line"

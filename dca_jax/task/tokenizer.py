@@ -9,40 +9,37 @@ import numpy as np
 
 from dca_jax.errors import UserError
 
-_PROBE = "Is 12,345.67 = 3/4?\n\n  x² + 10%\tit's \"naïve\"   东京 🙂\n1. end"
+_PROBE = "Is 12,345.67 = 3/4?\n\n  x² + 10%\tit's   naïve: 东京 🙂\n1. end"
+_EXACT = {"ByteLevel", "ByteFallback", "Metaspace"}
+"""Kinds of decoders that turn each token into bytes of its own."""
 
 
 def load_tokenizer(name: str):
   """The `transformers` fast tokenizer in the folder, or under the hub id, `name`.
 
   Raises:
-    UserError: there is no such tokenizer, it has no end token, it does not tokenize as its tokenizer.json says, or its
-      tokens have no bytes of their own.
+    UserError: there is none, it has no end token, or the text of its tokens cannot be trusted.
   """
   from tokenizers import Tokenizer
   from transformers import PreTrainedTokenizerFast
   from transformers.utils import cached_file
 
   try:
-    file = Tokenizer.from_file(cached_file(name, "tokenizer.json"))
+    file = Tokenizer.from_file(str(cached_file(name, "tokenizer.json")))
     # Not AutoTokenizer: some of its classes replace what the file says of pre-tokenization.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+    ends = end_ids(tokenizer)
   except Exception as error:  # `tokenizers` raises plain Exceptions.
     raise UserError(f"task.tokenizer: cannot load {name!r} ({str(error).strip().splitlines()[0][:200]})") from None
   if tokenizer(_PROBE, add_special_tokens=False)["input_ids"] != file.encode(_PROBE, add_special_tokens=False).ids:
     raise UserError(
-      f"task.tokenizer: transformers does not tokenize as {name}/tokenizer.json says; save the tokenizer anew with the"
-      " version of transformers that is installed, or install the version that saved it"
+      f"task.tokenizer: transformers does not read text as the tokenizer.json of {name!r} says; use the version of"
+      " transformers that saved it"
     )
-  if not end_ids(tokenizer):
-    raise UserError(
-      f"task.tokenizer: {name!r} has no end token; name one as eos_token in its tokenizer_config.json, or as"
-      " eos_token_id in a generation_config.json beside it"
-    )
-  if not _decoders(tokenizer) & {"ByteLevel", "ByteFallback", "Metaspace"}:
-    raise UserError(
-      f"task.tokenizer: {name!r} is neither byte-level nor like SentencePiece, so its tokens have no exact text"
-    )
+  if not ends:
+    raise UserError(f"task.tokenizer: {name!r} has no end token; give it an eos_token in its tokenizer_config.json")
+  if not _decoders(tokenizer) & _EXACT:
+    raise UserError(f"task.tokenizer: {name!r} is neither byte-level nor like SentencePiece; take one that is")
   return tokenizer
 
 
@@ -52,9 +49,8 @@ def end_ids(tokenizer) -> tuple[int, ...]:
   from transformers.utils import cached_file
 
   ids = [tokenizer.eos_token_id]
-  beside = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
-  options = {f"_raise_exceptions_for_{key}": value for key, value in beside.items()}
-  if tokenizer.name_or_path and (path := cached_file(tokenizer.name_or_path, "generation_config.json", **options)):
+  name, optional = tokenizer.name_or_path, {"_raise_exceptions_for_missing_entries": False}
+  if name and (path := cached_file(name, "generation_config.json", **optional)):
     with open(path, encoding="utf-8") as file:
       listed = json.load(file).get("eos_token_id")
     ids += listed if isinstance(listed, list) else [listed]
@@ -80,22 +76,20 @@ def _decoders(tokenizer) -> set[str]:
 @functools.lru_cache
 def _table(tokenizer) -> dict[int, bytes]:
   decoders, added = _decoders(tokenizer), tokenizer.added_tokens_decoder
-  if "ByteLevel" in decoders:
-    # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
-    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
-    hidden = [b for b in range(256) if b not in shown]
-    letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-    def read(token: str, i: int) -> bytes:
-      return token.encode() if i in added else bytes(letters[c] for c in token)
-
-  elif decoders & {"ByteFallback", "Metaspace"}:
-
-    def read(token: str, i: int) -> bytes:
-      byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token) if "ByteFallback" in decoders else None
-      return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
-
-  else:  # A task's own alphabet, whose end token is read as a letter.
+  if not decoders & _EXACT:  # A task's own alphabet, whose end token is read as a letter.
     return {i: tokenizer.decode([i]).encode() for i in range(len(tokenizer))}
+  # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  hidden = [b for b in range(256) if b not in shown]
+  letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
   silent = {*end_ids(tokenizer), *tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-  return {i: b"" if i in silent else read(token, i) for token, i in tokenizer.get_vocab().items()}
+  table = {}
+  for token, i in tokenizer.get_vocab().items():
+    if "ByteLevel" in decoders:
+      plain = i in added or not letters.keys() >= set(token)
+      table[i] = token.encode() if plain else bytes(letters[c] for c in token)
+    elif "ByteFallback" in decoders and (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
+      table[i] = bytes.fromhex(byte[1])
+    else:
+      table[i] = token.replace("▁", " ").encode()
+  return table | dict.fromkeys(silent, b"")

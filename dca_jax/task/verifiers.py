@@ -11,10 +11,12 @@ import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 _HASH = re.compile(r"####([^\n]*)")
 _CUE = re.compile(
-  r"\b(?:answer|correct (?:option|choice))[\s*_]*(?::|=|(?:is|was|are|equals|comes to|(?:would|should|must|will) be)\b)[\s*_:]*", re.IGNORECASE
+  r"\b(?:answer|correct (?:option|choice))[\s*_]*"
+  r"(?::|=|(?:is|was|are|equals|comes to|(?:would|should|must|will) be)\b)[\s*_:]*",
+  re.IGNORECASE,
 )
 _LINE = re.compile(r"[^\n]{0,500}")
 _SENTENCE = re.compile(r"(?:[^\n.!?]|[.!?](?!\s|$)){0,500}")
@@ -55,19 +57,11 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 def _stated(text: str, wanted: str, extent: re.Pattern[str]) -> tuple[str, bool] | None:
   """The last answer that the text states, and whether it was marked as one by a box or hashes."""
   found: list[tuple[int, str, bool]] = []
-  stack: list[tuple[int, int] | None] = []
-  last = None
-  for m in _BOX.finditer(text):
-    if m[0] == "}":
-      box = stack.pop() if stack else None
-      if box and not any(stack):
-        # Boxes on one line are one statement.
-        before = found.pop() if last is not None and "\n" not in text[last : box[0]] else None
-        content = text[box[1] : m.start()]
-        found.append((box[0], f"{before[1]}, {content}" if before and before[1] != content else content, True))
-        last = m.end()
-    elif m[0] == "{" or len(m[0]) > 2:
-      stack.append(None if m[0] == "{" else m.span())
+  last = 0
+  for m in _BOX.finditer(text):  # Those on one line are one statement.
+    before = found.pop()[1] if found and "\n" not in text[last : m.start()] else m[1]
+    found.append((m.start(), m[1] if before == m[1] else f"{before}, {m[1]}", True))
+    last = m.end()
   found += [(m.start(), m[1], True) for m in _HASH.finditer(text) if re.match(rf"\W*{wanted}", m[1])]
   for m in _CUE.finditer(text):
     slot = extent.match(text, m.end())
@@ -85,9 +79,9 @@ def _plain(text: str) -> str:
 def number(text: str) -> str | None:
   """A number, exactly, as an integer or a fraction in lowest terms: `1,000.50` is 2001/2, and 0.75 is 3/4.
 
-  Units, currency and a percent sign are left out: 50% is 50, not 0.5. Rounded numbers differ from exact ones. A comma is
-  a thousands separator and nothing else. Dates, times, infinities, roots and expressions are no numbers. A text that
-  states no answer gives its last number, unless that is the end of a list.
+  Units, currency and a percent sign are left out: 50% is 50, not 0.5. Rounded numbers differ from exact ones. Commas
+  stand between thousands only. Dates, times, infinities, roots and expressions are no numbers. A text that states no
+  answer gives its last number, unless that is the end of a list.
   """
   stated = _stated(text, r"\d", _SENTENCE)
   slot, marked = stated or (text, False)
@@ -124,7 +118,7 @@ def choice(text: str) -> str | None:
   the beginning of a line."""
   stated = _stated(text, r"\(?[A-Ea-e]\b", _SENTENCE)
   if stated is None:
-    lines = re.findall(r"^[^\w\n]{0,9}(?:option )?\(?([A-E])(?:[).:]|[^\w\n]{0,9}$)", text, re.MULTILINE | re.IGNORECASE)
+    lines = re.findall(r"(?mi)^[^\w\n]{0,9}(?:option )?\(?([A-E])(?:[).:]|[^\w\n]{0,9}$)", text)
     return lines[0].upper() if len(set(lines)) == 1 else None
   slot = _plain(stated[0]).strip()
   m = re.match(r"\W*(?:(?:option|choice)\W*)?(?:([A-E])(?![\w'’])|\(([a-e])\)|([a-e])\W*$)", slot)
