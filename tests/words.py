@@ -8,7 +8,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 PROBLEMS = [
-  {"question": f"Tom has {a} apples and buys {b} more. How many has he?", "answer": f"{a} + {b} = {a + b}.\n#### {a + b}"}
+  {
+    "question": f"Tom has {a} apples and buys {b} more. How many has he?",
+    "answer": f"{a} + {b} = {a + b}.\n#### {a + b}",
+  }
   for a in range(1, 7)
   for b in range(1, 5)
 ]
@@ -65,7 +68,9 @@ def sentencepiece_like() -> str:
   return tokenizer.to_str()
 
 
-def save_tokenizer(folder: pathlib.Path, kind=byte_level, eos: str | None = "<|end|>", template=TEMPLATE, ends=None) -> str:
+def save_tokenizer(
+  folder: pathlib.Path, kind=byte_level, eos: str | None = "<|end|>", template=TEMPLATE, ends=None
+) -> str:
   """Saves a tokenizer as a model's folder has it; `ends` are the end tokens of its generation_config.json."""
   names = {"eos_token": eos} if eos else {}
   if kind is sentencepiece_like:

@@ -21,7 +21,15 @@ def test_the_corpus(case):
   assert (number(case["text"]) == reference) == case["correct"]
 
 
-FRAMES = ["{}", "#### {}", "The answer is {}.", "\\boxed{{{}}}", "So it is $\\boxed{{{}}}$.", "3 + 4 = {}", "**Answer:** {}"]
+FRAMES = [
+  "{}",
+  "#### {}",
+  "The answer is {}.",
+  "\\boxed{{{}}}",
+  "So it is $\\boxed{{{}}}$.",
+  "3 + 4 = {}",
+  "**Answer:** {}",
+]
 
 
 @given(value=st.fractions(max_denominator=10**6), frame=st.sampled_from(FRAMES))
@@ -33,15 +41,26 @@ def test_every_fraction_is_read_back(value, frame):
 def test_a_decimal_means_the_same_in_every_spelling(value):
   expected = str(Fraction(value))
   sign, size = ("-", -value) if value < 0 else ("", value)
-  for spelling in (f"{value}", f"{value:,}", f"{sign}${size:,}", f"{value}".replace("-", "−"), f"{value:,} km", f"{value}e0"):
+  for spelling in (
+    f"{value}",
+    f"{value:,}",
+    f"{sign}${size:,}",
+    f"{value}".replace("-", "−"),
+    f"{value:,} km",
+    f"{value}e0",
+  ):
     assert number(f"The answer is {spelling}.") == expected, spelling
 
 
 NUMBERS = st.lists(st.integers(0, 999), min_size=3, max_size=30, unique=True)
-SEPARATORS = st.sampled_from([", ", " ", "; ", " or ", "\n", ", or ", " / ", "\n- ", " and ", "\t", ". ", " | ", " maybe "])
+SEPARATORS = st.sampled_from(
+  [", ", " ", "; ", " or ", "\n", ", or ", " / ", "\n- ", " and ", "\t", ". ", " | ", " maybe "]
+)
 
 
-@given(numbers=NUMBERS, between=SEPARATORS, frame=st.sampled_from(["{}", "#### {}", "The answer is {}", "\\boxed{{{}}}"]))
+@given(
+  numbers=NUMBERS, between=SEPARATORS, frame=st.sampled_from(["{}", "#### {}", "The answer is {}", "\\boxed{{{}}}"])
+)
 def test_a_list_of_numbers_is_no_answer(numbers, between, frame):
   # A statement ends with its line, and a sentence with its full stop; such a one holds one number.
   assume(frame[0] in "{\\" or ("\n" not in between and between != ". "))
@@ -61,7 +80,22 @@ def test_one_text_gives_one_answer_and_no_error(text, tail):
 
 @pytest.mark.parametrize(
   "part",
-  ["1,111", "answer is ", "answer is 1", "\\boxed{", "\\boxed{1}", "1 ", "\\frac{1", "1/", "not ", "#### ", "9", "(", "{", "1^"]
+  [
+    "1,111",
+    "answer is ",
+    "answer is 1",
+    "\\boxed{",
+    "\\boxed{1}",
+    "1 ",
+    "\\frac{1",
+    "1/",
+    "not ",
+    "#### ",
+    "9",
+    "(",
+    "{",
+    "1^",
+  ]
   + ["1 1/1 ", "or ", "\n", " .\n", "A) ", "answer" + " " * 200, "√", "[", "10^", "-"],
 )
 def test_no_text_takes_long(part):
@@ -75,8 +109,21 @@ def test_no_text_takes_long(part):
 @pytest.mark.parametrize(
   "text",
   ["B", "(B)", "b", "(b)", "B.", "B)", "**B**", "Answer: B", "The answer is (B).", "The answer is B) 42", "\\boxed{B}"]
-  + ["\\boxed{\\text{(B)}}", "#### B", "Option B", "The correct option is B", "The answer is option B.", "Let us think.\nB"]
-  + ["the answer is b", "The answer is $B$", "B: because A is wrong", "The answer is A. No: the answer is B.", "(B) 42"],
+  + [
+    "\\boxed{\\text{(B)}}",
+    "#### B",
+    "Option B",
+    "The correct option is B",
+    "The answer is option B.",
+    "Let us think.\nB",
+  ]
+  + [
+    "the answer is b",
+    "The answer is $B$",
+    "B: because A is wrong",
+    "The answer is A. No: the answer is B.",
+    "(B) 42",
+  ],
 )
 def test_a_choice_in_the_usual_spellings(text):
   assert choice(text) == "B"
@@ -85,8 +132,23 @@ def test_a_choice_in_the_usual_spellings(text):
 @pytest.mark.parametrize(
   "text",
   ["", "F", "A or B", "The answer is A or B", "The answer is (A), (B)", "\\boxed{A} \\boxed{B}", "A) 1\nB) 2\nC) 3"]
-  + ["A man has Bees", "The answer is a dog", "The answer is not B", "The answer isn't B", "The answer is AB", "I think"]
-  + ["The answer is B and C", "\\boxed{A, B}", "The answer is A/B", "E-mail", "B-12 is a vitamin", "ABCDE", "A B C D E"],
+  + [
+    "A man has Bees",
+    "The answer is a dog",
+    "The answer is not B",
+    "The answer isn't B",
+    "The answer is AB",
+    "I think",
+  ]
+  + [
+    "The answer is B and C",
+    "\\boxed{A, B}",
+    "The answer is A/B",
+    "E-mail",
+    "B-12 is a vitamin",
+    "ABCDE",
+    "A B C D E",
+  ],
 )
 def test_no_single_choice(text):
   assert choice(text) is None
