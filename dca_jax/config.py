@@ -229,7 +229,9 @@ def _section(defaults, given, prefix: str):
       raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in known])}")
     default = getattr(defaults, key)
     if isinstance(default, ChainsConfig) and isinstance(value, (ConfigDict, dict)):
-      default = CONFIGS.get(str(value.get("name")), ChainsConfig)()  # The keys of this section depend on its name.
+      if (name := value.get("name", default.name)) not in CONFIGS:
+        raise ConfigError(f"task.name: must be one of {', '.join(CONFIGS)}, not {name!r}")
+      default = CONFIGS[name]()  # The keys of this section depend on its name.
     if dataclasses.is_dataclass(default):
       values[key] = _section(default, value, f"{prefix}{key}.")
       continue

@@ -4,14 +4,11 @@ import functools
 import json
 import pathlib
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 PROBLEMS = [
-  {
-    "question": f"Tom has {a} apples and buys {b} more. How many has he?",
-    "answer": f"{a} + {b} = {a + b}.\n#### {a + b}",
-  }
+  {"question": f"Tom has {a} apples and buys {b}. How many has he?", "answer": f"{a} + {b} = {a + b}.\n#### {a + b}"}
   for a in range(1, 7)
   for b in range(1, 5)
 ]
@@ -68,14 +65,20 @@ def sentencepiece_like() -> str:
   return tokenizer.to_str()
 
 
-def save_tokenizer(
-  folder: pathlib.Path, kind=byte_level, eos: str | None = "<|end|>", template=TEMPLATE, ends=None
-) -> str:
-  """Saves a tokenizer as a model's folder has it; `ends` are the end tokens of its generation_config.json."""
+def save_tokenizer(folder, kind=byte_level, eos: str | None = "<|end|>", template=TEMPLATE, ends=None, starts=False):
+  """Saves a tokenizer as a model's folder has it; returns the folder's name.
+
+  Args:
+    ends: end tokens of its generation_config.json.
+    starts: whether it puts its `<bos>` before a text.
+  """
   names = {"eos_token": eos} if eos else {}
   if kind is sentencepiece_like:
     names |= {"bos_token": "<bos>", "unk_token": "<unk>"}
-  tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(kind()), **names)
+  made = Tokenizer.from_str(kind())
+  if starts:
+    made.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+  tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **names)
   tokenizer.chat_template = template
   tokenizer.save_pretrained(folder)
   if ends is not None:

@@ -58,8 +58,6 @@ class ChainsConfig:
 
   def check(self) -> dict[str, str]:
     bad = {}
-    if self.name != "chains":
-      bad["name"] = "must be 'chains', 'tfds' or 'jsonl'"
     if self.lines % 2 or not 2 <= self.lines <= 24:
       bad["lines"] = "must be even and between 2 and 24"
     if not 2 <= self.modulus <= 10:
