@@ -94,17 +94,18 @@ def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Ou
 
 
 def check_data(config: Config, task: Task, tokenizer) -> None:
-  """Reads every problem of a task that has an end, so that a bad one is found now and not in the middle of a run.
-
-  Raises:
-    UserError: a problem cannot be read or its prompt is too long, or there are too few to evaluate on.
-  """
+  """Reads every problem of a task that has an end: a bad one is found now (UserError), not in the middle of a run."""
   for split, size in task.sizes.items():
     for first in range(0, size, 512):
       problems = [task.problem(split, i) for i in range(first, min(first + 512, size))]
       encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens)
   if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
     raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
+  for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
+    if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
+      raise UserError(
+        f"rollout.stop or task.thinking_end: {string!r} is no text for this tokenizer, but special tokens"
+      )
 
 
 class Begun(NamedTuple):
@@ -186,7 +187,7 @@ def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[
   spans, texts = [], []
   for tokens, length in zip(samples.tokens_BxT, samples.lengths_B, strict=True):
     pieces = token_bytes(tokenizer, tokens[:length])
-    spans.append(cut(pieces, task.step_end, task.min_step_chars, task.max_steps))
+    spans.append(cut(pieces, task.step_end, *task.step_limits))
     texts.append(step_texts(pieces, spans[-1]))
   return spans, texts
 

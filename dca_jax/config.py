@@ -73,13 +73,11 @@ class Config:
     if isinstance(self.task, TextConfig):
       if not self.task.tokenizer:
         bad["task.tokenizer"] = "must be given, because policy.pretrained is not"
-      if readers := [m for m in self.reviewer.members if m in LABELLED]:
+      if readers := [m for m in self.reviewer.members if m.partition(":")[0] in LABELLED]:
         bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
-      if self.reviewer.canary_every:
-        bad["reviewer.canary_every"] = f"must be 0, because task '{self.task.name}' has no labelled demonstrations"
-      for key in ("clean_steps", "steps"):
-        if getattr(self.warmstart, key):
-          bad[f"warmstart.{key}"] = f"must be 0, because task '{self.task.name}' has no demonstrations"
+      for key in ("warmstart.clean_steps", "warmstart.steps", "reviewer.canary_every"):
+        if _lookup(self, key):
+          bad[key] = f"must be 0, because task '{self.task.name}' has no demonstrations"
     return bad
 
   def unused(self) -> dict[str, str]:
@@ -229,7 +227,7 @@ def _section(defaults, given, prefix: str):
       raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in known])}")
     default = getattr(defaults, key)
     if isinstance(default, ChainsConfig) and isinstance(value, (ConfigDict, dict)):
-      if (name := value.get("name", default.name)) not in CONFIGS:
+      if (name := value.get("name", default.name)) not in [*CONFIGS]:
         raise ConfigError(f"task.name: must be one of {', '.join(CONFIGS)}, not {name!r}")
       default = CONFIGS[name]()  # The keys of this section depend on its name.
     if dataclasses.is_dataclass(default):

@@ -129,11 +129,13 @@ def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    ({"task.answer": "solution"}, r"task\.answer: gsm8k, split 'train', example \d+ has no field 'solution'"),
+    ({"task.answer": "solution"}, r"task\.answer: gsm8k, split 'train', example \d+: the field 'solution' must be"),
     ({"task.answer": "question", "task.verifier": "choice"}, r"gsm8k, split 'train', example \d+: .*'choice' finds no"),
     ({"task.verifier": "nowhere:f"}, r"task\.verifier: cannot import nowhere:f"),
     ({"task.heldout_split": "dev"}, r"task\.heldout_split: cannot open 'dev'"),
     ({"rollout.max_prompt_tokens": 20}, r"rollout\.max_prompt_tokens allows 1 to 20: .*'Tom has"),
+    ({"task.thinking_end": "<|start|>"}, r"task\.thinking_end: '<\|start\|>' is no text for this tokenizer"),
+    ({"rollout.stop": ("Tom", "<|end|>")}, r"rollout\.stop .*'<\|end\|>' is no text for this tokenizer"),
     ({"evaluate.problems": 9}, r"evaluate\.problems: must not exceed the 8 held-out problems"),
   ],
 )
@@ -169,7 +171,7 @@ def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
     ),
     (
       {"reviewer.name": "lexical", "reviewer.canary_every": 2, "credit.scheme": "weighted"},
-      r"reviewer\.canary_every: must be 0, because task 'tfds' has no labelled demonstrations",
+      r"reviewer\.canary_every: must be 0, because task 'tfds' has no demonstrations",
     ),
     ({"task.lines": 3}, r"task\.lines: no such key; did you mean task\.name"),
     ({"task.data_set": "a"}, r"task\.data_set: no such key; did you mean task\.dataset"),

@@ -17,8 +17,7 @@ def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -
     pieces: the bytes of each token; joined, they are the completion.
     step_end: regular expression; the token that holds the last byte of a match ends a step. What follows the last
       match, the end token included, is the last step.
-    least: a step with fewer characters, white space not counted, is joined to the next one, or the last to the one
-      before.
+    least: a step with fewer characters, white space aside, joins the next one; such a last step, the one before.
     most: steps after so many are joined to the last of them; 0 sets no limit.
   """
 
@@ -33,12 +32,10 @@ def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -
   for match in re.finditer(step_end, text):
     if len(spans) + 1 == most:
       break
-    if not match[0]:
-      continue
     place += len(text[position : match.end()].encode(errors="surrogateescape"))
     position = match.end()
     end = bisect.bisect_left(ends, place) + 1
-    if end > start and visible(start, end) >= least:
+    if match[0] and end > start and visible(start, end) >= least:
       spans.append((start, end))
       start = end
   if start < len(pieces):

@@ -89,7 +89,7 @@ class _Parsed:
 class Chains:
   """The task; see the module's text."""
 
-  step_end, min_step_chars, max_steps = ";", 0, 0
+  step_end, step_limits = ";", (0, 0)
 
   def __init__(self, config: ChainsConfig):
     self.config, self.sizes = config, dict[str, int]()

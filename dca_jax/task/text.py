@@ -54,7 +54,7 @@ class TextConfig:
   steps: str = "line"
   """`line`, `paragraph`, `sentence`, or a regular expression: a step ends where a match ends."""
   min_step_chars: int = 4
-  """A step with fewer characters, such as `1.` on a line of its own, is joined to the next one."""
+  """A step with fewer, such as `1.` on a line of its own, joins the next one."""
   max_steps: int = 32
   """What follows is joined to the last step."""
   tokenizer: str = ""
@@ -106,13 +106,11 @@ class Text:
   def __init__(self, config: TextConfig):
     self.config = config
     self.step_end = _STEPS.get(config.steps, config.steps)
-    self.min_step_chars, self.max_steps = config.min_step_chars, config.max_steps
+    self.step_limits = config.min_step_chars, config.max_steps
     self._own = _import(config.verifier) if config.verifier not in VERIFIERS else None
     self._final = VERIFIERS.get(config.verifier, VERIFIERS["exact"])
-    if config.name == "jsonl":
-      self._rows = {"train": _read_jsonl(config, "path"), "heldout": _read_jsonl(config, "heldout_path")}
-    else:
-      self._rows = {"train": _open_tfds(config, "split"), "heldout": _open_tfds(config, "heldout_split")}
+    read, key = (_read_jsonl, "path") if config.name == "jsonl" else (_open_tfds, "split")
+    self._rows = {"train": read(config, key), "heldout": read(config, f"heldout_{key}")}
     self.sizes = {split: len(rows) for split, (rows, _) in self._rows.items()}
     self._tokenizer = load_tokenizer(config.tokenizer)
     if config.chat_template and not self._tokenizer.chat_template:
@@ -154,7 +152,7 @@ class Text:
     right = self.final_answer(completion) == problem.answer
     score = self._ask(self._own, problem, completion) if self._own else float(right)
     weight = self.config.format_weight
-    formed = bool(weight) and re.fullmatch(self.config.format, completion.strip(), re.DOTALL) is not None
+    formed = weight and re.fullmatch(self.config.format, completion.strip(), re.DOTALL) is not None
     return Outcome((1 - weight) * score + weight * formed, score == 1, False)
 
   def final_answer(self, completion: str) -> str | None:
@@ -176,12 +174,14 @@ class Text:
 
   def _field(self, row, key: str, here: str) -> str:
     name = getattr(self.config, key)
-    if name not in row:
-      raise UserError(f"task.{key}: {here} has no field {name!r}; there are {', '.join(row)}")
-    value = row[name].decode(errors="replace") if isinstance(row[name], bytes) else row[name]
-    if not isinstance(value, str | int | float | np.number) or not str(value).strip():
-      raise UserError(f"task.{key}: {here}: the field {name!r} must be text or a number, not {value!r}")
-    return str(value).strip()
+    value = row.get(name)
+    text = value.decode(errors="replace").strip() if isinstance(value, bytes) else str(value).strip()
+    if not isinstance(value, bytes | str | int | float | np.number) or not text:
+      have = ", ".join(row)
+      raise UserError(
+        f"task.{key}: {here}: the field {name!r} must be text or a number, not {value!r}; there are {have}"
+      )
+    return text
 
   def _render(self, question: str) -> str:
     text = self.config.prompt.replace("{question}", question)

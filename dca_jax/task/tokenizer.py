@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import re
 from collections.abc import Sequence
 
@@ -10,16 +11,11 @@ import numpy as np
 from dca_jax.errors import UserError
 
 _PROBE = "Is 12,345.67 = 3/4?\n\n  x² + 10%\tit's   naïve: 东京 🙂\n1. end"
-_EXACT = {"ByteLevel", "ByteFallback", "Metaspace"}
-"""Kinds of decoders that turn each token into bytes of its own."""
+_EXACT = {"ByteLevel", "ByteFallback", "Metaspace"}  # Decoders for which each token has bytes of its own.
 
 
 def load_tokenizer(name: str):
-  """The `transformers` fast tokenizer in the folder, or under the hub id, `name`.
-
-  Raises:
-    UserError: there is none, it has no end token, or the text of its tokens cannot be trusted.
-  """
+  """The `transformers` fast tokenizer in a folder or under a hub id; UserError where it cannot be trusted."""
   from tokenizers import Tokenizer
   from transformers import PreTrainedTokenizerFast
   from transformers.utils import cached_file
@@ -28,18 +24,17 @@ def load_tokenizer(name: str):
     file = Tokenizer.from_file(str(cached_file(name, "tokenizer.json")))
     # Not AutoTokenizer: some of its classes replace what the file says of pre-tokenization.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-    ends = end_ids(tokenizer)
+    ids, ends = tokenizer(_PROBE, add_special_tokens=False)["input_ids"], end_ids(tokenizer)
   except Exception as error:  # `tokenizers` raises plain Exceptions.
     raise UserError(f"task.tokenizer: cannot load {name!r} ({str(error).strip().splitlines()[0][:200]})") from None
-  if tokenizer(_PROBE, add_special_tokens=False)["input_ids"] != file.encode(_PROBE, add_special_tokens=False).ids:
-    raise UserError(
-      f"task.tokenizer: transformers does not read text as the tokenizer.json of {name!r} says; use the version of"
-      " transformers that saved it"
-    )
-  if not ends:
-    raise UserError(f"task.tokenizer: {name!r} has no end token; give it an eos_token in its tokenizer_config.json")
-  if not _decoders(tokenizer) & _EXACT:
-    raise UserError(f"task.tokenizer: {name!r} is neither byte-level nor like SentencePiece; take one that is")
+  changed = ids != file.encode(_PROBE, add_special_tokens=False).ids
+  for wrong, why in (
+    (changed, "does not read text as its tokenizer.json says; use the version of transformers that saved it"),
+    (not ends, "has no end token; give it an eos_token in its tokenizer_config.json"),
+    (not _decoders(tokenizer) & _EXACT, "is neither byte-level nor like SentencePiece; take one that is"),
+  ):
+    if wrong:
+      raise UserError(f"task.tokenizer: {name!r} {why}")
   return tokenizer
 
 
@@ -51,8 +46,7 @@ def end_ids(tokenizer) -> tuple[int, ...]:
   ids = [tokenizer.eos_token_id]
   name, optional = tokenizer.name_or_path, {"_raise_exceptions_for_missing_entries": False}
   if name and (path := cached_file(name, "generation_config.json", **optional)):
-    with open(path, encoding="utf-8") as file:
-      listed = json.load(file).get("eos_token_id")
+    listed = json.loads(pathlib.Path(path).read_text("utf-8")).get("eos_token_id")
     ids += listed if isinstance(listed, list) else [listed]
   return tuple(sorted({i for i in ids if i is not None}))
 
@@ -80,8 +74,7 @@ def _table(tokenizer) -> dict[int, bytes]:
     return {i: tokenizer.decode([i]).encode() for i in range(len(tokenizer))}
   # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  hidden = [b for b in range(256) if b not in shown]
-  letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+  letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*shown}))}
   silent = {*end_ids(tokenizer), *tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
   table = {}
   for token, i in tokenizer.get_vocab().items():

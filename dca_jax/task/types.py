@@ -35,9 +35,8 @@ class Task(Protocol):
 
   step_end: str
   """Regular expression; a step of a completion ends where a match ends."""
-  min_step_chars: int
-  max_steps: int
-  """See `rollout.cut`."""
+  step_limits: tuple[int, int]
+  """Fewest characters of a step and most steps; see `rollout.cut`."""
   sizes: dict[str, int]
   """How many problems a split has; one that is not named here has no end."""
 

@@ -91,7 +91,7 @@ def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, r
   assert "tensorflow" not in sys.modules
   with pytest.raises(UserError, match=r"task\.heldout_split: cannot open 'tset' .*test"):
     make(name="tfds", dataset="gsm8k", data_dir=data_dir, heldout_split="tset", path="", heldout_path="")
-  with pytest.raises(UserError, match=r"gsm8k, split 'train', example \d+ has no field 'query'; .*question"):
+  with pytest.raises(UserError, match=r"gsm8k, split 'train', example \d+: the field 'query' must be text .*; there are .*question"):
     make(
       name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="", answer=answer, question="query"
     ).problem("train", 0)
@@ -113,7 +113,7 @@ def test_a_data_set_that_is_not_there(make, tmp_path):
     ('{"question": "1?", "answer": "1"}\n\n{"question": "2?", "answer": "2"}', "line 2 is not a JSON object"),
     ("[1, 2]\n", "line 1 is not a JSON object"),
     ("3\n", "line 1 is not a JSON object"),
-    ([{"question": "1?", "solution": "1"}], "line 1 has no field 'answer'; there are question, solution"),
+    ([{"question": "1?", "solution": "1"}], "line 1: the field 'answer' must be text or a number, not None; there are question, solution"),
     ([{"question": "1?", "answer": "1"}, {"question": " ", "answer": "1"}], "line 2: the field 'question' must be text"),
     ([{"question": "1?", "answer": ["1"]}], "line 1: the field 'answer' must be text or a number"),
     ([{"question": "1?", "answer": None}], "line 1: the field 'answer' must be text or a number"),
@@ -290,8 +290,8 @@ TEXT = "Let me see.\n\n1.\nTom has 3 apples. He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\n
 def test_steps_of_a_text(make, steps, expected):
   task = make(steps=steps)
   pieces = [c.encode() for c in TEXT] + [b""]  # The end token is silent.
-  spans = cut(pieces, task.step_end, task.min_step_chars, task.max_steps)
+  spans = cut(pieces, task.step_end, *task.step_limits)
   assert [TEXT[a:b] for a, b in spans] == expected
-  spans = cut([c.encode() for c in TEXT + "\n"] + [b""], task.step_end, task.min_step_chars, 2)
+  spans = cut([c.encode() for c in TEXT + "\n"] + [b""], task.step_end, task.step_limits[0], 2)
   assert len(spans) == 2
   assert spans[-1][1] == len(TEXT) + 2

@@ -127,7 +127,7 @@ def test_a_tokenizer_that_transformers_changes_is_refused(tmp_path):
   folder = pathlib.Path(words.save_tokenizer(tmp_path))
   path = folder / "tokenizer_config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": ["end"]}))
-  with pytest.raises(UserError, match=r"does not read text as the tokenizer\.json"):
+  with pytest.raises(UserError, match=r"does not read text as its tokenizer\.json"):
     load_tokenizer(str(folder))
 
 
