@@ -32,15 +32,14 @@ def read_folder(folder: str, limit: int) -> list[Trajectory]:
   return ([t for t in found if t.review == "ok"] or found)[:limit]
 
 
-def reviewer_config(member: str, overrides: Sequence[str], task: dict | None = None) -> config_lib.Config:
+def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config_lib.Config:
   """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
   name, _, model = member.partition(":")
   reviewer: dict = {"name": name}
   if model:
     reviewer["client"] = {"model": model}
-  given = ConfigDict({"reviewer": reviewer, "credit": {"scheme": "weighted"}})
-  if task:
-    given.update({"task": task, "warmstart": {"clean_steps": 0, "steps": 0}})
+  given = ConfigDict({"reviewer": reviewer, "credit": {"scheme": "weighted"}, "task": task})
+  given.warmstart = {"clean_steps": 0, "steps": 0}
   return config_lib.build(config_lib.apply_overrides(given, overrides))
 
 
@@ -111,7 +110,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   A token is taken to be four characters of prose or two of digits and symbols, and output to be 25 tokens a step and 30
   an answer. Thought is not in it, and with a model that thinks it is most of the price.
   """
-  config = reviewer_config(member, overrides).reviewer.client
+  config = reviewer_config(member, overrides, {}).reviewer.client
   price = price_of(config)
   trajectories = read_folder(folder, limit)
   rubric = read_rubric(config)

@@ -51,7 +51,9 @@ def given(tmp_path_factory):
 def run(given, tmp_path_factory):
   """A run whose prefix values come from continuations, so that all that samples is in it."""
   workdir = tmp_path_factory.mktemp("run")
-  config = tiny.make_config(given | {"credit.scheme": "potential", "value.source": "monte_carlo", "rollout.stop": ("s",)})
+  config = tiny.make_config(
+    given | {"credit.scheme": "potential", "value.source": "monte_carlo", "rollout.stop": ("s",)}
+  )
   train(config, str(workdir), quiet=True)
   return workdir, config
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Callable, Sequence
 
@@ -29,9 +30,8 @@ class TextConfig:
 
   name: str = "tfds"
   dataset: str = ""
-  """`tfds`: a data set's name as TFDS writes it, such as `gsm8k`; TensorFlow is not needed."""
   data_dir: str = ""
-  """`tfds`: where the data is, or is downloaded to; empty is TFDS's own folder."""
+  """`tfds`: a data set such as `gsm8k`, and where it is or is downloaded to, if that is not TFDS's own folder."""
   split: str = "train"
   heldout_split: str = "test"
   """`tfds`: splits; `train[:90%]` is one too."""
@@ -48,15 +48,14 @@ class TextConfig:
   thinking_end: str = ""
   """Such as `</think>`: the verifier reads only what follows the last one, and nothing where there is none."""
   format: str = ""
-  """Regular expression for the form of a whole completion, white space around it left out; `.` matches line ends."""
   format_weight: float = 0.0
-  """The reward is (1 - format_weight) for correctness and format_weight for form; accuracy never counts form."""
+  """Regular expression for a whole completion, without the white space around it (`.` matches line ends too), and the
+  share of the reward that it decides; correctness decides the rest, and accuracy never counts form."""
   steps: str = "line"
   """`line`, `paragraph`, `sentence`, or a regular expression: a step ends where a match ends."""
   min_step_chars: int = 4
-  """A step with fewer, such as `1.` on a line of its own, joins the next one."""
   max_steps: int = 32
-  """What follows is joined to the last step."""
+  """A shorter step, such as `1.` on a line of its own, joins the next one; steps beyond the most join the last."""
   tokenizer: str = ""
   """Folder or hub id of a tokenizer; empty is that of policy.pretrained."""
   prompt: str = "{question}"
@@ -68,7 +67,6 @@ class TextConfig:
   """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`."""
 
   def check(self) -> dict[str, str]:
-    verifiers, steps = ", ".join(VERIFIERS), ", ".join(_STEPS)
     known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
     # A lone word is a slip; nobody ends steps with one.
     typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
@@ -76,11 +74,10 @@ class TextConfig:
     rules = {
       **{key: (not getattr(self, key), f"must be given, because task.name is '{self.name}'") for key in source},
       "heldout_split": (self.heldout_split == self.split, "must differ from task.split"),
-      "verifier": (not known, f"must be one of {verifiers}, or MODULE:FUNCTION"),
+      "verifier": (not known, f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"),
       "format": (bool(self.format) != (self.format_weight > 0), "must be given where format_weight is, and only there"),
       "format_weight": (not 0 <= self.format_weight < 1, "must be at least 0 and below 1"),
-      "steps": (typo, f"must be one of {steps}, or a regular expression"),
-      "min_step_chars": (self.min_step_chars < 1, "must be at least 1"),
+      "steps": (typo, f"must be one of {', '.join(_STEPS)}, or a regular expression"),
       "max_steps": (self.max_steps < 1, "must be at least 1"),
       "prompt": ("{question}" not in self.prompt, "must hold {question}"),
     }
@@ -107,20 +104,18 @@ class Text:
     self.config = config
     self.step_end = _STEPS.get(config.steps, config.steps)
     self.step_limits = config.min_step_chars, config.max_steps
-    self._own = _import(config.verifier) if config.verifier not in VERIFIERS else None
-    self._final = VERIFIERS.get(config.verifier, VERIFIERS["exact"])
+    self._parse = VERIFIERS.get(config.verifier)
+    self._final = self._parse or VERIFIERS["exact"]
+    self._judge = (lambda _, text, answer: self._final(text) == answer) if self._parse else _import(config.verifier)
     read, key = (_read_jsonl, "path") if config.name == "jsonl" else (_open_tfds, "split")
     self._rows = {"train": read(config, key), "heldout": read(config, f"heldout_{key}")}
     self.sizes = {split: len(rows) for split, (rows, _) in self._rows.items()}
-    self._tokenizer = load_tokenizer(config.tokenizer)
-    if config.chat_template and not self._tokenizer.chat_template:
+    tokenizer = self._tokenizer = load_tokenizer(config.tokenizer)
+    if config.chat_template and not tokenizer.chat_template:
       raise UserError(f"task.chat_template: {config.tokenizer!r} has none; set it to False, and see task.prompt")
     # As a chat template would, start with what the tokenizer starts with.
-    starts = self._tokenizer.bos_token_id in self._tokenizer("")["input_ids"]
-    self._start = self._tokenizer.bos_token if starts else ""
-    self._order = functools.lru_cache(4)(
-      lambda seed, epoch: np.random.default_rng([seed, epoch]).permutation(self.sizes["train"])
-    )
+    self._start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
+    self._order = functools.lru_cache(4)(lambda *key: np.random.default_rng(key).permutation(self.sizes["train"]))
 
   def tokenizer(self):
     return self._tokenizer
@@ -136,10 +131,10 @@ class Text:
     rows, where = self._rows[split]
     here = f"{where} {row + 1}"
     question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
-    if not self._own:
+    if self._parse:
       # A bare answer is held to what a statement is held to: it may not be ambiguous.
       stated = "####" in answer or "\\boxed" in answer
-      final = self._final(answer if stated else f"#### {' '.join(answer.split())}")
+      final = self._parse(answer if stated else f"#### {' '.join(answer.split())}")
       if final is None:
         raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
       answer = final
@@ -149,9 +144,14 @@ class Text:
     """See `TextConfig`: `verifier`, `thinking_end`, `format`."""
     if truncated:
       return Outcome(0.0, False, True)
-    right = self.final_answer(completion) == problem.answer
-    score = self._ask(self._own, problem, completion) if self._own else float(right)
-    weight = self.config.format_weight
+    text, weight = self._after_thinking(completion), self.config.format_weight
+    try:
+      score = float(self._judge(problem.prompt, text, problem.answer))
+      if not 0 <= score <= 1:
+        raise ValueError(f"it gave {score}, which is not from 0 to 1")
+    except Exception as error:  # A function of the user's may raise anything.
+      where = f"task.verifier {self.config.verifier}, question {problem.prompt[:60]!r}"
+      raise UserError(f"{where}: {type(error).__name__}: {error}; mend it, then run again to go on") from error
     formed = weight and re.fullmatch(self.config.format, completion.strip(), re.DOTALL) is not None
     return Outcome((1 - weight) * score + weight * formed, score == 1, False)
 
@@ -159,54 +159,40 @@ class Text:
     return self._final(self._after_thinking(completion))
 
   def _after_thinking(self, completion: str) -> str:
-    _, found, after = completion.rpartition(self.config.thinking_end or "\0")
-    return after if found or not self.config.thinking_end else ""
-
-  def _ask(self, own: Callable, problem: Problem, completion: str) -> float:
-    try:
-      score = float(own(problem.prompt, self._after_thinking(completion), problem.answer))
-      if not 0 <= score <= 1:
-        raise ValueError(f"it gave {score}, which is not from 0 to 1")
-    except Exception as error:
-      where = f"task.verifier {self.config.verifier}, question {problem.prompt[:60]!r}"
-      raise UserError(f"{where}: {type(error).__name__}: {error}; mend it, then run again to go on") from error
-    return score
+    end = self.config.thinking_end
+    return completion if not end else completion.rpartition(end)[2] if end in completion else ""
 
   def _field(self, row, key: str, here: str) -> str:
     name = getattr(self.config, key)
     value = row.get(name)
     text = value.decode(errors="replace").strip() if isinstance(value, bytes) else str(value).strip()
     if not isinstance(value, bytes | str | int | float | np.number) or not text:
-      have = ", ".join(row)
-      raise UserError(
-        f"task.{key}: {here}: the field {name!r} must be text or a number, not {value!r}; there are {have}"
-      )
+      said = f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
+      raise UserError(f"task.{key}: {here}: {said}")
     return text
 
   def _render(self, question: str) -> str:
     text = self.config.prompt.replace("{question}", question)
     if not self.config.chat_template:
       return self._start + text
-    messages = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
-    messages.append({"role": "user", "content": text})
+    said = {"system": self.config.system_prompt, "user": text}
+    messages = [{"role": role, "content": content} for role, content in said.items() if content]
     try:
       options = json.loads(self.config.template_kwargs)
       return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # A template raises what it likes.
-      given = self.config.template_kwargs
-      raise UserError(f"task.chat_template: it fails with task.template_kwargs {given!r} ({error})") from None
+      raise UserError(f"task.chat_template or task.template_kwargs: the template fails ({error})") from None
 
 
 def _import(name: str) -> Callable:
-  module, _, function = name.partition(":")
   try:
-    return getattr(importlib.import_module(module), function)
+    return pkgutil.resolve_name(name)
   except Exception as error:  # The module may raise anything.
     raise UserError(f"task.verifier: cannot import {name} ({error}); its folder must be on PYTHONPATH") from None
 
 
 def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, str]:
-  """The rows of a split, and where a row is but for its number, for people."""
+  """The rows of a split, and where a row is but for its number."""
   import tensorflow_datasets as tfds
 
   split = getattr(config, key)

@@ -53,8 +53,7 @@ def end_ids(tokenizer) -> tuple[int, ...]:
 
 def token_bytes(tokenizer, tokens: Sequence[int] | np.ndarray) -> list[bytes]:
   """The bytes of each token: a part of a character in some, none in special tokens and in ids without a token."""
-  table = _table(tokenizer)
-  return [table.get(i, b"") for i in np.asarray(tokens).tolist()]
+  return [_table(tokenizer).get(i, b"") for i in np.asarray(tokens).tolist()]
 
 
 def text_of(tokenizer, tokens: Sequence[int] | np.ndarray) -> str:

@@ -28,10 +28,8 @@ class Outcome:
 
 
 class Task(Protocol):
-  """Stateless: everything it returns is a function of its arguments, its config and its data.
-
-  Tasks in free text have no `demonstration`, `label_steps` and `prefix_values`; a config that needs them is refused.
-  """
+  """Stateless: everything it returns is a function of its arguments, its config and its data. Free text has no
+  `demonstration`, `label_steps` and `prefix_values`; configs that need them are refused."""
 
   step_end: str
   """Regular expression; a step of a completion ends where a match ends."""

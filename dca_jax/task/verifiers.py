@@ -20,8 +20,8 @@ _CUE = re.compile(
 )
 _LINE = re.compile(r"[^\n]{0,500}")
 _SENTENCE = re.compile(r"(?:[^\n.!?]|[.!?](?!\s|$)){0,500}")
+# Between the members of a list.
 _AMONG = r"[\s.,;/|&+*()•-]*(?:(?:or|and|to|then|maybe|perhaps|possibly|alternatively|through)\b[\s,;(]*)*"
-"""What stands between the members of a list."""
 _NOT = re.compile(r"(?:\bnot|n't|\bnever|≠|!=|\\neq?)\s*(?:be|equal to|=)?\s*$", re.IGNORECASE)
 
 _LATEX = (
@@ -34,8 +34,7 @@ _LATEX = (
   (r"[\u2044\u2215]", "/"),
   (r"[\u2212\u2010-\u2013\ufe63\uff0d]", "-"),
   (r"\\([%$#&])", r"\1"),
-  (r"(?<=\w)[$€£¥₹]", " "),
-  (r"[$€£¥₹]", ""),
+  (r"(\w?)[$€£¥₹]", lambda m: m[1] and m[1] + " "),
   (r"(?<=\d)\s*\\[dtc]?frac", r" \\frac"),
   (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}"),
   (r"\\sqrt\s*", "√"),
@@ -63,10 +62,8 @@ def _stated(text: str, wanted: str, extent: re.Pattern[str]) -> tuple[str, bool]
     found.append((m.start(), m[1] if before == m[1] else f"{before}, {m[1]}", True))
     last = m.end()
   found += [(m.start(), m[1], True) for m in _HASH.finditer(text) if re.match(rf"\W*{wanted}", m[1])]
-  for m in _CUE.finditer(text):
-    slot = extent.match(text, m.end())
-    if slot and re.search(wanted, slot[0]):
-      found.append((m.start(), slot[0], False))
+  slots = [(m.start(), extent.match(text, m.end())) for m in _CUE.finditer(text)]
+  found += [(start, slot[0], False) for start, slot in slots if slot and re.search(wanted, slot[0])]
   return max(found)[1:] if found else None
 
 
