@@ -233,7 +233,13 @@ def test_numbers(make, completion, right):
 
 @pytest.mark.parametrize(
   ("completion", "right"),
-  [("3</think>2", True), ("2</think>3", False), ("2", False), ("2</think>", False), ("a</think>3</think>2", True)],
+  [
+    ("3</think>2", True),
+    ("2</think>3", False),
+    ("2", False),
+    ("2</think>", False),
+    ("a</think>The answer is 2.</think>3", False),
+  ],
 )
 def test_only_what_follows_the_thinking_is_read(make, completion, right):
   task = make(thinking_end="</think>")

@@ -84,6 +84,18 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(tokenizer, text, st
     assert not any(s.encode() in b"".join(pieces[: length - 1]) for s in stop)
 
 
+def test_a_character_that_is_cut_belongs_to_the_step_with_its_last_byte():
+  pieces = [b"a", b"\n\xe4", b"\xb8", b"\xad b", b"\xe4"]
+  spans = cut(pieces, "\n")
+  assert spans == [(0, 2), (2, 5)]
+  assert step_texts(pieces, spans) == ("a\n", "中 b\ufffd")
+  assert cut(pieces, "中") == [(0, 4), (4, 5)]
+
+
+def test_the_first_of_several_stop_strings_counts():
+  assert stop_length(["c", "b", "zz"], [b"a", b"xb", b"c", b"b"]) == 2
+
+
 def test_special_tokens_and_unknown_ids_are_silent(tokenizer):
   ids = encode(tokenizer, "7.")
   assert text_of(tokenizer, [*ids, tokenizer.eos_token_id, 10**6]) == "7."
@@ -94,6 +106,14 @@ def test_a_tag_that_is_no_special_token_is_read(tmp_path):
   ids = encode(tokenizer, "<think>7</think>8")
   assert len(ids) == 4
   assert text_of(tokenizer, ids) == "<think>7</think>8"
+
+
+def test_an_added_token_is_read_as_it_is_written(tmp_path):
+  tokenizer = load_tokenizer(words.save_tokenizer(tmp_path))
+  tokenizer.add_tokens(["<né é>"])
+  ids = encode(tokenizer, "é<né é>")
+  assert text_of(tokenizer, ids) == "é<né é>"
+  assert token_bytes(tokenizer, ids)[-1] == "<né é>".encode()
 
 
 # Loading.
