@@ -110,10 +110,10 @@ def test_a_tag_that_is_no_special_token_is_read(tmp_path):
 
 def test_an_added_token_is_read_as_it_is_written(tmp_path):
   tokenizer = load_tokenizer(words.save_tokenizer(tmp_path))
-  tokenizer.add_tokens(["<né é>"])
-  ids = encode(tokenizer, "é<né é>")
-  assert text_of(tokenizer, ids) == "é<né é>"
-  assert token_bytes(tokenizer, ids)[-1] == "<né é>".encode()
+  tokenizer.add_tokens(["<né>"])
+  ids = encode(tokenizer, "é<né>")
+  assert text_of(tokenizer, ids) == "é<né>"
+  assert token_bytes(tokenizer, ids)[-1] == "<né>".encode()
 
 
 # Loading.
