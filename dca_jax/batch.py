@@ -12,12 +12,14 @@ import numpy as np
 
 from dca_jax.config import Config
 from dca_jax.credit import Review, group_advantages, token_advantages
+from dca_jax.errors import UserError
 from dca_jax.processes import gather, put
 from dca_jax.review import Request, Reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
-from dca_jax.rollout import Sampler, Samples, cut, encode_prompts, token_pieces
+from dca_jax.rollout import Sampler, Samples, cut, cut_at_stops, encode_prompts, step_texts
 from dca_jax.task import Outcome, Problem, Task
+from dca_jax.task.tokenizer import text_of, token_bytes
 
 
 class Rollout(NamedTuple):
@@ -62,6 +64,7 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
     problems = [task.problem("train", (seed << 32) + int(n)) for n in numbers]
     prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens)
     samples = sampler(params, prompts, lengths, numbers, key, config.group)
+    samples = cut_at_stops(config.stop, tokenizer, samples)
     by_group = [x.reshape(len(own), config.group, *x.shape[1:]) for x in samples]
     for p, problem in enumerate(problems):
       mine = Samples(*(x[p] for x in by_group))
@@ -86,11 +89,25 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
 
 
 def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Outcome]:
-  pieces = token_pieces(tokenizer)
   return [
-    task.verify(problem, "".join(pieces[t] for t in tokens[:length]), bool(truncated))
+    task.verify(problem, text_of(tokenizer, tokens[:length]), bool(truncated))
     for tokens, length, truncated in zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
   ]
+
+
+def check_data(config: Config, task: Task, tokenizer) -> None:
+  """Reads every problem of a task that has an end: a bad one is found now (UserError), not in the middle of a run."""
+  for split, size in task.sizes.items():
+    for first in range(0, size, 512):
+      problems = [task.problem(split, i) for i in range(first, min(first + 512, size))]
+      encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens)
+  if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
+    raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
+  for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
+    if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
+      raise UserError(
+        f"rollout.stop or task.thinking_end: {string!r} is no text for this tokenizer, but special tokens"
+      )
 
 
 class Begun(NamedTuple):
@@ -143,7 +160,7 @@ def make_canaries(task: Task) -> list[tuple[Request, list[str]]]:
   canaries = []
   for i in range(8):
     prompt, text = task.demonstration(i, True)
-    steps = tuple(text[a:b] for a, b in cut(list(text), task.step_end))
+    steps = tuple(text[a:b] for a, b in cut([c.encode() for c in text], task.step_end))
     labels = task.label_steps(prompt, steps, False)
     # An answer is right exactly where the role of its last step is.
     correct = labels[-1] in ("necessary", "repair")
@@ -175,12 +192,11 @@ def _step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
 
 def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[int, int]]], list[tuple[str, ...]]]:
   """For each completion, the token spans of its steps and their texts."""
-  pieces = token_pieces(tokenizer)
   spans, texts = [], []
   for tokens, length in zip(samples.tokens_BxT, samples.lengths_B, strict=True):
-    words = [pieces[t] for t in tokens[:length]]
-    spans.append(cut(words, task.step_end))
-    texts.append(tuple("".join(words[start:end]) for start, end in spans[-1]))
+    pieces = token_bytes(tokenizer, tokens[:length])
+    spans.append(cut(pieces, task.step_end, *task.step_limits))
+    texts.append(step_texts(pieces, spans[-1]))
   return spans, texts
 
 

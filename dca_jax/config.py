@@ -21,8 +21,9 @@ from dca_jax.learner import LearnerConfig
 from dca_jax.mesh import MeshConfig
 from dca_jax.policy import PolicyConfig
 from dca_jax.review import TRANSPORTS, ReviewerConfig
+from dca_jax.review.builtin import LABELLED
 from dca_jax.rollout import RolloutConfig
-from dca_jax.task import ChainsConfig
+from dca_jax.task import CONFIGS, ChainsConfig, TextConfig
 from dca_jax.value import ValueConfig
 from dca_jax.warmstart import WarmstartConfig
 from dca_jax.workdir import is_remote, locate, write_whole
@@ -40,7 +41,7 @@ class Config:
   """Decides the problems and the noise of every step."""
   steps: int = 100
   """Training steps: batches sampled, reviewed and trained on."""
-  task: ChainsConfig = ChainsConfig()
+  task: ChainsConfig | TextConfig = ChainsConfig()
   policy: PolicyConfig = PolicyConfig()
   warmstart: WarmstartConfig = WarmstartConfig()
   rollout: RolloutConfig = RolloutConfig()
@@ -69,6 +70,14 @@ class Config:
       bad["reviewer.name"] = "gives no prefix values, which credit.scheme 'potential' reads; see the value section"
     if self.credit.scheme != "uniform" and not reviewed:
       bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
+    if isinstance(self.task, TextConfig):
+      if not self.task.tokenizer:
+        bad["task.tokenizer"] = "must be given, because policy.pretrained is not"
+      if readers := [m for m in self.reviewer.members if m.partition(":")[0] in LABELLED]:
+        bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+      for key in ("warmstart.clean_steps", "warmstart.steps", "reviewer.canary_every"):
+        if _lookup(self, key):
+          bad[key] = f"must be 0, because task '{self.task.name}' has no demonstrations"
     return bad
 
   def unused(self) -> dict[str, str]:
@@ -133,6 +142,9 @@ def build(given: ConfigDict) -> Config:
       any effect.
   """
   config = _section(Config(), given, "")
+  if isinstance(config.task, TextConfig) and not config.task.tokenizer:
+    task = dataclasses.replace(config.task, tokenizer=getattr(config.policy, "pretrained", ""))
+    config = dataclasses.replace(config, task=task)
   _validate(config)
   return config
 
@@ -213,6 +225,10 @@ def _section(defaults, given, prefix: str):
     if key not in known:
       raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in known])}")
     default = getattr(defaults, key)
+    if isinstance(default, ChainsConfig) and isinstance(value, (ConfigDict, dict)):
+      if (name := value.get("name", default.name)) not in [*CONFIGS]:
+        raise ConfigError(f"task.name: must be one of {', '.join(CONFIGS)}, not {name!r}")
+      default = CONFIGS[name]()  # The keys of this section depend on its name.
     if dataclasses.is_dataclass(default):
       values[key] = _section(default, value, f"{prefix}{key}.")
       continue
@@ -229,11 +245,12 @@ def _section(defaults, given, prefix: str):
 
 
 def _validate(config: Config) -> None:
+  defaults = Config(task=type(config.task)())
   for prefix, section in _sections(config, ""):
     for key, why in getattr(section, "check", dict)().items():
       raise ConfigError(f"{prefix}{key}: {why} (it is {_lookup(config, prefix + key)!r})")
     for key, why in getattr(section, "unused", dict)().items():
-      name, default = prefix + key, _lookup(Config(), prefix + key)
+      name, default = prefix + key, _lookup(defaults, prefix + key)
       if _lookup(config, name) != default:
         raise ConfigError(f"{name}: has no effect, because {why}; leave it at its default ({default!r})")
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from dca_jax.policy import Sampling
 from dca_jax.processes import gather, put
-from dca_jax.rollout import Sampler, encode_prompts, token_pieces
+from dca_jax.rollout import Sampler, cut_at_stops, encode_prompts
 from dca_jax.task import Task
+from dca_jax.task.tokenizer import text_of
 
 _GREEDY = Sampling(top_k=1)
 
@@ -52,7 +53,7 @@ class Estimate:
 
 def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[str, Estimate]:
   """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
-  n, pieces = config.problems, token_pieces(tokenizer)
+  n = config.problems
   key = jax.jit(jax.random.key)(put(np.uint32(0), sampler.end_ids_E.sharding))
   # The last rows may be there only so that every device has as many.
   shards = sampler.rows.num_devices // sampler.rows.mesh.shape["tensor"]
@@ -62,11 +63,11 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
 
   def outcomes(sampling: Sampling, count: int):
     """Of each problem's completions which are correct, their final answers and lengths: [problems, count] each."""
-    samples = sampler(params, *prompts, ids, key, count, sampling)
+    samples = cut_at_stops(sampler.config.stop, tokenizer, sampler(params, *prompts, ids, key, count, sampling))
     rows = zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
     by_problem: dict[int, list] = {}
     for row, (tokens, length, truncated) in enumerate(rows):
-      text = "".join(pieces[t] for t in tokens[:length])
+      text = text_of(tokenizer, tokens[:length])
       correct = task.verify(problems[row // count], text, bool(truncated)).correct
       by_problem.setdefault(int(ids[row // count]), []).append((correct, task.final_answer(text), int(length)))
     everyone = {int(i): own for part in gather(by_problem) for i, own in part.items()}

@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import functools
 import json
+import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -17,7 +19,7 @@ from dca_jax.review.reviewer import price_of, read_rubric
 from dca_jax.roles import ROLES
 from dca_jax.rollout import Trajectory, read_trajectories
 from dca_jax.task import TASKS
-from dca_jax.workdir import locate
+from dca_jax.workdir import is_remote, locate
 
 
 def read_folder(folder: str, limit: int) -> list[Trajectory]:
@@ -30,13 +32,14 @@ def read_folder(folder: str, limit: int) -> list[Trajectory]:
   return ([t for t in found if t.review == "ok"] or found)[:limit]
 
 
-def reviewer_config(member: str, overrides: Sequence[str]) -> config_lib.Config:
-  """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments."""
+def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config_lib.Config:
+  """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
   name, _, model = member.partition(":")
   reviewer: dict = {"name": name}
   if model:
     reviewer["client"] = {"model": model}
-  given = ConfigDict({"reviewer": reviewer, "credit": {"scheme": "weighted"}})
+  given = ConfigDict({"reviewer": reviewer, "credit": {"scheme": "weighted"}, "task": task})
+  given.warmstart = {"clean_steps": 0, "steps": 0}
   return config_lib.build(config_lib.apply_overrides(given, overrides))
 
 
@@ -52,13 +55,14 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   Raises:
     UserError: there is nothing to read, or the reviewer cannot be opened.
   """
-  config = reviewer_config(member, overrides).reviewer
   trajectories = read_folder(folder, limit)
   run = locate(folder).parent
-  settings = json.loads((run / "config.json").read_text())["task"]
-  task = TASKS[settings["name"]](config_lib.build(ConfigDict({"task": settings})).task)
-  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
-  with contextlib.closing(open_reviewer(config, truth, run / "reviews.sqlite")) as reviewer:
+  config = reviewer_config(member, overrides, json.loads((run / "config.json").read_text())["task"])
+  # The task is made only for a reviewer that reads its labels.
+  task = functools.cache(lambda: TASKS[config.task.name](config.task))
+  truth = Truth(lambda r: task().label_steps(r.problem, r.steps, r.truncated), lambda *a: task().prefix_values(*a))
+  cache = None if is_remote(run) else pathlib.Path(run / "reviews.sqlite")
+  with contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer:
     # Not hurried as a training step is.
     reviews = reviewer.submit(requests_of(trajectories), 600.0).result()
     stats, problem = reviewer.stats(), reviewer.problem()
@@ -107,7 +111,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   A token is taken to be four characters of prose or two of digits and symbols, and output to be 25 tokens a step and 30
   an answer. Thought is not in it, and with a model that thinks it is most of the price.
   """
-  config = reviewer_config(member, overrides).reviewer.client
+  config = reviewer_config(member, overrides, {}).reviewer.client
   price = price_of(config)
   trajectories = read_folder(folder, limit)
   rubric = read_rubric(config)

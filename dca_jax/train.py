@@ -22,6 +22,7 @@ from dca_jax.batch import (
   Begun,
   assign_credit,
   canary_accuracy,
+  check_data,
   collect,
   cut_steps,
   make_canaries,
@@ -44,6 +45,7 @@ from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectorie
 from dca_jax.review import Share, Truth, open_reviewer
 from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
 from dca_jax.task import TASKS, Task
+from dca_jax.task.tokenizer import end_ids as end_ids_of
 from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import cache_folder, warm_start
 from dca_jax.workdir import Growing, locate
@@ -70,6 +72,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
   use_compilation_cache()
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
+  check_data(config, task, tokenizer)
   policy = Policy(config.policy, len(tokenizer))
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
@@ -81,11 +84,11 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
   )
   on_policy = put([np.bool_(False), np.bool_(True)], everywhere)
-  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), task.prefix_values)
+  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *a: task.prefix_values(*a))
   canaries = make_canaries(task) if config.reviewer.canary_every and jax.process_index() == 0 else []
 
   sampler_devices = mesh.sampler_mesh(config.mesh, devices)
-  end_ids = put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(sampler_devices))
+  end_ids = put(np.array(end_ids_of(tokenizer), np.int32), mesh.replicated(sampler_devices))
   sampler = Sampler(policy, config.rollout, end_ids, mesh.batch_sharding(sampler_devices))
   for_sampler = mesh.relay(devices, sampler_devices, policy)
   mesh.check_rows(devices, sampler_devices, config.rollout.problems, config.learner.micro_batches)

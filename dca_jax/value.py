@@ -23,8 +23,9 @@ from dca_jax.credit import Review
 from dca_jax.policy import Policy
 from dca_jax.processes import gather
 from dca_jax.review import Review as HostReview
-from dca_jax.rollout import Sampler, Samples, token_pieces
+from dca_jax.rollout import Sampler, Samples, stop_length
 from dca_jax.task import Problem, Task
+from dca_jax.task.tokenizer import text_of, token_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +97,12 @@ def monte_carlo(
   # Of like lengths together, because a batch takes as long as its longest answer; the last batch is filled up.
   order = sorted(range(len(begun)), key=lambda n: -len(begun[n][1]))
   values, generated = np.zeros(len(begun)), 0
-  pieces, max_tokens = token_pieces(tokenizer), sampler.config.max_tokens
+  rollout = sampler.config
   counts = gather(len(begun))  # All processes sample together, as often as the one with most prefixes needs.
   before = sum(counts[: jax.process_index()])
   for first in range(0, max(counts), len(spans)):
     batch = np.resize(order[first : first + len(spans)] or [0], len(spans))
-    ids = np.zeros((len(spans), prompts[0].shape[1] + max_tokens), np.int32)
+    ids = np.zeros((len(spans), prompts[0].shape[1] + rollout.max_tokens), np.int32)
     lengths = np.zeros(len(spans), np.int32)
     for row, n in enumerate(batch):
       p, tokens = begun[n]
@@ -112,9 +113,11 @@ def monte_carlo(
     for row, n in enumerate(order[first : first + len(spans)]):
       p, tokens = begun[n]
       for a in range(row * config.continuations, (row + 1) * config.continuations):
-        length, room = int(answers.lengths_B[a]), max_tokens - len(tokens)
-        text = "".join(pieces[t] for t in (*tokens, *answers.tokens_BxT[a, : min(length, room)]))
-        outcome = task.verify(problems[p], text, bool(answers.truncated_B[a]) or length > room)
+        length, room = int(answers.lengths_B[a]), rollout.max_tokens - len(tokens)
+        whole = np.concatenate([tokens, answers.tokens_BxT[a, : min(length, room)]])
+        stop = stop_length(rollout.stop, token_bytes(tokenizer, whole)) if rollout.stop else None
+        truncated = stop is None and (bool(answers.truncated_B[a]) or length > room)
+        outcome = task.verify(problems[p], text_of(tokenizer, whole[:stop]), truncated)
         values[n] += outcome.reward / config.continuations
         generated += min(length, room)
   return [HostReview("ok", values=tuple(values[own].tolist())) for own in places], generated

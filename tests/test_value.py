@@ -14,8 +14,9 @@ from dca_jax import mesh
 from dca_jax.batch import cut_steps
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
-from dca_jax.rollout import Sampler, Samples, encode_prompts, read_trajectories, sample, sampler, token_pieces
+from dca_jax.rollout import Sampler, Samples, encode_prompts, read_trajectories, sample, sampler
 from dca_jax.task import TASKS, Outcome, Problem
+from dca_jax.task.tokenizer import text_of
 from dca_jax.train import train
 from dca_jax.value import ValueConfig, ValueHead, fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import warm_start
@@ -102,10 +103,9 @@ def test_the_value_of_the_prompt_is_the_policys_own_accuracy():
   batch = Batch(2, group=2)
   values, _ = batch.values(512)
   samples = jax.device_get(batch.draw(1024, key=5))
-  pieces = token_pieces(TOKENIZER)
   for p, problem in enumerate(batch.problems):
     rows = range(p * 1024, (p + 1) * 1024)
-    texts = ["".join(pieces[t] for t in samples.tokens_BxT[i, : samples.lengths_B[i]]) for i in rows]
+    texts = [text_of(TOKENIZER, samples.tokens_BxT[i, : samples.lengths_B[i]]) for i in rows]
     cut_off = samples.truncated_B[rows.start : rows.stop].tolist()
     truth = np.mean([TASK.verify(problem, x, cut).reward for x, cut in zip(texts, cut_off, strict=True)])
     assert 0.05 < truth < 0.95
@@ -143,8 +143,7 @@ def test_what_is_generated_is_counted_and_judged_by_the_task():
       max_tokens=T,
     )
   )
-  pieces = token_pieces(TOKENIZER)
-  texts = ["".join(pieces[t] for t in drawn.tokens_BxT[i, : drawn.lengths_B[i]]) for i in range(4)]
+  texts = [text_of(TOKENIZER, drawn.tokens_BxT[i, : drawn.lengths_B[i]]) for i in range(4)]
   won = [TASK.verify(batch.problems[0], x, bool(cut)).reward for x, cut in zip(texts, drawn.truncated_B, strict=False)]
   assert values == [(np.mean(won),)] * 2
   assert generated == drawn.lengths_B[:4].sum()

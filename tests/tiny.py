@@ -48,7 +48,7 @@ EVERYTHING = {
 def settings(changes=()) -> dict:
   """The tiny settings with `changes`, a dict from full keys to values."""
   nested = copy.deepcopy(SETTINGS)
-  for key, value in dict(changes).items():
+  for key, value in copy.deepcopy(dict(changes)).items():
     *sections, name = key.split(".")
     place = nested
     for section in sections:

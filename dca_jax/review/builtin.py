@@ -162,6 +162,7 @@ def _dice(config: Dice, name: str) -> random.Random:
   return random.Random(hashlib.sha256(f"{config.seed}/{name}".encode()).digest())
 
 
+LABELLED = ("oracle", "noisy", "stale", "nan")  # They read a task's own labels.
 REVIEWERS = {
   "none": _none,
   "oracle": _oracle,

@@ -2,7 +2,7 @@
 
 from dca_jax.rollout.prompts import encode_prompts
 from dca_jax.rollout.sampler import RolloutConfig, Sampler, Samples, sample
-from dca_jax.rollout.steps import cut, token_pieces
+from dca_jax.rollout.steps import cut, cut_at_stops, step_texts, stop_length
 from dca_jax.rollout.trajectory import Trajectory, forget_trajectories, read_trajectories, write_trajectories
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
   "Samples",
   "Trajectory",
   "cut",
+  "cut_at_stops",
   "encode_prompts",
   "forget_trajectories",
   "read_trajectories",
   "sample",
-  "token_pieces",
+  "step_texts",
+  "stop_length",
   "write_trajectories",
 ]

@@ -14,13 +14,13 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int) -> tuple[
   Raises:
     UserError: a prompt is empty or longer than `limit`; the message names the problem.
   """
-  ids_P = tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
+  ids_P = tokenizer([p.rendered or p.prompt for p in problems], add_special_tokens=False)["input_ids"]
   prompts_PxS = np.zeros((len(problems), limit), np.int32)
   for row, ids, problem in zip(prompts_PxS, ids_P, problems, strict=True):
     if not 1 <= len(ids) <= limit:
       raise UserError(
         f"the prompt of problem {problem.id} has {len(ids)} tokens; rollout.max_prompt_tokens allows 1 to {limit}: "
-        "raise it, or leave such problems out"
+        f"raise it, or leave such problems out ({problem.prompt[:60]!r})"
       )
     row[: len(ids)] = ids
   return prompts_PxS, np.array([len(ids) for ids in ids_P], np.int32)

@@ -27,6 +27,8 @@ class RolloutConfig:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  stop: tuple[str, ...] = ()
+  """Strings that end a completion too, with the token that completes one; found after sampling, in the text."""
   zero_variance: str = "keep"
   """Groups whose completions all have the same reward: `keep` trains on them too (they carry no outcome signal, but
   count in the normalizer and in the KL and entropy terms), `skip` leaves them out, `refill` replaces them by groups of
@@ -54,6 +56,8 @@ class RolloutConfig:
       bad["temperature"] = "must be positive; for greedy decoding set rollout.top_k to 1"
     if not 0 < self.top_p <= 1:
       bad["top_p"] = "must be above 0 and at most 1"
+    if not all(isinstance(string, str) and string for string in self.stop):
+      bad["stop"] = "must be strings that are not empty"
     if self.zero_variance not in ("keep", "skip", "refill"):
       bad["zero_variance"] = "must be 'keep', 'skip' or 'refill'"
     return bad

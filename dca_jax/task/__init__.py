@@ -1,8 +1,10 @@
-"""Problems, verifiers and, for synthetic tasks, exact step labels."""
+"""Problems, verifiers, tokenizers and, for synthetic tasks, exact step labels."""
 
 from dca_jax.task.chains import Chains, ChainsConfig
+from dca_jax.task.text import Text, TextConfig
 from dca_jax.task.types import Outcome, Problem, Task
 
-TASKS = {"chains": Chains}
+TASKS: dict[str, type] = {"chains": Chains, "tfds": Text, "jsonl": Text}
+CONFIGS = {"chains": ChainsConfig, "tfds": TextConfig, "jsonl": TextConfig}
 
-__all__ = ["TASKS", "Chains", "ChainsConfig", "Outcome", "Problem", "Task"]
+__all__ = ["CONFIGS", "TASKS", "Chains", "ChainsConfig", "Outcome", "Problem", "Task", "Text", "TextConfig"]

@@ -58,8 +58,6 @@ class ChainsConfig:
 
   def check(self) -> dict[str, str]:
     bad = {}
-    if self.name != "chains":
-      bad["name"] = "must be 'chains', the only task there is"
     if self.lines % 2 or not 2 <= self.lines <= 24:
       bad["lines"] = "must be even and between 2 and 24"
     if not 2 <= self.modulus <= 10:
@@ -91,10 +89,10 @@ class _Parsed:
 class Chains:
   """The task; see the module's text."""
 
-  step_end = ";"
+  step_end, step_limits = ";", (0, 0)
 
   def __init__(self, config: ChainsConfig):
-    self.config = config
+    self.config, self.sizes = config, dict[str, int]()
     self._parse = functools.lru_cache(maxsize=4096)(self._read_prompt)
     # Misconceptions belong to the task, not to a run: every seed trains against the same ones.
     rng = np.random.default_rng(20)

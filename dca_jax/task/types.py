@@ -14,6 +14,8 @@ class Problem:
   id: int
   prompt: str
   answer: str
+  rendered: str = ""
+  """What the policy reads, where it is not the prompt itself: the prompt in a chat template."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +28,15 @@ class Outcome:
 
 
 class Task(Protocol):
-  """Stateless: everything it returns is a function of its arguments and its config."""
+  """Stateless: everything it returns is a function of its arguments, its config and its data. Free text has no
+  `demonstration`, `label_steps` and `prefix_values`; configs that need them are refused."""
 
   step_end: str
   """Regular expression; a step of a completion ends where a match ends."""
+  step_limits: tuple[int, int]
+  """Fewest characters of a step and most steps; see `rollout.cut`."""
+  sizes: dict[str, int]
+  """How many problems a split has; one that is not named here has no end."""
 
   def tokenizer(self):
     """A `transformers` fast tokenizer whose `eos_token` ends a completion."""

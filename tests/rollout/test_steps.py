@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dca_jax.rollout import cut
 
-PIECES = st.lists(st.text("ab;\n ", max_size=4), max_size=12)
+PIECES = st.lists(st.text("ab;\n ", max_size=4).map(str.encode), max_size=12)
 
 
 @settings(max_examples=300, deadline=None)
@@ -23,7 +23,7 @@ def test_spans_partition_the_tokens(pieces, step_end):
 @given(pieces=PIECES, step_end=st.sampled_from([";", r"\n\n", r"[;\n]+", "a;|;b", r"\s*"]))
 def test_a_step_ends_with_the_token_that_holds_the_last_character_of_a_match(pieces, step_end):
   owner = [i for i, piece in enumerate(pieces) for _ in piece]  # of every character
-  last = {owner[m.end() - 1] for m in re.finditer(step_end, "".join(pieces)) if m[0]}
+  last = {owner[m.end() - 1] for m in re.finditer(step_end, b"".join(pieces).decode()) if m[0]}
   expected = sorted(last | ({len(pieces) - 1} if pieces else set()))
   assert [end - 1 for _, end in cut(pieces, step_end)] == expected
 
@@ -49,8 +49,8 @@ def test_a_step_ends_with_the_token_that_holds_the_last_character_of_a_match(pie
   ],
 )
 def test_examples(pieces, spans):
-  assert cut(pieces, ";") == spans
+  assert cut([piece.encode() for piece in pieces], ";") == spans
 
 
 def test_a_separator_may_span_tokens():
-  assert cut(["one", "\n", "\n", "two\n", "three", "$"], r"\n\n") == [(0, 3), (3, 6)]
+  assert cut([b"one", b"\n", b"\n", b"two\n", b"three", b"$"], r"\n\n") == [(0, 3), (3, 6)]

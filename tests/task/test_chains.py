@@ -580,4 +580,4 @@ def _problem(task, prompt):
 
 
 def _cut(text: str) -> list[str]:
-  return [text[a:b] for a, b in cut(list(text), Chains.step_end)]
+  return [text[a:b] for a, b in cut([c.encode() for c in text], Chains.step_end)]

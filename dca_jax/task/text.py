@@ -1,0 +1,221 @@
+"""Free-text tasks: questions and answers from TensorFlow Datasets or JSONL files, for language models."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from etils import epath
+
+from dca_jax.errors import UserError
+from dca_jax.task.tokenizer import load_tokenizer
+from dca_jax.task.types import Outcome, Problem
+from dca_jax.task.verifiers import VERIFIERS
+
+_STEPS = {
+  "line": r"\n(?:[^\S\n]*\n)*",
+  "paragraph": r"\n[^\S\n]*\n\s*",
+  "sentence": r"[.!?][.!?\"'”’)\]*]*\s+|[。！？]+\s*|\n\s*",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """The `task` section for `tfds` and `jsonl`."""
+
+  name: str = "tfds"
+  dataset: str = ""
+  data_dir: str = ""
+  """`tfds`: a data set such as `gsm8k`, and where it is or is downloaded to, if that is not TFDS's own folder."""
+  split: str = "train"
+  heldout_split: str = "test"
+  """`tfds`: splits; `train[:90%]` is one too."""
+  path: str = ""
+  heldout_path: str = ""
+  """`jsonl`: files with one JSON object a line."""
+  question: str = "question"
+  answer: str = "answer"
+  """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
+  verifier: str = "number"
+  """`number`, `exact` or `choice` (see `verifiers`), or your own, MODULE:FUNCTION: called with (question, completion,
+  reference answer) it returns whether the completion is right, or a number from 0 to 1, of which only 1 counts as
+  correct. If it raises, the run stops and can go on later. Truncated completions are wrong; it never sees them."""
+  thinking_end: str = ""
+  """Such as `</think>`: the verifier reads only what follows the last one, and nothing where there is none."""
+  format: str = ""
+  format_weight: float = 0.0
+  """Regular expression for a whole completion, without the white space around it (`.` matches line ends too), and the
+  share of the reward that it decides; correctness decides the rest, and accuracy never counts form."""
+  steps: str = "line"
+  """`line`, `paragraph`, `sentence`, or a regular expression: a step ends where a match ends."""
+  min_step_chars: int = 4
+  max_steps: int = 32
+  """A shorter step, such as `1.` on a line of its own, joins the next one; steps beyond the most join the last."""
+  tokenizer: str = ""
+  """Folder or hub id of a tokenizer; empty is that of policy.pretrained."""
+  prompt: str = "{question}"
+  """What the policy is asked, such as `{question} Put the answer after ####.`"""
+  chat_template: bool = True
+  """Writes the prompt as the tokenizer's chat template does."""
+  system_prompt: str = ""
+  template_kwargs: str = "{}"
+  """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`."""
+
+  def check(self) -> dict[str, str]:
+    known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
+    # A lone word is a slip; nobody ends steps with one.
+    typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
+    source = ("path", "heldout_path") if self.name == "jsonl" else ("dataset",)
+    rules = {
+      **{key: (not getattr(self, key), f"must be given, because task.name is '{self.name}'") for key in source},
+      "heldout_split": (self.heldout_split == self.split, "must differ from task.split"),
+      "verifier": (not known, f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"),
+      "format": (bool(self.format) != (self.format_weight > 0), "must be given where format_weight is, and only there"),
+      "format_weight": (not 0 <= self.format_weight < 1, "must be at least 0 and below 1"),
+      "steps": (typo, f"must be one of {', '.join(_STEPS)}, or a regular expression"),
+      "max_steps": (self.max_steps < 1, "must be at least 1"),
+      "prompt": ("{question}" not in self.prompt, "must hold {question}"),
+    }
+    bad = {key: why for key, (wrong, why) in rules.items() if wrong}
+    for key in ("format", "steps"):
+      try:
+        re.compile(getattr(self, key))
+      except re.error as error:
+        bad[key] = f"is no regular expression ({error})"
+    return bad
+
+  def unused(self) -> dict[str, str]:
+    other = ("dataset", "data_dir", "split", "heldout_split") if self.name == "jsonl" else ("path", "heldout_path")
+    unused = dict.fromkeys(other, f"task.name is '{self.name}'")
+    if not self.chat_template:
+      unused |= dict.fromkeys(("system_prompt", "template_kwargs"), "task.chat_template is False")
+    return unused
+
+
+class Text:
+  """The task. What is wrong with its data, tokenizer or verifier raises a UserError, here or in `problem`."""
+
+  def __init__(self, config: TextConfig):
+    self.config = config
+    self.step_end = _STEPS.get(config.steps, config.steps)
+    self.step_limits = config.min_step_chars, config.max_steps
+    self._parse = VERIFIERS.get(config.verifier)
+    self._final = self._parse or VERIFIERS["exact"]
+    self._judge = (lambda _, text, answer: self._final(text) == answer) if self._parse else _import(config.verifier)
+    read, key = (_read_jsonl, "path") if config.name == "jsonl" else (_open_tfds, "split")
+    self._rows = {"train": read(config, key), "heldout": read(config, f"heldout_{key}")}
+    self.sizes = {split: len(rows) for split, (rows, _) in self._rows.items()}
+    tokenizer = self._tokenizer = load_tokenizer(config.tokenizer)
+    if config.chat_template and not tokenizer.chat_template:
+      raise UserError(f"task.chat_template: {config.tokenizer!r} has none; set it to False, and see task.prompt")
+    # As a chat template would, start with what the tokenizer starts with.
+    self._start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
+    self._order = functools.lru_cache(4)(lambda *key: np.random.default_rng(key).permutation(self.sizes["train"]))
+
+  def tokenizer(self):
+    return self._tokenizer
+
+  def problem(self, split: str, index: int) -> Problem:
+    """Problem number `index`. Training goes through the data again and again, each time in an order of its own, which
+    depends on the seed in the index's upper bits (see `batch.collect`)."""
+    row = index
+    if split == "train":
+      seed, number = divmod(index, 2**32)
+      epoch, place = divmod(number, self.sizes[split])
+      row = int(self._order(seed, epoch)[place])
+    rows, where = self._rows[split]
+    here = f"{where} {row + 1}"
+    question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
+    if self._parse:
+      # A bare answer is held to what a statement is held to: it may not be ambiguous.
+      stated = "####" in answer or "\\boxed" in answer
+      final = self._parse(answer if stated else f"#### {' '.join(answer.split())}")
+      if final is None:
+        raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
+      answer = final
+    return Problem(index, question, answer, self._render(question))
+
+  def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome:
+    """See `TextConfig`: `verifier`, `thinking_end`, `format`."""
+    if truncated:
+      return Outcome(0.0, False, True)
+    text, weight = self._after_thinking(completion), self.config.format_weight
+    try:
+      score = float(self._judge(problem.prompt, text, problem.answer))
+      if not 0 <= score <= 1:
+        raise ValueError(f"it gave {score}, which is not from 0 to 1")
+    except Exception as error:  # A function of the user's may raise anything.
+      where = f"task.verifier {self.config.verifier}, question {problem.prompt[:60]!r}"
+      raise UserError(f"{where}: {type(error).__name__}: {error}; mend it, then run again to go on") from error
+    formed = weight and re.fullmatch(self.config.format, completion.strip(), re.DOTALL) is not None
+    return Outcome((1 - weight) * score + weight * formed, score == 1, False)
+
+  def final_answer(self, completion: str) -> str | None:
+    return self._final(self._after_thinking(completion))
+
+  def _after_thinking(self, completion: str) -> str:
+    end = self.config.thinking_end
+    return completion if not end else completion.rpartition(end)[2] if end in completion else ""
+
+  def _field(self, row, key: str, here: str) -> str:
+    name = getattr(self.config, key)
+    value = row.get(name)
+    text = value.decode(errors="replace").strip() if isinstance(value, bytes) else str(value).strip()
+    if not isinstance(value, bytes | str | int | float | np.number) or not text:
+      said = f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
+      raise UserError(f"task.{key}: {here}: {said}")
+    return text
+
+  def _render(self, question: str) -> str:
+    text = self.config.prompt.replace("{question}", question)
+    if not self.config.chat_template:
+      return self._start + text
+    said = {"system": self.config.system_prompt, "user": text}
+    messages = [{"role": role, "content": content} for role, content in said.items() if content]
+    try:
+      options = json.loads(self.config.template_kwargs)
+      return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except Exception as error:  # A template raises what it likes.
+      raise UserError(f"task.chat_template or task.template_kwargs: the template fails ({error})") from None
+
+
+def _import(name: str) -> Callable:
+  try:
+    return pkgutil.resolve_name(name)
+  except Exception as error:  # The module may raise anything.
+    raise UserError(f"task.verifier: cannot import {name} ({error}); its folder must be on PYTHONPATH") from None
+
+
+def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, str]:
+  """The rows of a split, and where a row is but for its number."""
+  import tensorflow_datasets as tfds
+
+  split = getattr(config, key)
+  with contextlib.suppress(ImportError):  # TFDS knows its text data sets only once they are imported.
+    importlib.import_module(f"tensorflow_datasets.text.{re.split('[/:]', config.dataset)[0]}")
+  try:
+    rows = tfds.data_source(config.dataset, split=split, data_dir=config.data_dir or None)
+    if not len(rows):
+      raise ValueError("it is empty")
+  except Exception as error:  # Of many types: no such data set, no such split, no network, another file format.
+    reason = " ".join(str(error).split())[:300]
+    raise UserError(f"task.{key}: cannot open {split!r} of task.dataset {config.dataset!r} ({reason})") from None
+  return rows, f"{config.dataset}, split {split!r}, example"
+
+
+def _read_jsonl(config: TextConfig, key: str) -> tuple[Sequence, str]:
+  """As `_open_tfds`."""
+  path, rows = getattr(config, key), []
+  try:
+    for line in epath.Path(path).expanduser().read_text("utf-8").rstrip().split("\n"):
+      rows.append(dict(json.loads(line)))
+  except (OSError, TypeError, ValueError) as error:
+    unread = isinstance(error, OSError | UnicodeDecodeError)
+    what = f"cannot read {path}" if unread else f"{path}, line {len(rows) + 1} is not a JSON object"
+    raise UserError(f"task.{key}: {what} ({error})") from None
+  return rows, f"{path}, line"

@@ -1,0 +1,87 @@
+"""Tokenizers of language models: loaded as their files say, their end tokens, and the exact bytes of every token."""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from dca_jax.errors import UserError
+
+_PROBE = "Is 12,345.67 = 3/4?\n\n  x² + 10%\tit's   naïve: 东京 🙂\n1. end"
+_EXACT = {"ByteLevel", "ByteFallback", "Metaspace"}  # Decoders for which each token has bytes of its own.
+
+
+def load_tokenizer(name: str):
+  """The `transformers` fast tokenizer in a folder or under a hub id; UserError where it cannot be trusted."""
+  from tokenizers import Tokenizer
+  from transformers import PreTrainedTokenizerFast
+  from transformers.utils import cached_file
+
+  try:
+    file = Tokenizer.from_file(str(cached_file(name, "tokenizer.json")))
+    # Not AutoTokenizer: some of its classes replace what the file says of pre-tokenization.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+    ids, ends = tokenizer(_PROBE, add_special_tokens=False)["input_ids"], end_ids(tokenizer)
+  except Exception as error:  # `tokenizers` raises plain Exceptions.
+    raise UserError(f"task.tokenizer: cannot load {name!r} ({str(error).strip().splitlines()[0][:200]})") from None
+  changed = ids != file.encode(_PROBE, add_special_tokens=False).ids
+  for wrong, why in (
+    (changed, "does not read text as its tokenizer.json says; use the version of transformers that saved it"),
+    (not ends, "has no end token; give it an eos_token in its tokenizer_config.json"),
+    (not _decoders(tokenizer) & _EXACT, "is neither byte-level nor like SentencePiece; take one that is"),
+  ):
+    if wrong:
+      raise UserError(f"task.tokenizer: {name!r} {why}")
+  return tokenizer
+
+
+@functools.lru_cache
+def end_ids(tokenizer) -> tuple[int, ...]:
+  """The tokens that end a completion: the tokenizer's own, and those of the generation_config.json beside it."""
+  from transformers.utils import cached_file
+
+  ids = [tokenizer.eos_token_id]
+  name, optional = tokenizer.name_or_path, {"_raise_exceptions_for_missing_entries": False}
+  if name and (path := cached_file(name, "generation_config.json", **optional)):
+    listed = json.loads(pathlib.Path(path).read_text("utf-8")).get("eos_token_id")
+    ids += listed if isinstance(listed, list) else [listed]
+  return tuple(sorted({i for i in ids if i is not None}))
+
+
+def token_bytes(tokenizer, tokens: Sequence[int] | np.ndarray) -> list[bytes]:
+  """The bytes of each token: a part of a character in some, none in special tokens and in ids without a token."""
+  return [_table(tokenizer).get(i, b"") for i in np.asarray(tokens).tolist()]
+
+
+def text_of(tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
+  """The text that the tokens make together."""
+  return b"".join(token_bytes(tokenizer, tokens)).decode(errors="replace")
+
+
+def _decoders(tokenizer) -> set[str]:
+  decoder = tokenizer.backend_tokenizer.decoder
+  return set(re.findall(r'"type":"(\w+)"', decoder.__getstate__().decode())) if decoder else set()
+
+
+@functools.lru_cache
+def _table(tokenizer) -> dict[int, bytes]:
+  decoders, added = _decoders(tokenizer), tokenizer.added_tokens_decoder
+  if not decoders & _EXACT:  # A task's own alphabet, whose end token is read as a letter.
+    return {i: tokenizer.decode([i]).encode() for i in range(len(tokenizer))}
+  # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*shown}))}
+  silent = {*end_ids(tokenizer), *tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+  table = {}
+  for token, i in tokenizer.get_vocab().items():
+    if "ByteLevel" in decoders:
+      plain = i in added or not letters.keys() >= set(token)
+      table[i] = token.encode() if plain else bytes(letters[c] for c in token)
+    elif "ByteFallback" in decoders and (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
+      table[i] = bytes.fromhex(byte[1])
+    else:
+      table[i] = token.replace("▁", " ").encode()
+  return table | dict.fromkeys(silent, b"")

@@ -1,0 +1,330 @@
+"""Free-text tasks: where problems come from, what is refused, and how an answer is judged."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import words
+
+from dca_jax.errors import UserError
+from dca_jax.rollout import cut
+from dca_jax.task import Outcome, Text, TextConfig
+
+N = len(words.PROBLEMS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("text")
+  words.save_tokenizer(path)
+  words.write_jsonl(path / "train.jsonl")
+  words.write_jsonl(path / "test.jsonl", words.PROBLEMS[:4])
+  return path
+
+
+@pytest.fixture
+def make(folder):
+  """A task with the settings given."""
+
+  def make(**changes) -> Text:
+    given = {"path": str(folder / "train.jsonl"), "heldout_path": str(folder / "test.jsonl"), "tokenizer": str(folder)}
+    config = TextConfig(**{"name": "jsonl", **given, **changes})
+    assert not config.check()
+    return Text(config)
+
+  return make
+
+
+@pytest.fixture
+def with_rows(make, tmp_path):
+  """A task whose training data are the rows, or the text, given."""
+
+  def with_rows(rows, **changes) -> Text:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    return make(path=str(path), **changes)
+
+  return with_rows
+
+
+def every_problem(task: Text):
+  return [task.problem("train", i) for i in range(task.sizes["train"])]
+
+
+# Problems.
+
+
+def test_every_epoch_has_every_problem_once_in_an_order_of_its_own(make):
+  task = make()
+  asked = [p["question"] for p in words.PROBLEMS]
+  epochs = [[task.problem("train", e * N + i).prompt for i in range(N)] for e in range(4)]
+  assert all(sorted(epoch) == sorted(asked) for epoch in epochs)
+  assert all(epochs[i] != epochs[j] for i in range(4) for j in range(i))
+  seeded = [task.problem("train", (7 << 32) + i).prompt for i in range(N)]
+  assert sorted(seeded) == sorted(asked)
+  assert seeded != epochs[0]
+
+
+def test_a_problem_is_a_function_of_its_index(make):
+  ours, theirs = make(), make()
+  indices = [5, 3 * N + 1, (2**31 - 1 << 32) + 10**6, 0, 5]
+  expected = [ours.problem("train", i) for i in indices]
+  assert [theirs.problem("train", i) for i in reversed(indices)] == expected[::-1]
+  assert [p.id for p in expected] == indices
+
+
+def test_held_out_problems_keep_their_order(make):
+  task = make()
+  assert task.sizes == {"train": N, "heldout": 4}
+  assert [task.problem("heldout", i).prompt for i in range(4)] == [p["question"] for p in words.PROBLEMS[:4]]
+  assert [task.problem("heldout", i).answer for i in range(4)] == ["2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(("answer", "reference"), [("short_answer", "9"), ("answer", "9")])
+def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, reference):
+  data_dir = words.build_gsm8k(tmp_path_factory.mktemp("tfds"))
+  task = make(name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="", answer=answer)
+  assert task.sizes == {"train": 16, "heldout": N - 16}
+  assert sorted(p.prompt for p in every_problem(task)) == sorted(p["question"] for p in words.PROBLEMS[:16])
+  assert task.problem("heldout", 0).answer == reference
+  assert "tensorflow" not in sys.modules
+  with pytest.raises(UserError, match=r"task\.heldout_split: cannot open 'tset' .*test"):
+    make(name="tfds", dataset="gsm8k", data_dir=data_dir, heldout_split="tset", path="", heldout_path="")
+  with pytest.raises(
+    UserError, match=r"gsm8k, split 'train', example \d+: the field 'query' must be text .*; there are .*question"
+  ):
+    make(
+      name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="", answer=answer, question="query"
+    ).problem("train", 0)
+
+
+def test_a_data_set_that_is_not_there(make, tmp_path):
+  with pytest.raises(UserError, match=r"task\.split: cannot open 'train' of task\.dataset 'no_such_set'"):
+    make(name="tfds", dataset="no_such_set", data_dir=str(tmp_path), path="", heldout_path="")
+
+
+# What is refused; always the file and the line are named.
+
+
+@pytest.mark.parametrize(
+  ("rows", "said"),
+  [
+    ("", r"rows\.jsonl, line 1 is not a JSON object"),
+    ('{"question": "1?", "answer": "1"}\n{"question"\n', r"rows\.jsonl, line 2 is not a JSON object"),
+    ('{"question": "1?", "answer": "1"}\n\n{"question": "2?", "answer": "2"}', "line 2 is not a JSON object"),
+    ("[1, 2]\n", "line 1 is not a JSON object"),
+    ("3\n", "line 1 is not a JSON object"),
+    (
+      [{"question": "1?", "solution": "1"}],
+      "line 1: the field 'answer' must be text or a number, not None; there are question, solution",
+    ),
+    (
+      [{"question": "1?", "answer": "1"}, {"question": " ", "answer": "1"}],
+      "line 2: the field 'question' must be text",
+    ),
+    ([{"question": "1?", "answer": ["1"]}], "line 1: the field 'answer' must be text or a number"),
+    ([{"question": "1?", "answer": None}], "line 1: the field 'answer' must be text or a number"),
+    (
+      [{"question": "1?", "answer": "1"}, {"question": "2?", "answer": "two"}],
+      "line 2: .*'number' finds no answer in 'two'",
+    ),
+    ([{"question": "1?", "answer": "1 or 2"}], "line 1: .*'number' finds no answer"),
+    ([{"question": "1?", "answer": "3 cats and 2 dogs"}], "line 1: .*'number' finds no answer"),
+    ([{"question": "1?", "answer": "We get 3 + 4 = 7.\n#### 7 or 8"}], "line 1: .*'number' finds no answer"),
+  ],
+)
+def test_bad_rows(with_rows, rows, said):
+  with pytest.raises(UserError, match=said):
+    every_problem(with_rows(rows))
+
+
+def test_a_file_that_cannot_be_read(make, tmp_path):
+  with pytest.raises(UserError, match=r"task\.path: cannot read .*none\.jsonl"):
+    make(path=str(tmp_path / "none.jsonl"))
+  (tmp_path / "latin.jsonl").write_bytes('{"question": "é?", "answer": "1"}'.encode("latin-1"))
+  with pytest.raises(UserError, match=r"task\.heldout_path: cannot read .*latin\.jsonl"):
+    make(heldout_path=str(tmp_path / "latin.jsonl"))
+
+
+@pytest.mark.parametrize(
+  ("answer", "reference"),
+  [
+    ("#### 1,000", "1000"),
+    (7, "7"),
+    (0.5, "1/2"),
+    ("x = 7", "7"),
+    ("3/4", "3/4"),
+    ("So \\boxed{12}, done in 3 steps", "12"),
+  ],
+)
+def test_reference_answers(with_rows, answer, reference):
+  assert every_problem(with_rows([{"question": "?", "answer": answer}]))[0].answer == reference
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("path", ""),
+    ("heldout_path", ""),
+    ("verifier", "numbers"),
+    ("verifier", "a b:c"),
+    ("format", "(.*"),
+    ("format_weight", 1.0),
+    ("format_weight", 0.2),
+    ("steps", "lines"),
+    ("steps", ""),
+    ("steps", "(\n"),
+    ("max_steps", 0),
+    ("prompt", "Solve it."),
+  ],
+)
+def test_impossible_settings(key, value):
+  good = TextConfig(
+    name="jsonl", path="a", heldout_path="b", format="x" if key == "format_weight" and value == 1 else ""
+  )
+  bad = dataclasses.replace(good, **{key: value}).check()
+  assert key in bad or (key == "format_weight" and "format" in bad)
+
+
+# The prompt.
+
+
+def test_the_prompt_is_rendered_and_the_reviewer_reads_the_question(make):
+  problem = make(prompt="{question} Use ####.", system_prompt="Be {brief}.").problem("heldout", 0)
+  question = words.PROBLEMS[0]["question"]
+  assert problem.prompt == question
+  assert problem.rendered == (
+    f"<|start|>system\nBe {{brief}}.<|end|>\n<|start|>user\n{question} Use ####.<|end|>\n<|start|>assistant\n"
+  )
+
+
+def test_arguments_of_the_template(make):
+  rendered = make(template_kwargs='{"enable_thinking": false}').problem("heldout", 0).rendered
+  assert rendered.endswith("<|start|>assistant\n<think></think>")
+  for given in ("[]", "{", '{"messages": 3}'):
+    with pytest.raises(UserError, match=r"task\.chat_template or task\.template_kwargs: the template fails"):
+      make(template_kwargs=given).problem("heldout", 0)
+
+
+def test_without_a_template_the_prompt_starts_as_the_tokenizer_does(make, tmp_path):
+  assert make(chat_template=False).problem("heldout", 0).rendered == words.PROBLEMS[0]["question"]
+  plain = words.save_tokenizer(tmp_path, words.sentencepiece_like, template=None, starts=True)
+  rendered = make(chat_template=False, tokenizer=plain).problem("heldout", 0).rendered
+  assert rendered == "<bos>" + words.PROBLEMS[0]["question"]
+  with pytest.raises(UserError, match=r"task\.chat_template: .* has none"):
+    make(tokenizer=plain)
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize(
+  ("completion", "right"),
+  [("1 + 1 = 2.\n#### 2", True), ("#### 3", False), ("The answer is 2.", True), ("2, 3", False), ("", False)],
+)
+def test_numbers(make, completion, right):
+  task = make()
+  problem = task.problem("heldout", 0)
+  assert task.verify(problem, completion, False) == Outcome(float(right), right, False)
+  assert task.verify(problem, completion, True) == Outcome(0.0, False, True)
+  assert (task.final_answer(completion) == problem.answer) == right
+
+
+@pytest.mark.parametrize(
+  ("completion", "right"),
+  [
+    ("3</think>2", True),
+    ("2</think>3", False),
+    ("2", False),
+    ("2</think>", False),
+    ("a</think>The answer is 2.</think>3", False),
+  ],
+)
+def test_only_what_follows_the_thinking_is_read(make, completion, right):
+  task = make(thinking_end="</think>")
+  assert task.verify(task.problem("heldout", 0), completion, False).correct == right
+
+
+@pytest.mark.parametrize(
+  ("completion", "reward", "correct"),
+  [
+    ("Tom\n#### 2\n", 1.0, True),
+    ("2", 0.75, True),
+    ("Tom\n#### 3", 0.25, False),
+    ("3", 0.0, False),
+    ("#### 2 apples", 0.75, True),
+  ],
+)
+def test_form_is_rewarded_beside_correctness_and_never_counts_as_it(make, completion, reward, correct):
+  task = make(format=r".*#### \d+", format_weight=0.25)
+  assert task.verify(task.problem("heldout", 0), completion, False) == Outcome(reward, correct, False)
+  assert task.verify(task.problem("heldout", 0), completion, True).reward == 0
+
+
+@pytest.fixture
+def own(make, tmp_path, monkeypatch):
+  (tmp_path / "own_verifier.py").write_text(
+    "seen = []\n"
+    "def half(question, completion, reference):\n  seen.append((question, completion, reference))\n  return 0.5\n"
+    "def same(question, completion, reference):\n  return completion in reference\n"
+    "def broken(question, completion, reference):\n  return 1 / 0\n"
+    "def double(question, completion, reference):\n  return 2\n"
+    "def nothing(question, completion, reference):\n  return float('nan')\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  yield lambda name, **changes: make(verifier=f"own_verifier:{name}", **changes)
+  sys.modules.pop("own_verifier", None)
+
+
+def test_a_function_of_ones_own(own):
+  task = own("half", thinking_end="</think>")
+  problem = task.problem("heldout", 0)
+  assert problem.answer == words.PROBLEMS[0]["answer"]
+  assert task.verify(problem, "x</think> y", False) == Outcome(0.5, False, False)
+  assert task.verify(problem, "x</think> y", True) == Outcome(0.0, False, True)
+  assert sys.modules["own_verifier"].seen == [(problem.prompt, " y", problem.answer)]
+  assert own("same").verify(problem, "#### 2", False) == Outcome(1.0, True, False)
+  assert own("same").verify(problem, "#### 3", False) == Outcome(0.0, False, False)
+
+
+@pytest.mark.parametrize(
+  ("name", "said"), [("broken", "ZeroDivisionError"), ("double", "it gave 2"), ("nothing", "nan")]
+)
+def test_a_function_that_fails_stops_the_run_with_a_sentence(own, name, said):
+  task = own(name)
+  with pytest.raises(UserError, match=rf"task\.verifier own_verifier:{name}, question 'Tom.*{said}.*run again"):
+    task.verify(task.problem("heldout", 0), "2", False)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function"])
+def test_a_function_that_does_not_exist(make, name):
+  with pytest.raises(UserError, match=rf"task\.verifier: cannot import {name} .*PYTHONPATH"):
+    make(verifier=name)
+
+
+# Steps.
+
+TEXT = "Let me see.\n\n1.\nTom has 3 apples. He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\nSo it is 7."
+
+
+@pytest.mark.parametrize(
+  ("steps", "expected"),
+  [
+    ("line", ["Let me see.\n\n", "1.\nTom has 3 apples. He buys 4!\n", "\\[\n3 + 4 = 7\n", "\\]\n\nSo it is 7."]),
+    ("paragraph", ["Let me see.\n\n", "1.\nTom has 3 apples. He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\n", "So it is 7."]),
+    (
+      "sentence",
+      ["Let me see.\n\n", "1.\nTom has 3 apples. ", "He buys 4!\n", "\\[\n3 + 4 = 7\n", "\\]\n\nSo it is 7."],
+    ),
+    (r"\. ", ["Let me see.\n\n1.\nTom has 3 apples. ", "He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\nSo it is 7."]),
+  ],
+)
+def test_steps_of_a_text(make, steps, expected):
+  task = make(steps=steps)
+  pieces = [c.encode() for c in TEXT] + [b""]  # The end token is silent.
+  spans = cut(pieces, task.step_end, *task.step_limits)
+  assert [TEXT[a:b] for a, b in spans] == expected
+  spans = cut([c.encode() for c in TEXT + "\n"] + [b""], task.step_end, task.step_limits[0], 2)
+  assert len(spans) == 2
+  assert spans[-1][1] == len(TEXT) + 2

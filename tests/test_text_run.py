@@ -1,0 +1,203 @@
+"""Runs on free text: a tiny policy that begins from nothing, a real tokenizer, and data from TFDS and JSONL."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny
+import words
+
+from dca_jax import mesh
+from dca_jax import train as train_module
+from dca_jax.batch import collect
+from dca_jax.config import ConfigError
+from dca_jax.errors import UserError
+from dca_jax.policy import Policy
+from dca_jax.rereview import rereview
+from dca_jax.rollout import Sampler, read_trajectories
+from dca_jax.task import TASKS
+from dca_jax.task.tokenizer import end_ids, text_of, token_bytes
+from dca_jax.train import train
+
+CHANGES = {
+  "steps": 2,
+  "warmstart": {"clean_steps": 0, "steps": 0},
+  "rollout.max_prompt_tokens": 64,
+  "rollout.max_tokens": 16,
+  "rollout.temperature": 0.3,
+  "task.steps": r"\w",
+  "task.min_step_chars": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+  """What makes the tiny settings a free-text run on a data set of TFDS."""
+  folder = tmp_path_factory.mktemp("given")
+  return {
+    "task": {
+      "name": "tfds",
+      "dataset": "gsm8k",
+      "data_dir": words.build_gsm8k(folder / "data"),
+      "tokenizer": words.save_tokenizer(folder / "tokenizer", ends=[2, 1]),
+    },
+    **CHANGES,
+  }
+
+
+@pytest.fixture(scope="module")
+def run(given, tmp_path_factory):
+  """A run whose prefix values come from continuations, so that all that samples is in it."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = tiny.make_config(
+    given | {"credit.scheme": "potential", "value.source": "monte_carlo", "rollout.stop": ("s",)}
+  )
+  train(config, str(workdir), quiet=True)
+  return workdir, config
+
+
+def test_a_run_on_free_text(run):
+  workdir, config = run
+  lines = tiny.read_lines(workdir)
+  assert [line["step"] for line in lines] == [0, 1, 2]
+  assert "eval/greedy" in lines[0]
+  assert "eval/greedy" in lines[2]
+  asked = {p["question"] for p in words.PROBLEMS[:16]}
+  records = [t for step in (1, 2) for t in read_trajectories(workdir / "trajectories", step)]
+  assert len({t.prompt for t in records}) == 8  # No problem comes twice in an epoch.
+  assert {t.prompt for t in records} < asked
+  assert all(t.answer.isdigit() for t in records)
+  tokenizer = TASKS["tfds"](config.task).tokenizer()
+  ends = end_ids(tokenizer)
+  assert ends == (1, 2)
+  several = 0
+  for t in records:
+    assert [i for s in t.steps for i in range(s["start"], s["end"])] == list(range(len(t.tokens)))
+    assert "".join(s["text"] for s in t.steps) == text_of(tokenizer, t.tokens)
+    assert all(s["text"].strip() for s in t.steps) or len(t.steps) == 1
+    assert all(0 <= s["value"] <= 1 for s in t.steps)
+    # It ends with an end token or with its first `s`, or else it was cut off.
+    pieces = token_bytes(tokenizer, t.tokens)
+    ended = t.tokens[-1] in ends or b"s" in pieces[-1]
+    assert not any(i in ends for i in t.tokens[:-1])
+    assert not any(b"s" in piece for piece in pieces[:-1])
+    assert ended != t.truncated
+    several += len(t.steps) > 1
+  assert several
+  assert any(b"s" in token_bytes(tokenizer, t.tokens)[-1] for t in records)
+
+
+def test_it_resumes(run):
+  workdir, config = run
+  before = tiny.read_lines(workdir)
+  train(config, str(workdir), quiet=True)
+  assert tiny.read_lines(workdir) == before
+
+
+def test_a_reviewer_without_labels_reads_the_run_again(run):
+  workdir, _ = run
+  assert "32 completions: 32 ok" in rereview(str(workdir / "trajectories"), "lexical", 100, [])
+  with pytest.raises(ConfigError, match=r"reviewer\.name: asks oracle, which reads step labels"):
+    rereview(str(workdir / "trajectories"), "oracle", 100, [])
+
+
+def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
+  config = tiny.make_config(given)
+  task = TASKS[config.task.name](config.task)
+  tokenizer = task.tokenizer()
+  policy = Policy(config.policy, len(tokenizer))
+  devices = mesh.make_mesh(config.mesh)
+  params = nn.unbox(jax.jit(policy.init_params)(jax.random.key(0)))
+  ends = jax.device_put(np.array(end_ids(tokenizer), np.int32), mesh.replicated(devices))
+
+  def draw(changes):
+    rollout = tiny.make_config(given | changes).rollout
+    return collect(Sampler(policy, rollout, ends, mesh.batch_sharding(devices)), 0, 1, task, tokenizer, params)
+
+  plain, stopped = draw({}), draw({"rollout.stop": ("s", "#")})
+  np.testing.assert_array_equal(plain.samples.tokens_BxT, stopped.samples.tokens_BxT)
+  np.testing.assert_array_equal(plain.samples.logprobs_BxT, stopped.samples.logprobs_BxT)
+  shorter = stopped.samples.lengths_B < plain.samples.lengths_B
+  assert 0 < shorter.sum() < len(shorter)
+  assert not stopped.samples.truncated_B[shorter].any()
+  np.testing.assert_array_equal(stopped.samples.truncated_B[~shorter], plain.samples.truncated_B[~shorter])
+
+
+# What is refused before there is a workdir, so before any device time.
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"task.answer": "solution"}, r"task\.answer: gsm8k, split 'train', example \d+: the field 'solution' must be"),
+    ({"task.answer": "question", "task.verifier": "choice"}, r"gsm8k, split 'train', example \d+: .*'choice' finds no"),
+    ({"task.verifier": "nowhere:f"}, r"task\.verifier: cannot import nowhere:f"),
+    ({"task.heldout_split": "dev"}, r"task\.heldout_split: cannot open 'dev'"),
+    ({"rollout.max_prompt_tokens": 20}, r"rollout\.max_prompt_tokens allows 1 to 20: .*'Tom has"),
+    ({"task.thinking_end": "<|start|>"}, r"task\.thinking_end: '<\|start\|>' is no text for this tokenizer"),
+    ({"rollout.stop": ("Tom", "<|end|>")}, r"rollout\.stop .*'<\|end\|>' is no text for this tokenizer"),
+    ({"evaluate.problems": 9}, r"evaluate\.problems: must not exceed the 8 held-out problems"),
+  ],
+)
+def test_bad_input_is_refused_first(given, tmp_path, monkeypatch, changes, said):
+  monkeypatch.setattr(train_module.mesh, "make_mesh", lambda config: pytest.fail("devices were asked for"))
+  with pytest.raises(UserError, match=said):
+    train(tiny.make_config(given | changes), str(tmp_path / "run"), quiet=True)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
+  changes = {"task.tokenizer": words.save_tokenizer(tmp_path / "endless", eos=None)}
+  with pytest.raises(UserError, match="no end token"):
+    train(tiny.make_config(given | changes), str(tmp_path / "run"), quiet=True)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"task.tokenizer": ""}, r"task\.tokenizer: must be given"),
+    ({"warmstart.steps": 3}, r"warmstart\.steps: must be 0, because task 'tfds' has no demonstrations"),
+    ({"warmstart.clean_steps": 3}, r"warmstart\.clean_steps: must be 0"),
+    ({"reviewer.name": "oracle", "credit.scheme": "weighted"}, r"reviewer\.name: asks oracle, which reads step labels"),
+    ({"reviewer.name": "noisy", "credit.scheme": "weighted"}, r"reviewer\.name: asks noisy"),
+    (
+      {"reviewer.name": "panel", "reviewer.panel": ("lexical", "stale"), "credit.scheme": "weighted"},
+      r"reviewer\.name: asks stale",
+    ),
+    (
+      {"reviewer.name": "lexical", "reviewer.escalate": "oracle", "credit.scheme": "weighted"},
+      r"reviewer\.name: asks oracle",
+    ),
+    (
+      {"reviewer.name": "lexical", "reviewer.canary_every": 2, "credit.scheme": "weighted"},
+      r"reviewer\.canary_every: must be 0, because task 'tfds' has no demonstrations",
+    ),
+    ({"task.lines": 3}, r"task\.lines: no such key; did you mean task\.name"),
+    ({"task.data_set": "a"}, r"task\.data_set: no such key; did you mean task\.dataset"),
+    ({"task.path": "a.jsonl"}, r"task\.path: has no effect, because task\.name is 'tfds'"),
+    ({"task.chat_template": False, "task.system_prompt": "x"}, r"task\.system_prompt: has no effect"),
+    ({"task.name": "text"}, r"task\.name: must be one of chains, tfds, jsonl, not 'text'"),
+    ({"rollout.stop": ("",)}, r"rollout\.stop: must be strings"),
+    ({"rollout.stop": (3,)}, r"rollout\.stop: must be strings"),
+  ],
+)
+def test_settings_that_free_text_does_not_have(given, changes, said):
+  with pytest.raises(ConfigError, match=said):
+    tiny.make_config(given | changes)
+
+
+def test_controls_that_need_no_labels_may_review(given):
+  for name in ("random", "lexical", "thief", "suffix", "silent"):
+    tiny.make_config(given | {"reviewer.name": name, "credit.scheme": "weighted"})
+
+
+def test_the_settings_of_a_run_are_whole(run):
+  """The file says which tokenizer it was, and can be built again."""
+  workdir, config = run
+  saved = json.loads((workdir / "config.json").read_text())
+  assert saved["task"]["tokenizer"] == config.task.tokenizer
+  assert saved["task"]["dataset"] == "gsm8k"
+  assert "lines" not in saved["task"]
