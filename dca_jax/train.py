@@ -40,7 +40,7 @@ from dca_jax.config import Config, claim_workdir
 from dca_jax.errors import Terminated, UserError
 from dca_jax.evaluate import evaluate
 from dca_jax.metrics import Reporter, not_finite
-from dca_jax.policy import Policy
+from dca_jax.policy import Policy, pretrained
 from dca_jax.record import Clock, eval_metrics, step_metrics, trajectories
 from dca_jax.review import Truth, open_reviewer
 from dca_jax.rollout import write_trajectories
@@ -62,14 +62,14 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
   tokenizer.save_pretrained(folder / "tokenizer")
-  policy = Policy(config.policy, len(tokenizer))
+  policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer))
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
   devices = mesh.make_mesh(config.mesh)
   rows = mesh.batch_sharding(devices)
   mesh.check_divisible(devices, config.rollout.problems // config.learner.micro_batches)
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
-  head = init_head(config.value, config.policy.width, config.seed) if learned else None
+  head = init_head(config.value, policy.config.width, config.seed) if learned else None
   shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap)
   end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
   update = functools.partial(
@@ -95,6 +95,8 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
     def make_start():
+      if config.policy.pretrained:
+        return pretrained.load(policy, pretrained.folder(config.policy.pretrained), shardings.params)
       params = init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
       return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits)

@@ -3,10 +3,11 @@
 Read is what decides numbers. A field that is not known is refused by name, because it might.
 """
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
+
+import numpy as np
 
 from dca_jax.errors import UserError
 from dca_jax.policy.transformer import PolicyConfig
@@ -29,33 +30,22 @@ _FIXED = {
   "use_bidirectional_attention": False,
   "use_mrope": False,
   "hidden_act": "silu",
+  "hidden_activation": "gelu_pytorch_tanh",
 }
 
-# Fields that change no number of a forward pass.
+# Fields that change no number of a forward pass, beside those that end in _token_id.
 _HARMLESS = {
   "_name_or_path",
   "_sliding_window_pattern",  # Stands beside layer_types, which says the same.
   "attention_dropout",
-  "bos_token_id",
   "cache_implementation",
-  "chunk_size_feed_forward",
   "dtype",
-  "eos_token_id",
-  "id2label",
   "initializer_range",
-  "is_encoder_decoder",
-  "label2id",
   "max_position_embeddings",
-  "output_attentions",
-  "output_hidden_states",
-  "pad_token_id",
   "pretraining_tp",
-  "problem_type",
-  "return_dict",
   "torch_dtype",
   "transformers_version",
   "unsloth_fixed",
-  "unsloth_version",
   "use_cache",
 }
 
@@ -65,6 +55,8 @@ _ROPE = {
   "linear": ("factor",),
   "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+
+_OUTSIDE = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm": "model.norm.weight"}
 
 # A layer's modules; the two norms around an MLP are named after its family.
 _MODULES = {
@@ -80,7 +72,7 @@ _MODULES = {
 def tensor_name(config: PolicyConfig, path: tuple[str, ...]) -> str:
   """The name of a parameter in the files of a model; where it is one of the layers', `{}` is for the layer's number."""
   if path[0] != "blocks":
-    return {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm": "model.norm.weight"}[path[0]]
+    return _OUTSIDE[path[0]]
   mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
   module = mlp_norm if path[1] == "mlp_norm" else _MODULES[path[1]]
   return f"model.layers.{{}}.{module}.{'bias' if path[2] == 'bias' else 'weight'}"
@@ -91,9 +83,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     given = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise UserError(f"{path} is unreadable ({error}); policy.pretrained needs a complete Hugging Face folder") from error
+    raise UserError(f"{path} is unreadable ({error}); download the model again") from error
   if not isinstance(given, dict):
-    raise UserError(f"{path} holds no JSON object; policy.pretrained needs a complete Hugging Face folder")
+    raise UserError(f"{path} holds no JSON object; download the model again")
   return given
 
 
@@ -118,21 +110,20 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
     return rest.pop(key, *default)
 
   def number(key: str, *default):
-    value = take(key, *default)
+    value = take(key, *default) or 0  # A null is 0.
     if type(value) not in (int, float):
       raise refuse(f"{key} must be a number, not {value!r}")
     return value
 
   def rope(fields) -> tuple[float, tuple[float, ...]]:
     left = {k: v for k, v in fields.items() if v is not None}
-    kinds = left.pop("type", "default"), left.pop("rope_type", None)
-    kind = kinds[1] or kinds[0]
-    if kind not in _ROPE:
-      raise refuse(f"the rope_type {kind!r} is not supported")
-    numbers = [left.pop(key, None) for key in ("rope_theta", *_ROPE[kind])]
-    if left or not all(type(x) in (int, float) for x in numbers):
-      raise refuse(f"cannot read the rotary positions {fields}" + (f", whose {min(left)} is not known" if left else ""))
-    return float(numbers[0]), tuple(map(float, numbers[1:]))
+    older = left.pop("type", "default")
+    kind = left.pop("rope_type", older)
+    if kind not in _ROPE or not left.keys() <= {"rope_theta", *_ROPE[kind]}:
+      raise refuse(f"rotary positions of the rope_type {kind!r} with {', '.join(sorted(left))} are not supported")
+    if missing := {"rope_theta", *_ROPE[kind]} - left.keys():
+      raise refuse(f"the rotary positions lack {min(missing)}")
+    return float(left["rope_theta"]), tuple(float(left[key]) for key in _ROPE[kind])
 
   kind = take("model_type", None)
   architectures = take("architectures", None)
@@ -143,20 +134,16 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
 
   sizes = {"width": number("hidden_size"), "depth": number("num_hidden_layers"), "heads": number("num_attention_heads")}
   sizes |= {"mlp": number("intermediate_size"), "vocab_size": number("vocab_size")}
-  default = (None,) if kind == "llama" else ()
-  sizes["kv_heads"] = take("num_key_value_heads", *default) or sizes["heads"]
-  default = (None,) if kind in ("llama", "qwen2") else ()
-  sizes["head_dim"] = take("head_dim", *default) or sizes["width"] // sizes["heads"]
-  options = dict(_FAMILIES[kind][1], tied=take("tie_word_embeddings", gemma), norm_eps=float(number("rms_norm_eps", 1e-6)))
-
+  # These are checked when the shapes of the weights are.
+  sizes["kv_heads"] = number("num_key_value_heads", 0) or sizes["heads"]
+  sizes["head_dim"] = number("head_dim", 0) or sizes["width"] // max(1, sizes["heads"])
+  options = {**_FAMILIES[kind][1], "tied": take("tie_word_embeddings", gemma)}
+  options["norm_eps"] = float(number("rms_norm_eps", 1e-6))
   if gemma:
     options["query_scalar"] = float(number("query_pre_attn_scalar"))
-    default = (None,) if gemma3 else ()
-    options["attention_soft_cap"] = float(take("attn_logit_softcapping", *default) or 0)
-    options["logit_soft_cap"] = float(take("final_logit_softcapping", *default) or 0)
-    take("hidden_act", None)  # What counts is hidden_activation.
-    if (activation := take("hidden_activation", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
-      raise refuse(f"hidden_activation {activation!r} is not supported")
+    options["attention_soft_cap"] = float(number("attn_logit_softcapping"))
+    options["logit_soft_cap"] = float(number("final_logit_softcapping"))
+    take("hidden_act", None)  # hidden_activation stands beside it and counts.
 
   whole = {"rope_theta": take("rope_theta", 1e6 if gemma3 else 1e4)}
   parameters = take("rope_parameters", None)
@@ -174,55 +161,22 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
   options["rope_theta"], options["rope_scaling"] = rope(whole | parameters)
 
   if kind != "llama":
-    every = number("sliding_window_pattern", 6) if gemma3 else 2
-    uses = gemma or take("use_sliding_window", False)
-    window, first, types = take("sliding_window", None), take("max_window_layers", 0), take("layer_types", None)
-    if types is None and gemma:
-      types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(sizes["depth"])]
-    elif types is None:
-      slides = uses and window is not None
-      types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(sizes["depth"])]
-    if len(types) != sizes["depth"] or not set(types) <= {"sliding_attention", "full_attention"}:
-      raise refuse(f"layer_types must name 'sliding_attention' or 'full_attention' for each of {sizes['depth']} layers")
-    options["windowed"] = tuple(i for i, name in enumerate(types) if name == "sliding_attention")
-    options["window"] = (uses and window) or 0
-    if not options["windowed"]:
-      options |= {"window": 0, "local_rope_theta": 0.0}
+    window = number("sliding_window", 0) * bool(take("use_sliding_window", gemma))
+    first, every = number("max_window_layers", 0), number("sliding_window_pattern", 6) if gemma3 else 2
+    slides = [(i + 1) % every > 0 if gemma else window > 0 and i >= first for i in range(sizes["depth"])]
+    if types := take("layer_types", None):
+      slides = [{"full_attention": False, "sliding_attention": True}.get(name) for name in types]
+      if len(slides) != sizes["depth"] or None in slides:
+        raise refuse(f"layer_types must name {sizes['depth']} layers, of full_attention or sliding_attention")
+    options |= {"windowed": tuple(np.flatnonzero(slides).tolist()), "window": window if any(slides) else 0}
 
   for key, value in _FIXED.items():
     if take(key, None) not in (None, value):
       raise refuse(f"{key} = {given[key]!r} is not supported")
-  if unknown := sorted(key for key, value in rest.items() if value is not None and key not in _HARMLESS):
-    raise refuse(f"the field {unknown[0]} is not known, and may change what the model computes")
-
+  for key, value in rest.items():
+    if value is not None and key not in _HARMLESS and not key.endswith("_token_id"):
+      raise refuse(f"the field {key} is not known, and may change what the model computes")
   config = PolicyConfig(dtype=dtype, **sizes, **options)
-  for key, value in dataclasses.asdict(config).items():
-    if type(value) is not type(getattr(PolicyConfig, key)):
-      raise refuse(f"what it says about {key} is {value!r}")
   for key, why in config.check().items():
     raise refuse(f"what it says about {key} {why}")
   return config
-
-
-def to_json(config: PolicyConfig) -> dict[str, Any]:
-  """A config.json for a policy that began from nothing; `from_json` reads the same policy where a family has it."""
-  kind = "qwen3" if config.qk_norm else "llama"
-  given = {
-    "architectures": [_FAMILIES[kind][0]],
-    "model_type": kind,
-    "attention_bias": False,
-    "head_dim": config.head_dim,
-    "hidden_act": "silu",
-    "hidden_size": config.width,
-    "intermediate_size": config.mlp,
-    "num_attention_heads": config.heads,
-    "num_hidden_layers": config.depth,
-    "num_key_value_heads": config.kv_heads,
-    "rms_norm_eps": config.norm_eps,
-    "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-    "tie_word_embeddings": config.tied,
-    "vocab_size": config.vocab_size,
-  }
-  if from_json(given, "config.json", config.dtype) != config:
-    raise UserError("no family of Hugging Face has the options of this run's policy section, so it cannot be exported")
-  return given

@@ -11,7 +11,7 @@ are unrolled, each with a cache of its own, because a cache that goes through a 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -42,8 +42,8 @@ class PolicyConfig:
   """`silu` or `gelu_tanh`, of the MLP's gate."""
   rope_theta: float = 10_000.0
   rope_scaling: tuple[float, ...] = ()
-  """(factor) divides all rotary frequencies; (factor, low, high, original) is the scaling of Llama 3.1, which leaves those
-  that turn more than `high` times in `original` positions and divides those that turn less than `low` times."""
+  """(factor,) divides all rotary frequencies. (factor, low, high, original), as in Llama 3.1, divides those that turn
+  less than `low` times in `original` positions, leaves those that turn more than `high` times, and blends between."""
   window: int = 0
   """Positions that a windowed layer reads, its own included."""
   windowed: tuple[int, ...] = ()
@@ -76,17 +76,14 @@ class PolicyConfig:
       bad["heads"] = f"must be a multiple of policy.kv_heads ({self.kv_heads})"
     if self.rope_theta <= 1:
       bad["rope_theta"] = "must be above 1"
-    if self.local_rope_theta and self.local_rope_theta <= 1:
-      bad["local_rope_theta"] = "must be above 1, or 0"
-    if len(self.rope_scaling) not in (0, 1, 4) or not all(x > 0 for x in self.rope_scaling):
-      bad["rope_scaling"] = "must be (), (factor,) or (factor, low, high, original), all positive"
-    elif self.rope_scaling[1:2] >= self.rope_scaling[2:3] != ():
-      bad["rope_scaling"] = "must have low below high"
+    scaling = self.rope_scaling
+    if len(scaling) not in (0, 1, 4) or min(scaling, default=1) <= 0 or (scaling[1:] and scaling[1] >= scaling[2]):
+      bad["rope_scaling"] = "must be (), (factor,) or (factor, low, high, original), positive, with low below high"
     if not all(type(i) is int and 0 <= i < self.depth for i in self.windowed):
       bad["windowed"] = f"must be layers from 0 to {self.depth - 1}"
     if self.windowed and self.window < 1:
       bad["window"] = "must be at least 1 with policy.windowed"
-    for key in ("vocab_size", "query_scalar", "attention_soft_cap", "logit_soft_cap", "norm_eps"):
+    for key in ("vocab_size", "local_rope_theta", "query_scalar", "attention_soft_cap", "logit_soft_cap", "norm_eps"):
       if getattr(self, key) < 0:
         bad[key] = "must not be negative"
     if self.activation not in _ACTIVATIONS:
@@ -151,20 +148,12 @@ class RMSNorm(nn.Module):
     return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + c.norm_eps) * scale).astype(x.dtype)
 
 
-class View(NamedTuple):
-  """What a layer reads of a block's tokens at positions [B, T]: the rotation of positions, and its masks."""
-
-  rope: tuple[jax.Array, jax.Array]
-  own_mask_TxU: jax.Array
-  prompt_mask_PxTxS: jax.Array | None
-
-
 class Block(nn.Module):
   """Attention and gated MLP, each behind a norm and added to the stream.
 
   Called with `cache` and `index` it writes its keys at `index` and reads the whole cache; otherwise it reads its own.
-  `views` are that of layers that read everything and, where there are windowed ones, theirs; `windowed` chooses. Returns
-  the new stream [B, T, D] and the keys and values that it read beside the prompt's.
+  `views` holds what layers read that read everything and, where there are windowed ones, what those read; `windowed`
+  says which this layer is. Returns the new stream [B, T, D] and the keys and values that it read beside the prompt's.
   """
 
   config: PolicyConfig
@@ -173,6 +162,7 @@ class Block(nn.Module):
   def __call__(self, x_BxTxD, prompt, windowed, views, cache=None, index=None):
     c = self.config
     view = views[0] if len(views) == 1 else jax.tree.map(lambda whole, near: jnp.where(windowed, near, whole), *views)
+    rope, own_mask_TxU, prompt_mask_PxTxS = view
 
     def weight(name, shape, axes, inputs=1, bias=False):
       return Weight(shape, axes, inputs, c.dtype, bias, name=name)
@@ -183,13 +173,13 @@ class Block(nn.Module):
     v = weight("v", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(y)
     if c.qk_norm:
       q, k = RMSNorm(c, "head_dim", name="q_norm")(q), RMSNorm(c, "head_dim", name="k_norm")(k)
-    own = KeyValue(_rotate(k, view.rope).swapaxes(1, 2), v.swapaxes(1, 2))
+    own = KeyValue(_rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2))
     if cache is not None:
       own = KeyValue(
         *(jax.lax.dynamic_update_slice_in_dim(c, new, index, 2) for c, new in zip(cache, own, strict=True))
       )
-    scale, masks = (c.query_scalar or c.head_dim) ** -0.5, (view.own_mask_TxU, prompt, view.prompt_mask_PxTxS)
-    y = attend(_rotate(q, view.rope), own, *masks, scale, c.attention_soft_cap)
+    scale = (c.query_scalar or c.head_dim) ** -0.5
+    y = attend(_rotate(q, rope), own, own_mask_TxU, prompt, prompt_mask_PxTxS, scale, c.attention_soft_cap)
     y = weight("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), inputs=2)(y)
     x_BxTxD += RMSNorm(c, name="post_attention_norm")(y) if c.post_norms else y
 
@@ -308,22 +298,22 @@ class Policy(nn.Module):
     return last_PxD, (KeyValue(empty, empty),) * c.depth, step
 
 
-def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[View, ...]:
-  """What layers read that read everything, and, where there are windowed ones, what these read.
+def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[tuple, ...]:
+  """(rope, own mask [T, U], prompt mask [P, T or 1, S]) of layers that read everything and, if any, of windowed ones.
 
   Token t of a row is at position `start_B` + t; `queries_T` and `keys_U` count the tokens of the block.
   """
   positions_BxT = queries_T if start_B is None else start_B[:, None] + queries_T
   back_TxU = queries_T[:, None] - keys_U
   prompt_mask = None if prompt_mask_PxS is None else prompt_mask_PxS[:, None]
-  views = [View(_rope(positions_BxT, config), back_TxU >= 0, prompt_mask)]
+  views = [(_rope(positions_BxT, config), back_TxU >= 0, prompt_mask)]
   if config.windowed:
     near_TxU = (back_TxU >= 0) & (back_TxU < config.window)
     if prompt_mask_PxS is not None:
       prompts, s = prompt_mask_PxS.shape
       positions_PxT = positions_BxT.reshape(prompts, -1, queries_T.size)[:, 0]  # A group's rows begin together.
       prompt_mask = prompt_mask & (positions_PxT[..., None] - jnp.arange(s) < config.window)
-    views.append(View(_rope(positions_BxT, config, windowed=True), near_TxU, prompt_mask))
+    views.append((_rope(positions_BxT, config, windowed=True), near_TxU, prompt_mask))
   return tuple(views)
 
 

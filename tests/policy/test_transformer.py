@@ -156,7 +156,9 @@ def test_grouped_queries_against_naive_attention(kv_heads):
     v = np.concatenate([prompt.v[row // g, kv, :length], own.v[row, kv, : i + 1]])
     expected[row, i, head] = scipy.special.softmax(k @ np.asarray(q[row, i, head]) / h**0.5) @ v
 
-  np.testing.assert_allclose(jax.jit(attend)(q, own, own_mask, prompt, prompt_mask[:, None]), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(attend)(q, own, own_mask, prompt, prompt_mask[:, None]), expected, rtol=1e-5, atol=1e-5
+  )
   # A prompt that is all padding is no prompt.
   alone = jax.jit(attend)(q, own, own_mask, None, None)
   blank = jax.jit(attend)(q, own, own_mask, prompt, np.zeros_like(prompt_mask)[:, None])
