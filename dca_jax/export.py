@@ -36,8 +36,9 @@ def export(workdir: str, output: str, step: int | None = None) -> str:
 def read_params(workdir: epath.Path, step: int | None):
   """The number of a checkpoint, the newest where `step` is None, and its parameters alone, on the host."""
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of the parts that are not wanted here.
-  handlers = {"state": ocp.PyTreeCheckpointHandler()}
-  with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as manager:
+  with ocp.CheckpointManager(
+    workdir / "checkpoints", item_handlers={"state": ocp.PyTreeCheckpointHandler()}
+  ) as manager:
     steps = sorted(manager.all_steps())
     if not steps or step not in (None, *steps):
       raise UserError(f"{workdir} has no checkpoint" + (f" of step {step}; there are {steps}" if steps else " yet"))

@@ -1,7 +1,4 @@
-"""Families of language models: what their config.json means for the policy, and what their tensors are called.
-
-Read is what decides numbers. A field that is not known is refused by name, because it might.
-"""
+"""Families of language models: what their config.json means for the policy, and what their tensors are called."""
 
 import json
 import pathlib
@@ -82,11 +79,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Raises UserError where the file is missing or is no JSON object."""
   try:
     given = json.loads(path.read_text(encoding="utf-8"))
+    if type(given) is not dict:
+      raise ValueError("no JSON object")
+    return given
   except (OSError, ValueError) as error:
     raise UserError(f"{path} is unreadable ({error}); download the model again") from error
-  if not isinstance(given, dict):
-    raise UserError(f"{path} holds no JSON object; download the model again")
-  return given
 
 
 def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:

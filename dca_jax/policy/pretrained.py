@@ -46,9 +46,7 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
     path = folder(config.pretrained) / "config.json"
     config = from_json(read_json(path), str(path), config.dtype)
   if 0 < config.vocab_size < vocab_size:
-    raise UserError(
-      f"the policy's embedding has {config.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens"
-    )
+    raise UserError(f"the embedding has {config.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens")
   return config
 
 
@@ -62,11 +60,8 @@ def folder(pretrained: str) -> pathlib.Path:
   except Exception as error:  # The hub's client reports a bad name, no network and no such model in a dozen ways.
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     raise UserError(
-      f"policy.pretrained = {pretrained!r} is no folder here, and the Hugging Face hub does not give it ({reason})"
+      f"policy.pretrained: {pretrained!r} is no folder, and the hub does not give it: {reason}"
     ) from error
-
-
-# In.
 
 
 def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
@@ -132,10 +127,7 @@ def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, path
     if name not in shapes:
       raise UserError(f"{source} has no tensor {name}, which its config.json calls for; download the model again")
     if shapes[name] != shape:
-      raise UserError(
-        f"{files[name]}: {name} has the shape {shapes[name]}, but by config.json it is {shape}; weights and config.json"
-        " must be of one model"
-      )
+      raise UserError(f"{files[name]}: {name} has the shape {shapes[name]}, but by its config.json it is {shape}")
   for name in sorted(shapes.keys() - wanted.keys()):
     # A tied model may have its head written out, and old Llamas their rotary frequencies.
     if not (config.tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):

@@ -142,8 +142,7 @@ class RMSNorm(nn.Module):
     c = self.config
     init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
     scale = _param(self, "scale", init, (self.axis,), x.shape[-1:])
-    if c.norm_plus_one:
-      scale = 1 + scale
+    scale = 1 + scale if c.norm_plus_one else scale
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + c.norm_eps) * scale).astype(x.dtype)
 
@@ -200,7 +199,6 @@ class Policy(nn.Module):
 
   @property
   def rows(self) -> int:
-    """Rows of the embedding."""
     return self.config.vocab_size or self.vocab_size
 
   def setup(self):
