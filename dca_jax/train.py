@@ -57,12 +57,12 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
       is lost.
     Terminated: SIGTERM came, as it does before a preemption; the step under way was finished and saved.
   """
-  folder = claim_workdir(config, workdir)
   use_compilation_cache()
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
-  tokenizer.save_pretrained(folder / "tokenizer")
   policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer))
+  folder = claim_workdir(config, workdir)
+  tokenizer.save_pretrained(folder / "tokenizer")
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
   devices = mesh.make_mesh(config.mesh)
@@ -96,7 +96,7 @@ def train(config: Config, workdir: str, quiet: bool = False) -> None:
 
     def make_start():
       if config.policy.pretrained:
-        return pretrained.load(policy, pretrained.folder(config.policy.pretrained), shardings.params)
+        return pretrained.load(policy, pretrained.folder(config.policy.pretrained, weights=True), shardings.params)
       params = init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
       return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits)

@@ -30,7 +30,6 @@ from dca_jax.policy.families import from_json, read_json, tensor_name
 from dca_jax.policy.transformer import Policy, PolicyConfig
 
 _SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
@@ -50,13 +49,14 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
   return config
 
 
-def folder(pretrained: str) -> pathlib.Path:
-  """The local folder that `policy.pretrained` names, downloaded if it is a hub id."""
+def folder(pretrained: str, weights: bool = False) -> pathlib.Path:
+  """The folder that `policy.pretrained` names; of a hub id the configs and, if asked for, the weights are downloaded."""
   path = pathlib.Path(pretrained).expanduser()
   if path.is_dir():
     return path
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=_DOWNLOADED))
+    patterns = ["*.json", "*.safetensors"] if weights else ["*.json"]
+    return pathlib.Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=patterns))
   except Exception as error:  # The hub's client reports a bad name, no network and no such model in a dozen ways.
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     raise UserError(

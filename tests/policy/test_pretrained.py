@@ -168,6 +168,12 @@ def test_a_model_that_is_nowhere():
   assert "\n" not in str(raised.value)
 
 
+def test_a_model_that_cannot_be_read_claims_no_workdir(tmp_path):
+  with pytest.raises(UserError, match="is no folder"):
+    train(tiny.make_config(RUN | {"policy.pretrained": str(tmp_path / "typo")}), str(tmp_path / "run"), quiet=True)
+  assert not (tmp_path / "run").exists()
+
+
 def test_more_tokens_than_rows():
   with pytest.raises(UserError, match="64 rows, fewer than the tokenizer's 65"):
     pretrained.resolve(PolicyConfig(pretrained=str(FOLDER / "qwen3")), VOCAB + 1)
