@@ -50,7 +50,7 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
 
 
 def folder(pretrained: str, weights: bool = False) -> pathlib.Path:
-  """The folder that `policy.pretrained` names; of a hub id the configs and, if asked for, the weights are downloaded."""
+  """The folder that `policy.pretrained` names; a hub id is downloaded, its weights if asked for."""
   path = pathlib.Path(pretrained).expanduser()
   if path.is_dir():
     return path
