@@ -1,4 +1,4 @@
-"""`dca-jax train | compare | plan | status | report | review | lab`."""
+"""`dca-jax train | compare | plan | status | report | export | review | lab`."""
 
 import argparse
 import os
@@ -52,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   p = commands.add_parser("report", help="write report.html of a run anew", allow_abbrev=False)
   p.add_argument("--workdir", required=True)
 
+  p = commands.add_parser("export", help="write a run's policy as a Hugging Face folder", allow_abbrev=False)
+  p.add_argument("--workdir", required=True)
+  p.add_argument("--output", required=True, help="the folder to make")
+  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
+
   p = commands.add_parser(
     "review", help="have stored trajectories read by another reviewer", epilog=settings, allow_abbrev=False
   )
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from dca_jax.errors import Terminated, UserError
 
   try:
-    if args.command in ("report", "lab", "status") and overrides:
+    if args.command in ("report", "lab", "status", "export") and overrides:
       raise UserError(f"cannot read the argument {overrides[0]!r}")
     command = {
       "train": _train,
@@ -77,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       "plan": _plan,
       "status": _status,
       "report": _report,
+      "export": _export,
       "review": _review,
       "lab": _lab,
     }[args.command]
@@ -176,6 +182,14 @@ def _report(args, overrides) -> int:
   if not any("train/accuracy" in line for line in read_metrics(folder)):
     raise ConfigError(f"--workdir={args.workdir} holds a run that has not finished a step yet")
   print(f"report: {write_report(folder)}")
+  return 0
+
+
+def _export(args, overrides) -> int:
+  from dca_jax.export import export
+
+  del overrides
+  print(export(args.workdir, args.output, args.step))
   return 0
 
 

@@ -60,6 +60,8 @@ class Config:
       bad["seed"] = "must be between 0 and 2147483647"
     if self.steps < 1:
       bad["steps"] = "must be at least 1"
+    if self.policy.pretrained and self.warmstart.total:
+      bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = "must be 0 with policy.pretrained"
     if self.rollout.problems % self.learner.micro_batches:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
     reviewed = self.reviewer.name != "none" or self.value.source != "reviewer"
@@ -82,6 +84,8 @@ class Config:
 
   def unused(self) -> dict[str, str]:
     unused = {}
+    if self.policy.pretrained:
+      unused["warmstart.seed"] = "policy.pretrained is set, so no weights are drawn"
     if self.credit.scheme != "potential":
       unused["value.source"] = f"credit.scheme is '{self.credit.scheme}', which reads no values"
     if self.credit.scheme == "uniform":
@@ -143,7 +147,7 @@ def build(given: ConfigDict) -> Config:
   """
   config = _section(Config(), given, "")
   if isinstance(config.task, TextConfig) and not config.task.tokenizer:
-    task = dataclasses.replace(config.task, tokenizer=getattr(config.policy, "pretrained", ""))
+    task = dataclasses.replace(config.task, tokenizer=config.policy.pretrained)
     config = dataclasses.replace(config, task=task)
   _validate(config)
   return config

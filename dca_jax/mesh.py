@@ -154,7 +154,7 @@ def param_shardings(mesh: AnyMesh, policy: Policy):
   """
   boxed = jax.eval_shape(policy.init_params, jax.random.key(0))
   # A vocabulary is as large as it is; where it does not divide, it is not sharded.
-  rules = [rule for rule in _RULES if rule[0] != "vocab" or policy.vocab_size % mesh.shape["tensor"] == 0]
+  rules = [rule for rule in _RULES if rule[0] != "vocab" or policy.rows % mesh.shape["tensor"] == 0]
   params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), rules)
   for (path, param), sharding in zip(jax.tree.leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(params), strict=True):
     for size, axis in zip(param.shape, sharding.spec, strict=False):

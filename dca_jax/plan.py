@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dca_jax import learner, mesh
 from dca_jax.config import Config
 from dca_jax.errors import UserError
-from dca_jax.policy import Policy
+from dca_jax.policy import Policy, pretrained
 from dca_jax.policy.logprobs import CHUNK_LOGITS
 from dca_jax.task import TASKS
 
@@ -60,14 +60,14 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
     if config.mesh.sampler
     else 0,
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
-    "logits of one token": 3 * 4 * problems * rollout.group * policy.vocab_size,
+    "logits of one token": 3 * 4 * problems * rollout.group * policy.rows,
   }
   micro_batch = rows(devices) // config.learner.micro_batches
   tokens = micro_batch * rollout.group * rollout.max_tokens
   updating = {
     "gradients": 2 * parameters,  # Of all micro-batches so far, and of this one.
     "activations of a micro-batch": _saved(config, policy, micro_batch),
-    "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.vocab_size), tokens * policy.vocab_size),
+    "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
   }
   return Memory(parameters, _bytes(shapes.opt_state, shardings.opt_state), copies, sampling, updating)
 
@@ -112,7 +112,8 @@ def plan(config: Config, devices: int) -> str:
   Raises:
     UserError: the mesh does not fit so many devices, or the policy or the batch does not divide over it.
   """
-  policy = Policy(config.policy, len(TASKS[config.task.name](config.task).tokenizer()))
+  vocab = len(TASKS[config.task.name](config.task).tokenizer())
+  policy = Policy(pretrained.resolve(config.policy, vocab), vocab)
   training, sampling = mesh.abstract_meshes(config.mesh, devices)
   mesh.check_rows(training, sampling, config.rollout.problems, config.learner.micro_batches)
   m = memory(config, policy, training, sampling)

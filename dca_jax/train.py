@@ -39,7 +39,7 @@ from dca_jax.evaluate import evaluate
 from dca_jax.metrics import Reporter, not_finite
 from dca_jax.notices import notices
 from dca_jax.plan import check_fits
-from dca_jax.policy import Policy
+from dca_jax.policy import Policy, pretrained
 from dca_jax.processes import fetch, gather, put, watched
 from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
 from dca_jax.review import Share, Truth, open_reviewer
@@ -68,17 +68,17 @@ def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = Fals
 
 
 def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
-  devices = mesh.make_mesh(config.mesh)
   use_compilation_cache()
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
   check_data(config, task, tokenizer)
-  policy = Policy(config.policy, len(tokenizer))
+  policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer))
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
+  devices = mesh.make_mesh(config.mesh)
   rows, everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
-  head = init_head(config.value, config.policy.width, config.seed) if learned else None
+  head = init_head(config.value, policy.config.width, config.seed) if learned else None
   shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap)
   update = functools.partial(
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
@@ -117,6 +117,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
   ):
 
     def make_start():
+      if config.policy.pretrained:
+        return pretrained.load(policy, pretrained.folder(config.policy.pretrained, weights=True), shardings.params)
       params = init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
       return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, everywhere)

@@ -122,7 +122,7 @@ def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, param
 
   def loss(params, prompts_BxS, prompt_lengths_B, completions_BxT, lengths_B):
     hidden = policy.completion_hidden(params, prompts_BxS, prompt_lengths_B, completions_BxT)
-    logp, _ = token_logprobs(hidden, params["embedding"], completions_BxT, Sampling())
+    logp, _ = token_logprobs(hidden, policy.head(params), completions_BxT, Sampling())
     mask = jnp.arange(completions_BxT.shape[1]) < lengths_B[:, None]
     return -jnp.where(mask, logp, 0.0).sum() / mask.sum()
 

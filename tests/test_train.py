@@ -15,7 +15,7 @@ from dca_jax import train as train_module
 from dca_jax.batch import collect
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
-from dca_jax.policy import Policy, Sampling, token_logprobs
+from dca_jax.policy import Head, Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
 from dca_jax.roles import ROLES
 from dca_jax.rollout import Sampler, read_trajectories
@@ -333,7 +333,7 @@ def test_skip_leaves_unanimous_groups_out(tmp_path):
 def test_tokens_that_are_cut_leave_the_gradient_finite(cut, weight):
   # A policy that samples with top-k or top-p must be able to learn.
   def loss(hidden):
-    logps, entropy = token_logprobs(hidden, jnp.eye(6), jnp.array([[0, 1, 2]]), Sampling(**cut))
+    logps, entropy = token_logprobs(hidden, Head(jnp.eye(6)), jnp.array([[0, 1, 2]]), Sampling(**cut))
     return logps.sum() + weight * entropy.sum()
 
   gradient = jax.jit(jax.grad(loss))(jax.random.normal(jax.random.key(0), (1, 3, 6)))

@@ -66,7 +66,7 @@ def loss_sums(
     The sum to minimise, the other sums, and the log-probabilities [B, T], which are the old ones of a later update.
   """
   hidden = policy.completion_hidden(params, batch.prompts_PxS, batch.prompt_lengths_P, batch.completions_BxT)
-  logp, entropy = token_logprobs(hidden, params["embedding"], batch.completions_BxT, sampling)
+  logp, entropy = token_logprobs(hidden, policy.head(params), batch.completions_BxT, sampling)
   t = batch.completions_BxT.shape[1]
   mask = (jnp.arange(t) < batch.lengths_B[:, None]) & batch.trained_B[:, None]
 
@@ -166,4 +166,4 @@ def reference_logprobs(
 ) -> jax.Array:
   """Log-probabilities [B, T] of completions under another set of parameters."""
   hidden = policy.completion_hidden(params, prompts_PxS, prompt_lengths_P, completions_BxT)
-  return token_logprobs(hidden, params["embedding"], completions_BxT, sampling)[0]
+  return token_logprobs(hidden, policy.head(params), completions_BxT, sampling)[0]

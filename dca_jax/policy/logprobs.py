@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -20,15 +21,30 @@ class Sampling:
   """1 keeps all; otherwise the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020)."""
 
 
-def sampling_logits(hidden_NxD, embedding_VxD, sampling: Sampling, targets_N=None) -> jax.Array:
+@flax.struct.dataclass
+class Head:
+  """What makes logits of hidden states."""
+
+  matrix_VxD: jax.Array
+  soft_cap: float = flax.struct.field(pytree_node=False, default=0.0)
+  """Logits are squeezed between -soft_cap and soft_cap; 0 leaves them."""
+  vocab_size: int | None = flax.struct.field(pytree_node=False, default=None)
+  """How many ids are tokens. A matrix may have more rows, whose ids nothing can decode: they are cut."""
+
+
+def sampling_logits(hidden_NxD, head: Head, sampling: Sampling, targets_N=None) -> jax.Array:
   """Float32 logits [N, V] of the sampled distribution; tokens that are cut are -inf.
 
   `targets_N`, where given, are never cut: after an update a token that was sampled can leave the top k, and its
   log-probability must stay finite for the importance ratio and the gradient.
   """
-  logits = jnp.matmul(hidden_NxD, embedding_VxD.T.astype(hidden_NxD.dtype), preferred_element_type=jnp.float32)
+  logits = jnp.matmul(hidden_NxD, head.matrix_VxD.T.astype(hidden_NxD.dtype), preferred_element_type=jnp.float32)
+  if head.soft_cap:
+    logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
   logits = logits / sampling.temperature
   vocab = logits.shape[-1]
+  if head.vocab_size is not None and head.vocab_size < vocab:
+    logits = jnp.where(jnp.arange(vocab) < head.vocab_size, logits, -jnp.inf)
   if not 0 < sampling.top_k < vocab and sampling.top_p >= 1:
     return logits
   ordered = -jnp.sort(-logits, -1)
@@ -44,20 +60,20 @@ def sampling_logits(hidden_NxD, embedding_VxD, sampling: Sampling, targets_N=Non
   return jnp.where(keep, logits, -jnp.inf)
 
 
-def token_logprobs(hidden_BxTxD, embedding_VxD, targets_BxT, sampling: Sampling):
+def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
   """Log-probability of each target and the entropy of its distribution, both [B, T] and float32, in nats.
 
   Works through the tokens in chunks and recomputes the logits in the backward pass, so that no [B, T, V] array exists.
   """
   b, t, d = hidden_BxTxD.shape
   n = b * t
-  chunks = max(1, -(-n * embedding_VxD.shape[0] // CHUNK_LOGITS))
+  chunks = max(1, -(-n * head.matrix_VxD.shape[0] // CHUNK_LOGITS))
   size = -(-n // chunks)
   padding = chunks * size - n
 
   @jax.checkpoint
   def one(hidden_NxD, targets_N):
-    logits = sampling_logits(hidden_NxD, embedding_VxD, sampling, targets_N)
+    logits = sampling_logits(hidden_NxD, head, sampling, targets_N)
     logps = jax.nn.log_softmax(logits, -1)
     # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is not a number.
     entropy = -jnp.sum(jnp.exp(logps) * jnp.where(logits == -jnp.inf, 0.0, logps), -1)

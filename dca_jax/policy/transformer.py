@@ -9,6 +9,7 @@ are unrolled, each with a cache of its own, because a cache that goes through a 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -17,12 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from dca_jax.policy.attention import KeyValue, attend
+from dca_jax.policy.logprobs import Head
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-  """The `policy` section."""
+  """The `policy` section. Its defaults make a small policy that begins from nothing."""
 
+  pretrained: str = ""
+  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype`."""
+  vocab_size: int = 0
+  """Rows of the embedding; 0 makes one for each token of the tokenizer. Ids that are no token are never sampled."""
+  tied: bool = True
+  """The embedding is also the output matrix."""
   width: int = 64
   depth: int = 3
   heads: int = 2
@@ -30,7 +38,31 @@ class PolicyConfig:
   head_dim: int = 32
   mlp: int = 192
   """Hidden size of the gated MLP."""
+  activation: str = "silu"
+  """`silu` or `gelu_tanh`, of the MLP's gate."""
   rope_theta: float = 10_000.0
+  rope_scaling: tuple[float, ...] = ()
+  """(factor,) divides all rotary frequencies. (factor, low, high, original), as in Llama 3.1, divides those that turn
+  less than `low` times in `original` positions, leaves those that turn more than `high` times, and blends between."""
+  window: int = 0
+  """Positions that a windowed layer reads, its own included."""
+  windowed: tuple[int, ...] = ()
+  """Layers, counted from 0, that read a window and not all before them."""
+  local_rope_theta: float = 0.0
+  """Of the windowed layers, without scaling; 0: they rotate as the others do."""
+  qkv_bias: bool = False
+  query_scalar: float = 0.0
+  """Attention scores are divided by its square root; 0 stands for head_dim."""
+  attention_soft_cap: float = 0.0
+  """Attention scores are squeezed between -cap and cap (Gemma 2); 0 leaves them."""
+  logit_soft_cap: float = 0.0
+  scale_embedding: bool = False
+  """Multiply what is read from the embedding by width^1/2 (Gemma)."""
+  norm_eps: float = 1e-6
+  norm_plus_one: bool = False
+  """Norms scale by 1 + weight (Gemma)."""
+  post_norms: bool = False
+  """Norms behind attention and MLP too (Gemma 2)."""
   qk_norm: bool = False
   """Normalise queries and keys in each head, as Qwen3 and Gemma 3 do; it bears much higher learning rates."""
   dtype: str = "float32"
@@ -44,9 +76,30 @@ class PolicyConfig:
       bad["heads"] = f"must be a multiple of policy.kv_heads ({self.kv_heads})"
     if self.rope_theta <= 1:
       bad["rope_theta"] = "must be above 1"
+    scaling = self.rope_scaling
+    if len(scaling) not in (0, 1, 4) or min(scaling, default=1) <= 0 or (scaling[1:] and scaling[1] >= scaling[2]):
+      bad["rope_scaling"] = "must be (), (factor,) or (factor, low, high, original), positive, with low below high"
+    if not all(type(i) is int and 0 <= i < self.depth for i in self.windowed):
+      bad["windowed"] = f"must be layers from 0 to {self.depth - 1}"
+    if self.windowed and self.window < 1:
+      bad["window"] = "must be at least 1 with policy.windowed"
+    for key in ("vocab_size", "local_rope_theta", "query_scalar", "attention_soft_cap", "logit_soft_cap", "norm_eps"):
+      if getattr(self, key) < 0:
+        bad[key] = "must not be negative"
+    if self.activation not in _ACTIVATIONS:
+      bad["activation"] = f"must be one of {', '.join(_ACTIVATIONS)}"
     if self.dtype not in ("float32", "bfloat16"):
       bad["dtype"] = "must be 'float32' or 'bfloat16'"
     return bad
+
+  def unused(self) -> dict[str, str]:
+    if self.pretrained:
+      keys = [field.name for field in dataclasses.fields(self) if field.name not in ("pretrained", "dtype")]
+      return dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
+    return {} if self.windowed else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
+
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
 
 def _param(module: nn.Module, name: str, init, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
@@ -62,6 +115,7 @@ class Weight(nn.Module):
   inputs: int = 1
   """How many leading axes of `shape` are contracted."""
   dtype: str = "float32"
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -70,55 +124,69 @@ class Weight(nn.Module):
     kernel = _param(self, "kernel", init, self.axes, self.shape)
     leading = x.shape[: x.ndim - self.inputs]
     y = x.reshape(-1, fan_in) @ kernel.astype(self.dtype).reshape(fan_in, fan_out)
-    return y.reshape(*leading, *self.shape[self.inputs :])
+    y = y.reshape(*leading, *self.shape[self.inputs :])
+    if self.bias:
+      zeros, axes = nn.initializers.zeros, self.axes[self.inputs :]
+      y += _param(self, "bias", zeros, axes, self.shape[self.inputs :]).astype(self.dtype)
+    return y
 
 
 class RMSNorm(nn.Module):
   """Root-mean-square norm in float32 (Zhang and Sennrich 2019)."""
 
+  config: PolicyConfig
   axis: str = "embed"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = _param(self, "scale", nn.initializers.ones, (self.axis,), x.shape[-1:])
+    c = self.config
+    init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+    scale = _param(self, "scale", init, (self.axis,), x.shape[-1:])
+    scale = 1 + scale if c.norm_plus_one else scale
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + 1e-6) * scale).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + c.norm_eps) * scale).astype(x.dtype)
 
 
 class Block(nn.Module):
   """Attention and gated MLP, each behind a norm and added to the stream.
 
   Called with `cache` and `index` it writes its keys at `index` and reads the whole cache; otherwise it reads its own.
-  Returns the new stream [B, T, D] and the keys and values that it read beside the prompt's.
+  `views` holds what layers read that read everything and, where there are windowed ones, what those read; `windowed`
+  says which this layer is. Returns the new stream [B, T, D] and the keys and values that it read beside the prompt's.
   """
 
   config: PolicyConfig
 
   @nn.compact
-  def __call__(self, x_BxTxD, prompt, rope, own_mask_TxU, prompt_mask_PxS, cache=None, index=None):
+  def __call__(self, x_BxTxD, prompt, windowed, views, cache=None, index=None):
     c = self.config
+    view = views[0] if len(views) == 1 else jax.tree.map(lambda whole, near: jnp.where(windowed, near, whole), *views)
+    rope, own_mask_TxU, prompt_mask_PxTxS = view
 
-    def weight(name, shape, axes, inputs=1):
-      return Weight(shape, axes, inputs, c.dtype, name=name)
+    def weight(name, shape, axes, inputs=1, bias=False):
+      return Weight(shape, axes, inputs, c.dtype, bias, name=name)
 
-    y = RMSNorm(name="attention_norm")(x_BxTxD)
-    q = weight("q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"))(y)
-    k = weight("k", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))(y)
-    v = weight("v", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))(y)
+    y = RMSNorm(c, name="attention_norm")(x_BxTxD)
+    q = weight("q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), bias=c.qkv_bias)(y)
+    k = weight("k", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(y)
+    v = weight("v", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(y)
     if c.qk_norm:
-      q, k = RMSNorm("head_dim", name="q_norm")(q), RMSNorm("head_dim", name="k_norm")(k)
+      q, k = RMSNorm(c, "head_dim", name="q_norm")(q), RMSNorm(c, "head_dim", name="k_norm")(k)
     own = KeyValue(_rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2))
     if cache is not None:
       own = KeyValue(
         *(jax.lax.dynamic_update_slice_in_dim(c, new, index, 2) for c, new in zip(cache, own, strict=True))
       )
-    y = attend(_rotate(q, rope), own, own_mask_TxU, prompt, prompt_mask_PxS)
-    x_BxTxD += weight("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), inputs=2)(y)
+    scale = (c.query_scalar or c.head_dim) ** -0.5
+    y = attend(_rotate(q, rope), own, own_mask_TxU, prompt, prompt_mask_PxTxS, scale, c.attention_soft_cap)
+    y = weight("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), inputs=2)(y)
+    x_BxTxD += RMSNorm(c, name="post_attention_norm")(y) if c.post_norms else y
 
-    y = RMSNorm(name="mlp_norm")(x_BxTxD)
+    y = RMSNorm(c, name="mlp_norm")(x_BxTxD)
     gate = weight("gate", (c.width, c.mlp), ("embed", "mlp"))(y)
     up = weight("up", (c.width, c.mlp), ("embed", "mlp"))(y)
-    x_BxTxD += weight("down", (c.mlp, c.width), ("mlp", "embed"))(nn.silu(gate) * up)
+    y = weight("down", (c.mlp, c.width), ("mlp", "embed"))(_ACTIVATIONS[c.activation](gate) * up)
+    x_BxTxD += RMSNorm(c, name="post_mlp_norm")(y) if c.post_norms else y
     return x_BxTxD, own
 
 
@@ -127,20 +195,27 @@ class Policy(nn.Module):
 
   config: PolicyConfig
   vocab_size: int
+  """How many ids are tokens, and can be sampled."""
+
+  @property
+  def rows(self) -> int:
+    return self.config.vocab_size or self.vocab_size
 
   def setup(self):
     init = nn.initializers.normal(self.config.width**-0.5)
-    shape = (self.vocab_size, self.config.width)
+    shape = (self.rows, self.config.width)
     self.embedding_VxD = _param(self, "embedding", init, ("vocab", "embed"), shape)
+    if not self.config.tied:
+      self.head_VxD = _param(self, "head", init, ("vocab", "embed"), shape)
     self.blocks = nn.scan(
       nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, 0, nn.broadcast),
       length=self.config.depth,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(self.config)
-    self.final_norm = RMSNorm()
+    self.final_norm = RMSNorm(self.config)
 
   def __call__(self, tokens_BxT, start_B=None, prompt=None, prompt_mask_PxS=None):
     """Runs a block of tokens that begins at position `start_B` of its rows.
@@ -154,15 +229,15 @@ class Policy(nn.Module):
     Returns:
       The hidden states [B, T, D] and the block's own keys and values [L, B, K, T, H].
     """
-    t = tokens_BxT.shape[1]
-    positions_BxT = jnp.arange(t) + (0 if start_B is None else start_B[:, None])
-    rope = _rope(positions_BxT, self.config)
-    causal_TxT = jnp.tril(jnp.ones((t, t), bool))
-    x, own = self.blocks(self._embed(tokens_BxT), prompt, rope, causal_TxT, prompt_mask_PxS)
+    c, steps_T = self.config, jnp.arange(tokens_BxT.shape[1])
+    views = _views(c, start_B, steps_T, steps_T, prompt_mask_PxS)
+    windowed_L = jnp.array([i in c.windowed for i in range(c.depth)]) if c.windowed else None
+    x, own = self.blocks(self._embed(tokens_BxT), prompt, windowed_L, views)
     return self.final_norm(x), own
 
   def _embed(self, tokens):
-    return self.embedding_VxD[tokens].astype(self.config.dtype)
+    x = self.embedding_VxD[tokens].astype(self.config.dtype)
+    return x * self.config.width**0.5 if self.config.scale_embedding else x
 
   def _finish(self, x):
     return self.final_norm(x)
@@ -172,6 +247,10 @@ class Policy(nn.Module):
   def init_params(self, key: jax.Array):
     """Parameters, boxed with their logical axis names (`nn.unbox` takes the names off)."""
     return self.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+  def head(self, params) -> Head:
+    """What makes logits of the hidden states."""
+    return Head(params["embedding" if self.config.tied else "head"], self.config.logit_soft_cap, self.vocab_size)
 
   def completion_hidden(self, params, prompts_PxS, prompt_lengths_P, completions_BxT) -> jax.Array:
     """Hidden states [B, T, D] from which each completion token is predicted; prompts are run once per group.
@@ -205,21 +284,48 @@ class Policy(nn.Module):
     empty = jnp.zeros((start_B.shape[0], c.kv_heads, length, c.head_dim), c.dtype)
 
     def step(cache: Sequence[KeyValue], index: jax.Array, tokens_B: jax.Array):
-      rope = _rope((start_B + index)[:, None], c)
-      mask_1xT = jnp.arange(length)[None] <= index
+      views = _views(c, start_B, jnp.array([index]), jnp.arange(length), mask_PxS)
       x = self.apply({"params": params}, tokens_B[:, None], method="_embed")
       updated = []
-      for (block, keys), own in zip(layers, cache, strict=True):
-        x, read = Block(c).apply({"params": block}, x, keys, rope, mask_1xT, mask_PxS, own, index)
+      for i, ((block, keys), own) in enumerate(zip(layers, cache, strict=True)):
+        view = views[-1] if i in c.windowed else views[0]
+        x, read = Block(c).apply({"params": block}, x, keys, None, (view,), own, index)
         updated.append(read)
       return self.apply({"params": params}, x, method="_finish")[:, 0], tuple(updated)  # type: ignore[call-overload]
 
     return last_PxD, (KeyValue(empty, empty),) * c.depth, step
 
 
-def _rope(positions_BxT, config: PolicyConfig):
+def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[tuple, ...]:
+  """(rope, own mask [T, U], prompt mask [P, T or 1, S]) of layers that read everything and, if any, of windowed ones.
+
+  Token t of a row is at position `start_B` + t; `queries_T` and `keys_U` count the tokens of the block.
+  """
+  positions_BxT = queries_T if start_B is None else start_B[:, None] + queries_T
+  back_TxU = queries_T[:, None] - keys_U
+  prompt_mask = None if prompt_mask_PxS is None else prompt_mask_PxS[:, None]
+  views = [(_rope(positions_BxT, config), back_TxU >= 0, prompt_mask)]
+  if config.windowed:
+    near_TxU = (back_TxU >= 0) & (back_TxU < config.window)
+    if prompt_mask_PxS is not None:
+      prompts, s = prompt_mask_PxS.shape
+      positions_PxT = positions_BxT.reshape(prompts, -1, queries_T.size)[:, 0]  # A group's rows begin together.
+      prompt_mask = prompt_mask & (positions_PxT[..., None] - jnp.arange(s) < config.window)
+    views.append((_rope(positions_BxT, config, windowed=True), near_TxU, prompt_mask))
+  return tuple(views)
+
+
+def _rope(positions_BxT, config: PolicyConfig, windowed: bool = False):
   """Cosines and sines [B, T, 1, H / 2] of the rotary position embedding (Su et al. 2021), half-rotation form."""
-  frequencies = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
+  local = windowed and config.local_rope_theta > 0
+  theta, scaling = (config.local_rope_theta, ()) if local else (config.rope_theta, config.rope_scaling)
+  frequencies = theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
+  if scaling:
+    kept = jnp.float32(0)
+    if len(scaling) > 1:
+      low, high, original = scaling[1:]
+      kept = jnp.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
+    frequencies *= kept + (1 - kept) / scaling[0]
   angles = positions_BxT[..., None, None] * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 

@@ -119,7 +119,7 @@ def sample(
     ended_B: jax.Array
 
   def body(c: Carry) -> Carry:
-    logits_BxV = sampling_logits(c.hidden_BxD, params["embedding"], sampling)
+    logits_BxV = sampling_logits(c.hidden_BxD, policy.head(params), sampling)
     noise_BxV = jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, c.t), logits_BxV.shape[1:]))(keys_B)
     token_B = jnp.argmax(logits_BxV + noise_BxV, -1).astype(jnp.int32)
     logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxV), token_B[:, None], 1)[:, 0]

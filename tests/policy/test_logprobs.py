@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from dca_jax.policy import Sampling, logprobs, sampling_logits, token_logprobs
+from dca_jax.policy import Head, Sampling, logprobs, sampling_logits, token_logprobs
 
 B, T, D, V = 3, 5, 16, 20
 CUTS = [
@@ -61,13 +61,13 @@ cut_logits = jax.jit(sampling_logits, static_argnums=2)
 
 @functools.partial(jax.jit, static_argnums=3)
 def compute(hidden, embedding, targets, sampling):
-  return token_logprobs(hidden, embedding, targets, sampling)
+  return token_logprobs(hidden, Head(embedding), targets, sampling)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def gradients(hidden, embedding, targets, sampling, entropy_weight):
   def total(hidden, embedding):
-    logps, entropy = token_logprobs(hidden, embedding, targets, sampling)
+    logps, entropy = token_logprobs(hidden, Head(embedding), targets, sampling)
     return logps.sum() + entropy_weight * entropy.sum()
 
   return jax.grad(total, (0, 1))(hidden, embedding)
@@ -89,7 +89,7 @@ def test_against_numpy(hidden, embedding, sampling):
   kept = probabilities > 0
   assert kept.any(-1).all()
 
-  flat = cut_logits(hidden.reshape(-1, D), embedding, sampling).reshape(B, T, V)
+  flat = cut_logits(hidden.reshape(-1, D), Head(embedding), sampling).reshape(B, T, V)
   np.testing.assert_array_equal(np.isfinite(flat), kept)
   np.testing.assert_allclose(scipy.special.softmax(flat, -1), probabilities, rtol=1e-5, atol=1e-6)
 
@@ -156,7 +156,7 @@ def test_chunks_change_nothing(monkeypatch, hidden, embedding, bound):
 
   def run(hidden, embedding):
     def total(hidden, embedding):
-      logps, entropy = token_logprobs(hidden, embedding, targets, Sampling(temperature=0.7))
+      logps, entropy = token_logprobs(hidden, Head(embedding), targets, Sampling(temperature=0.7))
       return (logps * jnp.arange(T)).sum() + entropy.sum(), (logps, entropy)
 
     return jax.grad(total, (0, 1), has_aux=True)(hidden, embedding)
@@ -192,7 +192,7 @@ def test_no_array_of_all_logits(sampling):
 
   def both(hidden, embedding, targets):
     def total(hidden, embedding):
-      logps, entropy = token_logprobs(hidden, embedding, targets, sampling)
+      logps, entropy = token_logprobs(hidden, Head(embedding), targets, sampling)
       return logps.sum() + entropy.sum()
 
     return jax.grad(total, (0, 1))(hidden, embedding)

@@ -129,7 +129,7 @@ def test_gradient_of_a_shared_prompt_equals_that_of_repeated_prompts(policy, par
 
   def loss(params, prompts, lengths):
     hidden = policy.completion_hidden(params, prompts, lengths, completions)
-    return (token_logprobs(hidden, params["embedding"], completions, Sampling())[0] * weights).sum()
+    return (token_logprobs(hidden, policy.head(params), completions, Sampling())[0] * weights).sum()
 
   gradient = jax.jit(jax.grad(loss))
   shared = gradient(params, prompts, lengths)
@@ -156,10 +156,12 @@ def test_grouped_queries_against_naive_attention(kv_heads):
     v = np.concatenate([prompt.v[row // g, kv, :length], own.v[row, kv, : i + 1]])
     expected[row, i, head] = scipy.special.softmax(k @ np.asarray(q[row, i, head]) / h**0.5) @ v
 
-  np.testing.assert_allclose(jax.jit(attend)(q, own, own_mask, prompt, prompt_mask), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(attend)(q, own, own_mask, prompt, prompt_mask[:, None]), expected, rtol=1e-5, atol=1e-5
+  )
   # A prompt that is all padding is no prompt.
   alone = jax.jit(attend)(q, own, own_mask, None, None)
-  blank = jax.jit(attend)(q, own, own_mask, prompt, np.zeros_like(prompt_mask))
+  blank = jax.jit(attend)(q, own, own_mask, prompt, np.zeros_like(prompt_mask)[:, None])
   np.testing.assert_allclose(blank, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -190,7 +192,7 @@ def test_bfloat16_runs_and_is_finite(params, hidden_fn, batch):
   def run(params):
     def loss(params):
       hidden = policy.completion_hidden(params, *batch)
-      logps, entropy = token_logprobs(hidden, params["embedding"], batch[2], Sampling())
+      logps, entropy = token_logprobs(hidden, policy.head(params), batch[2], Sampling())
       return logps.sum() + entropy.sum(), (hidden, logps)
 
     return jax.grad(loss, has_aux=True)(params)

@@ -203,7 +203,7 @@ def hidden_of(params, prompts, completions):
 
 @functools.partial(jax.jit, static_argnums=3)
 def learner_logprobs(params, hidden, completions, sampling):
-  return token_logprobs(hidden, params["embedding"], completions, sampling)[0]
+  return token_logprobs(hidden, POLICY.head(params), completions, sampling)[0]
 
 
 @pytest.mark.parametrize(

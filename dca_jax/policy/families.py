@@ -1,0 +1,179 @@
+"""Families of language models: what their config.json means for the policy, and what their tensors are called."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from dca_jax.errors import UserError
+from dca_jax.policy.transformer import PolicyConfig
+
+_GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "post_norms": True, "scale_embedding": True}
+
+# model_type -> the architecture, and the options that every model of the family has.
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+  "llama": ("LlamaForCausalLM", {}),
+  "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
+  "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}),
+  "gemma2": ("Gemma2ForCausalLM", _GEMMA),
+  "gemma3_text": ("Gemma3ForCausalLM", _GEMMA | {"qk_norm": True}),
+}
+
+# Fields that must have one value where they stand.
+_FIXED = {
+  "attention_bias": False,
+  "mlp_bias": False,
+  "use_bidirectional_attention": False,
+  "use_mrope": False,
+  "hidden_act": "silu",
+  "hidden_activation": "gelu_pytorch_tanh",
+}
+
+# Fields that change no number of a forward pass, beside those that end in _token_id.
+_HARMLESS = {
+  "_name_or_path",
+  "_sliding_window_pattern",  # Stands beside layer_types, which says the same.
+  "attention_dropout",
+  "cache_implementation",
+  "dtype",
+  "initializer_range",
+  "max_position_embeddings",
+  "pretraining_tp",
+  "torch_dtype",
+  "transformers_version",
+  "unsloth_fixed",
+  "use_cache",
+}
+
+# rope_type -> the fields that make `rope_scaling`, in its order.
+_ROPE = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+_OUTSIDE = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm": "model.norm.weight"}
+
+# A layer's modules; the two norms around an MLP are named after its family.
+_MODULES = {
+  **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+  **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+  **{name: f"self_attn.{name}" for name in ("q_norm", "k_norm")},
+  "attention_norm": "input_layernorm",
+  "post_attention_norm": "post_attention_layernorm",
+  "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def tensor_name(config: PolicyConfig, path: tuple[str, ...]) -> str:
+  """The name of a parameter in the files of a model; where it is one of the layers', `{}` is for the layer's number."""
+  if path[0] != "blocks":
+    return _OUTSIDE[path[0]]
+  mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+  module = mlp_norm if path[1] == "mlp_norm" else _MODULES[path[1]]
+  return f"model.layers.{{}}.{module}.{'bias' if path[2] == 'bias' else 'weight'}"
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Raises UserError where the file is missing or is no JSON object."""
+  try:
+    given = json.loads(path.read_text(encoding="utf-8"))
+    if type(given) is not dict:
+      raise ValueError("no JSON object")
+    return given
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} is unreadable ({error}); download the model again") from error
+
+
+def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
+  """The policy that a config.json describes, in the spelling of transformers 5 or in the older one of the hub.
+
+  Args:
+    where: the file, for messages.
+    dtype: of activations, which is ours to choose.
+
+  Raises:
+    UserError: the architecture is not supported, or a field is missing, unknown, or of a value that is not supported.
+  """
+  rest = dict(given)
+
+  def refuse(what: str) -> UserError:
+    return UserError(f"{where}: {what}; choose another model for policy.pretrained")
+
+  def take(key: str, *default):
+    if key not in rest and not default:
+      raise refuse(f"the field {key} is missing")
+    return rest.pop(key, *default)
+
+  def number(key: str, *default):
+    value = take(key, *default) or 0  # A null is 0.
+    if type(value) not in (int, float):
+      raise refuse(f"{key} must be a number, not {value!r}")
+    return value
+
+  def rope(fields) -> tuple[float, tuple[float, ...]]:
+    left = {k: v for k, v in fields.items() if v is not None}
+    older = left.pop("type", "default")
+    kind = left.pop("rope_type", older)
+    if kind not in _ROPE or not left.keys() <= {"rope_theta", *_ROPE[kind]}:
+      raise refuse(f"rotary positions of the rope_type {kind!r} with {', '.join(sorted(left))} are not supported")
+    if missing := {"rope_theta", *_ROPE[kind]} - left.keys():
+      raise refuse(f"the rotary positions lack {min(missing)}")
+    return float(left["rope_theta"]), tuple(float(left[key]) for key in _ROPE[kind])
+
+  kind = take("model_type", None)
+  architectures = take("architectures", None)
+  if kind not in _FAMILIES or architectures not in (None, [_FAMILIES[kind][0]]):
+    supported = ", ".join(name for name, _ in _FAMILIES.values())
+    raise refuse(f"the architecture {architectures or kind} is not supported (these are: {supported})")
+  gemma, gemma3 = kind.startswith("gemma"), kind == "gemma3_text"
+
+  sizes = {"width": number("hidden_size"), "depth": number("num_hidden_layers"), "heads": number("num_attention_heads")}
+  sizes |= {"mlp": number("intermediate_size"), "vocab_size": number("vocab_size")}
+  # These are checked when the shapes of the weights are.
+  sizes["kv_heads"] = number("num_key_value_heads", 0) or sizes["heads"]
+  sizes["head_dim"] = number("head_dim", 0) or sizes["width"] // max(1, sizes["heads"])
+  options = {**_FAMILIES[kind][1], "tied": take("tie_word_embeddings", gemma)}
+  options["norm_eps"] = float(number("rms_norm_eps", 1e-6))
+  if gemma:
+    options["query_scalar"] = float(number("query_pre_attn_scalar"))
+    options["attention_soft_cap"] = float(number("attn_logit_softcapping"))
+    options["logit_soft_cap"] = float(number("final_logit_softcapping"))
+    take("hidden_act", None)  # hidden_activation stands beside it and counts.
+
+  whole = {"rope_theta": take("rope_theta", 1e6 if gemma3 else 1e4)}
+  parameters = take("rope_parameters", None)
+  if gemma3:
+    near = {"rope_theta": take("rope_local_base_freq", 1e4)}
+    nested = parameters or {"full_attention": take("rope_scaling", None) or {}, "sliding_attention": {}}
+    if set(nested) != {"full_attention", "sliding_attention"}:
+      raise refuse("rope_parameters must hold full_attention and sliding_attention")
+    parameters, local = nested["full_attention"], rope(near | nested["sliding_attention"])
+    if local[1]:
+      raise refuse("rope_parameters of sliding_attention must have the rope_type 'default'")
+    options["local_rope_theta"] = local[0]
+  elif parameters is None:
+    parameters = take("rope_scaling", None) or {}
+  options["rope_theta"], options["rope_scaling"] = rope(whole | parameters)
+
+  if kind != "llama":
+    window = number("sliding_window", 0) * bool(take("use_sliding_window", gemma))
+    first, every = number("max_window_layers", 0), number("sliding_window_pattern", 6) if gemma3 else 2
+    slides = [(i + 1) % every > 0 if gemma else window > 0 and i >= first for i in range(sizes["depth"])]
+    if types := take("layer_types", None):
+      slides = [{"full_attention": False, "sliding_attention": True}.get(name) for name in types]
+      if len(slides) != sizes["depth"] or None in slides:
+        raise refuse(f"layer_types must name {sizes['depth']} layers, of full_attention or sliding_attention")
+    options |= {"windowed": tuple(np.flatnonzero(slides).tolist()), "window": window if any(slides) else 0}
+
+  for key, value in _FIXED.items():
+    if take(key, None) not in (None, value):
+      raise refuse(f"{key} = {given[key]!r} is not supported")
+  for key, value in rest.items():
+    if value is not None and key not in _HARMLESS and not key.endswith("_token_id"):
+      raise refuse(f"the field {key} is not known, and may change what the model computes")
+  config = PolicyConfig(dtype=dtype, **sizes, **options)
+  for key, why in config.check().items():
+    raise refuse(f"what it says about {key} {why}")
+  return config

@@ -1,0 +1,220 @@
+"""Pretrained weights in and out: a Hugging Face folder of safetensors becomes parameters, and parameters a folder.
+
+Each device gets its part of a tensor as the file has it, one layer at a time, so that the host never holds more; there
+it is transposed into its place.
+"""
+
+import collections
+import functools
+import json
+import math
+import operator
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dca_jax.errors import UserError
+from dca_jax.policy.families import from_json, read_json, tensor_name
+from dca_jax.policy.transformer import Policy, PolicyConfig
+
+_SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
+
+
+def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
+  """`config` itself, or the architecture of the model that `config.pretrained` names.
+
+  Args:
+    vocab_size: how many tokens the tokenizer has.
+
+  Raises:
+    UserError: the model cannot be had or is not supported, or the embedding has fewer rows than there are tokens.
+  """
+  if config.pretrained:
+    path = folder(config.pretrained) / "config.json"
+    config = from_json(read_json(path), str(path), config.dtype)
+  if 0 < config.vocab_size < vocab_size:
+    raise UserError(f"the embedding has {config.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens")
+  return config
+
+
+def folder(pretrained: str, weights: bool = False) -> pathlib.Path:
+  """The folder that `policy.pretrained` names; a hub id is downloaded, its weights if asked for."""
+  path = pathlib.Path(pretrained).expanduser()
+  if path.is_dir():
+    return path
+  try:
+    patterns = ["*.json", "*.safetensors"] if weights else ["*.json"]
+    return pathlib.Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=patterns))
+  except Exception as error:  # The hub's client reports a bad name, no network and no such model in a dozen ways.
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    raise UserError(
+      f"policy.pretrained: {pretrained!r} is no folder, and the hub does not give it: {reason}"
+    ) from error
+
+
+def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
+  """The parameters in float32, from the safetensors files in `source`, which are all checked before the first is read.
+
+  Args:
+    shardings: of every parameter, as `mesh.state_shardings` makes them.
+
+  Raises:
+    UserError: a file is missing, cut short or damaged; a tensor is missing, unknown, or of another shape.
+  """
+  shapes = nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
+  files = _check(policy.config, source, shapes)
+
+  def one(path, leaf, sharding):
+    keys, layered = _keys(path), path[0].key == "blocks"
+    shape, spec = _file_shape(keys, leaf.shape[layered:]), (*sharding.spec, *[None] * leaf.ndim)[layered:]
+    # Of the axes that a file has as one, only the first is ever sharded.
+    spec = (spec[_inputs(keys)], spec[0]) if keys[-1] == "kernel" else spec[: len(shape)]
+    ours = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+    for i in range(policy.config.depth) if layered else (None,):
+      name = tensor_name(policy.config, keys).format(i)
+      read = functools.partial(_read, files[name], name)
+      theirs = jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, P(*spec)), read)
+      # Waited for, or what was read would pile up on the host.
+      ours = jax.block_until_ready(_fill(ours, theirs, i, keys[-1] == "kernel", sharding))
+    return ours
+
+  return jax.tree.map_with_path(one, shapes, shardings)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _fill(ours, theirs, layer, turned: bool, sharding):
+  """`ours` with a file's tensor as one of its layers, or as all of it where `layer` is None."""
+  new = (theirs.T if turned else theirs).reshape(ours.shape[layer is not None :]).astype(ours.dtype)
+  if layer is not None:
+    new = jax.lax.dynamic_update_index_in_dim(ours, new, layer, 0)
+  return jax.lax.with_sharding_constraint(new, sharding)
+
+
+def _read(path: pathlib.Path, name: str, index=...) -> np.ndarray:
+  with safe_open(path, framework="np") as file:
+    return file.get_slice(name)[index]
+
+
+def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, pathlib.Path]:
+  """The file of every tensor in `source`, which must be those of `params`, in the right shapes."""
+  index = source / "model.safetensors.index.json"
+  names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+  files: dict[str, pathlib.Path] = {}
+  shapes: dict[str, tuple[int, ...]] = {}
+  for path in map(source.joinpath, names):
+    try:
+      with safe_open(path, framework="np") as file:
+        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+        files |= dict.fromkeys(file.keys(), path)
+    except FileNotFoundError:
+      raise UserError(f"{path} is missing; download the model again") from None
+    except (OSError, SafetensorError) as error:
+      raise UserError(f"{path} is cut short or damaged ({error}); download the model again") from error
+  wanted = {name: shape for name, _, _, shape in _named(config, params)}
+  for name, shape in wanted.items():
+    if name not in shapes:
+      raise UserError(f"{source} has no tensor {name}, which its config.json calls for; download the model again")
+    if shapes[name] != shape:
+      raise UserError(f"{files[name]}: {name} has the shape {shapes[name]}, but by its config.json it is {shape}")
+  for name in sorted(shapes.keys() - wanted.keys()):
+    # A tied model may have its head written out, and old Llamas their rotary frequencies.
+    if not (config.tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
+      raise UserError(f"{files[name]}: {name} is a tensor that a model with this config.json does not have")
+  return files
+
+
+def _keys(path) -> tuple[str, ...]:
+  return tuple(key.key for key in path)
+
+
+def _inputs(keys: tuple[str, ...]) -> int:
+  return 2 if keys[1] == "o" else 1
+
+
+def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that one layer's parameter has in a file: [outputs, inputs], with no axis for heads."""
+  if keys[-1] == "kernel":
+    return math.prod(shape[_inputs(keys) :]), math.prod(shape[: _inputs(keys)])
+  return (math.prod(shape),) if keys[-1] == "bias" else tuple(shape)
+
+
+def _named(config: PolicyConfig, params) -> Iterator[tuple[str, tuple[str, ...], int | None, tuple[int, ...]]]:
+  """For each tensor of a model its name, the keys of its parameter, which layer of that it is, and its shape."""
+  shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+  for i in (None, *range(config.depth)):
+    for keys, shape in shapes.items():
+      if (keys[0] == "blocks") == (i is not None):
+        yield tensor_name(config, keys).format(i), keys, i, _file_shape(keys, shape[i is not None :])
+
+
+# Out.
+
+
+def save(params, config: PolicyConfig, original: pathlib.Path, tokenizer: epath.Path, output: pathlib.Path) -> None:
+  """Writes a Hugging Face folder in float32, and reads it again before it gets its name.
+
+  Args:
+    params: of the whole model, on the host or on devices.
+    original: the folder that training began from, whose config.json and generation_config.json are kept.
+    tokenizer: a folder of tokenizer files.
+
+  Raises:
+    UserError: `output` is there, cannot be written, or reads otherwise.
+  """
+  if output.exists():
+    raise UserError(f"{output} is already there; choose another --output")
+  partial = output.with_name(f".{output.name}.partial")
+  described = read_json(original / "config.json")
+  described |= {"torch_dtype" if "torch_dtype" in described else "dtype": "float32"}
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in tokenizer.iterdir():
+      (partial / file.name).write_bytes(file.read_bytes())
+    if (original / "generation_config.json").exists():
+      shutil.copy(original / "generation_config.json", partial)
+    (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    _write(params, config, partial)
+    files = _check(config, partial, params)
+    for name, keys, layer, shape in _named(config, params):
+      if _read(files[name], name).tobytes() != _theirs(params, keys, layer, shape).tobytes():
+        raise UserError(f"{files[name]}: {name} was not written as it is; the disk may be failing")
+    if from_json(read_json(partial / "config.json"), f"{partial}/config.json", config.dtype) != config:
+      raise UserError(f"{original}/config.json does not describe the model any more; bring the old one back")
+    partial.rename(output)
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"could not write {output} ({error}); make room or choose another --output") from error
+
+
+def _write(params, config: PolicyConfig, folder: pathlib.Path) -> None:
+  total, shards = 0, collections.defaultdict(list)
+  places: dict[str, str] = {}
+  for named in _named(config, params):
+    shards[total // _SHARD_BYTES].append(named)
+    total += 4 * math.prod(named[-1])
+  for i, shard in enumerate(shards.values(), 1):
+    file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+    places |= {name: file for name, *_ in shard}
+    tensors = {name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in shard}
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+  index = {"metadata": {"total_size": total}, "weight_map": places}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _theirs(params, keys: tuple[str, ...], layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+  """A tensor as a file has it."""
+  ours = functools.reduce(operator.getitem, keys, params)
+  ours = np.asarray(ours if layer is None else ours[layer], np.float32)
+  return np.ascontiguousarray(ours.reshape(shape[::-1]).T if keys[-1] == "kernel" else ours.reshape(shape))

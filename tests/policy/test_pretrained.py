@@ -1,0 +1,334 @@
+"""Pretrained weights: what is refused, and that what comes in goes out as it was."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dca_jax.config import ConfigError
+from dca_jax.errors import UserError
+from dca_jax.export import export
+from dca_jax.learner import LearnerConfig, make_optimizer
+from dca_jax.mesh import MeshConfig, make_mesh, state_shardings
+from dca_jax.policy import Head, Policy, PolicyConfig, Sampling, pretrained, sampling_logits
+from dca_jax.policy.families import from_json
+from dca_jax.train import train
+
+FOLDER = pathlib.Path(__file__).with_name("reference")
+VOCAB = 64
+
+
+def read(folder, mesh=None, tokens=VOCAB):
+  policy = Policy(pretrained.resolve(PolicyConfig(pretrained=str(folder)), tokens), tokens)
+  mesh = make_mesh(mesh or MeshConfig())
+  return policy, pretrained.load(
+    policy, folder, state_shardings(mesh, policy, make_optimizer(LearnerConfig(), 1)).params
+  )
+
+
+def tensors(folder):
+  """All tensors of a folder, read with no code of ours."""
+  return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+@pytest.fixture
+def copy(tmp_path):
+  """A checkpoint in two files, to spoil."""
+  return shutil.copytree(FOLDER / "gemma3_old", tmp_path / "model")
+
+
+def change_config(folder, **changes):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def message(folder) -> str:
+  with pytest.raises(UserError) as raised:
+    read(folder)
+  assert "\n" not in str(raised.value)
+  return str(raised.value)
+
+
+# Bad input.
+
+
+def test_a_missing_file_is_named(copy):
+  (copy / "model-00002-of-00002.safetensors").unlink()
+  assert "model-00002-of-00002.safetensors is missing" in message(copy)
+
+
+def test_a_folder_without_weights(copy):
+  for path in copy.glob("model*"):
+    path.unlink()
+  assert "model.safetensors is missing" in message(copy)
+
+
+@pytest.mark.parametrize("size", [-40, 100, 4, 0])
+def test_a_file_that_is_cut_short_is_named(copy, size):
+  path = copy / "model-00002-of-00002.safetensors"
+  path.write_bytes(path.read_bytes()[:size])
+  assert "model-00002-of-00002.safetensors is cut short or damaged" in message(copy)
+
+
+def spoil(copy, change):
+  for path in copy.glob("*.safetensors"):
+    save_file(change(load_file(path)), path)
+
+
+def test_a_missing_tensor_is_named(copy):
+  name = "model.layers.2.self_attn.k_norm.weight"
+  spoil(copy, lambda tensors: {k: v for k, v in tensors.items() if k != name})
+  assert f"no tensor {name}" in message(copy)
+
+
+def test_a_tensor_of_another_shape_is_named(copy):
+  name = "model.layers.1.mlp.up_proj.weight"
+  spoil(copy, lambda tensors: {k: v[:-1] if k == name else v for k, v in tensors.items()})
+  said = message(copy)
+  assert f"{name} has the shape (47, 32)" in said
+  assert "it is (48, 32)" in said
+
+
+def test_a_tensor_that_the_model_does_not_have_is_named(copy):
+  extra = {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}
+  spoil(copy, lambda tensors: tensors | extra)
+  assert "model.layers.0.self_attn.q_proj.bias is a tensor" in message(copy)
+
+
+def test_a_tied_head_that_is_written_out_is_not_read(copy):
+  spoil(copy, lambda tensors: tensors | {"lm_head.weight": np.ones((VOCAB, 32), np.float32)})
+  jax.tree.map(np.testing.assert_array_equal, read(copy)[1], read(FOLDER / "gemma3_old")[1])
+
+
+LLAMA = json.loads((FOLDER / "llama_tied" / "config.json").read_text())
+NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+  ("given", "changes", "words"),
+  [
+    (LLAMA, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    (LLAMA, {"attention_bias": True}, "attention_bias = True"),
+    (LLAMA, {"mlp_bias": True}, "mlp_bias = True"),
+    (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    (LLAMA, {"num_experts": 8}, "num_experts"),
+    (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+    (LLAMA, {"sliding_window": 4096}, "sliding_window"),
+    (LLAMA, {"hidden_size": "32"}, "hidden_size must be a number"),
+    (LLAMA, {"num_attention_heads": 0}, "heads must be positive"),
+    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+    (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "lack factor"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1}}, "mscale"),
+    (NEW, {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
+    (NEW, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    (NEW, {"layer_types": ["full_attention"]}, "layer_types"),
+    (NEW, {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types"),
+    (NEW, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rope_parameters"),
+    (NEW, {"sliding_window": None}, "window must be at least 1"),
+  ],
+)
+def test_a_field_that_changes_numbers_is_refused_by_name(given, changes, words):
+  with pytest.raises(UserError) as raised:
+    from_json(given | changes, "config.json", "float32")
+  assert words in str(raised.value)
+  assert str(raised.value).startswith("config.json: ")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "model_type"])
+def test_a_field_that_is_missing(key):
+  with pytest.raises(UserError, match=key if key != "model_type" else "not supported"):
+    from_json({k: v for k, v in LLAMA.items() if k not in (key, "architectures")}, "config.json", "float32")
+
+
+def test_harmless_fields_change_nothing():
+  more = {"use_cache": False, "unsloth_fixed": True, "eos_token_id": [1, 2], "attention_dropout": 0.1, "new_one": None}
+  assert from_json(LLAMA | more, "", "float32") == from_json(LLAMA, "", "float32")
+
+
+def test_config_json_that_is_none(copy):
+  (copy / "config.json").write_text("[1, 2")
+  assert "config.json is unreadable" in message(copy)
+
+
+def test_a_model_that_is_nowhere():
+  with pytest.raises(UserError, match="'nobody/no-such-model' is no folder") as raised:
+    pretrained.folder("nobody/no-such-model")
+  assert "\n" not in str(raised.value)
+
+
+def test_a_model_that_cannot_be_read_claims_no_workdir(tmp_path):
+  with pytest.raises(UserError, match="is no folder"):
+    train(tiny.make_config(RUN | {"policy.pretrained": str(tmp_path / "typo")}), str(tmp_path / "run"), quiet=True)
+  assert not (tmp_path / "run").exists()
+
+
+def test_more_tokens_than_rows():
+  with pytest.raises(UserError, match="64 rows, fewer than the tokenizer's 65"):
+    pretrained.resolve(PolicyConfig(pretrained=str(FOLDER / "qwen3")), VOCAB + 1)
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"policy.width": 16}, "policy.width: has no effect"),
+    ({"policy.rope_scaling": (2.0,)}, "policy.rope_scaling: has no effect"),
+    ({"warmstart.steps": 60}, "warmstart.steps: must be 0"),
+    ({"warmstart.seed": 1}, "warmstart.seed: has no effect"),
+  ],
+)
+def test_keys_that_the_pretrained_model_decides(changes, words):
+  with pytest.raises(ConfigError, match=words):
+    tiny.make_config(RUN | changes)
+
+
+# In and out.
+
+
+# The tokenizer of the task has fewer tokens than the checkpoint's embedding has rows.
+RUN = {
+  **{f"policy.{key}": getattr(PolicyConfig, key) for key in tiny.SETTINGS["policy"]},
+  **{f"warmstart.{key}": value for key, value in {"steps": 0, "batch": 32, "lr": 6e-3}.items()},
+  "policy.pretrained": str(FOLDER / "qwen2"),
+  "learner.entropy": 0.1,  # Something to learn, where no answer is right.
+  "steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  train(tiny.make_config(RUN), str(workdir), quiet=True)
+  return workdir
+
+
+def test_a_run_starts_from_the_pretrained_weights(run):
+  start = tiny.saved_state(run, 1)
+  embedding = tensors(FOLDER / "qwen2")["model.embed_tokens.weight"].astype(np.float32)
+  # One step of Adam moves no weight by more than the learning rate.
+  moved = np.abs(start["['params']['embedding']"] - embedding)
+  assert 0 < moved.max() < 0.01
+
+
+def test_export_of_a_run_is_its_last_parameters(run, tmp_path):
+  said = export(str(run), str(tmp_path / "out"))
+  assert "step 2" in said
+  saved = tiny.saved_state(run, 2)
+  _, params = read(tmp_path / "out")
+  for path, leaf in jax.tree.leaves_with_path(params):
+    assert np.asarray(leaf).tobytes() == saved["['params']" + jax.tree_util.keystr(path)].tobytes()
+  theirs, ours = tensors(FOLDER / "qwen2"), tensors(tmp_path / "out")
+  assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+  config, original = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "out", FOLDER / "qwen2"))
+  assert config == original | {"torch_dtype": "float32"}
+  assert (tmp_path / "out" / "tokenizer.json").exists()
+  assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_export_of_an_earlier_step_and_of_what_is_not_there(run, tmp_path):
+  export(str(run), str(tmp_path / "one"), 1)
+  assert (
+    tensors(tmp_path / "one")["model.norm.weight"].tobytes()
+    == tiny.saved_state(run, 1)["['params']['final_norm']['scale']"].tobytes()
+  )
+  with pytest.raises(UserError, match="already there"):
+    export(str(run), str(tmp_path / "one"))
+  with pytest.raises(UserError, match=r"no checkpoint of step 7; there are \[1, 2\]"):
+    export(str(run), str(tmp_path / "seven"), 7)
+  with pytest.raises(UserError, match="holds no run"):
+    export(str(tmp_path / "nothing"), str(tmp_path / "other"))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama_scaled"])
+def test_what_goes_out_in_several_files_comes_in_bit_for_bit(name, tmp_path, monkeypatch):
+  monkeypatch.setattr(pretrained, "_SHARD_BYTES", 20_000)
+  policy, params = read(FOLDER / name)
+  (tmp_path / "tokenizer").mkdir()
+  pretrained.save(params, policy.config, FOLDER / name, tmp_path / "tokenizer", tmp_path / "out")
+  assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+  again, reloaded = read(tmp_path / "out")
+  assert again.config == policy.config
+  assert jax.tree.map(lambda x: np.asarray(x).tobytes(), reloaded) == jax.tree.map(
+    lambda x: np.asarray(x).tobytes(), params
+  )
+  expected = {k: v.astype(np.float32) for k, v in tensors(FOLDER / name).items()}
+  got = tensors(tmp_path / "out")
+  assert got.keys() == expected.keys()
+  for key, value in expected.items():
+    assert got[key].tobytes() == value.tobytes(), key
+  for path in (tmp_path / "out").glob("*.safetensors"):
+    with safe_open(path, "np") as file:
+      assert file.metadata() == {"format": "pt"}
+
+
+def test_a_write_that_went_wrong_leaves_no_folder(tmp_path, monkeypatch):
+  policy, params = read(FOLDER / "qwen3")
+  (tmp_path / "tokenizer").mkdir()
+
+  def careless(tensors, path, metadata):
+    save_file({k: v + (k == "model.norm.weight") for k, v in tensors.items()}, path, metadata)
+
+  monkeypatch.setattr(pretrained, "save_file", careless)
+  with pytest.raises(UserError, match=r"model\.norm\.weight was not written as it is"):
+    pretrained.save(params, policy.config, FOLDER / "qwen3", tmp_path / "tokenizer", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+# Ids that are no token.
+
+
+def test_ids_that_are_no_token_are_never_sampled():
+  rng = np.random.default_rng(0)
+  hidden, matrix = (jnp.float32(rng.normal(size=size)) for size in ((5, 8), (12, 8)))
+  for sampling in (Sampling(), Sampling(top_k=20), Sampling(top_p=0.9), Sampling(top_k=3)):
+    got = sampling_logits(hidden, Head(matrix, vocab_size=9), sampling)
+    assert np.all(np.asarray(got)[:, 9:] == -np.inf)
+    np.testing.assert_array_equal(got[:, :9], sampling_logits(hidden, Head(matrix[:9]), sampling))
+
+
+# Several devices.
+
+
+MESHES = {"qwen2_windowed": MeshConfig(data=2, fsdp=4), "llama_scaled": MeshConfig(data=2, fsdp=2, tensor=2)}
+
+
+def on_eight_devices(folder: pathlib.Path) -> None:
+  for name, mesh in MESHES.items():
+    _, params = read(FOLDER / name, mesh)
+    for path, leaf in jax.tree.leaves_with_path(params):
+      assert path[-1].key != "kernel" or not leaf.sharding.is_fully_replicated, path
+    np.savez(folder / f"{name}.npz", **flat(params))
+
+
+def flat(params):
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def test_eight_devices_read_what_one_reads(tmp_path):
+  paths = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(__file__).parents[1])]
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+  }
+  command = [sys.executable, __file__, str(tmp_path)]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-3000:]
+  for name in MESHES:
+    with np.load(tmp_path / f"{name}.npz") as file:
+      tiny.assert_same_arrays(dict(file), flat(read(FOLDER / name)[1]))
+
+
+if __name__ == "__main__":
+  on_eight_devices(pathlib.Path(sys.argv[1]))
