@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
 from dca_jax.errors import UserError
-from dca_jax.policy import pretrained
+from dca_jax.policy import PolicyConfig, join, merge, pretrained, split
 from dca_jax.workdir import locate
 
 
@@ -30,7 +30,12 @@ def export(workdir: str, output: str, step: int | None = None) -> str:
     raise UserError(f"--workdir={workdir} began from nothing, not from policy.pretrained, whose format export writes")
   original, place = pretrained.folder(section.pretrained), pathlib.Path(output).expanduser().absolute()
   step, params = read_params(folder, step)
-  pretrained.save(params, pretrained.resolve(section, 0), original, folder / "tokenizer", place)
+  if section.lora_rank:
+    with ocp.StandardCheckpointer() as checkpointer:
+      start = checkpointer.restore(folder / "start")
+    params = merge(join(split(start)[0], params), section.lora_scale)
+  plain = PolicyConfig(pretrained=section.pretrained, dtype=section.dtype)
+  pretrained.save(params, pretrained.resolve(plain, 0), original, folder / "tokenizer", place)
   return f"step {step}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, written and read again: {place}"
 
 

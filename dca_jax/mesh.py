@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
-from dca_jax.policy import Policy
+from dca_jax.policy import Policy, split
 from dca_jax.processes import own_rows
 
 # Logical axis of a parameter -> mesh axis. Names that are missing are not sharded.
@@ -130,11 +130,11 @@ def state_shardings(
 
   A jitted `optimizer.init` would replicate the moments, so they are named here.
   """
-  params = param_shardings(mesh, policy)
+  params = split(param_shardings(mesh, policy))[1]
   opt_state = optax.tree_utils.tree_map_params(
     optimizer,
     lambda _, sharding: sharding,
-    jax.eval_shape(optimizer.init, param_shapes(policy)),
+    jax.eval_shape(optimizer.init, split(param_shapes(policy))[1]),
     params,
     transform_non_params=lambda _: replicated(mesh),
   )

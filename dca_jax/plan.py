@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dca_jax import learner, mesh
 from dca_jax.config import Config
 from dca_jax.errors import UserError
-from dca_jax.policy import Policy, pretrained
+from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.policy.logprobs import CHUNK_LOGITS
 from dca_jax.task import TASKS
 
@@ -44,10 +44,11 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   """
   c, rollout = policy.config, config.rollout
   optimizer = learner.make_optimizer(config.learner, config.steps)
-  shapes = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
+  whole = mesh.param_shapes(policy)
+  shapes = jax.eval_shape(lambda p: learner.init_state(optimizer, p), split(whole)[1])
   shardings = mesh.state_shardings(devices, policy, optimizer)
-  parameters = _bytes(shapes.params, shardings.params)
-  copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * parameters
+  parameters, trained = _bytes(whole, mesh.param_shardings(devices, policy)), _bytes(shapes.params, shardings.params)
+  copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * trained
 
   def rows(on) -> int:
     return rollout.problems // (on.shape["data"] * on.shape["fsdp"])
@@ -56,7 +57,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   heads = c.kv_heads // sampler.shape["tensor"]
   positions = problems * (rollout.max_prompt_tokens + rollout.group * rollout.max_tokens)
   sampling = {
-    "parameters as the sampler has them": _bytes(shapes.params, mesh.param_shardings(sampler, policy))
+    "parameters as the sampler has them": _bytes(whole, mesh.param_shardings(sampler, policy))
     if config.mesh.sampler
     else 0,
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
@@ -65,7 +66,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   micro_batch = rows(devices) // config.learner.micro_batches
   tokens = micro_batch * rollout.group * rollout.max_tokens
   updating = {
-    "gradients": 2 * parameters,  # Of all micro-batches so far, and of this one.
+    "gradients": 2 * trained,  # Of all micro-batches so far, and of this one.
     "activations of a micro-batch": _saved(config, policy, micro_batch),
     "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
   }
@@ -97,10 +98,13 @@ def _saved(config: Config, policy: Policy, problems: int) -> int:
   params = mesh.param_shapes(policy)
 
   def kept(params, batch):
-    def loss(params):
-      return learner.loss_sums(policy, config.learner, config.rollout.sampling, params, batch, jnp.bool_(True))[0]
+    frozen, trained = split(params)
 
-    return jax.vjp(loss, params)[1]
+    def loss(trained):
+      sampling, whole = config.rollout.sampling, join(frozen, trained)
+      return learner.loss_sums(policy, config.learner, sampling, whole, batch, jnp.bool_(True))[0]
+
+    return jax.vjp(loss, trained)[1]
 
   total = sum(_size(a.shape, a.dtype) for a in jax.tree.leaves(jax.eval_shape(kept, params, batch)))
   return max(0, total - sum(_size(a.shape, a.dtype) for a in jax.tree.leaves(params)))
@@ -133,15 +137,9 @@ def plan(config: Config, devices: int) -> str:
   return "\n".join(lines)
 
 
-def check_fits(state, reference: bool) -> None:
-  """Raises UserError where what stays in memory alone is more than a device has.
-
-  Args:
-    state: shapes, dtypes and shardings of the train state.
-    reference: whether a reference policy stands beside it.
-  """
-  needed = _bytes(state, jax.tree.map(lambda a: a.sharding, state))
-  needed += reference * _bytes(state.params, jax.tree.map(lambda a: a.sharding, state.params))
+def check_fits(arrays) -> None:
+  """Raises UserError where what stays in memory alone, given as shapes with shardings, is more than a device has."""
+  needed = _bytes(arrays, jax.tree.map(lambda a: a.sharding, arrays))
   name, room = _local()
   if needed > room:
     raise UserError(

@@ -39,7 +39,7 @@ from dca_jax.evaluate import evaluate
 from dca_jax.metrics import Reporter, not_finite
 from dca_jax.notices import notices
 from dca_jax.plan import check_fits
-from dca_jax.policy import Policy, pretrained
+from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.processes import fetch, gather, put, watched
 from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
 from dca_jax.review import Share, Truth, open_reviewer
@@ -93,15 +93,21 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
   for_sampler = mesh.relay(devices, sampler_devices, policy)
   mesh.check_rows(devices, sampler_devices, config.rollout.problems, config.learner.micro_batches)
 
-  init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
+  param_shardings = mesh.param_shardings(devices, policy)
+  init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=param_shardings)
 
   def new_state(params, head):
     return learner.init_state(optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None)
 
   init_state = jax.jit(new_state, out_shardings=shardings)
-  abstract = jax.eval_shape(lambda: new_state(init_params(jax.random.key(0)), head))
-  abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-  check_fits(abstract, config.learner.reference)
+  whole_shapes = jax.eval_shape(init_params, jax.random.key(0))
+  state_shapes = jax.eval_shape(new_state, split(whole_shapes)[1], head)
+  abstract_start, abstract = (
+    jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, own)
+    for shapes, own in ((whole_shapes, param_shardings), (state_shapes, shardings))
+  )
+  frozen, trained = split(abstract_start)
+  check_fits([abstract, frozen, trained if config.learner.reference else ()])
 
   folder = claim(config, workdir, resume)
   growing = Growing(folder)
@@ -118,7 +124,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
 
     def make_start():
       if config.policy.pretrained:
-        return pretrained.load(policy, pretrained.folder(config.policy.pretrained, weights=True), shardings.params)
+        return pretrained.load(policy, pretrained.folder(config.policy.pretrained, weights=True), param_shardings)
       params = init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
       return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, everywhere)
@@ -134,25 +140,29 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
       sent = [request for request, ask in zip(requests, asked, strict=True) if ask]
       return Begun(rollout, spans, requests, asked, reviewer.submit(sent, config.reviewer.deadline))
 
-    start = starting_policy(folder, abstract.params, make_start)
-    done, state = checkpoints.restore(abstract, resume) or (0, init_state(copy_of(start), put(head, everywhere)))
+    start = starting_policy(folder, abstract_start, make_start)
+    frozen, trained = split(start)
+    done, state = checkpoints.restore(abstract, resume) or (0, init_state(copy_of(trained), put(head, everywhere)))
+    whole = functools.partial(join, frozen)
     if not config.learner.reference:
-      del start
+      del start, trained
 
     with Reporter(growing.folder, done, config.steps, quiet) as reporter:
       if jax.process_index() == 0:
         forget_trajectories(folder / "trajectories", done)
       if not gather(0 in reporter.steps)[0]:
-        reporter.log(0, eval_metrics(evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(state.params))))
+        reporter.log(
+          0, eval_metrics(evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(whole(state.params))))
+        )
 
       ahead: Begun | None = None
       for step in range(done + 1, config.steps + 1):
         with jax.transfer_guard("disallow"):
           clock = Clock()
-          params = for_sampler(state.params)
+          params = for_sampler(whole(state.params))
           if overlap:
             # This batch was sampled a step ago; after a resume it is sampled anew, by the same policy.
-            begun = ahead or begin(step, for_sampler(state.behind))
+            begun = ahead or begin(step, for_sampler(whole(state.behind)))
             ahead = begin(step + 1, params) if step < config.steps else None
             state = state._replace(behind=copy_of(state.params))
           else:
@@ -202,7 +212,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
           )
           if learned:
             review, hidden = learned_values(
-              config.value, policy, state.value_head, state.params, prompts, prompt_lengths, completions, review
+              config.value, policy, state.value_head, whole(state.params), prompts, prompt_lengths, completions, review
             )
           advantages = assign_credit(config.credit, rewards, lengths, truncated, review)
           batch = learner.Batch(
@@ -210,7 +220,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
           )
           for i in range(config.learner.updates_per_batch):
             # One step behind, the ratio is against the policy that sampled, in every update.
-            state, stats, logprobs = update(state, batch, on_policy[i == 0 and not overlap])
+            state, stats, logprobs = update(state, batch, on_policy[i == 0 and not overlap], frozen)
             if i == 0:
               first = stats
               batch = batch if overlap else batch._replace(logprobs_BxT=logprobs)
@@ -243,7 +253,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
         stop = next((reason for _, _, reason in told if reason), None)
         last = bool(problem or stop) or step == config.steps
         if step == config.steps or (config.evaluate.every and step % config.evaluate.every == 0):
-          scores = evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(state.params))
+          scores = evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(whole(state.params)))
           measured |= eval_metrics(scores)
         reporter.log(step, measured)
         if checkpoints.due(step, measured, last):

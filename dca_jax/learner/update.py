@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from dca_jax.learner.optimizer import LearnerConfig
-from dca_jax.policy import Policy, Sampling, token_logprobs
+from dca_jax.policy import Policy, Sampling, join, token_logprobs
 
 
 class TrainState(typing.NamedTuple):
-  """What training changes: parameters and optimizer state; where values are learned, the head that gives them."""
+  """What training changes: parameters (with LoRA the adapters alone) and optimizer state; where values are learned, the
+  head that gives them."""
 
   params: typing.Any
   opt_state: typing.Any
@@ -108,11 +109,13 @@ def update(
   state: TrainState,
   batch: Batch,
   on_policy: jax.Array,
+  frozen=None,
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
   """One optimizer step on a whole batch.
 
   Args:
     on_policy: true at the first update on this batch (see `loss_sums`).
+    frozen: parameters that stay as they are, where `state` has adapters only.
 
   Returns:
     The new state, metrics (scalars), and the log-probabilities [B, T] before the update.
@@ -126,15 +129,18 @@ def update(
     per_problem = x.reshape(problems // n, n, x.shape[0] // problems, *x.shape[1:])
     return per_problem.swapaxes(0, 1).reshape(n, -1, *x.shape[1:])
 
-  def join(x_nxBxT):
+  def in_order(x_nxBxT):
     parts = x_nxBxT.reshape(n, problems // n, group, *x_nxBxT.shape[2:])
     return parts.swapaxes(0, 1).reshape(rows, *x_nxBxT.shape[2:])
 
-  gradient = jax.grad(functools.partial(loss_sums, policy, config, sampling), has_aux=True)
+  def loss(trained, micro_batch):
+    return loss_sums(policy, config, sampling, join(frozen or {}, trained), micro_batch, on_policy)
+
+  gradient = jax.grad(loss, has_aux=True)
 
   def accumulate(carry, micro_batch):
     grads, sums = carry
-    more_grads, (more, logp_BxT) = gradient(state.params, micro_batch, on_policy)
+    more_grads, (more, logp_BxT) = gradient(state.params, micro_batch)
     grads = jax.tree.map(jnp.add, grads, more_grads)
     added = jax.tree.map(jnp.add, sums, more)
     return (grads, added._replace(sampler_error=jnp.maximum(sums.sampler_error, more.sampler_error))), logp_BxT
@@ -157,7 +163,7 @@ def update(
     "sampler/logprob_error": sums.sampler_error,
   }
   state = state._replace(params=optax.apply_updates(state.params, changes), opt_state=opt_state)
-  return state, metrics, join(logp_nxBxT)
+  return state, metrics, in_order(logp_nxBxT)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "sampling"))

@@ -1,6 +1,17 @@
 """The policy: a transformer, and the log-probabilities of what it writes."""
 
 from dca_jax.policy.logprobs import Head, Sampling, sampling_logits, token_logprobs
+from dca_jax.policy.lora import join, merge, split
 from dca_jax.policy.transformer import Policy, PolicyConfig
 
-__all__ = ["Head", "Policy", "PolicyConfig", "Sampling", "sampling_logits", "token_logprobs"]
+__all__ = [
+  "Head",
+  "Policy",
+  "PolicyConfig",
+  "Sampling",
+  "join",
+  "merge",
+  "sampling_logits",
+  "split",
+  "token_logprobs",
+]

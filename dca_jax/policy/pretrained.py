@@ -5,6 +5,7 @@ it is transposed into its place.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import math
@@ -27,6 +28,7 @@ from safetensors.numpy import save_file
 
 from dca_jax.errors import UserError
 from dca_jax.policy.families import from_json, read_json, tensor_name
+from dca_jax.policy.lora import join, split
 from dca_jax.policy.transformer import Policy, PolicyConfig
 
 _SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
@@ -43,7 +45,8 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
   """
   if config.pretrained:
     path = folder(config.pretrained) / "config.json"
-    config = from_json(read_json(path), str(path), config.dtype)
+    lora = {key: getattr(config, key) for key in ("lora_rank", "lora_alpha", "lora_targets")}
+    config = dataclasses.replace(from_json(read_json(path), str(path), config.dtype), **lora)
   if 0 < config.vocab_size < vocab_size:
     raise UserError(f"the embedding has {config.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens")
   return config
@@ -65,7 +68,9 @@ def folder(pretrained: str, weights: bool = False) -> pathlib.Path:
 
 
 def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
-  """The parameters in float32, from the safetensors files in `source`, which are all checked before the first is read.
+  """The parameters, from the safetensors files in `source`, which are all checked before the first is read.
+
+  Adapters begin as ones that change nothing.
 
   Args:
     shardings: of every parameter, as `mesh.state_shardings` makes them.
@@ -74,6 +79,9 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
     UserError: a file is missing, cut short or damaged; a tensor is missing, unknown, or of another shape.
   """
   shapes = nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
+  if policy.config.lora_rank:
+    (shapes, _), (shardings, adapters) = split(shapes), split(shardings)
+    make = jax.jit(lambda key: split(nn.unbox(policy.init_params(key)))[1], out_shardings=adapters)
   files = _check(policy.config, source, shapes)
 
   def one(path, leaf, sharding):
@@ -90,7 +98,8 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
       ours = jax.block_until_ready(_fill(ours, theirs, i, keys[-1] == "kernel", sharding))
     return ours
 
-  return jax.tree.map_with_path(one, shapes, shardings)
+  loaded = jax.tree.map_with_path(one, shapes, shardings)
+  return join(loaded, make(jax.random.key(0))) if policy.config.lora_rank else loaded
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)

@@ -26,7 +26,14 @@ class PolicyConfig:
   """The `policy` section. Its defaults make a small policy that begins from nothing."""
 
   pretrained: str = ""
-  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype`."""
+  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype` and those of
+  LoRA."""
+  lora_rank: int = 0
+  """Rank of the adapters, which alone are trained; 0 trains everything. What they adapt is kept in `dtype`."""
+  lora_alpha: float = 16.0
+  """Adapters count alpha / rank."""
+  lora_targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+  """Which matrices of a layer have adapters."""
   vocab_size: int = 0
   """Rows of the embedding; 0 makes one for each token of the tokenizer. Ids that are no token are never sampled."""
   tied: bool = True
@@ -86,6 +93,12 @@ class PolicyConfig:
     for key in ("vocab_size", "local_rope_theta", "query_scalar", "attention_soft_cap", "logit_soft_cap", "norm_eps"):
       if getattr(self, key) < 0:
         bad[key] = "must not be negative"
+    if self.lora_rank < 0 or (self.lora_rank and not self.pretrained):
+      bad["lora_rank"] = "must be 0, or positive with policy.pretrained"
+    if not self.lora_targets or set(self.lora_targets) - _MATRICES:
+      bad["lora_targets"] = f"must be some of {', '.join(sorted(_MATRICES))}"
+    if self.lora_alpha <= 0:
+      bad["lora_alpha"] = "must be positive"
     if self.activation not in _ACTIVATIONS:
       bad["activation"] = f"must be one of {', '.join(_ACTIVATIONS)}"
     if self.dtype not in ("float32", "bfloat16"):
@@ -93,12 +106,20 @@ class PolicyConfig:
     return bad
 
   def unused(self) -> dict[str, str]:
+    adapted = {} if self.lora_rank else dict.fromkeys(("lora_alpha", "lora_targets"), "policy.lora_rank is 0")
     if self.pretrained:
-      keys = [field.name for field in dataclasses.fields(self) if field.name not in ("pretrained", "dtype")]
-      return dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
-    return {} if self.windowed else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
+      free = ("pretrained", "dtype", "lora_rank", "lora_alpha", "lora_targets")
+      keys = [field.name for field in dataclasses.fields(self) if field.name not in free]
+      return adapted | dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
+    windows = {} if self.windowed else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
+    return adapted | windows
+
+  @property
+  def lora_scale(self) -> float:
+    return self.lora_alpha / max(1, self.lora_rank)
 
 
+_MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
 
@@ -116,6 +137,8 @@ class Weight(nn.Module):
   """How many leading axes of `shape` are contracted."""
   dtype: str = "float32"
   bias: bool = False
+  lora_rank: int = 0
+  lora_scale: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -123,7 +146,13 @@ class Weight(nn.Module):
     init = nn.initializers.normal(fan_in**-0.5)
     kernel = _param(self, "kernel", init, self.axes, self.shape)
     leading = x.shape[: x.ndim - self.inputs]
-    y = x.reshape(-1, fan_in) @ kernel.astype(self.dtype).reshape(fan_in, fan_out)
+    x = x.reshape(-1, fan_in)
+    y = x @ kernel.astype(self.dtype).reshape(fan_in, fan_out)
+    if r := self.lora_rank:
+      zeros, ins, outs = nn.initializers.zeros, slice(self.inputs), slice(self.inputs, None)
+      a = _param(self, "lora_a", init, (*self.axes[ins], "rank"), (*self.shape[ins], r))
+      b = _param(self, "lora_b", zeros, ("rank", *self.axes[outs]), (r, *self.shape[outs]))
+      y += self.lora_scale * (x @ a.astype(self.dtype).reshape(fan_in, r)) @ b.astype(self.dtype).reshape(r, fan_out)
     y = y.reshape(*leading, *self.shape[self.inputs :])
     if self.bias:
       zeros, axes = nn.initializers.zeros, self.axes[self.inputs :]
@@ -142,7 +171,7 @@ class RMSNorm(nn.Module):
     c = self.config
     init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
     scale = _param(self, "scale", init, (self.axis,), x.shape[-1:])
-    scale = 1 + scale if c.norm_plus_one else scale
+    scale = 1 + scale.astype(jnp.float32) if c.norm_plus_one else scale
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + c.norm_eps) * scale).astype(x.dtype)
 
@@ -164,7 +193,8 @@ class Block(nn.Module):
     rope, own_mask_TxU, prompt_mask_PxTxS = view
 
     def weight(name, shape, axes, inputs=1, bias=False):
-      return Weight(shape, axes, inputs, c.dtype, bias, name=name)
+      rank = c.lora_rank if name in c.lora_targets else 0
+      return Weight(shape, axes, inputs, c.dtype, bias, rank, c.lora_scale, name=name)
 
     y = RMSNorm(c, name="attention_norm")(x_BxTxD)
     q = weight("q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), bias=c.qkv_bias)(y)
@@ -246,7 +276,14 @@ class Policy(nn.Module):
 
   def init_params(self, key: jax.Array):
     """Parameters, boxed with their logical axis names (`nn.unbox` takes the names off)."""
-    return self.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    params = self.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    if not self.config.lora_rank:
+      return params
+
+    def cast(path, x):
+      return x if any(str(getattr(key, "key", "")).startswith("lora_") for key in path) else x.astype(self.config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
   def head(self, params) -> Head:
     """What makes logits of the hidden states."""
