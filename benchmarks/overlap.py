@@ -41,7 +41,7 @@ class Slow(Builtin):
 
 def run(seconds: float, overlap: int) -> list[dict]:
   """The metrics of the steps after the first few."""
-  train_module.open_reviewer = lambda config, truth, cache: Slow(seconds, truth)  # type: ignore[assignment]
+  train_module.open_reviewer = lambda config, truth, cache, share: Slow(seconds, truth)  # type: ignore[assignment]
   settings = [f"steps={STEPS}", "learner.loss=ppo", f"reviewer.overlap={overlap}", "evaluate.problems=2"]
   with tempfile.TemporaryDirectory() as folder:
     train_module.train(config_lib.load(RECIPE, [f"--config.{s}" for s in settings]), folder, quiet=True)

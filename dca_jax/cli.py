@@ -116,6 +116,7 @@ def _train(args, overrides) -> int:
   import jax
 
   from dca_jax import config, processes, report
+  from dca_jax.errors import Terminated
   from dca_jax.metrics import read_metrics
   from dca_jax.train import train
   from dca_jax.workdir import locate
@@ -127,7 +128,11 @@ def _train(args, overrides) -> int:
     if args.coordinator and not 0 <= args.process < args.processes:
       raise config.ConfigError("--coordinator needs --processes=N and, in each of them, --process=0 to N - 1")
     processes.connect(args.coordinator, args.processes, args.process)
-  train(settings, args.workdir, args.resume)
+  try:
+    train(settings, args.workdir, args.resume)
+  except Terminated:
+    processes.leave()
+    raise
   if jax.process_index() > 0:
     return 0
   folder = locate(args.workdir)

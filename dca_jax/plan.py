@@ -116,8 +116,9 @@ def plan(config: Config, devices: int) -> str:
   Raises:
     UserError: the mesh does not fit so many devices, or the policy or the batch does not divide over it.
   """
-  vocab = len(TASKS[config.task.name](config.task).tokenizer())
-  policy = Policy(pretrained.resolve(config.policy, vocab), vocab)
+  # A model's config.json has the size of its vocabulary, so neither its tokenizer nor the data are needed.
+  known = pretrained.resolve(config.policy, 0)
+  policy = Policy(known, known.vocab_size or len(TASKS[config.task.name](config.task).tokenizer()))
   training, sampling = mesh.abstract_meshes(config.mesh, devices)
   mesh.check_rows(training, sampling, config.rollout.problems, config.learner.micro_batches)
   m = memory(config, policy, training, sampling)

@@ -56,6 +56,12 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
     raise UserError(f"process {process}: the processes did not find each other at {coordinator} ({reason})") from error
 
 
+def leave() -> None:
+  """Leaves when all processes do; if process 0 went first, the others would take it for dead."""
+  if jax.process_count() > 1:
+    jax.distributed.shutdown()
+
+
 def gather(value: Any) -> list[Any]:
   """The `value` of every process, in their order; each gives something that JSON can hold, at the same place.
 

@@ -4,8 +4,14 @@ import functools
 import json
 import pathlib
 
+import flax.linen as nn
+import jax
+from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from dca_jax.policy import Policy, pretrained
+from dca_jax.policy.families import from_json
 
 PROBLEMS = [
   {"question": f"Tom has {a} apples and buys {b}. How many has he?", "answer": f"{a} + {b} = {a + b}.\n#### {a + b}"}
@@ -114,3 +120,14 @@ def build_gsm8k(folder: pathlib.Path) -> str:
 
   Gsm8k(data_dir=str(folder), file_format="array_record").download_and_prepare()
   return str(folder)
+
+
+def write_model(folder: pathlib.Path, config: dict) -> pathlib.Path:
+  """A random model of the family that a config.json names, with the byte-level tokenizer."""
+  tokenizer = folder / "tokenizer"
+  save_tokenizer(tokenizer, ends=[2, 1])
+  (tokenizer / "config.json").write_text(json.dumps(config))
+  described = from_json(config, "config.json", "float32")
+  params = nn.unbox(Policy(described, described.vocab_size).init_params(jax.random.key(3)))
+  pretrained.save(params, described, tokenizer, epath.Path(tokenizer), folder / "model")
+  return folder / "model"

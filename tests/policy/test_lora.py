@@ -1,11 +1,9 @@
 """Low-rank adapters: only they are trained, saved and counted; merged they compute the same."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,6 @@ from dca_jax.config import ConfigError
 from dca_jax.export import export, read_params
 from dca_jax.mesh import MeshConfig, make_mesh, param_shardings
 from dca_jax.policy import Policy, PolicyConfig, join, merge, pretrained, sampling_logits, split
-from dca_jax.policy.families import from_json
 from dca_jax.policy.logprobs import Sampling
 from dca_jax.train import train
 
@@ -108,17 +105,6 @@ QWEN3 = {
 }
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
-  """A random Qwen3 with the tokenizer of the words."""
-  tokenizer = folder / "tokenizer"
-  words.save_tokenizer(tokenizer, ends=[2, 1])
-  (tokenizer / "config.json").write_text(json.dumps(QWEN3))
-  config = from_json(QWEN3, "config.json", "float32")
-  params = nn.unbox(Policy(config, 448).init_params(jax.random.key(3)))
-  pretrained.save(params, config, tokenizer, epath.Path(tokenizer), folder / "model")
-  return folder / "model"
-
-
 def opinion(data):
   """A reviewer for whom the first step of an answer is what counts."""
   reply = honest_reply(data, weight=1)
@@ -130,7 +116,7 @@ def opinion(data):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("lora")
-  model = write_model(folder)
+  model = words.write_model(folder, QWEN3)
   with FakeServer(reply=opinion) as server:
     changes = {
       "steps": 2,

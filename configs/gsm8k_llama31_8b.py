@@ -1,0 +1,37 @@
+"""Llama 3.1 8B on GSM8K, all parameters, for a pod of 16 chips of TPU v6e or v5p (v6e-16, v5p-32).
+
+Parameters, gradients and moments are float32 and spread over all chips; products are bfloat16.
+
+**Not yet run on that hardware**: no time and no accuracy can be quoted. The plan below says at most 26.2 GiB on each
+chip, of the 32 GB of a v6e. If half of the 512 completions of a step get a review (`weighted` credit needs none where
+a group fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $70 at the table price of the
+reviewer; `reviewer.client.max_dollars` caps it.
+
+    dca-jax plan --config=configs/gsm8k_llama31_8b.py --devices=16
+    dca-jax train --config=configs/gsm8k_llama31_8b.py --workdir=gs://BUCKET/gsm8k_llama31_8b --distributed
+
+It needs the model from the hub (whose terms you must accept), GSM8K (which TensorFlow Datasets downloads), and
+GEMINI_API_KEY.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  c = ConfigDict()
+  c.steps = 200
+  c.policy = dict(pretrained="meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16")
+  c.warmstart = dict(clean_steps=0, steps=0)
+  c.task = dict(
+    name="tfds",
+    dataset="gsm8k",
+    prompt="{question} Think step by step, one step a line, and end with a line `#### ` and the answer.",
+  )
+  c.rollout = dict(problems=64, group=8, max_prompt_tokens=256, max_tokens=768)
+  c.reviewer = dict(name="gemini", deadline=90.0, client=dict(max_dollars=100.0))
+  c.credit = dict(scheme="weighted")
+  c.learner = dict(lr=5e-7, micro_batches=4, max_grad_norm=1.0)
+  c.evaluate = dict(problems=256, samples=4, k=4, every=50)
+  c.checkpoint = dict(every=10, best="eval/sampled")
+  c.mesh = dict(data=1, fsdp=16)
+  return c
