@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 
 from dca_jax.errors import UserError
 from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, update
-from dca_jax.mesh import MeshConfig, batch_sharding, check_rows, make_mesh, replicated, state_shardings
+from dca_jax.mesh import MeshConfig, batch_sharding, check_rows, device_order, make_mesh, replicated, state_shardings
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 
 VOCAB = 20
@@ -168,3 +168,33 @@ def test_impossible_sizes_are_named(config, key):
 
 if __name__ == "__main__":
   print(json.dumps(on_eight_devices()))
+
+
+class Device:
+  """As much of a device as its place in a mesh depends on."""
+
+  platform = device_kind = "cpu"
+
+  def __init__(self, number: int, slice_index: int):
+    self.id, self.slice_index, self.process_index = number, slice_index, slice_index
+
+
+@pytest.mark.parametrize(("shape", "across"), [((2, 4, 1), 0), ((4, 2, 1), 0), ((1, 8, 1), 1), ((1, 4, 2), 1)], ids=str)
+def test_only_one_axis_goes_across_slices(shape, across):
+  devices = [Device(i, i // 4) for i in range(8)]
+  order = device_order(shape, devices)
+  assert order.shape == shape
+  assert {device.id for device in order.flat} == set(range(8))
+  slices = np.vectorize(lambda device: device.slice_index)(order)
+  for axis in range(3):
+    assert (axis == across) == bool((np.diff(slices, axis=axis) != 0).any())
+
+
+def test_axes_that_no_number_of_slices_divides_are_an_error():
+  with pytest.raises(UserError, match=r"neither mesh\.data = 3 nor mesh\.fsdp = 1 is a multiple of the 2 slices"):
+    device_order((3, 1, 2), [Device(i, i % 2) for i in range(6)])
+
+
+@pytest.mark.parametrize("sampler", [(2,), (0, 1, 1), (-1, -1, 1), (2, 1, -2)])
+def test_a_sampler_mesh_that_cannot_be_is_refused(sampler):
+  assert "sampler" in MeshConfig(sampler=sampler).check()

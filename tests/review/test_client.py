@@ -30,11 +30,11 @@ def requests(count, start=0, steps=("a1;", "b2;", "#3$")):
 
 
 @contextlib.contextmanager
-def opened(server, name="gemini", cache=None, **client):
+def opened(server, name="gemini", cache=None, share=Share(), **client):  # noqa: B008
   settings = {"attempt_seconds": 2.0, **client}
   url = server.url + ("/v1" if name == "openai" else "")
   config = ReviewerConfig(name=name, client=ClientConfig(base_url=url, **settings))
-  with contextlib.closing(open_reviewer(config, Truth(None, None), cache)) as reviewer:
+  with contextlib.closing(open_reviewer(config, Truth(None, None), cache, share)) as reviewer:
     yield reviewer
 
 
@@ -219,6 +219,34 @@ def test_spending_outlives_the_process(tmp_path):
       with opened(server, cache=tmp_path / "reviews.sqlite") as reviewer:
         reviewed(reviewer, requests(10, 10 * i))
         assert reviewer.stats()["review/dollars_spent"] == pytest.approx(0.00425 * (i + 1))
+
+
+def test_two_processes_spend_no_more_than_one_may(tmp_path):
+  # One goes on with what an earlier process of the run had spent, the other is new.
+  caches, cap = [tmp_path / "reviews.sqlite", tmp_path / "reviews_1.sqlite"], 0.06
+  with FakeServer() as server:
+    with opened(server, cache=caches[0], max_dollars=cap) as reviewer:
+      reviewed(reviewer, requests(40))
+      before = reviewer.stats()["review/dollars_spent"]
+    spent = []
+    for process, cache in enumerate(caches):
+      with opened(server, cache=cache, share=Share(2, lambda own: before), max_dollars=cap) as reviewer:
+        assert "budget" in statuses(reviewed(reviewer, requests(100, 1000 * (1 + process))))
+        spent.append(reviewer.stats()["review/dollars_spent"])
+  assert spent[0] - before == pytest.approx(spent[1], abs=0.0062)
+  assert 0.7 * cap < sum(spent) <= cap
+
+
+def test_replies_and_spending_of_a_process_that_is_gone_are_adopted(tmp_path):
+  with FakeServer() as server:
+    with opened(server, cache=tmp_path / "reviews_1.sqlite") as reviewer:
+      reviewed(reviewer, requests(5))
+    with contextlib.closing(Cache(tmp_path / "reviews.sqlite")) as cache:
+      cache.adopt(tmp_path / "reviews_1.sqlite")
+    with opened(server, cache=tmp_path / "reviews.sqlite") as reviewer:
+      assert all(review.cached for review in reviewed(reviewer, requests(5)))
+      assert reviewer.stats()["review/dollars_spent"] == pytest.approx(5 * 0.000425)
+    assert len(server.requests) == 5
 
 
 def test_calls_that_nobody_waits_for_are_booked():
