@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from dca_jax.errors import Terminated, UserError
 
 LOST = 75  # Exit status where another process is missing: EX_TEMPFAIL, the same command again continues.
 
+_JOIN = 120.0  # seconds that processes may start apart
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 40.0  # seconds without one, after which a process counts as dead
 _PATIENCE = 1800.0  # seconds that a live process may take to arrive where the others are
@@ -39,8 +41,10 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
     coordinator: host and port of process 0; empty finds everything as a TPU pod, Slurm or Kubernetes has it.
 
   Raises:
-    UserError: there is no such environment, or not every process came.
+    UserError: there is no such environment, or nobody listens at `coordinator`.
   """
+  if coordinator and process > 0:
+    _wait_for(coordinator)  # JAX would end the process with a stack trace.
   try:
     if coordinator:
       jax.distributed.initialize(coordinator, processes, process)
@@ -51,9 +55,22 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
       f"--distributed: no TPU pod, Slurm or Kubernetes job found here ({error}); give --coordinator=HOST:PORT,"
       " --processes and --process"
     ) from error
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).strip().splitlines()[0][:200]
-    raise UserError(f"process {process}: the processes did not find each other at {coordinator} ({reason})") from error
+
+
+def _wait_for(coordinator: str) -> None:
+  host, _, port = coordinator.rpartition(":")
+  end = time.monotonic() + _JOIN
+  while True:
+    try:
+      socket.create_connection((host, int(port)), 5.0).close()
+      return
+    except (OSError, ValueError) as error:
+      if isinstance(error, ValueError) or time.monotonic() > end:
+        raise UserError(
+          f"--coordinator={coordinator}: nobody answers there ({error}); it is HOST:PORT of the process that was started"
+          " with --process=0"
+        ) from error
+      time.sleep(1.0)
 
 
 def leave() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dca_jax import cli
+from dca_jax import cli, processes
 from dca_jax.train import train
 
 
@@ -385,3 +385,21 @@ def test_report_of_a_run_without_a_step(capsys, run):
 
 def test_report_takes_no_settings(capsys, run):
   assert "--config.seed=3" in refused(capsys, "report", f"--workdir={run}", "--config.seed=3")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--distributed"], "--distributed: no TPU pod, Slurm or Kubernetes job found here"),
+    (["--coordinator=localhost:1"], "--coordinator needs --processes=N"),
+    (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--coordinator needs --processes=N"),
+    (["--coordinator=localhost:1", "--processes=2", "--process=1"], "--coordinator=localhost:1: nobody answers there"),
+    (["--coordinator=localhost", "--processes=2", "--process=1"], "--coordinator=localhost: nobody answers there"),
+    (["--resume=last"], "--resume=last: must be auto, never, or the number of a saved step"),
+  ],
+)
+def test_processes_that_cannot_meet(capsys, monkeypatch, recipe, tmp_path, arguments, said):
+  monkeypatch.setattr(processes, "_JOIN", 0.0)
+  assert cli.main(["train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *arguments]) == 1
+  assert capsys.readouterr().err.splitlines()[-1].startswith(f"dca-jax: error: {said}")
+  assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from fake_server import FakeServer, honest_reply
 
 from dca_jax.errors import UserError
 from dca_jax.review import Request, ReviewerConfig, Share, Truth, open_reviewer
+from dca_jax.review.cache import Cache
 from dca_jax.review.client import ClientConfig
 
 KEY = "secret-key-1234567890"
