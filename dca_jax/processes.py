@@ -67,8 +67,8 @@ def _wait_for(coordinator: str) -> None:
     except (OSError, ValueError) as error:
       if isinstance(error, ValueError) or time.monotonic() > end:
         raise UserError(
-          f"--coordinator={coordinator}: nobody answers there ({error}); it is HOST:PORT of the process that was started"
-          " with --process=0"
+          f"--coordinator={coordinator}: nobody answers there ({error}); it is HOST:PORT of the process that was"
+          " started with --process=0"
         ) from error
       time.sleep(1.0)
 
