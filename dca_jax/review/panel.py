@@ -2,7 +2,6 @@
 
 import collections
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -122,16 +121,12 @@ def _together(
   futures: Sequence["Future[list[Review]]"], combine: Callable[[list[list[Review]]], list[Review]]
 ) -> "Future[list[Review]]":
   result: Future[list[Review]] = Future()
-  left, lock = len(futures), threading.Lock()
 
-  def one_done(_) -> None:
-    nonlocal left
-    with lock:
-      left -= 1
-      last = left == 0
-    if last:
+  def wait_for(k: int) -> None:
+    if k < len(futures):
+      futures[k].add_done_callback(lambda _: wait_for(k + 1))
+    else:
       result.set_result(combine([future.result() for future in futures]))
 
-  for future in futures:
-    future.add_done_callback(one_done)
+  wait_for(0)
   return result

@@ -101,40 +101,16 @@ def _clean(text: str) -> str:
 
 # The reply.
 
-_SCHEMA: dict[str, Any] = {
-  "type": "object",
-  "properties": {
-    "answers": {
-      "type": "array",
-      "items": {
-        "type": "object",
-        "properties": {
-          "answer": {"type": "integer"},
-          "steps": {
-            "type": "array",
-            "items": {
-              "type": "object",
-              "properties": {
-                "step": {"type": "integer"},
-                "why": {"type": "string"},
-                "role": {"type": "string", "enum": list(ROLES)},
-                "weight": {"type": "integer"},
-              },
-              "required": ["step", "why", "role", "weight"],
-              "additionalProperties": False,
-            },
-          },
-          "suspicious": {"type": "boolean"},
-          "sure": {"type": "boolean"},
-        },
-        "required": ["answer", "steps", "suspicious", "sure"],
-        "additionalProperties": False,
-      },
-    }
-  },
-  "required": ["answers"],
-  "additionalProperties": False,
-}
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+  return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+_INTEGER, _BOOLEAN, _STRING = {"type": "integer"}, {"type": "boolean"}, {"type": "string"}
+_STEP = _object(step=_INTEGER, why=_STRING, role={**_STRING, "enum": [*ROLES]}, weight=_INTEGER)
+_STEPS = {"type": "array", "items": _STEP}
+_ANSWER = _object(answer=_INTEGER, steps=_STEPS, suspicious=_BOOLEAN, sure=_BOOLEAN)
+_SCHEMA = _object(answers={"type": "array", "items": _ANSWER})
 
 
 class _Strict(BaseModel):
@@ -188,13 +164,7 @@ def parse_reply(text: str, counts: Sequence[int]) -> list[Verdict]:
     steps = sorted(by_answer[i].steps, key=lambda step: step.step)
     if [step.step for step in steps] != list(range(1, count + 1)):
       raise ValueError(f"answer {i}: {len(steps)} steps that are not 1 to {count}")
-    verdicts.append(
-      Verdict(
-        tuple(step.role for step in steps),
-        tuple(float(step.weight) for step in steps),
-        tuple(step.why[:MAX_REASON_CHARACTERS] for step in steps),
-        by_answer[i].suspicious,
-        by_answer[i].sure,
-      )
-    )
+    roles, weights = tuple(step.role for step in steps), tuple(float(step.weight) for step in steps)
+    reasons = tuple(step.why[:MAX_REASON_CHARACTERS] for step in steps)
+    verdicts.append(Verdict(roles, weights, reasons, by_answer[i].suspicious, by_answer[i].sure))
   return verdicts
