@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from dca_jax.checks import at_least
 from dca_jax.policy import Sampling
 from dca_jax.processes import gather, put
 from dca_jax.rollout import Sampler, cut_at_stops, encode_prompts
@@ -31,12 +32,8 @@ class EvaluateConfig:
   """Training steps between evaluations; the first policy and the last are evaluated in any case."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must be at least 1" for key in ("problems", "samples", "k") if getattr(self, key) < 1}
-    if self.k > self.samples:
-      bad["k"] = f"must not exceed evaluate.samples ({self.samples})"
-    if self.every < 0:
-      bad["every"] = "must not be negative"
-    return bad
+    bad = at_least(1, self, "problems", "samples", "k") | at_least(0, self, "every")
+    return bad | ({"k": f"must not exceed evaluate.samples ({self.samples})"} if self.k > self.samples else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dca_jax.checks import at_least, one_of, positive
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
 from dca_jax.processes import gather
@@ -44,17 +45,13 @@ class ValueConfig:
   """`learned`: optimizer steps on each batch, after the batch's values have been read."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must be at least 1" for key in ("continuations", "width", "updates") if getattr(self, key) < 1}
-    if self.source not in ("reviewer", "monte_carlo", "learned"):
-      bad["source"] = "must be 'reviewer', 'monte_carlo' or 'learned'"
-    if not self.lr > 0:
-      bad["lr"] = "must be positive"
-    return bad
+    bad = at_least(1, self, "continuations", "width", "updates") | positive(self, "lr")
+    return bad | one_of(self, "source", "reviewer", "monte_carlo", "learned")
 
   def unused(self) -> dict[str, str]:
-    reads = {"monte_carlo": ("continuations",), "learned": ("width", "lr", "updates")}.get(self.source, ())
-    keys = [key for key in ("continuations", "width", "lr", "updates") if key not in reads]
-    return {key: f"value.source is '{self.source}'" for key in keys}
+    reads = {"monte_carlo": ("continuations",), "learned": ("width", "lr", "updates")}
+    keys = [key for source, own in reads.items() if source != self.source for key in own]
+    return dict.fromkeys(keys, f"value.source is '{self.source}'")
 
 
 # Monte Carlo.

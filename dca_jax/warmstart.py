@@ -19,6 +19,7 @@ import optax.contrib
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+from dca_jax.checks import at_least, positive
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.processes import gather, put
@@ -42,12 +43,7 @@ class WarmstartConfig:
   """Of the initial weights."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must not be negative" for key in ("clean_steps", "steps") if getattr(self, key) < 0}
-    if self.batch < 1:
-      bad["batch"] = "must be at least 1"
-    if not self.lr > 0:
-      bad["lr"] = "must be positive"
-    return bad
+    return at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch") | positive(self, "lr")
 
   def unused(self) -> dict[str, str]:
     return {} if self.total else dict.fromkeys(("batch", "lr"), "there are no warm-start steps")
