@@ -79,17 +79,12 @@ def monte_carlo(
     spans: for each completion the token spans of its steps.
   """
   group, tokens_BxT = len(spans) // len(problems), np.asarray(samples.tokens_BxT)
-  numbers: dict[tuple[int, bytes], int] = {}
-  begun: list[tuple[int, np.ndarray]] = []  # problem and tokens of each distinct prefix
-  places: list[list[int]] = []
-  for i, steps in enumerate(spans):
-    places.append([])
-    for start, _ in steps:
-      tokens = tokens_BxT[i, :start]
-      number = numbers.setdefault((i // group, tokens.tobytes()), len(numbers))
-      if number == len(begun):
-        begun.append((i // group, tokens))
-      places[-1].append(number)
+  numbers: dict[tuple[int, bytes], int] = {}  # of each distinct prefix: its problem and its tokens
+  places = [
+    [numbers.setdefault((i // group, tokens_BxT[i, :start].tobytes()), len(numbers)) for start, _ in steps]
+    for i, steps in enumerate(spans)
+  ]
+  begun = [(p, np.frombuffer(prefix, tokens_BxT.dtype)) for p, prefix in numbers]
 
   # Of like lengths together, because a batch takes as long as its longest answer; the last batch is filled up.
   order = sorted(range(len(begun)), key=lambda n: -len(begun[n][1]))
@@ -183,5 +178,4 @@ def fit_head(
 
 
 def _first_of_step(step_ids_BxT) -> jax.Array:
-  before_BxT = jnp.pad(step_ids_BxT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  return step_ids_BxT > before_BxT  # Beyond a completion's end the ids are 0 and do not rise.
+  return jnp.diff(step_ids_BxT, prepend=-1) > 0  # Beyond a completion's end the ids are 0 and do not rise.

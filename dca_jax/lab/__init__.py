@@ -73,15 +73,15 @@ def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
 
 
 def _bars(rows: list[tree.Row]) -> bytes:
-  panels = (
-    ("cosine with the policy gradient", [r.cosine for r in rows]),
-    ("signal to noise / GRPO's", [r.snr / rows[0].snr for r in rows]),
-    ("premium of performing, leading", [r.leading for r in rows]),
-  )
+  panels = {
+    "cosine with the policy gradient": [r.cosine for r in rows],
+    "signal to noise / GRPO's": [r.snr / rows[0].snr for r in rows],
+    "premium of performing, leading": [r.leading for r in rows],
+  }
 
   def paint(axes) -> None:
-    for i, (axis, (label, values)) in enumerate(zip(axes, panels, strict=True)):
-      axis.barh([r.name for r in rows], values, color=PALETTE[i + 1], height=0.7)
+    for axis, label, colour in zip(axes, panels, PALETTE[1:], strict=False):
+      axis.barh([r.name for r in rows], panels[label], color=colour, height=0.7)
       axis.set_xlabel(label)
       axis.grid(axis="x", alpha=0.25)
     axes[0].set_xlim(0, 1)

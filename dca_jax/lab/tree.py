@@ -78,11 +78,8 @@ def make_tree(steps: int = STEPS, seed: int = 0) -> Tree:
 def roles(tree: Tree) -> np.ndarray:
   """The true roles [N, T]: progress is necessary while it is needed, and a fix repairs where something is broken."""
   a = tree.actions_NxT
-  named = np.full(a.shape, ROLES.index("redundant"))
-  named[(a == ADVANCE) & (tree.progress_NxT < NEEDED)] = ROLES.index("necessary")
-  named[a == ERROR] = ROLES.index("error")
-  named[(a == FIX) & tree.open_NxT] = ROLES.index("repair")
-  return named
+  cases = (a == ADVANCE) & (tree.progress_NxT < NEEDED), a == ERROR, (a == FIX) & tree.open_NxT
+  return np.select(cases, [ROLES.index(role) for role in ("necessary", "error", "repair")], ROLES.index("redundant"))
 
 
 def review(tree: Tree, roles_NxT=None, weights_NxT=None, values_NxT=None) -> Review:

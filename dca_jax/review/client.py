@@ -23,7 +23,7 @@ from aiolimiter import AsyncLimiter
 
 from dca_jax.checks import at_least, fraction, one_of
 from dca_jax.review.cache import Cache
-from dca_jax.review.limits import Breaker, Budget, Gate, RetryBudget
+from dca_jax.review.limits import Breaker, Budget, Gate
 from dca_jax.review.prices import Price, dollars
 from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply, speaks_to_the_reviewer
 from dca_jax.review.transports import SERVER_SECONDS, CallFailed, Reply, Transport
@@ -111,6 +111,7 @@ class Client:
     self._refusals, self._refused = 0, ""
     self._warned = self._broke = self._closed = False
     self._dice = random.Random(0)
+    self._purse = 10.0  # Pays for further tries and is filled by successes, so that an outage does not multiply calls.
     self._flying: dict[str, asyncio.Future[list[Review]]] = {}
     self._loop = asyncio.new_event_loop()
     opened: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -129,7 +130,7 @@ class Client:
     try:
       self._transport = open_transport()
       c, n = self._config, share.processes
-      self._gate, self._breaker, self._retries = Gate(-(-c.concurrency // n)), Breaker(), RetryBudget()
+      self._gate, self._breaker = Gate(-(-c.concurrency // n)), Breaker()
       spent = self._cache.spent(self._name)
       cap = spent + (c.max_dollars - share.total(spent)) / n
       self._budget = Budget(cap if self._price else math.inf, spent)
@@ -268,8 +269,9 @@ class Client:
       if self._refused:
         status = "client_error"
         break
-      if attempt and not self._retries.take():
+      if attempt and self._purse < 1:
         break
+      self._purse -= attempt > 0
       while (wait := self._breaker.wait()) > 0:
         if time.monotonic() + wait > end:
           return [Review("circuit_open")] * len(requests)
@@ -277,7 +279,7 @@ class Client:
       try:
         reply = await self._attempt(requests, prompt, end, attempt + 10 * again)
         self._breaker.succeeded()
-        self._retries.succeeded()
+        self._purse += 0.2
         self._gate.succeeded()
         self._refusals = 0
         if reply.stopped:

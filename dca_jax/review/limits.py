@@ -87,22 +87,6 @@ class Breaker:
       self._until = time.monotonic() + self._pause
 
 
-class RetryBudget:
-  """Further tries are paid from a purse that successes fill, so that an outage does not multiply the calls."""
-
-  def __init__(self, start: float = 10.0, per_success: float = 0.2):
-    self._purse, self._per_success = start, per_success
-
-  def take(self) -> bool:
-    if self._purse < 1:
-      return False
-    self._purse -= 1
-    return True
-
-  def succeeded(self) -> None:
-    self._purse += self._per_success
-
-
 class Budget:
   """A cap in dollars. The most that a call can cost is reserved before it is made, and settled afterwards."""
 
