@@ -1,8 +1,8 @@
 """How good a policy is on held-out problems: greedy and sampled accuracy, pass@k and maj@k, with intervals."""
 
-import collections
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 
 import jax
@@ -75,9 +75,8 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
   sampled = np.array(correct, bool)
   length = float(np.mean(lengths))
   passed = [pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]
-  majority = [
-    majority_correct(row[: config.k], ok[: config.k].tolist()) for row, ok in zip(answers, sampled, strict=True)
-  ]
+  votes = zip(answers, sampled, strict=True)
+  majority = [majority_correct(given[: config.k], right[: config.k].tolist()) for given, right in votes]
   return {
     "greedy": interval(greedy[:, 0]),
     "sampled": interval(sampled.mean(1)),
@@ -94,12 +93,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 def majority_correct(answers: Sequence[str | None], correct: list[bool]) -> float:
   """Whether the most frequent answer is correct; among equally frequent ones, the share that is."""
-  counts = collections.Counter(a for a in answers if a is not None)
-  if not counts:
-    return 0.0
-  best = [a for a, n in counts.items() if n == max(counts.values())]
+  best = statistics.multimode(a for a in answers if a is not None)
   right = {a for a, ok in zip(answers, correct, strict=True) if ok}
-  return sum(a in right for a in best) / len(best)
+  return sum(a in right for a in best) / max(1, len(best))
 
 
 def interval(per_problem) -> Estimate:

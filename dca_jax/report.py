@@ -30,7 +30,12 @@ def write_report(workdir: epath.Path) -> epath.Path:
   metrics = read_metrics(workdir)
   config = json.loads((workdir / "config.json").read_text())
   trained = [m for m in metrics if "train/accuracy" in m]
-  x = running_total(trained, "train/completions")
+  rollout, x = config["rollout"], running_total(trained, "train/completions")
+  about = (
+    f"Task {config['task']['name']}, reviewer {config['reviewer']['name']}, credit {config['credit']['scheme']}, "
+    f"seed {config['seed']}; {rollout['problems']} problems x {rollout['group']} completions a step, "
+    f"learning rate {config['learner']['lr']:g}. Intervals are 95 % over problems; curves are means of 5 steps."
+  )
   seconds = [
     [key.removeprefix("seconds/"), f"{statistics.median(m[key] for m in trained):.3f} s"]
     for key in trained[-1]
@@ -43,7 +48,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     ("KL to the start (nats)", {"": (x, [m["learner/kl"] for m in trained])}),
   ]
   body = [
-    f"<p class=note>{_describe(config)}</p>",
+    f"<p class=note>{html.escape(about)}</p>",
     "<h2>Held-out problems</h2>",
     html_table(["", "step 0", f"step {metrics[-1]['step']}"], score_rows(metrics)),
     "<h2>Learning curve</h2>",
@@ -147,15 +152,6 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return f"<table><tr>{cells}{body}</table>"
 
 
-def _describe(config: dict) -> str:
-  rollout = config["rollout"]
-  return html.escape(
-    f"Task {config['task']['name']}, reviewer {config['reviewer']['name']}, credit {config['credit']['scheme']}, "
-    f"seed {config['seed']}; {rollout['problems']} problems x {rollout['group']} completions a step, "
-    f"learning rate {config['learner']['lr']:g}. Intervals are 95 % over problems; curves are means of 5 steps."
-  )
-
-
 def _examples(workdir: epath.Path, steps: list[int]):
   """Two wins and two losses of each step, of different problems as far as they go."""
   for step in steps:
@@ -168,17 +164,15 @@ def _examples(workdir: epath.Path, steps: list[int]):
 
 def _example(t: Trajectory) -> str:
   scale = max(abs(t.advantage), 1e-9)
-  steps = []
+  steps = ""
   for s in t.steps:
     credit = statistics.fmean(t.credit[s["start"] : s["end"]])
     strength = min(1.0, 0.25 * abs(credit) / scale)
     colour = f"rgba({'43,138,62' if credit > 0 else '201,42,42'},{strength:.2f})"
-    title = f"{s.get('role', 'not reviewed')}, {credit:+.3f} per token"
-    steps.append(
-      f'<span class=step style="background:{colour}" title="{html.escape(title)}">{html.escape(s["text"])}</span>'
-    )
+    title = html.escape(f"{s.get('role', 'not reviewed')}, {credit:+.3f} per token")
+    steps += f'<span class=step style="background:{colour}" title="{title}">{html.escape(s["text"])}</span>'
   verdict = "correct" if t.correct else "truncated" if t.truncated else f"wrong, the answer is {t.answer}"
   return (
-    f"<div class=answer>{html.escape(t.prompt)}<br>{''.join(steps)}<br>"
+    f"<div class=answer>{html.escape(t.prompt)}<br>{steps}<br>"
     f"<span class=note>{html.escape(verdict)}; advantage {t.advantage:+.3f}</span></div>"
   )

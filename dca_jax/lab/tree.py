@@ -157,22 +157,18 @@ def measure(tree: Tree, name: str, credit_NxT: np.ndarray) -> Row:
   size = inner = true_size = second = 0.0
   gains, weights, leads = [], [], []
   for t, pi in enumerate(tree.policy):
-
-    def by_action(x_N, pi=pi):
-      return (tree.probability_N * x_N).reshape(*pi.shape, -1).sum(2)
-
-    def update(joint, pi=pi):
-      return joint - pi * joint.sum(1, keepdims=True)
-
-    ours, truth = update(by_action(credit_NxT[:, t])), update(by_action(tree.reward_N))
+    # By action, and by every prefix that can stand before it.
+    given, given_squared, won, reached = (
+      (tree.probability_N * x_N).reshape(*pi.shape, -1).sum(2)
+      for x_N in (credit_NxT[:, t], credit_NxT[:, t] ** 2, tree.reward_N, 1.0)
+    )
+    ours, truth = (joint - pi * joint.sum(1, keepdims=True) for joint in (given, won))
     size, inner, true_size = size + (ours**2).sum(), inner + (ours * truth).sum(), true_size + (truth**2).sum()
-    score = 1 - 2 * pi + (pi**2).sum(1, keepdims=True)  # |e_a - pi|^2
-    second += (by_action(credit_NxT[:, t] ** 2) * score).sum()
-    reached = by_action(1.0)
-    mean = by_action(credit_NxT[:, t]) / reached
+    second += (given_squared * (1 - 2 * pi + (pi**2).sum(1, keepdims=True))).sum()  # times |e_a - pi|^2
+    mean = given / reached
     gains.append(mean[:, CHECK] - mean[:, PLAIN])
     weights.append(reached.sum(1))
-    leads.append(by_action(tree.reward_N).sum(1) / weights[-1] > tree.probability_N @ tree.reward_N)
+    leads.append(won.sum(1) / weights[-1] > tree.probability_N @ tree.reward_N)
   gain, weight, lead = (np.concatenate(x) for x in (gains, weights, leads))
   premiums = (np.average(gain[where], weights=weight[where]) for where in (lead, ~lead))
   return Row(name, float(inner / np.sqrt(size * true_size)), float(size / (second - size)), *map(float, premiums))

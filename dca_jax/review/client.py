@@ -113,34 +113,22 @@ class Client:
     self._dice = random.Random(0)
     self._purse = 10.0  # Pays for further tries and is filled by successes, so that an outage does not multiply calls.
     self._flying: dict[str, asyncio.Future[list[Review]]] = {}
+    self._transport, n = open_transport(), share.processes
+    self._gate, self._breaker = Gate(-(-config.concurrency // n)), Breaker()
+    spent = cache.spent(self._name)
+    cap = spent + (config.max_dollars - share.total(spent)) / n
+    self._budget = Budget(cap if price else math.inf, spent)
+    self._per_minute = _limiter(config.requests_per_minute / n)
+    self._tokens = _limiter(config.tokens_per_minute / n)
     self._loop = asyncio.new_event_loop()
-    opened: concurrent.futures.Future[None] = concurrent.futures.Future()
-    self._thread = threading.Thread(target=self._run, args=(open_transport, share, opened), daemon=True)
+    self._thread = threading.Thread(target=self._loop.run_forever, name="reviewer", daemon=True)
     self._thread.start()
-    opened.result()
 
   def _start_counting(self) -> None:
     self._statuses: collections.Counter[str] = collections.Counter()
     self._usage, self._cached = Usage(), 0
     self._seconds: list[float] = []
     self._agreed: list[float] = []
-
-  def _run(self, open_transport, share: Share, opened) -> None:
-    asyncio.set_event_loop(self._loop)
-    try:
-      self._transport = open_transport()
-      c, n = self._config, share.processes
-      self._gate, self._breaker = Gate(-(-c.concurrency // n)), Breaker()
-      spent = self._cache.spent(self._name)
-      cap = spent + (c.max_dollars - share.total(spent)) / n
-      self._budget = Budget(cap if self._price else math.inf, spent)
-      self._per_minute = _limiter(c.requests_per_minute / n)
-      self._tokens = _limiter(c.tokens_per_minute / n)
-    except BaseException as error:
-      opened.set_exception(error)
-      return
-    opened.set_result(None)
-    self._loop.run_forever()
 
   # What the training thread calls.
 

@@ -63,7 +63,8 @@ class Prompt(NamedTuple):
 
 def make_prompt(rubric: str, requests: Sequence[Request], attempt: int = 0) -> Prompt:
   """The question about several answers to one problem; the marks change with `attempt`, nothing else does."""
-  shown = [_shown(request.steps) for request in requests]
+  last = MAX_STEPS - 1
+  shown = [[*r.steps[:last], "".join(r.steps[last:])] if r.steps[last:] else r.steps for r in requests]
   answers = [
     {
       "answer": i,
@@ -84,10 +85,6 @@ def make_prompt(rubric: str, requests: Sequence[Request], attempt: int = 0) -> P
 def speaks_to_the_reviewer(request: Request) -> bool:
   """Whether an answer holds text of the kind that an attack would need."""
   return any(_ADDRESSES_REVIEWER.search(step) for step in request.steps)
-
-
-def _shown(steps: Sequence[str]) -> list[str]:
-  return [*steps[: MAX_STEPS - 1], "".join(steps[MAX_STEPS - 1 :])] if len(steps) > MAX_STEPS else list(steps)
 
 
 def _clean(text: str) -> str:

@@ -59,7 +59,8 @@ class Gemini:
     from google.genai import types
 
     del connections  # The SDK takes aiohttp where it is installed, which does not count them, and is the faster.
-    if vertex and not os.environ.get("GOOGLE_CLOUD_PROJECT"):
+    project, location = os.environ.get("GOOGLE_CLOUD_PROJECT"), os.environ.get("GOOGLE_CLOUD_LOCATION", "global")
+    if vertex and not project:
       raise UserError("reviewer.vertex: set GOOGLE_CLOUD_PROJECT (and GOOGLE_CLOUD_LOCATION) in the environment")
     if not vertex and not (os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")):
       raise UserError("reviewer.name 'gemini': no key; set GEMINI_API_KEY in the environment (aistudio.google.com)")
@@ -68,11 +69,8 @@ class Gemini:
       timeout=SERVER_SECONDS * 1000,
       retry_options=types.HttpRetryOptions(attempts=1),  # Ours knows deadlines, budgets and what the server asked for.
     )
-    if vertex:
-      project, location = os.environ["GOOGLE_CLOUD_PROJECT"], os.environ.get("GOOGLE_CLOUD_LOCATION", "global")
-      self._client = genai.Client(enterprise=True, project=project, location=location, http_options=options)
-    else:
-      self._client = genai.Client(http_options=options)
+    cloud: dict[str, Any] = {"enterprise": True, "project": project, "location": location} if vertex else {}
+    self._client = genai.Client(http_options=options, **cloud)
     self._model, self._thinking = model, thinking
 
   async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
