@@ -3,6 +3,7 @@
 Where several processes share a run, each has the problems of its own devices here, and no others.
 """
 
+import contextlib
 import functools
 import itertools
 from concurrent.futures import Future
@@ -123,8 +124,7 @@ class Begun(NamedTuple):
 
 def worth_a_review(config: Config, rollout: Rollout, requests: list[Request]) -> list[bool]:
   """Which completions a review can matter to, `reviewer.sample_frac` of them."""
-  group = config.rollout.group
-  asked = []
+  group, asked = config.rollout.group, []
   for i, request in enumerate(requests):
     own = {outcome.reward for outcome in rollout.outcomes[i // group * group : (i // group + 1) * group]}
     # Weights move nothing where the advantage is 0, and within a single step there is nothing to move.
@@ -145,10 +145,9 @@ def wait_for_reviews(begun: Begun, deadline: float) -> list[HostReview]:
 
 def usable(reviews: Future[list[HostReview]], requests: list[Request], deadline: float) -> list[HostReview]:
   """The reviews when they have come; one that does not fit its answer is `invalid`."""
-  try:
+  came = [HostReview("timeout")] * len(requests)
+  with contextlib.suppress(TimeoutError):  # A client keeps its deadline; this is for one that does not.
     came = reviews.result(deadline + 1.0)
-  except TimeoutError:  # A client keeps its deadline; this is for one that does not.
-    came = [HostReview("timeout")] * len(requests)
   return [review.checked(len(request.steps)) for review, request in zip(came, requests, strict=True)]
 
 
@@ -177,14 +176,12 @@ def canary_accuracy(reviewer: Reviewer, canaries, deadline: float) -> float:
   return float(np.mean(known))
 
 
+_fold_in = jax.jit(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))
+
+
 def step_key(seed: int, step: int, sharding) -> jax.Array:
   """The key of a step; `sharding` says on which devices it lies."""
-  return _step_key(*put((np.uint32(seed), np.uint32(step)), sharding))
-
-
-@jax.jit
-def _step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(seed), step)
+  return _fold_in(*put((np.uint32(seed), np.uint32(step)), sharding))
 
 
 def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[int, int]]], list[tuple[str, ...]]]:

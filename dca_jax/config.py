@@ -129,7 +129,14 @@ def build(given: ConfigDict) -> Config:
   if isinstance(config.task, TextConfig) and not config.task.tokenizer:
     task = dataclasses.replace(config.task, tokenizer=config.policy.pretrained)
     config = dataclasses.replace(config, task=task)
-  _validate(config)
+  defaults = Config(task=type(config.task)())
+  for prefix, section in _sections(config, ""):
+    for key, why in getattr(section, "check", dict)().items():
+      raise ConfigError(f"{prefix}{key}: {why} (it is {operator.attrgetter(key)(section)!r})")
+    for key, why in getattr(section, "unused", dict)().items():
+      value = operator.attrgetter(prefix + key)
+      if value(config) != (default := value(defaults)):
+        raise ConfigError(f"{prefix}{key}: has no effect, because {why}; leave it at its default ({default!r})")
   return config
 
 
@@ -213,27 +220,14 @@ def _section(defaults, given, prefix: str):
     if dataclasses.is_dataclass(default):
       values[key] = _section(default, value, f"{prefix}{key}.")
       continue
-    if isinstance(default, float) and type(value) is int:
-      value = float(value)
-    if isinstance(default, tuple) and type(value) is list:
-      value = tuple(value)
+    if (type(default), type(value)) in ((float, int), (tuple, list)):
+      value = type(default)(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f"{prefix}{key}: must be a finite number, not {value!r}")
     values[key] = value
   return dataclasses.replace(defaults, **values)
-
-
-def _validate(config: Config) -> None:
-  defaults = Config(task=type(config.task)())
-  for prefix, section in _sections(config, ""):
-    for key, why in getattr(section, "check", dict)().items():
-      raise ConfigError(f"{prefix}{key}: {why} (it is {operator.attrgetter(key)(section)!r})")
-    for key, why in getattr(section, "unused", dict)().items():
-      value = operator.attrgetter(prefix + key)
-      if value(config) != (default := value(defaults)):
-        raise ConfigError(f"{prefix}{key}: has no effect, because {why}; leave it at its default ({default!r})")
 
 
 def _sections(section, prefix: str):

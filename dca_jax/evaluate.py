@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+import typing
 from collections.abc import Sequence
 
 import jax
@@ -36,16 +37,12 @@ class EvaluateConfig:
     return bad | ({"k": f"must not exceed evaluate.samples ({self.samples})"} if self.k > self.samples else {})
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(typing.NamedTuple):
   """A mean over problems with its 95 % interval."""
 
   value: float
   low: float
   high: float
-
-  def __str__(self) -> str:
-    return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[str, Estimate]:

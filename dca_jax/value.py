@@ -54,9 +54,6 @@ class ValueConfig:
     return dict.fromkeys(keys, f"value.source is '{self.source}'")
 
 
-# Monte Carlo.
-
-
 def monte_carlo(
   config: ValueConfig,
   sampler: Sampler,
@@ -113,9 +110,6 @@ def monte_carlo(
         values[n] += outcome.reward / config.continuations
         generated += min(length, room)
   return [HostReview("ok", values=tuple(values[own].tolist())) for own in places], generated
-
-
-# A learned head.
 
 
 class ValueHead(typing.NamedTuple):

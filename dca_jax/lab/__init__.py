@@ -20,14 +20,12 @@ def run(folder: epath.Path) -> str:
   numbers = {"tree": [r._asdict() for r in rows], "drift": {name: e._asdict() for name, e in ends.items()}}
   (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
-  def six(x: float) -> str:
-    return f"{round(x, 6) + 0.0:+.6f}"  # Without the sign of a zero.
-
-  snr = [r.snr / rows[0].snr for r in rows]
-  table = [
-    [r.name, f"{r.cosine:.6f}", f"{s:.2f}", f"{s * r.cosine**2:.2f}", six(r.leading), six(r.trailing)]
-    for r, s in zip(rows, snr, strict=True)
-  ]
+  table = []
+  for r in rows:
+    snr, premiums = r.snr / rows[0].snr, (round(x, 6) + 0.0 for x in (r.leading, r.trailing))  # No sign of a zero.
+    table.append(
+      [r.name, f"{r.cosine:.6f}", f"{snr:.2f}", f"{snr * r.cosine**2:.2f}", *(f"{x:+.6f}" for x in premiums)]
+    )
   start = curves[next(iter(curves))].checks[:, 0].mean()
   drifted = [
     [name, f"{e.accuracy:.4f}", f"{e.worst:.4f}", f"{e.checks:.2f} +- {e.error:.2f}", f"{e.spread:.2f}"]

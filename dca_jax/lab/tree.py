@@ -72,9 +72,6 @@ def make_tree(steps: int = STEPS, seed: int = 0) -> Tree:
   return Tree(actions, policy, probability, reward, value, progress[:, :-1], is_open[:, :-1])
 
 
-# What reviewers say of the traces.
-
-
 def roles(tree: Tree) -> np.ndarray:
   """The true roles [N, T]: progress is necessary while it is needed, and a fix repairs where something is broken."""
   a = tree.actions_NxT
@@ -113,9 +110,6 @@ def reviews(tree: Tree) -> dict[str, Review]:
     "thief": review(tree, np.where(last, ROLES.index("necessary"), ROLES.index("inherits"))),
     "hindsight": review(tree, values_NxT=np.clip(1 - APPLAUSE * is_check[:, ::-1].cumsum(1)[:, ::-1], 0, 1)),
   }
-
-
-# What a scheme makes of it.
 
 
 class Row(typing.NamedTuple):

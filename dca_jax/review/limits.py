@@ -70,8 +70,7 @@ class Breaker:
     """Seconds until the caller may try; 0 lets it through."""
     if self._failures < self._patience:
       return 0.0
-    left = self._until - time.monotonic()
-    if left > 0:
+    if (left := self._until - time.monotonic()) > 0:
       return left
     if self._probing:
       return 0.1

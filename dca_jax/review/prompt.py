@@ -96,9 +96,6 @@ def _clean(text: str) -> str:
   return f"{text[:half]} [{len(text) - 2 * half} characters left out] {text[-half:]}"
 
 
-# The reply.
-
-
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:
   return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 

@@ -99,8 +99,6 @@ class Chains:
     self._wrong_chance = (chance * has_one).tolist()
     self._wrong_shift = rng.integers(1, m, shape).tolist()
 
-  # Problems.
-
   def problem(self, split: str, index: int) -> Problem:
     """Problem number `index` of `split`; the same one on every call and every machine."""
     n, m = self.config.lines, self.config.modulus
@@ -123,8 +121,6 @@ class Chains:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS, pad_token=_EOS)
-
-  # Demonstrations.
 
   def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
     """A problem and a worked solution in line order, its mistakes, if any, carried forward consistently."""
@@ -151,16 +147,13 @@ class Chains:
         repeats += 1
     return prompt, "".join(written) + f"#{values[parsed.query]}{_EOS}"
 
-  # Verifier and labels.
-
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome:
     """Correct exactly when the completion ends with `#`, the true digit and the end token."""
     correct = not truncated and self.final_answer(completion) == problem.answer
     return Outcome(float(correct), correct, truncated)
 
   def final_answer(self, completion: str) -> str | None:
-    match = _ANSWER.search(completion)
-    return match[1] if match else None
+    return match[1] if (match := _ANSWER.search(completion)) else None
 
   def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
     """The exact role of every step.
@@ -248,8 +241,6 @@ class Chains:
       values.append([math.prod(onward[place:]) if place >= 0 else 0.0 for place in own])
     return values
 
-  # Internals.
-
   def _follow(self, parsed: _Parsed, source: str, label: str, value: int) -> int:
     """The value of `label` that follows where `source`, above it on its chain, has `value`."""
     for x in parsed.chain[label][len(parsed.chain[source]) :]:
@@ -264,11 +255,9 @@ class Chains:
     body, query, *start = match.groups()
     operation = {body[i + 2]: (body[i], int(body[i + 1])) for i in range(0, len(body), 3)}
     starts = {start[0]: int(start[1]), start[2]: int(start[3])}
-    chain: dict[str, list[str]] = {x: [x] for x in starts}
-    value = dict(starts)
-    above = list(starts)
-    for i, (label, (symbol, y)) in enumerate(operation.items()):
-      chain[label] = [*chain[above[i % 2]], label]
-      value[label] = _OPERATIONS[symbol](value[above[i % 2]], y) % self.config.modulus
-      above[i % 2] = label
+    chain, value, above = {x: [x] for x in starts}, dict(starts), list(starts)
+    for label, (symbol, y) in operation.items():
+      chain[label] = [*chain[above[-2]], label]
+      value[label] = _OPERATIONS[symbol](value[above[-2]], y) % self.config.modulus
+      above.append(label)
     return _Parsed(operation, chain, starts, value, query)
