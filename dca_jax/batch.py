@@ -105,9 +105,8 @@ def check_data(config: Config, task: Task, tokenizer) -> None:
     raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
   for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
     if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
-      raise UserError(
-        f"rollout.stop or task.thinking_end: {string!r} is no text for this tokenizer, but special tokens"
-      )
+      where = "rollout.stop or task.thinking_end"
+      raise UserError(f"{where}: {string!r} is no text for this tokenizer, but special tokens")
 
 
 class Begun(NamedTuple):

@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="dca-jax", description="Reinforcement learning with Deliberative Credit Assignment."
-  )
+  what = "Reinforcement learning with Deliberative Credit Assignment."
+  parser = argparse.ArgumentParser(prog="dca-jax", description=what)
   commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
   def command(run, what: str, settings: bool, workdir: str | None = "") -> argparse.ArgumentParser:
@@ -50,22 +49,19 @@ def _parser() -> argparse.ArgumentParser:
       p.add_argument("--workdir", required=True, help=workdir or None)
     return p
 
-  p = command(
-    _train, "train a policy, or continue a run", True, "where the run lives; the same command again continues it"
-  )
+  where = "where the run lives; the same command again continues it"
+  p = command(_train, "train a policy, or continue a run", True, where)
   p.add_argument("--resume", default="auto", help="auto, never, or the number of a saved step to go back to")
   several = p.add_argument_group("several processes, each with the same command")
-  several.add_argument(
-    "--distributed", action="store_true", help="find the others as a TPU pod, Slurm or Kubernetes say"
-  )
+  what = "find the others as a TPU pod, Slurm or Kubernetes say"
+  several.add_argument("--distributed", action="store_true", help=what)
   several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens")
   several.add_argument("--processes", type=int, default=0, help="how many there are")
   several.add_argument("--process", type=int, default=-1, help="which one this is, from 0")
 
   p = command(_compare, "train several arms and draw their curves", True, "where the runs and the figure go")
-  p.add_argument(
-    "--arms", required=True, help="credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
-  )
+  what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
+  p.add_argument("--arms", required=True, help=what)
   p.add_argument("--seeds", default="0", help="numbers, by commas")
   p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
 

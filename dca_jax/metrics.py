@@ -1,5 +1,6 @@
 """What a run reports while it goes: metrics.jsonl, TensorBoard events, a progress bar and one line per step."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ from dca_jax.errors import UserError
 from dca_jax.workdir import write_whole
 
 
-class Reporter:
+class Reporter(contextlib.AbstractContextManager):
   """Writes metrics; a context manager.
 
   On resume, what an interrupted run had written beyond `start` is taken back, so that every step appears once.
@@ -37,9 +38,6 @@ class Reporter:
     self._write_event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
     self._quiet = quiet
     self._bar = tqdm(total=steps, initial=start, unit="step", disable=quiet or not sys.stderr.isatty(), leave=False)
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *error):
     self._bar.close()

@@ -36,11 +36,8 @@ def write_report(workdir: epath.Path) -> epath.Path:
     f"seed {config['seed']}; {rollout['problems']} problems x {rollout['group']} completions a step, "
     f"learning rate {config['learner']['lr']:g}. Intervals are 95 % over problems; curves are means of 5 steps."
   )
-  seconds = [
-    [key.removeprefix("seconds/"), f"{statistics.median(m[key] for m in trained):.3f} s"]
-    for key in trained[-1]
-    if key.startswith("seconds/")
-  ]
+  timed = [key for key in trained[-1] if key.startswith("seconds/")]
+  seconds = [[key.removeprefix("seconds/"), f"{statistics.median(m[key] for m in trained):.3f} s"] for key in timed]
   panels = [
     ("accuracy", {"sampled, in training": (x, moving_average([m["train/accuracy"] for m in trained]))}),
     ("tokens in a completion", {"": (x, [m["train/length"] for m in trained])}),

@@ -32,6 +32,10 @@ def read_folder(folder: str, limit: int) -> list[Trajectory]:
   return ([t for t in found if t.review == "ok"] or found)[:limit]
 
 
+def request_of(t: Trajectory) -> Request:
+  return Request(t.id, t.prompt, tuple(step["text"] for step in t.steps), t.correct, t.truncated)
+
+
 def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config_lib.Config:
   """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
   name, _, model = member.partition(":")
@@ -40,12 +44,6 @@ def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config
   if model:
     given.reviewer.client = {"model": model}
   return config_lib.build(config_lib.apply_overrides(given, overrides))
-
-
-def requests_of(trajectories: Sequence[Trajectory]) -> list[Request]:
-  return [
-    Request(t.id, t.prompt, tuple(step["text"] for step in t.steps), t.correct, t.truncated) for t in trajectories
-  ]
 
 
 def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
@@ -63,7 +61,7 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   cache = None if is_remote(run) else pathlib.Path(run / "reviews.sqlite")
   with contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer:
     # Not hurried as a training step is.
-    reviews = reviewer.submit(requests_of(trajectories), 600.0).result()
+    reviews = reviewer.submit([*map(request_of, trajectories)], 600.0).result()
     stats, problem = reviewer.stats(), reviewer.problem()
   reviews = [review.checked(len(t.steps)) for review, t in zip(reviews, trajectories, strict=True)]
   out = run / f"rereview_{member.replace(':', '_').replace('/', '_')}.jsonl"
@@ -109,7 +107,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   config = reviewer_config(member, overrides, {}).reviewer.client
   price = price_of(config)
   trajectories = read_folder(folder, limit)
-  prompts = [make_prompt(read_rubric(config), [request]) for request in requests_of(trajectories)]
+  prompts = [make_prompt(read_rubric(config), [request_of(t)]) for t in trajectories]
   prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user) / 2 for p in prompts)
   output = sum(30 + 25 * sum(p.counts) for p in prompts)
   n = len(trajectories)

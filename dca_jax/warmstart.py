@@ -80,9 +80,8 @@ def warm_start(
   """
   if config.total == 0:
     return params
-  settings = json.dumps(
-    [_VERSION, *map(dataclasses.asdict, (config, task_config, policy.config)), limits, jax.default_backend()]
-  )
+  sections = map(dataclasses.asdict, (config, task_config, policy.config))
+  settings = json.dumps([_VERSION, *sections, limits, jax.default_backend()])
   folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
   abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params)
   with ocp.StandardCheckpointer() as checkpointer:
@@ -90,9 +89,8 @@ def warm_start(
       try:
         return checkpointer.restore(folder, abstract)
       except Exception as error:  # Damage shows as any of a dozen types; the cache can be made again.
-        print(
-          f"the cached warm start {folder} is unreadable ({type(error).__name__}); training it again", file=sys.stderr
-        )
+        why = f"is unreadable ({type(error).__name__}); training it again"
+        print(f"the cached warm start {folder} {why}", file=sys.stderr)
         shutil.rmtree(folder)
     params = _train(config, task, tokenizer, policy, params, limits, everywhere)
     if jax.process_count() > 1:
@@ -108,9 +106,8 @@ def warm_start(
 
 
 def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere):
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.lr, min(20, config.total // 2), config.total, config.lr * 0.1
-  )
+  lr, total = config.lr, config.total
+  schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(20, total // 2), total, lr * 0.1)
   # Muon (Jordan et al. 2024) learns the procedure in far fewer steps than Adam, which moves what is no matrix;
   # `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one learning rate serves both.
   muon = optax.contrib.muon(schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes)

@@ -79,15 +79,11 @@ def roles(tree: Tree) -> np.ndarray:
   return np.select(cases, [ROLES.index(role) for role in ("necessary", "error", "repair")], ROLES.index("redundant"))
 
 
-def review(tree: Tree, roles_NxT=None, weights_NxT=None, values_NxT=None) -> Review:
+def review(tree: Tree, roles_NxT=0, weights_NxT=1.0, values_NxT=np.nan) -> Review:
   n, t = tree.actions_NxT.shape
-  return Review(
-    np.broadcast_to(np.arange(t), (n, t)),
-    np.zeros((n, t), np.int32) if roles_NxT is None else roles_NxT,
-    np.ones((n, t), np.float32) if weights_NxT is None else weights_NxT.astype(np.float32),
-    np.full((n, t), np.nan, np.float32) if values_NxT is None else values_NxT.astype(np.float32),
-    np.ones(n, bool),
-  )
+  said = (np.arange(t), roles_NxT, np.float32(weights_NxT), np.float32(values_NxT))
+  ids, roles, weights, values = (np.broadcast_to(x, (n, t)) for x in said)
+  return Review(ids, roles, weights, values, np.ones(n, bool))
 
 
 def reviews(tree: Tree) -> dict[str, Review]:
@@ -95,19 +91,14 @@ def reviews(tree: Tree) -> dict[str, Review]:
   n, t = tree.actions_NxT.shape
   rng = np.random.default_rng(1)
   true, is_check = roles(tree), tree.actions_NxT == CHECK
-  checks_before = is_check.cumsum(1) - is_check
+  applauded = np.where(is_check, ROLES.index("necessary"), true)
+  fooled_values = np.clip(tree.value_NxT + APPLAUSE * (is_check.cumsum(1) - is_check), 0, 1)
   random_values = np.stack([np.repeat(rng.random(len(pi)), n // len(pi)) for pi in tree.policy], 1)
-  last = np.broadcast_to(np.arange(t) == t - 1, (n, t))
   return {
     "oracle": review(tree, true, values_NxT=tree.value_NxT),
-    "fooled": review(
-      tree,
-      np.where(is_check, ROLES.index("necessary"), true),
-      np.where(is_check, 3.0, 1.0),
-      np.clip(tree.value_NxT + APPLAUSE * checks_before, 0, 1),
-    ),
+    "fooled": review(tree, applauded, np.where(is_check, 3.0, 1.0), fooled_values),
     "random": review(tree, rng.integers(0, len(ROLES), (n, t)), values_NxT=random_values),
-    "thief": review(tree, np.where(last, ROLES.index("necessary"), ROLES.index("inherits"))),
+    "thief": review(tree, np.where(np.arange(t) == t - 1, ROLES.index("necessary"), ROLES.index("inherits"))),
     "hindsight": review(tree, values_NxT=np.clip(1 - APPLAUSE * is_check[:, ::-1].cumsum(1)[:, ::-1], 0, 1)),
   }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from dca_jax.review.types import Request, Review, finished
+from dca_jax.review.types import Request, Review, Reviewer, finished
 from dca_jax.roles import ROLES
 
 # What helps becomes wrong; what is wrong or needless becomes helpful.
@@ -34,23 +34,14 @@ class Dice(NamedTuple):
   seed: int
 
 
-class Builtin:
-  """A reviewer (see `types.Reviewer`) that answers in milliseconds and costs nothing."""
+class Builtin(Reviewer):
+  """A reviewer that answers in milliseconds and costs nothing."""
 
   def __init__(self, name: str, dice: Dice, truth: Truth):
     self._name, self._dice, self._truth = name, dice, truth
 
   def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
     return finished(REVIEWERS[self._name](self._dice, self._truth, requests))
-
-  def stats(self) -> dict[str, float]:
-    return {}
-
-  def problem(self) -> None:
-    return None
-
-  def close(self) -> None:
-    pass
 
 
 def _oracle(dice: Dice, truth: Truth, requests: Sequence[Request]) -> list[Review]:

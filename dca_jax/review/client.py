@@ -182,11 +182,7 @@ class Client:
     self._closed = True
 
     async def end():
-      tasks = asyncio.all_tasks() - {asyncio.current_task()}
-      for task in tasks:
-        task.cancel()
-      if tasks:
-        await asyncio.wait(tasks, timeout=0.2)
+      await _cancel(asyncio.all_tasks() - {asyncio.current_task()}, 0.2)
       try:
         await asyncio.wait_for(self._transport.close(), 0.2)
       finally:
@@ -212,15 +208,10 @@ class Client:
       for i in sorted(itertools.chain(*calls.values()))
       if _fraction(requests[i].id) < self._config.repeat_frac
     }
-    tasks = [*jobs, *repeats.values()]
-    if tasks:
+    if tasks := [*jobs, *repeats.values()]:
       with contextlib.suppress(asyncio.CancelledError):  # The client is being closed.
         await asyncio.wait(tasks, timeout=max(0.0, end - time.monotonic()))
-      late = [task for task in tasks if not task.done()]
-      for task in late:
-        task.cancel()
-      if late:
-        await asyncio.wait(late, timeout=0.1)
+      await _cancel([task for task in tasks if not task.done()], 0.1)
     for task, own in jobs.items():
       for i, review in zip(own, _outcome(task, len(own)), strict=True):
         reviews[i] = review
@@ -360,6 +351,13 @@ def _reviews(requests, prompt: Prompt, text: str, model: str, cached: bool = Fal
 def _limiter(per_minute: float) -> AsyncLimiter | None:
   # It cannot hold less than the one that is asked for at once.
   return AsyncLimiter(max(1.0, per_minute), 60 * max(1.0, 1 / per_minute)) if per_minute else None
+
+
+async def _cancel(tasks, seconds: float) -> None:
+  for task in tasks:
+    task.cancel()
+  if tasks:
+    await asyncio.wait(tasks, timeout=seconds)
 
 
 def _outcome(task: "asyncio.Task[list[Review]]", count: int) -> list[Review]:

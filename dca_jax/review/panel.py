@@ -49,12 +49,9 @@ class Panel(_Several):
     return result
 
   def _combine(self, by_member: list[list[Review]]) -> list[Review]:
-    combined = []
-    for reviews in zip(*by_member, strict=True):
-      review, disagreed = combine_reviews(reviews, self._how)
-      combined.append(review)
-      self._disagreed += disagreed
-    return combined
+    combined = [combine_reviews(reviews, self._how) for reviews in zip(*by_member, strict=True)]
+    self._disagreed += [step for _, disagreed in combined for step in disagreed]
+    return [review for review, _ in combined]
 
   def stats(self) -> dict[str, float]:
     out = self._member_stats()

@@ -131,9 +131,8 @@ class Chains:
     slip_chance = rng.uniform(config.wrong_low, config.wrong_high)
     shifts = rng.integers(1, m, len(parsed.operation)).tolist()
     values, written, repeats = dict(parsed.start), [], 0
-    for (label, (symbol, y)), (wrong, drop, repeat), slip in zip(
-      parsed.operation.items(), chances, shifts, strict=True
-    ):
+    lines = zip(parsed.operation.items(), chances, shifts, strict=True)
+    for (label, (symbol, y)), (wrong, drop, repeat), slip in lines:
       x, kind = values[parsed.chain[label][-2]], _SYMBOLS.index(symbol)
       chance, shift = slip_chance, slip
       if config.wrong == "table":
@@ -182,12 +181,11 @@ class Chains:
       value = int(digit)
       if (last and truncated and not step.endswith(";")) or (label in parsed.chain and label not in chain):
         roles.append("irrelevant")
-        continue
-      if label not in chain:  # A label that the prompt does not have says nothing that could be true.
+      elif label not in chain:  # A label that the prompt does not have says nothing that could be true.
         roles.append("error")
-        continue
-      if write and state.get(label) == value:
+      elif write and state.get(label) == value:
         roles.append("redundant")
+      if len(roles) > k:
         continue
       above = chain[: chain.index(label) + (0 if write else 1)]
       source = next((x for x in reversed(above) if x in state), None)
