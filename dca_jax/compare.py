@@ -86,13 +86,8 @@ def compare(
   )
   body = [chart(panels, "completions sampled", size), f"<p class=note>{note}</p>", html_table(header, rows)]
   (folder / "compare.html").write_text(page(f"dca-jax: {', '.join(arms)}", body))
-  result = {
-    "threshold": threshold,
-    "seeds": list(seeds),
-    "completions_to_threshold": spent["completions"],
-    "tokens_to_threshold": spent["generated_tokens"],
-    "curves": curves["completions"],
-  }
+  result = {"threshold": threshold, "seeds": list(seeds), "curves": curves["completions"]}
+  result |= {"completions_to_threshold": spent["completions"], "tokens_to_threshold": spent["generated_tokens"]}
   (folder / "compare.json").write_text(json.dumps(result) + "\n")
   return text_table(header, rows)
 

@@ -181,11 +181,12 @@ class Chains:
       value = int(digit)
       if (last and truncated and not step.endswith(";")) or (label in parsed.chain and label not in chain):
         roles.append("irrelevant")
-      elif label not in chain:  # A label that the prompt does not have says nothing that could be true.
+        continue
+      if label not in chain:  # A label that the prompt does not have says nothing that could be true.
         roles.append("error")
-      elif write and state.get(label) == value:
+        continue
+      if write and state.get(label) == value:
         roles.append("redundant")
-      if len(roles) > k:
         continue
       above = chain[: chain.index(label) + (0 if write else 1)]
       source = next((x for x in reversed(above) if x in state), None)
