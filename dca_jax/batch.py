@@ -3,7 +3,9 @@
 Where several processes share a run, each has the problems of its own devices here, and no others.
 """
 
+import contextlib
 import functools
+import itertools
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -71,10 +73,8 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
       sampled.append(Group(problem, prompts[p], lengths[p], mine, verify(task, tokenizer, problem, mine)))
     if refill and all(gather(sum(group.mixed for group in sampled) >= len(own))):
       break
-  kept = sampled
-  if refill:
-    # Mixed groups first, each kind in the order of its problems.
-    kept = sorted(sampled, key=lambda group: not group.mixed)[: len(own)]
+  # Mixed groups first, each kind in the order of its problems.
+  kept = sorted(sampled, key=lambda group: not group.mixed)[: len(own)] if refill else sampled
   trained = [group.mixed or config.zero_variance == "keep" for group in kept]
   return Rollout(
     [group.problem for group in kept],
@@ -105,9 +105,8 @@ def check_data(config: Config, task: Task, tokenizer) -> None:
     raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
   for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
     if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
-      raise UserError(
-        f"rollout.stop or task.thinking_end: {string!r} is no text for this tokenizer, but special tokens"
-      )
+      where = "rollout.stop or task.thinking_end"
+      raise UserError(f"{where}: {string!r} is no text for this tokenizer, but special tokens")
 
 
 class Begun(NamedTuple):
@@ -124,18 +123,15 @@ class Begun(NamedTuple):
 
 def worth_a_review(config: Config, rollout: Rollout, requests: list[Request]) -> list[bool]:
   """Which completions a review can matter to, `reviewer.sample_frac` of them."""
-  group = config.rollout.group
-  asked = []
+  group, asked = config.rollout.group, []
   for i, request in enumerate(requests):
     own = {outcome.reward for outcome in rollout.outcomes[i // group * group : (i // group + 1) * group]}
     # Weights move nothing where the advantage is 0, and within a single step there is nothing to move.
     idle = config.credit.scheme == "weighted" and len(own) == 1
     single = len(request.steps) < 2 and config.credit.scheme not in ("potential", "capo")
-    ask = bool(rollout.trained_B[i]) and not idle and not single
-    if ask and config.reviewer.sample_frac < 1:
-      dice = np.random.default_rng([rollout.problems[i // group].id, i % group])
-      ask = dice.random() < config.reviewer.sample_frac
-    asked.append(ask)
+    dice = np.random.default_rng([rollout.problems[i // group].id, i % group])
+    chosen = dice.random() < config.reviewer.sample_frac
+    asked.append(bool(rollout.trained_B[i]) and chosen and not idle and not single)
   return asked
 
 
@@ -148,10 +144,9 @@ def wait_for_reviews(begun: Begun, deadline: float) -> list[HostReview]:
 
 def usable(reviews: Future[list[HostReview]], requests: list[Request], deadline: float) -> list[HostReview]:
   """The reviews when they have come; one that does not fit its answer is `invalid`."""
-  try:
+  came = [HostReview("timeout")] * len(requests)
+  with contextlib.suppress(TimeoutError):  # A client keeps its deadline; this is for one that does not.
     came = reviews.result(deadline + 1.0)
-  except TimeoutError:  # A client keeps its deadline; this is for one that does not.
-    came = [HostReview("timeout")] * len(requests)
   return [review.checked(len(request.steps)) for review, request in zip(came, requests, strict=True)]
 
 
@@ -180,14 +175,12 @@ def canary_accuracy(reviewer: Reviewer, canaries, deadline: float) -> float:
   return float(np.mean(known))
 
 
+_fold_in = jax.jit(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))
+
+
 def step_key(seed: int, step: int, sharding) -> jax.Array:
   """The key of a step; `sharding` says on which devices it lies."""
-  return _step_key(*put((np.uint32(seed), np.uint32(step)), sharding))
-
-
-@jax.jit
-def _step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(seed), step)
+  return _fold_in(*put((np.uint32(seed), np.uint32(step)), sharding))
 
 
 def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[int, int]]], list[tuple[str, ...]]]:
@@ -201,37 +194,26 @@ def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[
 
 
 def make_requests(step: int, rollout: Rollout, texts: list[tuple[str, ...]]) -> list[Request]:
-  group = len(texts) // len(rollout.problems)
+  samples = itertools.product(rollout.problems, range(len(texts) // len(rollout.problems)))
   return [
-    Request(
-      f"{step}/{rollout.problems[i // group].id}/{i % group}",
-      rollout.problems[i // group].prompt,
-      steps,
-      rollout.outcomes[i].correct,
-      rollout.outcomes[i].truncated,
-    )
-    for i, steps in enumerate(texts)
+    Request(f"{step}/{problem.id}/{i}", problem.prompt, steps, outcome.correct, outcome.truncated)
+    for (problem, i), steps, outcome in zip(samples, texts, rollout.outcomes, strict=True)
   ]
 
 
 def review_arrays(reviews: list[HostReview], spans: list[list[tuple[int, int]]], tokens: int) -> Review:
   """Reviews as arrays of fixed shape; there are at most as many steps as tokens."""
   shape = (len(reviews), tokens)
-  arrays = Review(
-    np.zeros(shape, np.int32),
-    np.zeros(shape, np.int32),
-    np.zeros(shape, np.float32),
-    np.full(shape, np.nan, np.float32),
-    np.zeros(len(reviews), bool),
-  )
+  ids, roles = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+  weights, values = np.zeros(shape, np.float32), np.full(shape, np.nan, np.float32)
+  arrays = Review(ids, roles, weights, values, np.array([review.status == "ok" for review in reviews]))
   for i, (review, steps) in enumerate(zip(reviews, spans, strict=True)):
     for k, (start, end) in enumerate(steps):
-      arrays.step_ids_BxT[i, start:end] = k
+      ids[i, start:end] = k
     if review.status == "ok":
-      arrays.ok_B[i] = True
-      arrays.roles_BxK[i, : len(review.roles)] = [ROLES.index(role) for role in review.roles]
-      arrays.weights_BxK[i, : len(review.weights)] = review.weights
-      arrays.values_BxK[i, : len(review.values)] = review.values
+      roles[i, : len(review.roles)] = [ROLES.index(role) for role in review.roles]
+      weights[i, : len(review.weights)] = review.weights
+      values[i, : len(review.values)] = review.values
   return arrays
 
 

@@ -11,82 +11,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns its exit status."""
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It would say on every start that there is no PyTorch.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  parser = argparse.ArgumentParser(
-    prog="dca-jax", description="Reinforcement learning with Deliberative Credit Assignment."
-  )
-  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-  settings = "any setting can be overridden: --config.section.key=value"
-
-  p = commands.add_parser("train", help="train a policy, or continue a run", epilog=settings, allow_abbrev=False)
-  p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
-  p.add_argument("--workdir", required=True, help="where the run lives; the same command again continues it")
-  p.add_argument("--resume", default="auto", help="auto, never, or the number of a saved step to go back to")
-  several = p.add_argument_group("several processes, each with the same command")
-  several.add_argument(
-    "--distributed", action="store_true", help="find the others as a TPU pod, Slurm or Kubernetes say"
-  )
-  several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens")
-  several.add_argument("--processes", type=int, default=0, help="how many there are")
-  several.add_argument("--process", type=int, default=-1, help="which one this is, from 0")
-
-  p = commands.add_parser(
-    "compare", help="train several arms and draw their curves", epilog=settings, allow_abbrev=False
-  )
-  p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
-  p.add_argument("--workdir", required=True, help="where the runs and the figure go")
-  p.add_argument(
-    "--arms", required=True, help="credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
-  )
-  p.add_argument("--seeds", default="0", help="numbers, by commas")
-  p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
-
-  p = commands.add_parser(
-    "plan", help="how much memory a run takes on each device", epilog=settings, allow_abbrev=False
-  )
-  p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
-  p.add_argument("--devices", type=int, default=0, help="how many; those of this machine if not given")
-
-  p = commands.add_parser("status", help="what a run is doing", allow_abbrev=False)
-  p.add_argument("--workdir", required=True)
-
-  p = commands.add_parser("report", help="write report.html of a run anew", allow_abbrev=False)
-  p.add_argument("--workdir", required=True)
-
-  p = commands.add_parser("export", help="write a run's policy as a Hugging Face folder", allow_abbrev=False)
-  p.add_argument("--workdir", required=True)
-  p.add_argument("--output", required=True, help="the folder to make")
-  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
-
-  p = commands.add_parser(
-    "review", help="have stored trajectories read by another reviewer", epilog=settings, allow_abbrev=False
-  )
-  p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
-  p.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite")
-  p.add_argument("--limit", type=int, default=200, help="completions to read")
-  p.add_argument("--estimate", action="store_true", help="only say what it would cost")
-
-  p = commands.add_parser(
-    "lab", help="every credit scheme on a policy small enough to be exact, in half a minute", allow_abbrev=False
-  )
-  p.add_argument("--workdir", required=True, help="where the figures and the numbers go")
-
-  args, overrides = parser.parse_known_args(argv)
+  args, overrides = _parser().parse_known_args(argv)
   from dca_jax.errors import Terminated, UserError
 
   try:
-    if args.command in ("report", "lab", "status", "export") and overrides:
+    if not args.settings and overrides:
       raise UserError(f"cannot read the argument {overrides[0]!r}")
-    command = {
-      "train": _train,
-      "compare": _compare,
-      "plan": _plan,
-      "status": _status,
-      "report": _report,
-      "export": _export,
-      "review": _review,
-      "lab": _lab,
-    }[args.command]
-    return command(args, overrides)
+    args.run(args, overrides)
+    return 0
   except UserError as error:
     print(f"dca-jax: error: {error}", file=sys.stderr)
   except Terminated as error:
@@ -101,6 +33,59 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 1
 
 
+def _parser() -> argparse.ArgumentParser:
+  what = "Reinforcement learning with Deliberative Credit Assignment."
+  parser = argparse.ArgumentParser(prog="dca-jax", description=what)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(run, what: str, settings: bool, workdir: str | None = "") -> argparse.ArgumentParser:
+    """The parser of a command that `run` carries out; `settings` where it reads `--config.section.key=value`."""
+    epilog = "any setting can be overridden: --config.section.key=value" if settings else None
+    p = commands.add_parser(run.__name__[1:], help=what, epilog=epilog, allow_abbrev=False)
+    p.set_defaults(run=run, settings=settings)
+    if run in (_train, _compare, _plan):
+      p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
+    if workdir is not None:
+      p.add_argument("--workdir", required=True, help=workdir or None)
+    return p
+
+  where = "where the run lives; the same command again continues it"
+  p = command(_train, "train a policy, or continue a run", True, where)
+  p.add_argument("--resume", default="auto", help="auto, never, or the number of a saved step to go back to")
+  several = p.add_argument_group("several processes, each with the same command")
+  what = "find the others as a TPU pod, Slurm or Kubernetes say"
+  several.add_argument("--distributed", action="store_true", help=what)
+  several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens")
+  several.add_argument("--processes", type=int, default=0, help="how many there are")
+  several.add_argument("--process", type=int, default=-1, help="which one this is, from 0")
+
+  p = command(_compare, "train several arms and draw their curves", True, "where the runs and the figure go")
+  what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
+  p.add_argument("--arms", required=True, help=what)
+  p.add_argument("--seeds", default="0", help="numbers, by commas")
+  p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
+
+  p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
+  p.add_argument("--devices", type=int, default=0, help="how many; those of this machine if not given")
+
+  command(_status, "what a run is doing", False)
+  command(_report, "write report.html of a run anew", False)
+
+  p = command(_export, "write a run's policy as a Hugging Face folder", False)
+  p.add_argument("--output", required=True, help="the folder to make")
+  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
+
+  p = command(_review, "have stored trajectories read by another reviewer", True, workdir=None)
+  p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
+  p.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite")
+  p.add_argument("--limit", type=int, default=200, help="completions to read")
+  p.add_argument("--estimate", action="store_true", help="only say what it would cost")
+
+  what = "every credit scheme on a policy small enough to be exact, in half a minute"
+  command(_lab, what, False, "where the figures and the numbers go")
+  return parser
+
+
 def run() -> NoReturn:
   """The program: `main`, and the end of the process."""
   status = main()
@@ -112,7 +97,7 @@ def run() -> NoReturn:
   sys.exit(0)
 
 
-def _train(args, overrides) -> int:
+def _train(args, overrides) -> None:
   import jax
 
   from dca_jax import config, processes, report
@@ -133,16 +118,14 @@ def _train(args, overrides) -> int:
   except Terminated:
     processes.leave()
     raise
-  if jax.process_index() > 0:
-    return 0
-  folder = locate(args.workdir)
-  metrics = read_metrics(folder)
-  print("\n" + report.text_table(["held-out", "step 0", f"step {metrics[-1]['step']}"], report.score_rows(metrics)))
-  print(f"\nreport: {report.write_report(folder)}")
-  return 0
+  if jax.process_index() == 0:
+    folder = locate(args.workdir)
+    metrics = read_metrics(folder)
+    print("\n" + report.text_table(["held-out", "step 0", f"step {metrics[-1]['step']}"], report.score_rows(metrics)))
+    print(f"\nreport: {report.write_report(folder)}")
 
 
-def _compare(args, overrides) -> int:
+def _compare(args, overrides) -> None:
   from dca_jax import config
   from dca_jax.compare import compare
 
@@ -153,66 +136,55 @@ def _compare(args, overrides) -> int:
     raise config.ConfigError(f"--seeds={args.seeds}: must be whole numbers, separated by commas") from None
   table = compare(config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides)
   print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
-  return 0
 
 
-def _plan(args, overrides) -> int:
+def _plan(args, overrides) -> None:
   import jax
 
   from dca_jax import config
   from dca_jax.plan import plan
 
   print(plan(config.load(args.config, overrides), args.devices or jax.device_count()))
-  return 0
 
 
-def _status(args, overrides) -> int:
+def _status(args, _) -> None:
   from dca_jax.status import status
 
-  del overrides
   print(status(args.workdir))
-  return 0
 
 
-def _report(args, overrides) -> int:
+def _report(args, _) -> None:
   from dca_jax.config import ConfigError
   from dca_jax.metrics import read_metrics
   from dca_jax.report import write_report
   from dca_jax.workdir import locate
 
-  del overrides
   folder = locate(args.workdir)
   if not (folder / "metrics.jsonl").exists():
     raise ConfigError(f"--workdir={args.workdir} holds no run")
   if not any("train/accuracy" in line for line in read_metrics(folder)):
     raise ConfigError(f"--workdir={args.workdir} holds a run that has not finished a step yet")
   print(f"report: {write_report(folder)}")
-  return 0
 
 
-def _export(args, overrides) -> int:
+def _export(args, _) -> None:
   from dca_jax.export import export
 
-  del overrides
   print(export(args.workdir, args.output, args.step))
-  return 0
 
 
-def _review(args, overrides) -> int:
+def _review(args, overrides) -> None:
   from dca_jax import rereview
 
   work = rereview.estimate if args.estimate else rereview.rereview
   print(work(args.trajectories, args.reviewer, args.limit, overrides))
-  return 0
 
 
-def _lab(args, overrides) -> int:
+def _lab(args, _) -> None:
   from dca_jax import lab
   from dca_jax.workdir import locate
 
-  del overrides
   folder = locate(args.workdir)
   folder.mkdir(parents=True, exist_ok=True)
   print(lab.run(folder))
   print(f"\nfigures: {folder / 'lab.png'} and drift.png; numbers: lab.json")
-  return 0

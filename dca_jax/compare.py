@@ -1,5 +1,6 @@
 """Arms against each other: the same problems, the same start, several seeds."""
 
+import itertools
 import json
 import math
 import statistics
@@ -26,8 +27,8 @@ def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
   name, *settings = arm.split(":")
   given = recipe.get_config()
   arms = getattr(recipe, "ARMS", {})
-  if name not in arms and name not in SCHEMES:
-    raise ConfigError(f"--arms: no arm {name!r}; known are {', '.join({**arms, **dict.fromkeys(SCHEMES)})}")
+  if name not in (known := {**arms, **SCHEMES}):
+    raise ConfigError(f"--arms: no arm {name!r}; known are {', '.join(known)}")
   if name in SCHEMES:
     credit = {**given.get("credit", {}), "scheme": name}
     unread = CreditConfig(scheme=name).unused()
@@ -52,46 +53,29 @@ def compare(
   configs = {(arm, seed): arm_config(recipe, arm, seed, overrides) for arm in arms for seed in seeds}
   folder = locate(workdir)
   runs = {}
-  for seed in seeds:
-    for arm in arms:
-      print(f"\n{arm}, seed {seed}", flush=True)
-      run = folder / arm.replace(":", "_") / f"seed_{seed}"
-      train(configs[arm, seed], str(run))
-      runs[arm, seed] = read_metrics(run)
+  for seed, arm in itertools.product(seeds, arms):
+    print(f"\n{arm}, seed {seed}", flush=True)
+    run = folder / arm.replace(":", "_") / f"seed_{seed}"
+    train(configs[arm, seed], str(run))
+    runs[arm, seed] = read_metrics(run)
 
-  curves, by_tokens, rows = {}, {}, []
+  curves, spent = {}, {}
+  for what in ("completions", "generated_tokens"):
+    curves[what] = {arm: [_curve(runs[arm, seed], f"train/{what}") for seed in seeds] for arm in arms}
+    spent[what] = {arm: [samples_to(x, y, threshold) for x, y in own] for arm, own in curves[what].items()}
+  rows = []
   for arm in arms:
-    curves[arm] = [_curve(runs[arm, seed], "train/completions") for seed in seeds]
-    by_tokens[arm] = [_curve(runs[arm, seed], "train/generated_tokens") for seed in seeds]
-  completions = {arm: [samples_to(x, y, threshold) for x, y in curves[arm]] for arm in arms}
-  tokens = {arm: [samples_to(x, y, threshold) for x, y in by_tokens[arm]] for arm in arms}
-  for arm in arms:
-    final = [runs[arm, seed][-1] for seed in seeds]
-    rows.append(
-      [
-        arm,
-        f"{configs[arm, seeds[0]].learner.lr:g}",
-        " ".join("never" if n is None else f"{n:,.0f}" for n in completions[arm]),
-        ratio(completions[arms[0]], completions[arm], curves[arms[0]]),
-        " ".join("never" if n is None else f"{n / 1000:,.0f}k" for n in tokens[arm]),
-        ratio(tokens[arms[0]], tokens[arm], by_tokens[arms[0]]),
-        " ".join(f"{m['eval/sampled']:.3f}" for m in final),
-        " ".join(f"{m['eval/greedy']:.3f}" for m in final),
-        " ".join(f"{m['eval/length']:.1f}" for m in final),
-      ]
-    )
-  header = [
-    "arm",
-    "lr",
-    f"completions to {threshold:g}",
-    f"{arms[0]} / arm",
-    f"tokens to {threshold:g}",
-    f"{arms[0]} / arm",
-    "sampled at the end",
-    "greedy",
-    "length",
-  ]
-  panels = [("accuracy", curves)]
+    row = [arm, f"{configs[arm, seeds[0]].learner.lr:g}"]
+    for what, unit, sign in (("completions", 1, ""), ("generated_tokens", 1000, "k")):
+      row.append(" ".join("never" if n is None else f"{n / unit:,.0f}{sign}" for n in spent[what][arm]))
+      row.append(ratio(spent[what][arms[0]], spent[what][arm], curves[what][arms[0]]))
+    for score, digits in (("sampled", 3), ("greedy", 3), ("length", 1)):
+      row.append(" ".join(f"{runs[arm, seed][-1][f'eval/{score}']:.{digits}f}" for seed in seeds))
+    rows.append(row)
+  versus = f"{arms[0]} / arm"
+  header = ["arm", "lr", f"completions to {threshold:g}", versus, f"tokens to {threshold:g}", versus]
+  header += ["sampled at the end", "greedy", "length"]
+  panels = [("accuracy", curves["completions"])]
   size = (6.4 if len(arms) < 5 else 8.0, 3.6)
   (folder / "compare.png").write_bytes(chart(panels, "completions sampled", size, "png"))
   note = (
@@ -102,13 +86,8 @@ def compare(
   )
   body = [chart(panels, "completions sampled", size), f"<p class=note>{note}</p>", html_table(header, rows)]
   (folder / "compare.html").write_text(page(f"dca-jax: {', '.join(arms)}", body))
-  result = {
-    "threshold": threshold,
-    "seeds": list(seeds),
-    "completions_to_threshold": completions,
-    "tokens_to_threshold": tokens,
-    "curves": curves,
-  }
+  result = {"threshold": threshold, "seeds": list(seeds), "curves": curves["completions"]}
+  result |= {"completions_to_threshold": spent["completions"], "tokens_to_threshold": spent["generated_tokens"]}
   (folder / "compare.json").write_text(json.dumps(result) + "\n")
   return text_table(header, rows)
 
@@ -129,11 +108,10 @@ def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str
 
   A run that never arrived counts as its whole length, so the ratio is then a lower bound, marked by a sign.
   """
-  if any(n is None for n in arm):
-    return "-"
-  lengths = [x[-1] for x, _ in base_curves]
-  known = [n or length for n, length in zip(base, lengths, strict=True)]
   arrived = [n for n in arm if n is not None]
+  if len(arrived) < len(arm):
+    return "-"
+  known = [n or x[-1] for n, (x, _) in zip(base, base_curves, strict=True)]
   endless = statistics.median(n or math.inf for n in base)
   bound = "≥ " if endless != statistics.median(known) else ""
   apart = " (seeds apart)" if min(known) > max(arrived) and len(arm) > 1 else ""

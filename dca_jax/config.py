@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import math
+import operator
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from dca_jax.checkpoint import CheckpointConfig
+from dca_jax.checks import at_least
 from dca_jax.credit import CreditConfig
 from dca_jax.errors import UserError
 from dca_jax.evaluate import EvaluateConfig
@@ -55,11 +57,9 @@ class Config:
 
   def check(self) -> dict[str, str]:
     """Mistakes that no section can see alone."""
-    bad = {}
+    bad = at_least(1, self, "steps")
     if not 0 <= self.seed < 2**31:
       bad["seed"] = "must be between 0 and 2147483647"
-    if self.steps < 1:
-      bad["steps"] = "must be at least 1"
     if self.policy.pretrained and self.warmstart.total:
       bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = "must be 0 with policy.pretrained"
     if self.rollout.problems % self.learner.micro_batches:
@@ -78,7 +78,7 @@ class Config:
       if readers := [m for m in self.reviewer.members if m.partition(":")[0] in LABELLED]:
         bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
       for key in ("warmstart.clean_steps", "warmstart.steps", "reviewer.canary_every"):
-        if _lookup(self, key):
+        if operator.attrgetter(key)(self):
           bad[key] = f"must be 0, because task '{self.task.name}' has no demonstrations"
     return bad
 
@@ -102,40 +102,20 @@ class Config:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
   def fixed(self) -> dict[str, Any]:
-    """All keys that change what is computed, so not those in `_FREE`, and their values."""
+    """All keys that change what is computed, and their values."""
     return {k: v for k, v in flatten(dataclasses.asdict(self)).items() if not _is_free(k, self)}
 
 
 # Keys that a resumed run may change: they alter what is saved, measured and spent, not what is learnt from.
-_FREE = (
-  "checkpoint.",
-  "evaluate.",
-  "mesh.",
-  "reviewer.canary_every",
-  "reviewer.deadline",
-  *(
-    f"reviewer.client.{key}"
-    for key in (
-      "attempt_seconds",
-      "attempts",
-      "concurrency",
-      "max_dollars",
-      "min_ok_frac",
-      "on_budget",
-      "output_price",
-      "prompt_price",
-      "repeat_frac",
-      "requests_per_minute",
-      "strict",
-      "tokens_per_minute",
-    )
-  ),
-)
+_FREE = ("checkpoint.", "evaluate.", "mesh.", "reviewer.canary_every", "reviewer.deadline", "reviewer.client.")
+# But for these, which decide what is asked.
+_ASKED = ("model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens")
 
 
 def _is_free(key: str, config: Config) -> bool:
-  # More steps continue the same run, unless the learning rate depends on where the end is.
-  return key.startswith(_FREE) or (key == "steps" and config.learner.schedule == "constant")
+  if key == "steps":  # More continue the same run, unless the learning rate depends on where the end is.
+    return config.learner.schedule == "constant"
+  return key.startswith(_FREE) and key.removeprefix("reviewer.client.") not in _ASKED
 
 
 def build(given: ConfigDict) -> Config:
@@ -149,7 +129,14 @@ def build(given: ConfigDict) -> Config:
   if isinstance(config.task, TextConfig) and not config.task.tokenizer:
     task = dataclasses.replace(config.task, tokenizer=config.policy.pretrained)
     config = dataclasses.replace(config, task=task)
-  _validate(config)
+  defaults = Config(task=type(config.task)())
+  for prefix, section in _sections(config, ""):
+    for key, why in getattr(section, "check", dict)().items():
+      raise ConfigError(f"{prefix}{key}: {why} (it is {operator.attrgetter(key)(section)!r})")
+    for key, why in getattr(section, "unused", dict)().items():
+      value = operator.attrgetter(prefix + key)
+      if value(config) != (default := value(defaults)):
+        raise ConfigError(f"{prefix}{key}: has no effect, because {why}; leave it at its default ({default!r})")
   return config
 
 
@@ -196,11 +183,8 @@ def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   except (flags.Error, TypeError, ValueError) as error:
     raise ConfigError(str(error).removeprefix("flag --config.")) from None
   if strays:
-    hint = (
-      f"--config.{strays[0].lstrip('-')}"
-      if strays[0].lstrip("-").split("=")[0] in known
-      else "--config.section.key=value"
-    )
+    stray = strays[0].lstrip("-")
+    hint = f"--config.{stray}" if stray.split("=")[0] in known else "--config.section.key=value"
     raise ConfigError(f"cannot read the argument {strays[0]!r}; settings are given as {hint}")
   return full
 
@@ -236,10 +220,8 @@ def _section(defaults, given, prefix: str):
     if dataclasses.is_dataclass(default):
       values[key] = _section(default, value, f"{prefix}{key}.")
       continue
-    if isinstance(default, float) and type(value) is int:
-      value = float(value)
-    if isinstance(default, tuple) and type(value) is list:
-      value = tuple(value)
+    if (type(default), type(value)) in ((float, int), (tuple, list)):
+      value = type(default)(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -248,29 +230,11 @@ def _section(defaults, given, prefix: str):
   return dataclasses.replace(defaults, **values)
 
 
-def _validate(config: Config) -> None:
-  defaults = Config(task=type(config.task)())
-  for prefix, section in _sections(config, ""):
-    for key, why in getattr(section, "check", dict)().items():
-      raise ConfigError(f"{prefix}{key}: {why} (it is {_lookup(config, prefix + key)!r})")
-    for key, why in getattr(section, "unused", dict)().items():
-      name, default = prefix + key, _lookup(defaults, prefix + key)
-      if _lookup(config, name) != default:
-        raise ConfigError(f"{name}: has no effect, because {why}; leave it at its default ({default!r})")
-
-
 def _sections(section, prefix: str):
   for field in dataclasses.fields(section):
     if dataclasses.is_dataclass(getattr(section, field.name)):
       yield from _sections(getattr(section, field.name), f"{prefix}{field.name}.")
   yield prefix, section  # Last, so that its checks can rely on sound values below.
-
-
-def _lookup(config: Config, key: str):
-  value: Any = config
-  for part in key.split("."):
-    value = getattr(value, part)
-  return value
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -286,26 +250,23 @@ def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.P
       cannot be reached.
   """
   folder = locate(workdir)
+  saved, wrong = folder / "config.json", ""
   try:
-    _claim(config, workdir, resume, folder)
+    if saved.exists():
+      if resume == "never":
+        wrong = "already holds a run, and --resume is never"
+      elif changes := difference(config, saved.read_text()):
+        wrong = f"holds a different run: {changes[0]}"
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {".config.json"}:
+      wrong = "holds files but no config.json, so no run"
+    if not wrong:
+      folder.mkdir(parents=True, exist_ok=True)
+      write_whole(saved, config.to_json())
   except Exception as error:  # A bucket's client reports with types of its own.
-    if isinstance(error, ConfigError) or not is_remote(folder):
+    if not is_remote(folder):
       raise
-    raise ConfigError(
-      f"--workdir={workdir} cannot be written ({type(error).__name__}: {str(error)[:200]}); is there such a bucket, and"
-      " are you signed in?"
-    ) from error
+    reason = f"({type(error).__name__}: {str(error)[:200]}); is there such a bucket, and are you signed in?"
+    raise ConfigError(f"--workdir={workdir} cannot be written {reason}") from error
+  if wrong:
+    raise ConfigError(f"--workdir={workdir} {wrong}; choose another --workdir")
   return folder
-
-
-def _claim(config: Config, workdir: str, resume: str, folder: epath.Path) -> None:
-  saved = folder / "config.json"
-  if saved.exists():
-    if resume == "never":
-      raise ConfigError(f"--workdir={workdir} already holds a run, and --resume is never; choose another --workdir")
-    if changes := difference(config, saved.read_text()):
-      raise ConfigError(f"--workdir={workdir} holds a different run: {changes[0]}; choose another --workdir")
-  elif folder.exists() and {path.name for path in folder.iterdir()} - {".config.json"}:
-    raise ConfigError(f"--workdir={workdir} holds files but no config.json, so no run; choose another --workdir")
-  folder.mkdir(parents=True, exist_ok=True)
-  write_whole(saved, config.to_json())

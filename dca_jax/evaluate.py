@@ -1,13 +1,15 @@
 """How good a policy is on held-out problems: greedy and sampled accuracy, pass@k and maj@k, with intervals."""
 
-import collections
 import dataclasses
 import math
+import statistics
+import typing
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from dca_jax.checks import at_least
 from dca_jax.policy import Sampling
 from dca_jax.processes import gather, put
 from dca_jax.rollout import Sampler, cut_at_stops, encode_prompts
@@ -31,24 +33,16 @@ class EvaluateConfig:
   """Training steps between evaluations; the first policy and the last are evaluated in any case."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must be at least 1" for key in ("problems", "samples", "k") if getattr(self, key) < 1}
-    if self.k > self.samples:
-      bad["k"] = f"must not exceed evaluate.samples ({self.samples})"
-    if self.every < 0:
-      bad["every"] = "must not be negative"
-    return bad
+    bad = at_least(1, self, "problems", "samples", "k") | at_least(0, self, "every")
+    return bad | ({"k": f"must not exceed evaluate.samples ({self.samples})"} if self.k > self.samples else {})
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(typing.NamedTuple):
   """A mean over problems with its 95 % interval."""
 
   value: float
   low: float
   high: float
-
-  def __str__(self) -> str:
-    return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[str, Estimate]:
@@ -78,9 +72,8 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
   sampled = np.array(correct, bool)
   length = float(np.mean(lengths))
   passed = [pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]
-  majority = [
-    majority_correct(row[: config.k], ok[: config.k].tolist()) for row, ok in zip(answers, sampled, strict=True)
-  ]
+  votes = zip(answers, sampled, strict=True)
+  majority = [majority_correct(given[: config.k], right[: config.k].tolist()) for given, right in votes]
   return {
     "greedy": interval(greedy[:, 0]),
     "sampled": interval(sampled.mean(1)),
@@ -97,12 +90,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 def majority_correct(answers: Sequence[str | None], correct: list[bool]) -> float:
   """Whether the most frequent answer is correct; among equally frequent ones, the share that is."""
-  counts = collections.Counter(a for a in answers if a is not None)
-  if not counts:
-    return 0.0
-  best = [a for a, n in counts.items() if n == max(counts.values())]
+  best = statistics.multimode(a for a in answers if a is not None)
   right = {a for a, ok in zip(answers, correct, strict=True) if ok}
-  return sum(a in right for a in best) / len(best)
+  return sum(a in right for a in best) / max(1, len(best))
 
 
 def interval(per_problem) -> Estimate:

@@ -1,5 +1,6 @@
 """What a run reports while it goes: metrics.jsonl, TensorBoard events, a progress bar and one line per step."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ from dca_jax.errors import UserError
 from dca_jax.workdir import write_whole
 
 
-class Reporter:
+class Reporter(contextlib.AbstractContextManager):
   """Writes metrics; a context manager.
 
   On resume, what an interrupted run had written beyond `start` is taken back, so that every step appears once.
@@ -36,11 +37,7 @@ class Reporter:
     # TensorBoard hides what an interrupted run wrote from this step on.
     self._write_event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
     self._quiet = quiet
-    self._width = len(str(steps))
     self._bar = tqdm(total=steps, initial=start, unit="step", disable=quiet or not sys.stderr.isatty(), leave=False)
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *error):
     self._bar.close()
@@ -59,15 +56,14 @@ class Reporter:
     self._events.flush()
     self._bar.update(step - self._bar.n)
     if not self._quiet and "train/reward" in metrics:
-      tqdm.write(f"step {step:{self._width}d}/{self._bar.total}  {_line(metrics)}", file=sys.stdout)
+      tqdm.write(f"step {step:{len(str(self._bar.total))}d}/{self._bar.total}  {_line(metrics)}", file=sys.stdout)
       sys.stdout.flush()
 
 
 def read_metrics(workdir: epath.Path | pathlib.Path) -> list[dict[str, Any]]:
   """The lines of metrics.jsonl; a last line that a killed run left unfinished is dropped."""
   path = workdir / "metrics.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  parsed = []
+  lines, parsed = path.read_text().splitlines() if path.exists() else [], []
   for i, line in enumerate(lines):
     try:
       parsed.append(json.loads(line))
@@ -83,18 +79,12 @@ def not_finite(metrics: dict[str, float]) -> str | None:
 
 
 def _line(m: dict[str, float]) -> str:
-  parts = [
-    f"reward {m['train/reward']:.3f}",
-    f"acc {m['train/accuracy']:.3f}",
-    f"entropy {m['learner/entropy']:.3f}",
-    f"len {m['train/length']:.1f}",
-    f"kl {m['learner/kl']:.3f}",
-    f"sample {m['seconds/sample']:.2f}s",
-    f"review {m['seconds/review']:.2f}s{_reviews(m)}",
-    f"update {m['seconds/update']:.2f}s",
-    f"{m['train/tokens_per_second']:,.0f} tok/s",
-  ]
-  return "  ".join(parts)
+  return (
+    f"reward {m['train/reward']:.3f}  acc {m['train/accuracy']:.3f}  entropy {m['learner/entropy']:.3f}"
+    f"  len {m['train/length']:.1f}  kl {m['learner/kl']:.3f}  sample {m['seconds/sample']:.2f}s"
+    f"  review {m['seconds/review']:.2f}s{_reviews(m)}  update {m['seconds/update']:.2f}s"
+    f"  {m['train/tokens_per_second']:,.0f} tok/s"
+  )
 
 
 def _reviews(m: dict[str, float]) -> str:

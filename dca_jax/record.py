@@ -21,14 +21,14 @@ def trajectories(begun: Begun, reviews: list[HostReview], values_BxK, advantages
   rollout, completion_advantages = begun.rollout, advantages.completions_PxG.reshape(-1)
   for i, (request, spans, review) in enumerate(zip(begun.requests, begun.spans, reviews, strict=True)):
     problem = rollout.problems[i * len(rollout.problems) // len(reviews)]
-    length, outcome = int(rollout.samples.lengths_B[i]), rollout.outcomes[i]
-    steps: list[dict] = [
-      {"start": a, "end": b, "text": text} for (a, b), text in zip(spans, request.steps, strict=True)
-    ]
-    for described, role, weight in zip(steps, review.roles, review.weights, strict=False):
-      described |= {"role": role, "weight": weight}
-    for described, value in zip(steps, values_BxK[i].tolist(), strict=False):
-      described |= {} if math.isnan(value) else {"value": value}
+    length = int(rollout.samples.lengths_B[i])
+    steps: list[dict] = []
+    for k, ((start, end), text) in enumerate(zip(spans, request.steps, strict=True)):
+      steps.append({"start": start, "end": end, "text": text})
+      if review.roles:
+        steps[k] |= {"role": review.roles[k], "weight": review.weights[k]}
+      if not math.isnan(value := float(values_BxK[i, k])):
+        steps[k]["value"] = value
     yield Trajectory(
       id=request.id,
       problem=problem.id,
@@ -36,9 +36,7 @@ def trajectories(begun: Begun, reviews: list[HostReview], values_BxK, advantages
       answer=problem.answer,
       tokens=rollout.samples.tokens_BxT[i, :length].tolist(),
       steps=steps,
-      reward=outcome.reward,
-      correct=outcome.correct,
-      truncated=outcome.truncated,
+      **dataclasses.asdict(rollout.outcomes[i]),
       review=review.status,
       model=review.model,
       trained=bool(rollout.trained_B[i]),

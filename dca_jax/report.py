@@ -30,7 +30,14 @@ def write_report(workdir: epath.Path) -> epath.Path:
   metrics = read_metrics(workdir)
   config = json.loads((workdir / "config.json").read_text())
   trained = [m for m in metrics if "train/accuracy" in m]
-  x = running_total(trained, "train/completions")
+  rollout, x = config["rollout"], running_total(trained, "train/completions")
+  about = (
+    f"Task {config['task']['name']}, reviewer {config['reviewer']['name']}, credit {config['credit']['scheme']}, "
+    f"seed {config['seed']}; {rollout['problems']} problems x {rollout['group']} completions a step, "
+    f"learning rate {config['learner']['lr']:g}. Intervals are 95 % over problems; curves are means of 5 steps."
+  )
+  timed = [key for key in trained[-1] if key.startswith("seconds/")]
+  seconds = [[key.removeprefix("seconds/"), f"{statistics.median(m[key] for m in trained):.3f} s"] for key in timed]
   panels = [
     ("accuracy", {"sampled, in training": (x, moving_average([m["train/accuracy"] for m in trained]))}),
     ("tokens in a completion", {"": (x, [m["train/length"] for m in trained])}),
@@ -38,14 +45,14 @@ def write_report(workdir: epath.Path) -> epath.Path:
     ("KL to the start (nats)", {"": (x, [m["learner/kl"] for m in trained])}),
   ]
   body = [
-    f"<p class=note>{_describe(config)}</p>",
+    f"<p class=note>{html.escape(about)}</p>",
     "<h2>Held-out problems</h2>",
-    html_table(["", *(["step 0", f"step {metrics[-1]['step']}"])], score_rows(metrics)),
+    html_table(["", "step 0", f"step {metrics[-1]['step']}"], score_rows(metrics)),
     "<h2>Learning curve</h2>",
     chart(panels[:1], "completions sampled", (7.5, 3.2)),
     chart(panels[1:], "completions sampled", (7.5, 2.4)),
     "<h2>Where the seconds go</h2>",
-    html_table(["", "median per step"], _seconds(trained)),
+    html_table(["", "median per step"], seconds),
     "<h2>What credit did</h2>",
     "<p class=note>Answers of the first and the last step. Green steps were reinforced, red ones discouraged; the "
     "deeper, the more per token. Point at a step for its role.</p>",
@@ -97,23 +104,16 @@ def line_style(i: int) -> dict[str, str]:
 
 def draw(columns: int, size: tuple[float, float], kind: str, paint: Callable[[Sequence], None], share_y: bool = False):
   """A figure with panels side by side that `paint` fills; an SVG element, or the bytes of a PNG."""
-  import matplotlib
+  from matplotlib import rc_context
+  from matplotlib.figure import Figure
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  with pyplot.rc_context(
-    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
-  ):
-    figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", sharey=share_y)
-    paint(axes[0])
-    out = io.BytesIO()
+  out = io.BytesIO()
+  with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}):
+    figure = Figure(size, layout="constrained")
+    paint(figure.subplots(1, columns, squeeze=False, sharey=share_y)[0])
     figure.savefig(out, format=kind, dpi=150)
-    pyplot.close(figure)
-  if kind == "png":
-    return out.getvalue()
-  text = out.getvalue().decode()
-  return text[text.index("<svg") :]
+  drawn = out.getvalue()
+  return drawn if kind == "png" else drawn[drawn.index(b"<svg") :].decode()
 
 
 def running_total(metrics: list[dict], key: str) -> list[float]:
@@ -149,48 +149,27 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return f"<table><tr>{cells}{body}</table>"
 
 
-def _seconds(trained: list[dict]) -> list[list[str]]:
-  keys = [key for key in trained[-1] if key.startswith("seconds/")]
-  return [[key.removeprefix("seconds/"), f"{statistics.median(m[key] for m in trained):.3f} s"] for key in keys]
-
-
-def _describe(config: dict) -> str:
-  rollout = config["rollout"]
-  return html.escape(
-    f"Task {config['task']['name']}, reviewer {config['reviewer']['name']}, credit {config['credit']['scheme']}, "
-    f"seed {config['seed']}; {rollout['problems']} problems x {rollout['group']} completions a step, "
-    f"learning rate {config['learner']['lr']:g}. Intervals are 95 % over problems; curves are means of 5 steps."
-  )
-
-
 def _examples(workdir: epath.Path, steps: list[int]):
+  """Two wins and two losses of each step, of different problems as far as they go."""
   for step in steps:
-    chosen = [t for t in read_trajectories(workdir / "trajectories", step) if t.advantage]
-    yield f"<p><b>Step {step}</b></p>" + "".join(_example(t) for t in _spread(chosen))
-
-
-def _spread(trajectories: list[Trajectory]) -> list[Trajectory]:
-  """Two wins and two losses, of different problems as far as they go."""
-  picked: list[Trajectory] = []
-  for correct in (True, False):
-    by_problem = {t.problem: t for t in trajectories if t.correct == correct}
-    picked += list(by_problem.values())[:2]
-  return picked
+    yield f"<p><b>Step {step}</b></p>"
+    told = [t for t in read_trajectories(workdir / "trajectories", step) if t.advantage]
+    for correct in (True, False):
+      by_problem = {t.problem: t for t in told if t.correct == correct}
+      yield from map(_example, [*by_problem.values()][:2])
 
 
 def _example(t: Trajectory) -> str:
   scale = max(abs(t.advantage), 1e-9)
-  steps = []
+  steps = ""
   for s in t.steps:
     credit = statistics.fmean(t.credit[s["start"] : s["end"]])
     strength = min(1.0, 0.25 * abs(credit) / scale)
     colour = f"rgba({'43,138,62' if credit > 0 else '201,42,42'},{strength:.2f})"
-    title = f"{s.get('role', 'not reviewed')}, {credit:+.3f} per token"
-    steps.append(
-      f'<span class=step style="background:{colour}" title="{html.escape(title)}">{html.escape(s["text"])}</span>'
-    )
+    title = html.escape(f"{s.get('role', 'not reviewed')}, {credit:+.3f} per token")
+    steps += f'<span class=step style="background:{colour}" title="{title}">{html.escape(s["text"])}</span>'
   verdict = "correct" if t.correct else "truncated" if t.truncated else f"wrong, the answer is {t.answer}"
   return (
-    f"<div class=answer>{html.escape(t.prompt)}<br>{''.join(steps)}<br>"
+    f"<div class=answer>{html.escape(t.prompt)}<br>{steps}<br>"
     f"<span class=note>{html.escape(verdict)}; advantage {t.advantage:+.3f}</span></div>"
   )

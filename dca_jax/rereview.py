@@ -32,21 +32,18 @@ def read_folder(folder: str, limit: int) -> list[Trajectory]:
   return ([t for t in found if t.review == "ok"] or found)[:limit]
 
 
+def request_of(t: Trajectory) -> Request:
+  return Request(t.id, t.prompt, tuple(step["text"] for step in t.steps), t.correct, t.truncated)
+
+
 def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config_lib.Config:
   """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
   name, _, model = member.partition(":")
-  reviewer: dict = {"name": name}
-  if model:
-    reviewer["client"] = {"model": model}
-  given = ConfigDict({"reviewer": reviewer, "credit": {"scheme": "weighted"}, "task": task})
+  given = ConfigDict({"reviewer": {"name": name}, "credit": {"scheme": "weighted"}, "task": task})
   given.warmstart = {"clean_steps": 0, "steps": 0}
+  if model:
+    given.reviewer.client = {"model": model}
   return config_lib.build(config_lib.apply_overrides(given, overrides))
-
-
-def requests_of(trajectories: Sequence[Trajectory]) -> list[Request]:
-  return [
-    Request(t.id, t.prompt, tuple(step["text"] for step in t.steps), t.correct, t.truncated) for t in trajectories
-  ]
 
 
 def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
@@ -64,7 +61,7 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   cache = None if is_remote(run) else pathlib.Path(run / "reviews.sqlite")
   with contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer:
     # Not hurried as a training step is.
-    reviews = reviewer.submit(requests_of(trajectories), 600.0).result()
+    reviews = reviewer.submit([*map(request_of, trajectories)], 600.0).result()
     stats, problem = reviewer.stats(), reviewer.problem()
   reviews = [review.checked(len(t.steps)) for review, t in zip(reviews, trajectories, strict=True)]
   out = run / f"rereview_{member.replace(':', '_').replace('/', '_')}.jsonl"
@@ -74,14 +71,10 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   ]
   out.write_text("".join(json.dumps(line) + "\n" for line in lines))
   statuses = collections.Counter(review.status for review in reviews)
-  parts = [
-    f"{len(reviews)} completions: " + ", ".join(f"{n} {status}" for status, n in statuses.most_common()),
-    *([f"the reviewer says: {problem}"] if problem else []),
-    *([f"spent: ${stats['review/dollars']:.4f}"] if "review/dollars" in stats else []),
-    agreement(trajectories, reviews),
-    f"reviews: {out}",
-  ]
-  return "\n\n".join(parts)
+  parts = [f"{len(reviews)} completions: " + ", ".join(f"{n} {status}" for status, n in statuses.most_common())]
+  parts += [f"the reviewer says: {problem}"] if problem else []
+  parts += [f"spent: ${stats['review/dollars']:.4f}"] if "review/dollars" in stats else []
+  return "\n\n".join([*parts, agreement(trajectories, reviews), f"reviews: {out}"])
 
 
 def agreement(trajectories: Sequence[Trajectory], reviews: Sequence[Review]) -> str:
@@ -114,12 +107,9 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   config = reviewer_config(member, overrides, {}).reviewer.client
   price = price_of(config)
   trajectories = read_folder(folder, limit)
-  rubric = read_rubric(config)
-  prompt = output = 0.0
-  for request in requests_of(trajectories):
-    asked = make_prompt(rubric, [request])
-    prompt += (len(asked.system) + len(json.dumps(asked.schema))) / 4 + len(asked.user) / 2
-    output += 30 + 25 * sum(asked.counts)
+  prompts = [make_prompt(read_rubric(config), [request_of(t)]) for t in trajectories]
+  prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user) / 2 for p in prompts)
+  output = sum(30 + 25 * sum(p.counts) for p in prompts)
   n = len(trajectories)
   lines = [f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought not counted"]
   if price:

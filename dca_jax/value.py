@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dca_jax.checks import at_least, one_of, positive
 from dca_jax.credit import Review
 from dca_jax.policy import Policy
 from dca_jax.processes import gather
@@ -44,20 +45,13 @@ class ValueConfig:
   """`learned`: optimizer steps on each batch, after the batch's values have been read."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must be at least 1" for key in ("continuations", "width", "updates") if getattr(self, key) < 1}
-    if self.source not in ("reviewer", "monte_carlo", "learned"):
-      bad["source"] = "must be 'reviewer', 'monte_carlo' or 'learned'"
-    if not self.lr > 0:
-      bad["lr"] = "must be positive"
-    return bad
+    bad = at_least(1, self, "continuations", "width", "updates") | positive(self, "lr")
+    return bad | one_of(self, "source", "reviewer", "monte_carlo", "learned")
 
   def unused(self) -> dict[str, str]:
-    reads = {"monte_carlo": ("continuations",), "learned": ("width", "lr", "updates")}.get(self.source, ())
-    keys = [key for key in ("continuations", "width", "lr", "updates") if key not in reads]
-    return {key: f"value.source is '{self.source}'" for key in keys}
-
-
-# Monte Carlo.
+    reads = {"monte_carlo": ("continuations",), "learned": ("width", "lr", "updates")}
+    keys = [key for source, own in reads.items() if source != self.source for key in own]
+    return dict.fromkeys(keys, f"value.source is '{self.source}'")
 
 
 def monte_carlo(
@@ -82,17 +76,12 @@ def monte_carlo(
     spans: for each completion the token spans of its steps.
   """
   group, tokens_BxT = len(spans) // len(problems), np.asarray(samples.tokens_BxT)
-  numbers: dict[tuple[int, bytes], int] = {}
-  begun: list[tuple[int, np.ndarray]] = []  # problem and tokens of each distinct prefix
-  places: list[list[int]] = []
-  for i, steps in enumerate(spans):
-    places.append([])
-    for start, _ in steps:
-      tokens = tokens_BxT[i, :start]
-      number = numbers.setdefault((i // group, tokens.tobytes()), len(numbers))
-      if number == len(begun):
-        begun.append((i // group, tokens))
-      places[-1].append(number)
+  numbers: dict[tuple[int, bytes], int] = {}  # of each distinct prefix: its problem and its tokens
+  places = [
+    [numbers.setdefault((i // group, tokens_BxT[i, :start].tobytes()), len(numbers)) for start, _ in steps]
+    for i, steps in enumerate(spans)
+  ]
+  begun = [(p, np.frombuffer(prefix, tokens_BxT.dtype)) for p, prefix in numbers]
 
   # Of like lengths together, because a batch takes as long as its longest answer; the last batch is filled up.
   order = sorted(range(len(begun)), key=lambda n: -len(begun[n][1]))
@@ -121,9 +110,6 @@ def monte_carlo(
         values[n] += outcome.reward / config.continuations
         generated += min(length, room)
   return [HostReview("ok", values=tuple(values[own].tolist())) for own in places], generated
-
-
-# A learned head.
 
 
 class ValueHead(typing.NamedTuple):
@@ -186,5 +172,4 @@ def fit_head(
 
 
 def _first_of_step(step_ids_BxT) -> jax.Array:
-  before_BxT = jnp.pad(step_ids_BxT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  return step_ids_BxT > before_BxT  # Beyond a completion's end the ids are 0 and do not rise.
+  return jnp.diff(step_ids_BxT, prepend=-1) > 0  # Beyond a completion's end the ids are 0 and do not rise.

@@ -19,6 +19,7 @@ import optax.contrib
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+from dca_jax.checks import at_least, positive
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.processes import gather, put
@@ -42,12 +43,7 @@ class WarmstartConfig:
   """Of the initial weights."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must not be negative" for key in ("clean_steps", "steps") if getattr(self, key) < 0}
-    if self.batch < 1:
-      bad["batch"] = "must be at least 1"
-    if not self.lr > 0:
-      bad["lr"] = "must be positive"
-    return bad
+    return at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch") | positive(self, "lr")
 
   def unused(self) -> dict[str, str]:
     return {} if self.total else dict.fromkeys(("batch", "lr"), "there are no warm-start steps")
@@ -84,9 +80,8 @@ def warm_start(
   """
   if config.total == 0:
     return params
-  settings = json.dumps(
-    [_VERSION, *map(dataclasses.asdict, (config, task_config, policy.config)), limits, jax.default_backend()]
-  )
+  sections = map(dataclasses.asdict, (config, task_config, policy.config))
+  settings = json.dumps([_VERSION, *sections, limits, jax.default_backend()])
   folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
   abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params)
   with ocp.StandardCheckpointer() as checkpointer:
@@ -94,9 +89,8 @@ def warm_start(
       try:
         return checkpointer.restore(folder, abstract)
       except Exception as error:  # Damage shows as any of a dozen types; the cache can be made again.
-        print(
-          f"the cached warm start {folder} is unreadable ({type(error).__name__}); training it again", file=sys.stderr
-        )
+        why = f"is unreadable ({type(error).__name__}); training it again"
+        print(f"the cached warm start {folder} {why}", file=sys.stderr)
         shutil.rmtree(folder)
     params = _train(config, task, tokenizer, policy, params, limits, everywhere)
     if jax.process_count() > 1:
@@ -112,9 +106,8 @@ def warm_start(
 
 
 def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere):
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.lr, min(20, config.total // 2), config.total, config.lr * 0.1
-  )
+  lr, total = config.lr, config.total
+  schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(20, total // 2), total, lr * 0.1)
   # Muon (Jordan et al. 2024) learns the procedure in far fewer steps than Adam, which moves what is no matrix;
   # `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one learning rate serves both.
   muon = optax.contrib.muon(schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes)

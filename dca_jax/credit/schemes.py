@@ -9,6 +9,7 @@ Intensities are per token, so cutting one step into two of the same kind changes
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dca_jax.checks import at_least, fraction, one_of
 from dca_jax.roles import ROLES
 
 
@@ -76,19 +78,10 @@ class CreditConfig:
   """Which roles pay when the completion ran out of tokens."""
 
   def check(self) -> dict[str, str]:
-    bad = {}
+    bad = one_of(self, "baseline", "leave_one_out", "mean") | one_of(self, "conserve", "tokens", "completion")
+    bad |= fraction(self, "lam", "discount", "log_epsilon") | at_least(0, self, "beta", "penalty")
     if self.scheme not in SCHEMES:
       bad["scheme"] = f"must be one of {', '.join(SCHEMES)}"
-    if self.baseline not in ("leave_one_out", "mean"):
-      bad["baseline"] = "must be 'leave_one_out' or 'mean'"
-    if self.conserve not in ("tokens", "completion"):
-      bad["conserve"] = "must be 'tokens' or 'completion'"
-    for key in ("lam", "discount", "log_epsilon"):
-      if not 0 <= getattr(self, key) <= 1:
-        bad[key] = "must be between 0 and 1"
-    for key in ("beta", "penalty"):
-      if getattr(self, key) < 0:
-        bad[key] = "must not be negative"
     if self.cap < (1 if self.scheme == "weighted" else 0):
       bad["cap"] = "must be at least 1 for 'weighted' (1 is uniform) and at least 0 for 'signed'"
     return bad
@@ -141,12 +134,9 @@ class Given(typing.NamedTuple):
 
 def group_advantages(config: CreditConfig, rewards_PxG: jax.Array) -> jax.Array:
   """Reward minus baseline, [P, G]; exactly 0 in a group whose rewards are all equal."""
-  total = rewards_PxG.sum(1, keepdims=True)
-  group = rewards_PxG.shape[1]
-  if config.baseline == "leave_one_out":
-    advantages = rewards_PxG - (total - rewards_PxG) / (group - 1)
-  else:
-    advantages = rewards_PxG - total / group
+  total, group = rewards_PxG.sum(1, keepdims=True), rewards_PxG.shape[1]
+  others = config.baseline == "leave_one_out"
+  advantages = rewards_PxG - ((total - rewards_PxG) / (group - 1) if others else total / group)
   equal = (rewards_PxG == rewards_PxG[:, :1]).all(1, keepdims=True)
   if config.divide_by_std:
     advantages /= jnp.where(equal, 1.0, rewards_PxG.std(1, keepdims=True))
@@ -154,11 +144,7 @@ def group_advantages(config: CreditConfig, rewards_PxG: jax.Array) -> jax.Array:
 
 
 def token_advantages(
-  config: CreditConfig,
-  rewards_PxG: jax.Array,
-  lengths_B: jax.Array,
-  truncated_B: jax.Array,
-  review: Review,
+  config: CreditConfig, rewards_PxG: jax.Array, lengths_B: jax.Array, truncated_B: jax.Array, review: Review
 ) -> jax.Array:
   """The advantage of every token, [B, T] in float32; 0 beyond a completion's length.
 
@@ -171,10 +157,7 @@ def token_advantages(
   if config.conserve == "completion":
     advantages_B = advantages_B * (t / jnp.maximum(lengths_B, 1))
   review = _sanitised(config, mask_BxT, review)
-
-  def expected(x_BxT, counts_B):
-    return _others_mean(config, rewards_PxG.shape[1], lengths_B, x_BxT, counts_B)
-
+  expected = functools.partial(_others_mean, config, rewards_PxG.shape[1], lengths_B)
   given = Given(rewards_PxG.reshape(-1), advantages_B, mask_BxT, truncated_B, review, expected)
   said_BxT = jnp.where(review.ok_B[:, None], SCHEMES[config.scheme](config, given), advantages_B[:, None])
   return jnp.where(mask_BxT, said_BxT, 0.0)
@@ -185,7 +168,6 @@ def uniform(config: CreditConfig, given: Given) -> jax.Array:
 
   Conserves sum_t A_t = T_i A_i. Unbiased.
   """
-  del config
   return jnp.broadcast_to(given.advantages_B[:, None], given.mask_BxT.shape)
 
 
@@ -293,14 +275,7 @@ def capo(config: CreditConfig, given: Given) -> jax.Array:
   return given.advantages_B[:, None] - config.penalty * (blame_BxT - others_BxT)
 
 
-SCHEMES = {
-  "uniform": uniform,
-  "weighted": weighted,
-  "signed": signed,
-  "return_to_go": return_to_go,
-  "potential": potential,
-  "capo": capo,
-}
+SCHEMES = {scheme.__name__: scheme for scheme in (uniform, weighted, signed, return_to_go, potential, capo)}
 
 
 def _sanitised(config: CreditConfig, mask_BxT, review: Review) -> Review:
@@ -322,11 +297,8 @@ def _intensity(table: RoleTable, mask_BxT, review: Review) -> jax.Array:
 
 
 def _blame(config: CreditConfig, given: Given) -> jax.Array:
-  return jnp.where(
-    given.truncated_B[:, None],
-    _intensity(config.blame_truncated, given.mask_BxT, given.review),
-    _intensity(config.blame, given.mask_BxT, given.review),
-  )
+  full, ended = (_intensity(t, given.mask_BxT, given.review) for t in (config.blame_truncated, config.blame))
+  return jnp.where(given.truncated_B[:, None], full, ended)
 
 
 def _others_mean(config: CreditConfig, group: int, lengths_B, x_BxT, counts_B) -> jax.Array:

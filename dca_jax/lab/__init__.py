@@ -20,14 +20,12 @@ def run(folder: epath.Path) -> str:
   numbers = {"tree": [r._asdict() for r in rows], "drift": {name: e._asdict() for name, e in ends.items()}}
   (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
-  def six(x: float) -> str:
-    return f"{round(x, 6) + 0.0:+.6f}"  # Without the sign of a zero.
-
-  snr = [r.snr / rows[0].snr for r in rows]
-  table = [
-    [r.name, f"{r.cosine:.6f}", f"{s:.2f}", f"{s * r.cosine**2:.2f}", six(r.leading), six(r.trailing)]
-    for r, s in zip(rows, snr, strict=True)
-  ]
+  table = []
+  for r in rows:
+    snr, premiums = r.snr / rows[0].snr, (round(x, 6) + 0.0 for x in (r.leading, r.trailing))  # No sign of a zero.
+    table.append(
+      [r.name, f"{r.cosine:.6f}", f"{snr:.2f}", f"{snr * r.cosine**2:.2f}", *(f"{x:+.6f}" for x in premiums)]
+    )
   start = curves[next(iter(curves))].checks[:, 0].mean()
   drifted = [
     [name, f"{e.accuracy:.4f}", f"{e.worst:.4f}", f"{e.checks:.2f} +- {e.error:.2f}", f"{e.spread:.2f}"]
@@ -73,15 +71,15 @@ def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
 
 
 def _bars(rows: list[tree.Row]) -> bytes:
-  panels = (
-    ("cosine with the policy gradient", [r.cosine for r in rows]),
-    ("signal to noise / GRPO's", [r.snr / rows[0].snr for r in rows]),
-    ("premium of performing, leading", [r.leading for r in rows]),
-  )
+  panels = {
+    "cosine with the policy gradient": [r.cosine for r in rows],
+    "signal to noise / GRPO's": [r.snr / rows[0].snr for r in rows],
+    "premium of performing, leading": [r.leading for r in rows],
+  }
 
   def paint(axes) -> None:
-    for i, (axis, (label, values)) in enumerate(zip(axes, panels, strict=True)):
-      axis.barh([r.name for r in rows], values, color=PALETTE[i + 1], height=0.7)
+    for axis, label, colour in zip(axes, panels, PALETTE[1:], strict=False):
+      axis.barh([r.name for r in rows], panels[label], color=colour, height=0.7)
       axis.set_xlabel(label)
       axis.grid(axis="x", alpha=0.25)
     axes[0].set_xlim(0, 1)

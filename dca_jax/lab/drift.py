@@ -40,10 +40,7 @@ ARMS = {
   "potential 1, fooled": (CreditConfig(scheme="potential"), Reviewer()),
   "potential 0, honest": (CreditConfig(scheme="potential", discount=0.0), Reviewer(fooled=0.0)),
   "potential 0, fooled": (CreditConfig(scheme="potential", discount=0.0), Reviewer()),
-  "potential 0, fooled, no headroom": (
-    CreditConfig(scheme="potential", discount=0.0),
-    Reviewer(scale=1.0, applause=0.15),
-  ),
+  "potential 0, fooled, no headroom": (CreditConfig(scheme="potential", discount=0.0), Reviewer(1.0, 1.0, 0.15)),
   "weighted, honest": (CreditConfig(scheme="weighted"), Reviewer(fooled=0.0)),
   "weighted, fooled": (CreditConfig(scheme="weighted"), Reviewer()),
   "weighted, lambda 1, fooled": (CreditConfig(scheme="weighted", lam=1.0), Reviewer()),
@@ -95,13 +92,8 @@ def reviewed(actions_BxS, progress_BxS, reviewer: Reviewer) -> Review:
   slots = jnp.arange(SLOTS)
   values = reviewer.scale * jnp.asarray(value_table(), jnp.float32)[slots, progress_BxS]
   values += reviewer.fooled * reviewer.applause * (is_check.cumsum(1) - is_check)
-  return Review(
-    jnp.broadcast_to(slots, actions_BxS.shape),
-    roles,
-    jnp.where(applauded, 3.0, 1.0),
-    jnp.minimum(values, 1.0),
-    jnp.ones(len(actions_BxS), bool),
-  )
+  step_ids, weights = jnp.broadcast_to(slots, actions_BxS.shape), jnp.where(applauded, 3.0, 1.0)
+  return Review(step_ids, roles, weights, jnp.minimum(values, 1.0), jnp.ones(len(actions_BxS), bool))
 
 
 def traces(logits_SxCxA, noise_SxBxA):
@@ -127,13 +119,8 @@ def train(config: CreditConfig, reviewer: Reviewer, noise: jax.Array) -> Curves:
   def update(logits, noise):
     actions, progress, rewards = traces(logits, noise)
     rows = len(rewards)
-    advantages = token_advantages(
-      config,
-      rewards.reshape(GROUPS, GROUP),
-      jnp.full(rows, SLOTS),
-      jnp.zeros(rows, bool),
-      reviewed(actions, progress, reviewer),
-    )
+    said, grouped = reviewed(actions, progress, reviewer), rewards.reshape(GROUPS, GROUP)
+    advantages = token_advantages(config, grouped, jnp.full(rows, SLOTS), jnp.zeros(rows, bool), said)
     gradient = jax.grad(loss)(logits, actions, progress, advantages)
     return logits - RATE * gradient, (rewards.mean(), (actions == CHECK).sum(1).mean())
 

@@ -72,28 +72,18 @@ def make_tree(steps: int = STEPS, seed: int = 0) -> Tree:
   return Tree(actions, policy, probability, reward, value, progress[:, :-1], is_open[:, :-1])
 
 
-# What reviewers say of the traces.
-
-
 def roles(tree: Tree) -> np.ndarray:
   """The true roles [N, T]: progress is necessary while it is needed, and a fix repairs where something is broken."""
   a = tree.actions_NxT
-  named = np.full(a.shape, ROLES.index("redundant"))
-  named[(a == ADVANCE) & (tree.progress_NxT < NEEDED)] = ROLES.index("necessary")
-  named[a == ERROR] = ROLES.index("error")
-  named[(a == FIX) & tree.open_NxT] = ROLES.index("repair")
-  return named
+  cases = (a == ADVANCE) & (tree.progress_NxT < NEEDED), a == ERROR, (a == FIX) & tree.open_NxT
+  return np.select(cases, [ROLES.index(role) for role in ("necessary", "error", "repair")], ROLES.index("redundant"))
 
 
-def review(tree: Tree, roles_NxT=None, weights_NxT=None, values_NxT=None) -> Review:
+def review(tree: Tree, roles_NxT=0, weights_NxT=1.0, values_NxT=np.nan) -> Review:
   n, t = tree.actions_NxT.shape
-  return Review(
-    np.broadcast_to(np.arange(t), (n, t)),
-    np.zeros((n, t), np.int32) if roles_NxT is None else roles_NxT,
-    np.ones((n, t), np.float32) if weights_NxT is None else weights_NxT.astype(np.float32),
-    np.full((n, t), np.nan, np.float32) if values_NxT is None else values_NxT.astype(np.float32),
-    np.ones(n, bool),
-  )
+  said = (np.arange(t), roles_NxT, np.float32(weights_NxT), np.float32(values_NxT))
+  ids, roles, weights, values = (np.broadcast_to(x, (n, t)) for x in said)
+  return Review(ids, roles, weights, values, np.ones(n, bool))
 
 
 def reviews(tree: Tree) -> dict[str, Review]:
@@ -101,24 +91,16 @@ def reviews(tree: Tree) -> dict[str, Review]:
   n, t = tree.actions_NxT.shape
   rng = np.random.default_rng(1)
   true, is_check = roles(tree), tree.actions_NxT == CHECK
-  checks_before = is_check.cumsum(1) - is_check
+  applauded = np.where(is_check, ROLES.index("necessary"), true)
+  fooled_values = np.clip(tree.value_NxT + APPLAUSE * (is_check.cumsum(1) - is_check), 0, 1)
   random_values = np.stack([np.repeat(rng.random(len(pi)), n // len(pi)) for pi in tree.policy], 1)
-  last = np.broadcast_to(np.arange(t) == t - 1, (n, t))
   return {
     "oracle": review(tree, true, values_NxT=tree.value_NxT),
-    "fooled": review(
-      tree,
-      np.where(is_check, ROLES.index("necessary"), true),
-      np.where(is_check, 3.0, 1.0),
-      np.clip(tree.value_NxT + APPLAUSE * checks_before, 0, 1),
-    ),
+    "fooled": review(tree, applauded, np.where(is_check, 3.0, 1.0), fooled_values),
     "random": review(tree, rng.integers(0, len(ROLES), (n, t)), values_NxT=random_values),
-    "thief": review(tree, np.where(last, ROLES.index("necessary"), ROLES.index("inherits"))),
+    "thief": review(tree, np.where(np.arange(t) == t - 1, ROLES.index("necessary"), ROLES.index("inherits"))),
     "hindsight": review(tree, values_NxT=np.clip(1 - APPLAUSE * is_check[:, ::-1].cumsum(1)[:, ::-1], 0, 1)),
   }
-
-
-# What a scheme makes of it.
 
 
 class Row(typing.NamedTuple):
@@ -160,22 +142,18 @@ def measure(tree: Tree, name: str, credit_NxT: np.ndarray) -> Row:
   size = inner = true_size = second = 0.0
   gains, weights, leads = [], [], []
   for t, pi in enumerate(tree.policy):
-
-    def by_action(x_N, pi=pi):
-      return (tree.probability_N * x_N).reshape(*pi.shape, -1).sum(2)
-
-    def update(joint, pi=pi):
-      return joint - pi * joint.sum(1, keepdims=True)
-
-    ours, truth = update(by_action(credit_NxT[:, t])), update(by_action(tree.reward_N))
+    # By action, and by every prefix that can stand before it.
+    given, given_squared, won, reached = (
+      (tree.probability_N * x_N).reshape(*pi.shape, -1).sum(2)
+      for x_N in (credit_NxT[:, t], credit_NxT[:, t] ** 2, tree.reward_N, 1.0)
+    )
+    ours, truth = (joint - pi * joint.sum(1, keepdims=True) for joint in (given, won))
     size, inner, true_size = size + (ours**2).sum(), inner + (ours * truth).sum(), true_size + (truth**2).sum()
-    score = 1 - 2 * pi + (pi**2).sum(1, keepdims=True)  # |e_a - pi|^2
-    second += (by_action(credit_NxT[:, t] ** 2) * score).sum()
-    reached = by_action(1.0)
-    mean = by_action(credit_NxT[:, t]) / reached
+    second += (given_squared * (1 - 2 * pi + (pi**2).sum(1, keepdims=True))).sum()  # times |e_a - pi|^2
+    mean = given / reached
     gains.append(mean[:, CHECK] - mean[:, PLAIN])
     weights.append(reached.sum(1))
-    leads.append(by_action(tree.reward_N).sum(1) / weights[-1] > tree.probability_N @ tree.reward_N)
+    leads.append(won.sum(1) / weights[-1] > tree.probability_N @ tree.reward_N)
   gain, weight, lead = (np.concatenate(x) for x in (gains, weights, leads))
   premiums = (np.average(gain[where], weights=weight[where]) for where in (lead, ~lead))
   return Row(name, float(inner / np.sqrt(size * true_size)), float(size / (second - size)), *map(float, premiums))

@@ -23,24 +23,23 @@ class Cache:
     self._db.execute("pragma synchronous = normal")
     self._db.executescript(_TABLES)
 
+  def _rows(self, statement: str, *values) -> list[tuple]:
+    with self._lock:
+      return self._db.execute(statement, values).fetchall()
+
   def get(self, key: str) -> tuple[str, str] | None:
     """(model version, reply text), or None."""
-    with self._lock:
-      return self._db.execute("select model, text from replies where key = ?", (key,)).fetchone()
+    return next(iter(self._rows("select model, text from replies where key = ?", key)), None)
 
   def put(self, key: str, model: str, text: str) -> None:
-    with self._lock:
-      self._db.execute("insert or replace into replies values (?, ?, ?)", (key, model, text))
+    self._rows("insert or replace into replies values (?, ?, ?)", key, model, text)
 
   def spend(self, reviewer: str, dollars: float) -> None:
-    with self._lock:
-      self._db.execute("insert into spending (reviewer, dollars) values (?, ?)", (reviewer, dollars))
+    self._rows("insert into spending (reviewer, dollars) values (?, ?)", reviewer, dollars)
 
   def spent(self, reviewer: str) -> float:
     """Dollars that a reviewer has spent over the whole life of the file."""
-    with self._lock:
-      query = "select coalesce(sum(dollars), 0) from spending where reviewer = ?"
-      return float(self._db.execute(query, (reviewer,)).fetchone()[0])
+    return float(self._rows("select coalesce(sum(dollars), 0) from spending where reviewer = ?", reviewer)[0][0])
 
   def adopt(self, path: pathlib.Path) -> None:
     """Takes over the replies and the spending of a file that nobody else uses."""

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import random
 import statistics
@@ -20,12 +21,13 @@ from collections.abc import Callable, Sequence
 
 from aiolimiter import AsyncLimiter
 
+from dca_jax.checks import at_least, fraction, one_of
 from dca_jax.review.cache import Cache
-from dca_jax.review.limits import Breaker, Budget, Gate, RetryBudget
+from dca_jax.review.limits import Breaker, Budget, Gate
 from dca_jax.review.prices import Price, dollars
 from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply, speaks_to_the_reviewer
 from dca_jax.review.transports import SERVER_SECONDS, CallFailed, Reply, Transport
-from dca_jax.review.types import Request, Review, Share, Usage
+from dca_jax.review.types import Request, Review, Share, Usage, finished
 
 _FATAL_AFTER = 3
 _LONGEST_PAUSE = 30.0
@@ -71,21 +73,13 @@ class ClientConfig:
   """Share of reviews that are asked for a second time, to see how far the model agrees with itself."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must be at least 1" for key in ("concurrency", "attempts") if getattr(self, key) < 1}
-    for key in ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price"):
-      if getattr(self, key) < 0:
-        bad[key] = "must not be negative"
-    for key in ("min_ok_frac", "repeat_frac"):
-      if not 0 <= getattr(self, key) <= 1:
-        bad[key] = "must be between 0 and 1"
+    amounts = ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price")
+    bad = at_least(1, self, "concurrency", "attempts") | at_least(0, self, *amounts, "max_output_tokens")
+    bad |= fraction(self, "min_ok_frac", "repeat_frac") | one_of(self, "on_budget", "degrade", "stop")
     if self.thinking not in ("", "minimal", "low", "medium", "high"):
       bad["thinking"] = "must be minimal, low, medium, high or empty"
-    if self.on_budget not in ("degrade", "stop"):
-      bad["on_budget"] = "must be 'degrade' or 'stop'"
     if not 0 < self.attempt_seconds <= SERVER_SECONDS:
       bad["attempt_seconds"] = f"must be positive and at most {SERVER_SECONDS}"
-    if self.max_output_tokens < 0:
-      bad["max_output_tokens"] = "must not be negative"
     return bad
 
   def unused(self) -> dict[str, str]:
@@ -112,47 +106,35 @@ class Client:
     """
     self._config, self._rubric, self._price, self._cache = config, rubric, price, cache
     self._name = f"{name}/{config.model}/{config.thinking}/{config.max_output_tokens}"
-    self._statuses: collections.Counter[str] = collections.Counter()
-    self._usage, self._seconds = Usage(), []  # type: tuple[Usage, list[float]]
-    self._agreed: list[float] = []
+    self._start_counting()
     self._health: collections.deque[tuple[int, int]] = collections.deque(maxlen=_HEALTH_WINDOW)
-    self._cached = self._refusals = 0
-    self._refused = ""
-    self._warned = self._broke = False
-    self._closed = False
+    self._refusals, self._refused = 0, ""
+    self._warned = self._broke = self._closed = False
     self._dice = random.Random(0)
+    self._purse = 10.0  # Pays for further tries and is filled by successes, so that an outage does not multiply calls.
     self._flying: dict[str, asyncio.Future[list[Review]]] = {}
+    self._transport, n = open_transport(), share.processes
+    self._gate, self._breaker = Gate(-(-config.concurrency // n)), Breaker()
+    spent = cache.spent(self._name)
+    cap = spent + (config.max_dollars - share.total(spent)) / n
+    self._budget = Budget(cap if price else math.inf, spent)
+    self._per_minute = _limiter(config.requests_per_minute / n)
+    self._tokens = _limiter(config.tokens_per_minute / n)
     self._loop = asyncio.new_event_loop()
-    opened: concurrent.futures.Future[None] = concurrent.futures.Future()
-    arguments = open_transport, share, opened
-    self._thread = threading.Thread(target=self._run, args=arguments, name="reviewer", daemon=True)
+    self._thread = threading.Thread(target=self._loop.run_forever, name="reviewer", daemon=True)
     self._thread.start()
-    opened.result()
 
-  def _run(self, open_transport, share: Share, opened) -> None:
-    asyncio.set_event_loop(self._loop)
-    try:
-      self._transport = open_transport()
-      c, n = self._config, share.processes
-      self._gate, self._breaker, self._retries = Gate(-(-c.concurrency // n)), Breaker(), RetryBudget()
-      spent = self._cache.spent(self._name)
-      cap = spent + (c.max_dollars - share.total(spent)) / n
-      self._budget = Budget(cap if self._price else math.inf, spent)
-      self._per_minute = _limiter(c.requests_per_minute / n)
-      self._tokens = _limiter(c.tokens_per_minute / n)
-    except BaseException as error:
-      opened.set_exception(error)
-      return
-    opened.set_result(None)
-    self._loop.run_forever()
+  def _start_counting(self) -> None:
+    self._statuses: collections.Counter[str] = collections.Counter()
+    self._usage, self._cached = Usage(), 0
+    self._seconds: list[float] = []
+    self._agreed: list[float] = []
 
   # What the training thread calls.
 
   def submit(self, requests: Sequence[Request], deadline: float) -> "concurrent.futures.Future[list[Review]]":
     if self._closed:
-      done: concurrent.futures.Future[list[Review]] = concurrent.futures.Future()
-      done.set_result([Review("closed")] * len(requests))
-      return done
+      return finished([Review("closed")] * len(requests))
     return asyncio.run_coroutine_threadsafe(self._review(list(requests), time.monotonic() + deadline), self._loop)
 
   def stats(self) -> dict[str, float]:
@@ -169,17 +151,14 @@ class Client:
     out |= {"review/cached": self._cached / asked, "review/concurrency": float(int(self._gate.allowed))}
     out["review/dollars_spent"] = self._budget.spent
     if self._seconds:
-      ordered = sorted(self._seconds)
-      out["review/call_seconds_median"] = statistics.median(ordered)
-      out["review/call_seconds_95"] = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+      out["review/call_seconds_median"] = statistics.median(self._seconds)
+      out["review/call_seconds_95"] = sorted(self._seconds)[int(0.95 * len(self._seconds))]
     if self._agreed:
       out["review/repeat_agreement"] = statistics.fmean(self._agreed)
-    self._statuses.clear()
-    self._usage, self._seconds, self._agreed, self._cached = Usage(), [], [], 0
+    self._start_counting()
     return out
 
   def problem(self) -> str | None:
-    """Why the run should end at this step, or None."""
     if self._refused:
       return f"the reviewer refuses every call ({self._refused}); correct the reviewer section or the key"
     if self._broke and self._config.on_budget == "stop":
@@ -203,11 +182,7 @@ class Client:
     self._closed = True
 
     async def end():
-      tasks = asyncio.all_tasks() - {asyncio.current_task()}
-      for task in tasks:
-        task.cancel()
-      if tasks:
-        await asyncio.wait(tasks, timeout=0.2)
+      await _cancel(asyncio.all_tasks() - {asyncio.current_task()}, 0.2)
       try:
         await asyncio.wait_for(self._transport.close(), 0.2)
       finally:
@@ -221,39 +196,26 @@ class Client:
 
   async def _review(self, requests: list[Request], end: float) -> list[Review]:
     reviews = [Review("timeout")] * len(requests)
-    jobs: dict[asyncio.Task[list[Review]], list[int]] = {}
-    if self._config.whole_group:
-      places: dict[str, list[int]] = {}
-      for i, request in enumerate(requests):
-        places.setdefault(request.problem, []).append(i)
-      rows = list(places.values())
-    else:
-      rows = [[i] for i in range(len(requests))]
-    for own in rows:
-      # Text that speaks to the reviewer is not put before it.
-      sent = [i for i in own if not speaks_to_the_reviewer(requests[i])]
-      for i in set(own) - set(sent):
+    calls: dict[str | int, list[int]] = collections.defaultdict(list)  # The requests that share a call.
+    for i, request in enumerate(requests):
+      if speaks_to_the_reviewer(request):  # Such text is not put before it.
         reviews[i] = Review("suspicious")
-      if sent:
-        jobs[asyncio.create_task(self._job([requests[i] for i in sent], end))] = sent
-    repeats = [
-      (i, asyncio.create_task(self._job([requests[i]], end, again=1)))
-      for i, request in enumerate(requests)
-      if _fraction(request.id) < self._config.repeat_frac and reviews[i].status != "suspicious"
-    ]
-    tasks = [*jobs, *(task for _, task in repeats)]
-    if tasks:
+      else:
+        calls[request.problem if self._config.whole_group else i].append(i)
+    jobs = {asyncio.create_task(self._job([requests[i] for i in own], end)): own for own in calls.values()}
+    repeats = {
+      i: asyncio.create_task(self._job([requests[i]], end, again=1))
+      for i in sorted(itertools.chain(*calls.values()))
+      if _fraction(requests[i].id) < self._config.repeat_frac
+    }
+    if tasks := [*jobs, *repeats.values()]:
       with contextlib.suppress(asyncio.CancelledError):  # The client is being closed.
         await asyncio.wait(tasks, timeout=max(0.0, end - time.monotonic()))
-      late = [task for task in tasks if not task.done()]
-      for task in late:
-        task.cancel()
-      if late:
-        await asyncio.wait(late, timeout=0.1)
+      await _cancel([task for task in tasks if not task.done()], 0.1)
     for task, own in jobs.items():
       for i, review in zip(own, _outcome(task, len(own)), strict=True):
         reviews[i] = review
-    for i, task in repeats:
+    for i, task in repeats.items():
       again = _outcome(task, 1)[0]
       if again.status == reviews[i].status == "ok":
         self._agreed.append(statistics.fmean(a == b for a, b in zip(again.roles, reviews[i].roles, strict=True)))
@@ -267,10 +229,8 @@ class Client:
     prompt = make_prompt(self._rubric, requests)
     key = hashlib.sha256(f"{self._name}/{again}/{prompt.key}".encode()).hexdigest()
     if (kept := self._cache.get(key)) is not None:
-      try:
+      with contextlib.suppress(CallFailed):  # A damaged row is asked for anew.
         return _reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
-      except ValueError:
-        pass  # A damaged row; asked for anew.
     if key in self._flying:
       return await asyncio.shield(self._flying[key])
     self._flying[key] = flying = self._loop.create_future()
@@ -288,14 +248,24 @@ class Client:
       if self._refused:
         status = "client_error"
         break
-      if attempt and not self._retries.take():
+      if attempt and self._purse < 1:
         break
+      self._purse -= attempt > 0
       while (wait := self._breaker.wait()) > 0:
         if time.monotonic() + wait > end:
           return [Review("circuit_open")] * len(requests)
         await asyncio.sleep(wait)
       try:
         reply = await self._attempt(requests, prompt, end, attempt + 10 * again)
+        self._breaker.succeeded()
+        self._purse += 0.2
+        self._gate.succeeded()
+        self._refusals = 0
+        if reply.stopped:
+          raise CallFailed(reply.stopped, "the reply ended early")
+        reviews = _reviews(requests, prompt, reply.text or "", reply.model)
+        self._cache.put(key, reply.model, reply.text or "")
+        return reviews
       except CallFailed as failed:
         status = failed.status
         if status == "client_error":
@@ -311,23 +281,6 @@ class Client:
           self._gate.too_many(min(failed.wait if failed.wait is not None else self._backoff(attempt), _LONGEST_PAUSE))
         elif status != "malformed":
           await asyncio.sleep(min(failed.wait or self._backoff(attempt), _LONGEST_PAUSE))
-        continue
-      self._breaker.succeeded()
-      self._retries.succeeded()
-      self._gate.succeeded()
-      self._refusals = 0
-      if reply.stopped:
-        status = reply.stopped
-        break
-      try:
-        reviews = _reviews(requests, prompt, reply.text or "", reply.model)
-      except ValueError:
-        status, malformed = "malformed", malformed + 1
-        if malformed == 2:
-          break
-        continue
-      self._cache.put(key, reply.model, reply.text or "")
-      return reviews
     return [Review(status)] * len(requests)
 
   async def _attempt(self, requests, prompt: Prompt, end: float, attempt: int) -> Reply:
@@ -360,9 +313,7 @@ class Client:
       except Exception as error:
         raise CallFailed("client_error", f"{type(error).__name__}: {error}"[:200]) from error
       finally:
-        used = Usage(calls=1, dollars=cost)
-        if reply:
-          used = self._used(reply, most)
+        used = self._used(reply, most) if reply else Usage(calls=1, dollars=cost)
         self._seconds.append(time.monotonic() - began)
         self._usage += used
         self._budget.settle(most, used.dollars)
@@ -371,21 +322,23 @@ class Client:
     return reply
 
   def _used(self, reply: Reply, most: float) -> Usage:
-    prompt, output = reply.prompt_tokens, reply.output_tokens
-    cost = 0.0
-    if self._price:
-      known = prompt is not None and output is not None
-      cost = dollars(self._price, prompt or 0, reply.cached_tokens, output or 0) if known else most
-    return Usage(1, prompt or 0, reply.cached_tokens, output or 0, reply.thought_tokens, cost)
+    known = reply.prompt_tokens is not None and reply.output_tokens is not None
+    prompt, output = reply.prompt_tokens or 0, reply.output_tokens or 0
+    cost = dollars(self._price, prompt, reply.cached_tokens, output) if self._price and known else most
+    return Usage(1, prompt, reply.cached_tokens, output, reply.thought_tokens, cost)
 
   def _backoff(self, attempt: int) -> float:
     return self._dice.uniform(0, min(8.0, 0.25 * 2**attempt))
 
 
 def _reviews(requests, prompt: Prompt, text: str, model: str, cached: bool = False) -> list[Review]:
-  """Raises ValueError where the text is no review of these answers."""
+  """Raises CallFailed where the text is no review of these answers."""
+  try:
+    verdicts = parse_reply(text, prompt.counts)
+  except ValueError as error:
+    raise CallFailed("malformed", str(error), again=True) from None
   reviews = []
-  for request, verdict in zip(requests, parse_reply(text, prompt.counts), strict=True):
+  for request, verdict in zip(requests, verdicts, strict=True):
     if verdict.suspicious:
       reviews.append(Review("suspicious", model=model, cached=cached))
       continue
@@ -398,6 +351,13 @@ def _reviews(requests, prompt: Prompt, text: str, model: str, cached: bool = Fal
 def _limiter(per_minute: float) -> AsyncLimiter | None:
   # It cannot hold less than the one that is asked for at once.
   return AsyncLimiter(max(1.0, per_minute), 60 * max(1.0, 1 / per_minute)) if per_minute else None
+
+
+async def _cancel(tasks, seconds: float) -> None:
+  for task in tasks:
+    task.cancel()
+  if tasks:
+    await asyncio.wait(tasks, timeout=seconds)
 
 
 def _outcome(task: "asyncio.Task[list[Review]]", count: int) -> list[Review]:

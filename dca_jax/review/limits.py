@@ -70,8 +70,7 @@ class Breaker:
     """Seconds until the caller may try; 0 lets it through."""
     if self._failures < self._patience:
       return 0.0
-    left = self._until - time.monotonic()
-    if left > 0:
+    if (left := self._until - time.monotonic()) > 0:
       return left
     if self._probing:
       return 0.1
@@ -85,22 +84,6 @@ class Breaker:
     self._failures, self._probing = self._failures + 1, False
     if self._failures >= self._patience:
       self._until = time.monotonic() + self._pause
-
-
-class RetryBudget:
-  """Further tries are paid from a purse that successes fill, so that an outage does not multiply the calls."""
-
-  def __init__(self, start: float = 10.0, per_success: float = 0.2):
-    self._purse, self._per_success = start, per_success
-
-  def take(self) -> bool:
-    if self._purse < 1:
-      return False
-    self._purse -= 1
-    return True
-
-  def succeeded(self) -> None:
-    self._purse += self._per_success
 
 
 class Budget:

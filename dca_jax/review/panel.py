@@ -1,10 +1,8 @@
 """Several reviewers as one: all of them asked at once, or a second one where the first is unsure."""
 
-import collections
 import statistics
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from dca_jax.review.types import Request, Review, Reviewer
@@ -38,15 +36,22 @@ class Panel(_Several):
     self._disagreed: list[float] = []
 
   def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
-    return _together([member.submit(requests, deadline) for member in self._members], self._combine)
+    asked = [member.submit(requests, deadline) for member in self._members]
+    result: Future[list[Review]] = Future()
+
+    def wait_for(k: int) -> None:
+      if k < len(asked):
+        asked[k].add_done_callback(lambda _: wait_for(k + 1))
+      else:
+        result.set_result(self._combine([future.result() for future in asked]))
+
+    wait_for(0)
+    return result
 
   def _combine(self, by_member: list[list[Review]]) -> list[Review]:
-    combined = []
-    for reviews in zip(*by_member, strict=True):
-      review, disagreed = combine_reviews(reviews, self._how)
-      combined.append(review)
-      self._disagreed += disagreed
-    return combined
+    combined = [combine_reviews(reviews, self._how) for reviews in zip(*by_member, strict=True)]
+    self._disagreed += [step for _, disagreed in combined for step in disagreed]
+    return [review for review, _ in combined]
 
   def stats(self) -> dict[str, float]:
     out = self._member_stats()
@@ -71,7 +76,7 @@ def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[f
   roles, weights, disagreed = [], [], []
   for k in range(len(named[0].roles) if named else 0):
     said = [(review.roles[k], review.weights[k]) for review in named]
-    role = collections.Counter(r for r, _ in said).most_common(1)[0][0]
+    role = statistics.mode(r for r, _ in said)
     for_it = [w for r, w in said if r == role]
     weights.append(float(middle(for_it if how == "vote" else [w if r == role else 0.0 for r, w in said])))
     roles.append(role)
@@ -116,22 +121,3 @@ class Escalating(_Several):
     out = self._member_stats() | {"review/escalated": self._escalated / max(1, self._asked)}
     self._asked = self._escalated = 0
     return out
-
-
-def _together(
-  futures: Sequence["Future[list[Review]]"], combine: Callable[[list[list[Review]]], list[Review]]
-) -> "Future[list[Review]]":
-  result: Future[list[Review]] = Future()
-  left, lock = len(futures), threading.Lock()
-
-  def one_done(_) -> None:
-    nonlocal left
-    with lock:
-      left -= 1
-      last = left == 0
-    if last:
-      result.set_result(combine([future.result() for future in futures]))
-
-  for future in futures:
-    future.add_done_callback(one_done)
-  return result

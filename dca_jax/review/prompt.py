@@ -63,7 +63,8 @@ class Prompt(NamedTuple):
 
 def make_prompt(rubric: str, requests: Sequence[Request], attempt: int = 0) -> Prompt:
   """The question about several answers to one problem; the marks change with `attempt`, nothing else does."""
-  shown = [_shown(request.steps) for request in requests]
+  last = MAX_STEPS - 1
+  shown = [[*r.steps[:last], "".join(r.steps[last:])] if r.steps[last:] else r.steps for r in requests]
   answers = [
     {
       "answer": i,
@@ -86,10 +87,6 @@ def speaks_to_the_reviewer(request: Request) -> bool:
   return any(_ADDRESSES_REVIEWER.search(step) for step in request.steps)
 
 
-def _shown(steps: Sequence[str]) -> list[str]:
-  return [*steps[: MAX_STEPS - 1], "".join(steps[MAX_STEPS - 1 :])] if len(steps) > MAX_STEPS else list(steps)
-
-
 def _clean(text: str) -> str:
   """Without lone surrogates, which no server takes, and with the middle of an overlong text left out."""
   text = text.encode("utf-8", "replace").decode("utf-8")
@@ -99,42 +96,15 @@ def _clean(text: str) -> str:
   return f"{text[:half]} [{len(text) - 2 * half} characters left out] {text[-half:]}"
 
 
-# The reply.
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+  return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
-_SCHEMA: dict[str, Any] = {
-  "type": "object",
-  "properties": {
-    "answers": {
-      "type": "array",
-      "items": {
-        "type": "object",
-        "properties": {
-          "answer": {"type": "integer"},
-          "steps": {
-            "type": "array",
-            "items": {
-              "type": "object",
-              "properties": {
-                "step": {"type": "integer"},
-                "why": {"type": "string"},
-                "role": {"type": "string", "enum": list(ROLES)},
-                "weight": {"type": "integer"},
-              },
-              "required": ["step", "why", "role", "weight"],
-              "additionalProperties": False,
-            },
-          },
-          "suspicious": {"type": "boolean"},
-          "sure": {"type": "boolean"},
-        },
-        "required": ["answer", "steps", "suspicious", "sure"],
-        "additionalProperties": False,
-      },
-    }
-  },
-  "required": ["answers"],
-  "additionalProperties": False,
-}
+
+_INTEGER, _BOOLEAN, _STRING = {"type": "integer"}, {"type": "boolean"}, {"type": "string"}
+_STEP = _object(step=_INTEGER, why=_STRING, role={**_STRING, "enum": [*ROLES]}, weight=_INTEGER)
+_STEPS = {"type": "array", "items": _STEP}
+_ANSWER = _object(answer=_INTEGER, steps=_STEPS, suspicious=_BOOLEAN, sure=_BOOLEAN)
+_SCHEMA = _object(answers={"type": "array", "items": _ANSWER})
 
 
 class _Strict(BaseModel):
@@ -188,13 +158,7 @@ def parse_reply(text: str, counts: Sequence[int]) -> list[Verdict]:
     steps = sorted(by_answer[i].steps, key=lambda step: step.step)
     if [step.step for step in steps] != list(range(1, count + 1)):
       raise ValueError(f"answer {i}: {len(steps)} steps that are not 1 to {count}")
-    verdicts.append(
-      Verdict(
-        tuple(step.role for step in steps),
-        tuple(float(step.weight) for step in steps),
-        tuple(step.why[:MAX_REASON_CHARACTERS] for step in steps),
-        by_answer[i].suspicious,
-        by_answer[i].sure,
-      )
-    )
+    roles, weights = tuple(step.role for step in steps), tuple(float(step.weight) for step in steps)
+    reasons = tuple(step.why[:MAX_REASON_CHARACTERS] for step in steps)
+    verdicts.append(Verdict(roles, weights, reasons, by_answer[i].suspicious, by_answer[i].sure))
   return verdicts

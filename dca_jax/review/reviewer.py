@@ -2,9 +2,11 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import pathlib
 
+from dca_jax.checks import at_least, fraction, one_of, positive
 from dca_jax.errors import UserError
 from dca_jax.review.builtin import REVIEWERS, Builtin, Dice, Truth
 from dca_jax.review.cache import Cache
@@ -59,45 +61,36 @@ class ReviewerConfig:
     return (*first, self.escalate) if self.escalate else first
 
   def check(self) -> dict[str, str]:
-    bad = {}
     names = (*REVIEWERS, *TRANSPORTS)
+    bad = fraction(self, "flip") | one_of(self, "combine", "vote", "mean", "median") | positive(self, "deadline")
+    bad |= at_least(0, self, "canary_every")
     if self.name not in (*names, "panel"):
       bad["name"] = f"must be one of {', '.join((*names, 'panel'))}"
-    if not 0 <= self.flip <= 1:
-      bad["flip"] = "must be between 0 and 1"
     if self.name == "panel" and not self.panel:
       bad["panel"] = "must name at least one reviewer"
     for key, members in (("panel", self.panel), ("escalate", (self.escalate,) if self.escalate else ())):
       if unknown := [m for m in members if m.partition(":")[0] not in names]:
         bad[key] = f"knows no reviewer {unknown[0]!r}; there are {', '.join(names)}"
-    if self.combine not in ("vote", "mean", "median"):
-      bad["combine"] = "must be 'vote', 'mean' or 'median'"
-    if self.deadline <= 0:
-      bad["deadline"] = "must be positive"
     if not 0 < self.sample_frac <= 1:
       bad["sample_frac"] = "must be above 0 and at most 1"
     if self.overlap not in (0, 1):
       bad["overlap"] = "must be 0 or 1"
-    if self.canary_every < 0:
-      bad["canary_every"] = "must not be negative"
     if any(m.partition(":")[0] == "openai" for m in self.members) and not self.client.base_url:
       bad["client.base_url"] = "must be the server's address, such as http://localhost:8000/v1"
     return bad
 
   def unused(self) -> dict[str, str]:
     names = [member.partition(":")[0] for member in self.members]
-    dice = ("seed",)
-    reads = {"noisy": ("flip", "seed"), "thief": ("step",), "random": dice, "suffix": dice, "nan": dice}
-    used = {key for name in names for key in reads.get(name, ())}
-    unused = {key: f"reviewer.name is '{self.name}'" for key in ("flip", "step", "seed") if key not in used}
+    readers = {"flip": {"noisy"}, "step": {"thief"}, "seed": {"noisy", "random", "suffix", "nan"}}
+    unused = [key for key, known in readers.items() if not known & set(names)]
     if self.name != "panel":
-      unused |= dict.fromkeys(("panel", "combine"), f"reviewer.name is '{self.name}'")
+      unused += ["panel", "combine"]
     if self.name == "none":
-      unused |= dict.fromkeys(("escalate", "sample_frac", "overlap", "canary_every"), "reviewer.name is 'none'")
+      unused += ["escalate", "sample_frac", "overlap", "canary_every"]
     if "gemini" not in names:
-      keys = [field.name for field in dataclasses.fields(ClientConfig)] if "openai" not in names else ["vertex"]
-      unused |= {f"client.{key}": f"reviewer.name is '{self.name}'" for key in keys}
-    return unused
+      keys = ["vertex"] if "openai" in names else [field.name for field in dataclasses.fields(ClientConfig)]
+      unused += [f"client.{key}" for key in keys]
+    return dict.fromkeys(unused, f"reviewer.name is '{self.name}'")
 
 
 def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | None, share: Share = _ALONE) -> Reviewer:
@@ -117,15 +110,10 @@ def _open(config: ReviewerConfig, member: str, truth: Truth, cache: pathlib.Path
   name, _, model = member.partition(":")
   if name in REVIEWERS:
     return Builtin(name, Dice(config.flip, config.step, config.seed), truth)
-  client = dataclasses.replace(config.client, model=model or config.client.model)
-
-  def open_transport():
-    c = client
-    return TRANSPORTS[name](c.model, c.thinking, c.base_url, c.vertex, c.concurrency)
-
-  rubric = read_rubric(client)
-  server = hashlib.sha256(f"{name} {client.base_url}".encode()).hexdigest()[:8]
-  return Client(client, open_transport, f"{name}-{server}", rubric, price_of(client), Cache(cache), share)
+  c = dataclasses.replace(config.client, model=model or config.client.model)
+  server = hashlib.sha256(f"{name} {c.base_url}".encode()).hexdigest()[:8]
+  open_transport = functools.partial(TRANSPORTS[name], c.model, c.thinking, c.base_url, c.vertex, c.concurrency)
+  return Client(c, open_transport, f"{name}-{server}", read_rubric(c), price_of(c), Cache(cache), share)
 
 
 def read_rubric(config: ClientConfig) -> str:

@@ -3,11 +3,12 @@
 To add one: a class with `__call__` and `close` as in `Transport`, and a line in `TRANSPORTS`.
 """
 
+import contextlib
 import email.utils
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
@@ -58,8 +59,8 @@ class Gemini:
     from google.genai import types
 
     del connections  # The SDK takes aiohttp where it is installed, which does not count them, and is the faster.
-    self._types = types
-    if vertex and not os.environ.get("GOOGLE_CLOUD_PROJECT"):
+    project, location = os.environ.get("GOOGLE_CLOUD_PROJECT"), os.environ.get("GOOGLE_CLOUD_LOCATION", "global")
+    if vertex and not project:
       raise UserError("reviewer.vertex: set GOOGLE_CLOUD_PROJECT (and GOOGLE_CLOUD_LOCATION) in the environment")
     if not vertex and not (os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")):
       raise UserError("reviewer.name 'gemini': no key; set GEMINI_API_KEY in the environment (aistudio.google.com)")
@@ -68,15 +69,15 @@ class Gemini:
       timeout=SERVER_SECONDS * 1000,
       retry_options=types.HttpRetryOptions(attempts=1),  # Ours knows deadlines, budgets and what the server asked for.
     )
-    if vertex:
-      project, location = os.environ["GOOGLE_CLOUD_PROJECT"], os.environ.get("GOOGLE_CLOUD_LOCATION", "global")
-      self._client = genai.Client(enterprise=True, project=project, location=location, http_options=options)
-    else:
-      self._client = genai.Client(http_options=options)
+    cloud: dict[str, Any] = {"enterprise": True, "project": project, "location": location} if vertex else {}
+    self._client = genai.Client(http_options=options, **cloud)
     self._model, self._thinking = model, thinking
 
   async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
-    types = self._types
+    from google.genai import errors, types
+
+    level = types.ThinkingLevel(self._thinking.upper()) if self._thinking else None
+
     config = types.GenerateContentConfig(
       system_instruction=system,
       response_mime_type="application/json",
@@ -84,39 +85,33 @@ class Gemini:
       max_output_tokens=max_tokens,
       seed=seed,
       candidate_count=1,
-      thinking_config=types.ThinkingConfig(thinking_level=self._thinking.upper()) if self._thinking else None,
+      thinking_config=types.ThinkingConfig(thinking_level=level) if level else None,
       automatic_function_calling=types.AutomaticFunctionCallingConfig(disable=True),
       automatic_continuation=False,  # It is on by default, and then one call may become any number.
     )
     try:
       response = await self._client.aio.models.generate_content(model=self._model, contents=user, config=config)
+    except errors.APIError as error:
+      headers = getattr(error.response, "headers", None) or {}
+      raise http_failure(error.code, str(error), headers, error.details) from None
     except Exception as error:
-      raise self._failed(error) from None
-    usage, candidates = response.usage_metadata, response.candidates or []
-    finish = getattr(candidates[0].finish_reason, "name", None) if candidates else None
-    stopped = ""
-    if finish == "MAX_TOKENS":
-      stopped = "truncated"
-    elif not candidates or finish not in (None, "STOP"):
-      stopped = "blocked" if finish or (response.prompt_feedback and response.prompt_feedback.block_reason) else ""
-    thought = (usage.thoughts_token_count or 0) if usage else 0
+      raise _connection_failure(error) from None
+    usage = response.usage_metadata or types.GenerateContentResponseUsageMetadata()
+    thought, answered = usage.thoughts_token_count or 0, usage.candidates_token_count
+    if response.candidates:
+      finish = getattr(response.candidates[0].finish_reason, "name", None)
+      stopped = {None: "", "STOP": "", "MAX_TOKENS": "truncated"}.get(finish, "blocked")
+    else:
+      stopped = "blocked" if response.prompt_feedback and response.prompt_feedback.block_reason else ""
     return Reply(
       response.text,
-      usage.prompt_token_count if usage else None,
-      (usage.cached_content_token_count or 0) if usage else 0,
-      usage.candidates_token_count + thought if usage and usage.candidates_token_count is not None else None,
+      usage.prompt_token_count,
+      usage.cached_content_token_count or 0,
+      None if answered is None else answered + thought,
       thought,
       response.model_version or self._model,
       stopped,
     )
-
-  def _failed(self, error: Exception) -> CallFailed:
-    from google.genai import errors
-
-    if isinstance(error, errors.APIError):
-      headers = getattr(error.response, "headers", None) or {}
-      return http_failure(error.code, str(error), headers, error.details)
-    return _connection_failure(error)
 
   async def close(self) -> None:
     await self._client.aio.aclose()
@@ -164,8 +159,6 @@ class OpenAI:
         answer.get("model") or self._model,
         {"length": "truncated", "content_filter": "blocked"}.get(finish, ""),
       )
-    except CallFailed:
-      raise
     except (KeyError, IndexError, TypeError, AttributeError) as error:
       raise CallFailed("malformed", f"the server's reply has no {error}", again=True, billed=True) from None
     except Exception as error:
@@ -176,17 +169,14 @@ class OpenAI:
       await self._session.close()
 
 
-TRANSPORTS = {"gemini": Gemini, "openai": OpenAI}
+TRANSPORTS: dict[str, Callable[..., Transport]] = {"gemini": Gemini, "openai": OpenAI}
 
 
 def http_failure(code: int, message: str, headers: Mapping[str, str], details: Any) -> CallFailed:
   """What an HTTP status means: too many requests, a passing fault of the server, or a mistake of ours."""
-  message = f"{code}: {message}"[:300]
-  if code == 429:
-    return CallFailed("rate_limited", message, again=True, wait=asked_wait(headers, details))
-  if code == 408 or code >= 500:
-    return CallFailed("server_error", message, again=True, wait=asked_wait(headers, details))
-  return CallFailed("client_error", message)
+  status = "rate_limited" if code == 429 else "server_error" if code == 408 or code >= 500 else "client_error"
+  again = status != "client_error"
+  return CallFailed(status, f"{code}: {message}"[:300], again, asked_wait(headers, details) if again else None)
 
 
 def asked_wait(headers: Mapping[str, str], details: Any) -> float | None:
@@ -195,26 +185,24 @@ def asked_wait(headers: Mapping[str, str], details: Any) -> float | None:
   for entry in entries if isinstance(entries, list) else []:
     if isinstance(entry, dict) and str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
       return _seconds(str(entry.get("retryDelay", "")).removesuffix("s"))
-  after = headers.get("retry-after") or headers.get("Retry-After")
-  if after is None:
-    return None
+  after = headers.get("retry-after") or headers.get("Retry-After") or ""
   if (seconds := _seconds(after)) is not None:
     return seconds
-  try:
+  with contextlib.suppress(TypeError, ValueError):
     return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
-  except (TypeError, ValueError):
-    return None
+  return None
 
 
 def _seconds(text: str) -> float | None:
-  try:
+  with contextlib.suppress(ValueError):
     return max(0.0, min(float(text), 3600.0)) if float(text) == float(text) else None
-  except ValueError:
-    return None
+  return None
 
 
 def _connection_failure(error: Exception) -> CallFailed:
   """For what is no HTTP status: never the key or a header, only the kind of failure."""
+  if isinstance(error, CallFailed):
+    return error
   name = type(error).__name__
   if isinstance(error, TimeoutError):
     return CallFailed("timeout", name, again=True, billed=True)

@@ -1,6 +1,7 @@
 """What goes to a reviewer and what comes back."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
@@ -32,8 +33,7 @@ class Usage:
   dollars: float = 0.0
 
   def __add__(self, other: "Usage") -> "Usage":
-    ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-    return Usage(*(a + b for a, b in zip(ours, theirs, strict=True)))
+    return Usage(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,13 @@ class Review:
     return Review("invalid")
 
 
+def finished(reviews: list[Review]) -> "Future[list[Review]]":
+  """What needs no waiting."""
+  done: Future[list[Review]] = Future()
+  done.set_result(reviews)
+  return done
+
+
 class Share(NamedTuple):
   """A process's part of what a run may do, where several processes review."""
 
@@ -75,10 +82,12 @@ class Reviewer(Protocol):
 
   def stats(self) -> dict[str, float]:
     """Metrics of what was done since the last call."""
-    ...
+    return {}
 
   def problem(self) -> str | None:
     """Why the run should end at this step, or None."""
-    ...
+    return None
 
-  def close(self) -> None: ...
+  def close(self) -> None:
+    """Ends what is under way."""
+    return None

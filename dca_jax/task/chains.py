@@ -20,9 +20,11 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from dca_jax.checks import fraction, one_of
 from dca_jax.task.types import SPLITS, Outcome, Problem
 
 _OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
@@ -57,16 +59,12 @@ class ChainsConfig:
   """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high]; under `slips` a demonstration's."""
 
   def check(self) -> dict[str, str]:
-    bad = {}
+    bad = fraction(self, "repeat", "drop", "misconceptions", "wrong_low", "wrong_high")
+    bad |= one_of(self, "wrong", "table", "slips")
     if self.lines % 2 or not 2 <= self.lines <= 24:
       bad["lines"] = "must be even and between 2 and 24"
     if not 2 <= self.modulus <= 10:
       bad["modulus"] = "must be between 2 and 10"
-    if self.wrong not in ("table", "slips"):
-      bad["wrong"] = "must be 'table' or 'slips'"
-    for key in ("repeat", "drop", "misconceptions", "wrong_low", "wrong_high"):
-      if not 0 <= getattr(self, key) <= 1:
-        bad[key] = "must be between 0 and 1"
     if self.wrong_low > self.wrong_high:
       bad["wrong_low"] = "must not exceed wrong_high"
     return bad
@@ -75,8 +73,7 @@ class ChainsConfig:
     return {"misconceptions": "task.wrong is 'slips'"} if self.wrong == "slips" else {}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parsed:
+class _Parsed(NamedTuple):
   """A prompt, read: `chain[x]` lists the labels from the start of x's chain up to x, `value` holds the true values."""
 
   operation: dict[str, tuple[str, int]]
@@ -95,20 +92,17 @@ class Chains:
     self.config, self.sizes = config, dict[str, int]()
     self._parse = functools.lru_cache(maxsize=4096)(self._read_prompt)
     # Misconceptions belong to the task, not to a run: every seed trains against the same ones.
-    rng = np.random.default_rng(20)
-    m = config.modulus
+    rng, m = np.random.default_rng(20), config.modulus
     shape = (len(_OPERATIONS), m, m)
     has_one = rng.random(shape) < config.misconceptions
     chance = config.wrong_low + (config.wrong_high - config.wrong_low) * rng.random(shape)
     self._wrong_chance = (chance * has_one).tolist()
     self._wrong_shift = rng.integers(1, m, shape).tolist()
 
-  # Problems.
-
   def problem(self, split: str, index: int) -> Problem:
     """Problem number `index` of `split`; the same one on every call and every machine."""
-    rng = self._rng(split, index)
     n, m = self.config.lines, self.config.modulus
+    rng = np.random.default_rng([n, m, SPLITS.index(split), index])
     symbols, digits = rng.integers(len(_SYMBOLS), size=n).tolist(), rng.integers(m, size=n + 2).tolist()
     lines = "".join(f"{_SYMBOLS[symbols[i]]}{digits[i]}{_LETTERS[i]}" for i in range(n))
     start = "".join(f"{_LETTERS[i]}{digits[i]}" for i in (n, n + 1))
@@ -128,8 +122,6 @@ class Chains:
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS, pad_token=_EOS)
 
-  # Demonstrations.
-
   def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
     """A problem and a worked solution in line order, its mistakes, if any, carried forward consistently."""
     prompt = self.problem("demonstrations", index).prompt
@@ -139,18 +131,13 @@ class Chains:
     slip_chance = rng.uniform(config.wrong_low, config.wrong_high)
     shifts = rng.integers(1, m, len(parsed.operation)).tolist()
     values, written, repeats = dict(parsed.start), [], 0
-    for (label, (symbol, y)), (wrong, drop, repeat), slip in zip(
-      parsed.operation.items(), chances, shifts, strict=True
-    ):
-      x = values[parsed.chain[label][-2]]
-      kind = _SYMBOLS.index(symbol)
-      values[label] = _OPERATIONS[symbol](x, y) % m
-      if not mistakes:
-        pass
-      elif config.wrong == "table" and wrong < self._wrong_chance[kind][x][y]:
-        values[label] = (values[label] + self._wrong_shift[kind][x][y]) % m
-      elif config.wrong == "slips" and wrong < slip_chance:
-        values[label] = (values[label] + slip) % m
+    lines = zip(parsed.operation.items(), chances, shifts, strict=True)
+    for (label, (symbol, y)), (wrong, drop, repeat), slip in lines:
+      x, kind = values[parsed.chain[label][-2]], _SYMBOLS.index(symbol)
+      chance, shift = slip_chance, slip
+      if config.wrong == "table":
+        chance, shift = self._wrong_chance[kind][x][y], self._wrong_shift[kind][x][y]
+      values[label] = (_OPERATIONS[symbol](x, y) + (shift if mistakes and wrong < chance else 0)) % m
       if label not in parsed.chain[parsed.query] and drop < config.drop:
         continue
       written.append(f"{label}{values[label]};")
@@ -159,16 +146,13 @@ class Chains:
         repeats += 1
     return prompt, "".join(written) + f"#{values[parsed.query]}{_EOS}"
 
-  # Verifier and labels.
-
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome:
     """Correct exactly when the completion ends with `#`, the true digit and the end token."""
     correct = not truncated and self.final_answer(completion) == problem.answer
     return Outcome(float(correct), correct, truncated)
 
   def final_answer(self, completion: str) -> str | None:
-    match = _ANSWER.search(completion)
-    return match[1] if match else None
+    return match[1] if (match := _ANSWER.search(completion)) else None
 
   def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
     """The exact role of every step.
@@ -193,39 +177,32 @@ class Chains:
     for k, step in enumerate(steps):
       last = k == len(steps) - 1
       write, answer = _WRITE.fullmatch(step), _ANSWER.search(step) if last else None
-      if last and truncated and not step.endswith(";"):
+      label, digit = write.groups() if write else (parsed.query, answer[1]) if answer else ("", "0")
+      value = int(digit)
+      if (last and truncated and not step.endswith(";")) or (label in parsed.chain and label not in chain):
         roles.append("irrelevant")
         continue
-      if write:
-        label, value = write[1], int(write[2])
-      elif answer:
-        label, value = parsed.query, int(answer[1])
-      else:
+      if label not in chain:  # A label that the prompt does not have says nothing that could be true.
         roles.append("error")
-        continue
-      if label not in chain:
-        # A label that the prompt does not have says nothing that could be true.
-        roles.append("irrelevant" if label in parsed.chain else "error")
         continue
       if write and state.get(label) == value:
         roles.append("redundant")
         continue
       above = chain[: chain.index(label) + (0 if write else 1)]
       source = next((x for x in reversed(above) if x in state), None)
-      expected = parsed.start[label] if source is None else self._follow(parsed, chain, source, label, state[source])
+      expected = parsed.start[label] if source is None else self._follow(parsed, source, label, state[source])
       true = parsed.value[label]
       if value == true:
         roles.append("repair" if expected != true or state.get(label, true) != true else "necessary")
       else:
         roles.append("inherits" if value == expected else "error")
-      reads[k] = writer.get(source) if source is not None else None
+      reads[k] = writer.get(source or "")
       if write:
         state[label], writer[label] = value, k
 
     # Walk back from the answer; where there is none, from what it would have read.
-    if steps and (answer_step := len(steps) - 1) in reads and not _WRITE.fullmatch(steps[-1]):
-      live: int | None = answer_step
-    else:
+    live: int | None = len(steps) - 1
+    if live not in reads or _WRITE.fullmatch(steps[-1]):
       live = writer.get(next(x for x in reversed(chain) if x in state))
     alive = set()
     while live is not None:
@@ -249,7 +226,7 @@ class Chains:
       progress.append([])
       for step in steps:
         last = next(x for x in reversed(chain) if x in state)
-        leads = self._follow(parsed, chain, last, parsed.query, state[last]) == true
+        leads = self._follow(parsed, last, parsed.query, state[last]) == true
         progress[-1].append(chain.index(last) if leads else -1)
         if (write := _WRITE.fullmatch(step)) and write[1] in chain:
           state[write[1]] = int(write[2])
@@ -263,13 +240,9 @@ class Chains:
       values.append([math.prod(onward[place:]) if place >= 0 else 0.0 for place in own])
     return values
 
-  # Internals.
-
-  def _rng(self, split: str, index: int) -> np.random.Generator:
-    return np.random.default_rng([self.config.lines, self.config.modulus, SPLITS.index(split), index])
-
-  def _follow(self, parsed: _Parsed, chain: list[str], source: str, label: str, value: int) -> int:
-    for x in chain[chain.index(source) + 1 : chain.index(label) + 1]:
+  def _follow(self, parsed: _Parsed, source: str, label: str, value: int) -> int:
+    """The value of `label` that follows where `source`, above it on its chain, has `value`."""
+    for x in parsed.chain[label][len(parsed.chain[source]) :]:
       symbol, y = parsed.operation[x]
       value = _OPERATIONS[symbol](value, y) % self.config.modulus
     return value
@@ -281,11 +254,9 @@ class Chains:
     body, query, *start = match.groups()
     operation = {body[i + 2]: (body[i], int(body[i + 1])) for i in range(0, len(body), 3)}
     starts = {start[0]: int(start[1]), start[2]: int(start[3])}
-    chain: dict[str, list[str]] = {x: [x] for x in starts}
-    value = dict(starts)
-    above = list(starts)
-    for i, (label, (symbol, y)) in enumerate(operation.items()):
-      chain[label] = [*chain[above[i % 2]], label]
-      value[label] = _OPERATIONS[symbol](value[above[i % 2]], y) % self.config.modulus
-      above[i % 2] = label
+    chain, value, above = {x: [x] for x in starts}, dict(starts), list(starts)
+    for label, (symbol, y) in operation.items():
+      chain[label] = [*chain[above[-2]], label]
+      value[label] = _OPERATIONS[symbol](value[above[-2]], y) % self.config.modulus
+      above.append(label)
     return _Parsed(operation, chain, starts, value, query)
