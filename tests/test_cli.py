@@ -390,7 +390,6 @@ def test_report_takes_no_settings(capsys, run):
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
-    (["--distributed"], "--distributed: no TPU pod, Slurm or Kubernetes job found here"),
     (["--coordinator=localhost:1"], "--coordinator needs --processes=N"),
     (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--coordinator needs --processes=N"),
     (["--coordinator=localhost:1", "--processes=2", "--process=1"], "--coordinator=localhost:1: nobody answers there"),
@@ -403,3 +402,11 @@ def test_processes_that_cannot_meet(capsys, monkeypatch, recipe, tmp_path, argum
   assert cli.main(["train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *arguments]) == 1
   assert capsys.readouterr().err.splitlines()[-1].startswith(f"dca-jax: error: {said}")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_that_is_no_pod(recipe, tmp_path):
+  process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--distributed")
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 1
+  said = "dca-jax: error: --distributed: no TPU pod, Slurm or Kubernetes job found here"
+  assert errors.strip().splitlines()[-1].startswith(said)
