@@ -32,15 +32,13 @@ WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.sam
 RUNS = {
   "learned": ({**VALUES, "value.source": "learned"}, {"mesh.data": 8}),
   "monte_carlo": ({**VALUES, "value.source": "monte_carlo", "steps": 3}, {"mesh.data": 1, "mesh.fsdp": 8}),
-  "reviewed": (WEIGHTED, {"mesh.fsdp": 4, "mesh.tensor": 2}),
   "sampler": (WEIGHTED, {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "mesh.sampler": (-1, 1, 1)}),
   "overlap": (
-    {**WEIGHTED, "reviewer.overlap": 1, "learner.loss": "ppo"},
+    {**WEIGHTED, "reviewer.overlap": 1, "learner.loss": "ppo", "rollout.zero_variance": "refill"},
     {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
   ),
-  "refill": ({"rollout.zero_variance": "refill", "rollout.refill_rounds": 2}, {"mesh.data": 4, "mesh.fsdp": 2}),
 }
-IN_TWO_PROCESSES = ("reviewed", "monte_carlo")
+IN_TWO_PROCESSES = ("sampler", "monte_carlo")
 LONG = {**COMMON, "steps": 24, "credit.scheme": "weighted", "reviewer.name": "oracle", "checkpoint.every": 10}
 
 
@@ -55,7 +53,7 @@ def run_all(folder: pathlib.Path, names) -> None:
 
 def digest_of_state(workdir: pathlib.Path) -> str:
   """Restores the newest checkpoint onto the devices that there are, and says what it holds."""
-  config = config_of("reviewed", {"mesh.fsdp": min(2, jax.device_count())})
+  config = config_of("sampler", {"mesh.fsdp": min(2, jax.device_count())})
   devices = mesh.make_mesh(config.mesh)
   policy = Policy(config.policy, len(TASKS["chains"](config.task).tokenizer()))
   optimizer = learner.make_optimizer(config.learner, config.steps)
@@ -154,8 +152,8 @@ def test_a_run_in_two_processes_is_the_run_in_one(name, two, eight):
 
 
 def test_a_checkpoint_holds_the_same_on_four_devices_and_in_two_processes(eight):
-  said = {end(start(devices, __file__, str(eight / "reviewed"), "digest")) for devices in (1, 4, 8)}
-  said |= {end(process) for process in both(str(eight / "reviewed"), "digest")}
+  said = {end(start(devices, __file__, str(eight / "sampler"), "digest")) for devices in (1, 4, 8)}
+  said |= {end(process) for process in both(str(eight / "sampler"), "digest")}
   assert len(said) == 1
   assert said.pop().split()[0] == str(STEPS)
 
