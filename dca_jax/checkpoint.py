@@ -105,14 +105,14 @@ class Checkpoints:
 
     Args:
       abstract: shapes, dtypes and shardings wanted, which may belong to another mesh than the one that saved.
-      resume: `auto`, or the number of a step to go back to; the checkpoints after it are put aside.
+      resume: the number of a step to go back to, whereupon the checkpoints after it are put aside, or as in `train`.
 
     Raises:
       UserError: there are checkpoints, but not the wanted one, or none is readable, or they belong to another run.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     aside: dict[int, str] = {}
-    if resume != "auto":
+    if resume not in ("auto", "never"):
       if int(resume) not in steps:
         have = ", ".join(map(str, sorted(steps))) or "none"
         raise UserError(f"--resume={resume}: no such checkpoint in {self._folder}; there are {have}")

@@ -43,7 +43,7 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
   Raises:
     UserError: there is no such environment, or nobody listens at `coordinator`.
   """
-  if coordinator and process > 0:
+  if coordinator and (process > 0 or not coordinator.rpartition(":")[2].isdigit()):
     _wait_for(coordinator)  # JAX would end the process with a stack trace.
   try:
     if coordinator:
@@ -126,7 +126,8 @@ def watched() -> Iterator[None]:
       # The death of another process shows here first as an error of an operation; the watch will tell, and end us.
       thread.join(_SILENCE + 3 * _BEAT)
     if not isinstance(error, Terminated):
-      client.key_value_set(f"dca_jax/left/{me}", str(error) or type(error).__name__)
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # Where the store is gone too, `error` is what to tell.
+        client.key_value_set(f"dca_jax/left/{me}", str(error) or type(error).__name__)
       time.sleep(2 * _BEAT)  # For the others to hear of it; process 0 takes the store along.
     raise
   finally:

@@ -49,6 +49,7 @@ class Growing:
 
   def __init__(self, workdir: epath.Path):
     self._workdir, process = workdir, jax.process_index()
+    self._published: dict[pathlib.Path, int] = {}
     self._remote = is_remote(workdir)
     reviews = f"reviews_{process}.sqlite" if process else "reviews.sqlite"
     self._scratch = tempfile.TemporaryDirectory(prefix="dca-jax-") if self._remote or process else None
@@ -84,9 +85,11 @@ class Growing:
       (self._workdir / self.reviews.name).write_bytes((self.folder / "snapshot").read_bytes())
     if jax.process_index() == 0:
       for path in (self.folder / "metrics.jsonl", *self.folder.glob("t*/*")):  # TensorBoard's events, the tokenizer.
-        place = self._workdir / path.relative_to(self.folder)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(path.read_bytes())
+        if (stamp := path.stat().st_mtime_ns) != self._published.get(path):
+          place = self._workdir / path.relative_to(self.folder)
+          place.parent.mkdir(parents=True, exist_ok=True)
+          place.write_bytes(path.read_bytes())
+          self._published[path] = stamp
 
   def close(self) -> None:
     if self._scratch:

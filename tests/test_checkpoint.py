@@ -67,6 +67,16 @@ def test_never_leaves_a_run_alone(run):
   assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_never_begins_a_run_where_there_is_none(tmp_path):
+  train(tiny.make_config({"steps": 1}), str(tmp_path), resume="never", quiet=True)
+  assert kept(tmp_path) == [1]
+
+
+def test_a_step_of_a_run_that_is_not_there_is_refused(tmp_path):
+  with pytest.raises(UserError, match=r"--resume=3: no such checkpoint .* there are none"):
+    train(tiny.make_config({"steps": 1}), str(tmp_path), resume="3", quiet=True)
+
+
 def test_a_checkpoint_of_another_run_is_refused_by_the_key_that_differs(run, tmp_path):
   # As when checkpoints were copied from another workdir.
   train(tiny.make_config({"learner.lr": 0.5}), str(tmp_path), quiet=True)

@@ -394,6 +394,7 @@ def test_report_takes_no_settings(capsys, run):
     (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--coordinator needs --processes=N"),
     (["--coordinator=localhost:1", "--processes=2", "--process=1"], "--coordinator=localhost:1: nobody answers there"),
     (["--coordinator=localhost", "--processes=2", "--process=1"], "--coordinator=localhost: nobody answers there"),
+    (["--coordinator=localhost", "--processes=2", "--process=0"], "--coordinator=localhost: nobody answers there"),
     (["--resume=last"], "--resume=last: must be auto, never, or the number of a saved step"),
   ],
 )

@@ -12,16 +12,6 @@ from dca_jax.plan import plan
 from dca_jax.train import train
 
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("gsm8k_*.py"))
-COMMON = {
-  "vocab_size": 448,
-  "hidden_size": 32,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "head_dim": 8,
-  "intermediate_size": 48,
-  "rms_norm_eps": 1e-6,
-}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 FAMILIES = {
   "gemma3": {
@@ -43,16 +33,10 @@ def data(tmp_path_factory):
   return words.build_gsm8k(tmp_path_factory.mktemp("data"))
 
 
-# Of Qwen's two recipes one is quick enough; Llama's compiles longest.
-SLOW = ("gsm8k_llama31_8b", "gsm8k_qwen3_0_6b")
-
-
-@pytest.mark.parametrize(
-  "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in RECIPES]
-)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_and_is_exported(path, data, tmp_path):
   given = config_lib.read_recipe(str(path)).get_config()
-  model = words.write_model(tmp_path, {**COMMON, **FAMILIES[path.stem.split("_")[1]]})
+  model = words.write_model(tmp_path, {**words.SIZES, **FAMILIES[path.stem.split("_")[1]]})
   given.policy.pretrained = str(model)
   given.task.data_dir = data
   given.steps = 2

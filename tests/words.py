@@ -28,6 +28,17 @@ TEMPLATE = (
   "{% endif %}{% endif %}"
 )
 
+SIZES = {
+  "vocab_size": 448,
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 8,
+  "intermediate_size": 48,
+  "rms_norm_eps": 1e-6,
+}  # Of a model small enough for here, as a config.json has them.
+
 
 @functools.cache
 def byte_level() -> str:

@@ -88,17 +88,10 @@ def test_settings_that_cannot_be_are_refused(changes, said):
 # From a published model's folder to a folder like it: GSM8K as TFDS has it, a reviewer behind the real SDK.
 
 QWEN3 = {
+  **words.SIZES,
   "architectures": ["Qwen3ForCausalLM"],
   "model_type": "qwen3",
-  "vocab_size": 448,
-  "hidden_size": 32,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "head_dim": 8,
-  "intermediate_size": 48,
   "hidden_act": "silu",
-  "rms_norm_eps": 1e-6,
   "rope_theta": 10000.0,
   "tie_word_embeddings": True,
   "eos_token_id": 1,
