@@ -2,10 +2,10 @@
 
 Parameters, gradients and moments are float32 and spread over the eight chips; products are bfloat16.
 
-**Not yet run on that hardware**: no time and no accuracy can be quoted. The plan below says at most 6.1 GiB (1.7B: 12.4) on each
-chip, of its 16 GB. If half of the 256 completions of a step get a review (`weighted` credit needs none where a group
-fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $35 at the table price of the reviewer;
-`reviewer.client.max_dollars` caps it.
+**Not yet run on that hardware**: no time and no accuracy can be quoted. The plan below says at most 6.1 GiB (1.7B:
+12.4) on each chip, of its 16 GB. If half of the 256 completions of a step get a review (`weighted` credit needs none
+where a group fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $35 at the table price of the
+reviewer; `reviewer.client.max_dollars` caps it.
 
     dca-jax plan --config=configs/gsm8k_qwen3.py --devices=8
     dca-jax train --config=configs/gsm8k_qwen3.py --workdir=gs://BUCKET/gsm8k_qwen3
