@@ -33,7 +33,9 @@ def data(tmp_path_factory):
   return words.build_gsm8k(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * ("llama" in p.stem)) for p in RECIPES]
+)
 def test_a_recipe_runs_and_is_exported(path, data, tmp_path):
   given = config_lib.read_recipe(str(path)).get_config()
   model = words.write_model(tmp_path, {**words.SIZES, **FAMILIES[path.stem.split("_")[1]]})
