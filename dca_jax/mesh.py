@@ -15,12 +15,10 @@ from jax.sharding import PartitionSpec as P
 from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 from dca_jax.policy import Policy, split
+from dca_jax.policy.sharding import AXES, AnyMesh, rules
 from dca_jax.processes import own_rows
 
-# Logical axis of a parameter -> mesh axis. Names that are missing are not sharded.
-_RULES = (("embed", "fsdp"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
-AnyMesh = Mesh | AbstractMesh  # An abstract one has shapes only.
-_AXES, _TYPES = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+_TYPES = (AxisType.Auto,) * 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,7 @@ class MeshConfig:
     return self.data, self.fsdp, self.tensor
 
   def check(self) -> dict[str, str]:
-    named = dict(zip(_AXES, self.sizes, strict=True))
+    named = dict(zip(AXES, self.sizes, strict=True))
     bad = {key: "must be positive, or -1 for the rest" for key, n in named.items() if n == 0 or n < -1}
     if self.sizes.count(-1) > 1:
       bad["data"] = "only one axis of the mesh can be -1"
@@ -54,21 +52,21 @@ def make_mesh(config: MeshConfig) -> Mesh:
   """The mesh for training. Raises UserError where the devices do not fill it."""
   devices = jax.devices()
   shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, len(devices))
-  return Mesh(device_order(shape, devices), _AXES, axis_types=_TYPES)
+  return Mesh(device_order(shape, devices), AXES, axis_types=_TYPES)
 
 
 def sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
   """The mesh for sampling, of the same devices; raises UserError where they do not fill it."""
   if not config.sampler:
     return mesh
-  return Mesh(mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)), _AXES, axis_types=_TYPES)
+  return Mesh(mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)), AXES, axis_types=_TYPES)
 
 
 def abstract_meshes(config: MeshConfig, devices: int) -> tuple[AbstractMesh, AbstractMesh]:
   """The meshes for training and for sampling of devices that need not exist."""
   shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, devices)
   sampler = _fill("mesh.sampler", config.sampler, devices) if config.sampler else shape
-  return AbstractMesh(shape, _AXES), AbstractMesh(sampler, _AXES)
+  return AbstractMesh(shape, AXES), AbstractMesh(sampler, AXES)
 
 
 def _fill(name: str, sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
@@ -153,12 +151,10 @@ def param_shardings(mesh: AnyMesh, policy: Policy):
     UserError: a parameter does not divide over an axis of the mesh.
   """
   boxed = jax.eval_shape(policy.init_params, jax.random.key(0))
-  # A vocabulary is as large as it is; where it does not divide, it is not sharded.
-  rules = [rule for rule in _RULES if rule[0] != "vocab" or policy.rows % mesh.shape["tensor"] == 0]
-  params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), rules)
+  params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), rules(mesh, policy.rows))
   for (path, param), sharding in zip(jax.tree.leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(params), strict=True):
     for size, axis in zip(param.shape, sharding.spec, strict=False):
-      if axis and size % mesh.shape[axis]:
+      if isinstance(axis, str) and size % mesh.shape[axis]:
         name = ".".join(key.key for key in path)
         raise UserError(
           f"mesh.{axis} = {mesh.shape[axis]} does not divide {size}, a side of the policy's {name} {param.shape};"

@@ -72,10 +72,10 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
   check_data(config, task, tokenizer)
-  policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer))
+  devices = mesh.make_mesh(config.mesh)
+  policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer), devices)
   optimizer = learner.make_optimizer(config.learner, config.steps)
 
-  devices = mesh.make_mesh(config.mesh)
   rows, everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, policy.config.width, config.seed) if learned else None
@@ -89,7 +89,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
 
   sampler_devices = mesh.sampler_mesh(config.mesh, devices)
   end_ids = put(np.array(end_ids_of(tokenizer), np.int32), mesh.replicated(sampler_devices))
-  sampler = Sampler(policy, config.rollout, end_ids, mesh.batch_sharding(sampler_devices))
+  sampler = Sampler(policy.clone(mesh=sampler_devices), config.rollout, end_ids, mesh.batch_sharding(sampler_devices))
   for_sampler = mesh.relay(devices, sampler_devices, policy)
   mesh.check_rows(devices, sampler_devices, config.rollout.problems, config.learner.micro_batches)
 
@@ -127,7 +127,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
         return pretrained.load(policy, pretrained.folder(config.policy.pretrained, weights=True), param_shardings)
       params = init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
-      return warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, everywhere)
+      whole = policy.clone(mesh=None)
+      return warm_start(config.warmstart, task, config.task, tokenizer, whole, params, limits, everywhere)
 
     def begin(step: int, params) -> Begun:
       """Samples a batch and hands it to the reviewer, who reads it while the device goes on."""

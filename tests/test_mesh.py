@@ -20,14 +20,14 @@ from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, up
 from dca_jax.mesh import MeshConfig, batch_sharding, check_rows, device_order, make_mesh, replicated, state_shardings
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 
-VOCAB = 20
+VOCAB = 24
 P, G, S, T = 8, 2, 3, 4
 POLICY = Policy(PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp=24), VOCAB)
 CONFIG = LearnerConfig(reference=False)
 
 # What one device of fsdp 4 x tensor 2 holds: the width in four parts; heads, hidden units and vocabulary in two.
 SHARDS = {
-  "embedding": (10, 4),
+  "embedding": (3, 16),
   "q": (2, 4, 2, 4),
   "k": (2, 4, 1, 4),
   "v": (2, 4, 1, 4),

@@ -1,9 +1,18 @@
-"""Attention over a block's own keys and, shared by a whole group of rows, the keys of their common prompt."""
+"""Attention over a block's own keys and, shared by a whole group of rows, the keys of their common prompt.
+
+`attend` is plain JAX and serves decoding too. `flash_attend` does the same for whole blocks with a kernel of the
+accelerator, which never holds all scores.
+"""
 
 import typing
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+LANES = 128  # Blocks of tokens, and the heads of splash attention, are padded to a multiple of this.
 
 
 class KeyValue(typing.NamedTuple):
@@ -82,3 +91,89 @@ def _scores(q, k, soft_cap):
 
 def _mix(weights, v):
   return jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+def choose_kernel(mesh: Mesh | None, tokens: int, head_dim: int, dtype: str, soft_cap: float) -> str:
+  """`splash` on TPUs, `cudnn` on GPUs where it can, `plain` elsewhere and for short blocks, whose scores are small."""
+  if mesh is None or tokens < 2 * LANES:
+    return "plain"
+  platform = mesh.devices.flat[0].platform
+  if platform == "gpu" and dtype == "bfloat16" and head_dim <= 128 and head_dim % 8 == 0 and not soft_cap:
+    return "cudnn"
+  return "splash" if platform == "tpu" else "plain"
+
+
+def flash_attend(
+  q_BxTxNxH: jax.Array,
+  own: KeyValue,
+  prompt: KeyValue | None,
+  prompt_lengths_B: jax.Array | None,
+  window: int,
+  scale: float,
+  soft_cap: float,
+  kernel: str,
+  mesh: Mesh | None,
+) -> jax.Array:
+  """`attend` for a block whose query t reads its own keys up to t, by a kernel of the accelerator.
+
+  The keys of a row are laid in one line, prompt before block, without a gap between, so that a window is one of places.
+
+  Args:
+    prompt_lengths_B: of each row's prompt.
+    window: positions that a query reads, its own included; 0 for all.
+    kernel: `splash` (interpreted where there is no TPU), `cudnn`, or `xla`, the plain form of what cuDNN computes.
+    mesh: over which rows and heads are spread; each device works on its own.
+  """
+
+  def local(q, own, prompt, lengths_B):
+    b, t, _, h = q.shape
+    wide = -h % LANES if kernel == "splash" else 0
+    q = jnp.pad(q * scale, ((0, 0), (0, -t % LANES), (0, 0), (0, wide)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -t % LANES), (0, wide))) for x in own)
+    first_B = jnp.zeros(b, jnp.int32)
+    if prompt is not None:
+      groups, gap = b // prompt.k.shape[0], -prompt.k.shape[2] % LANES
+      places = prompt.k.shape[2] + gap
+      first_B = places - lengths_B
+
+      def before(x_PxKxSxH, own):
+        x = jnp.pad(x_PxKxSxH, ((0, 0), (0, 0), (gap, 0), (0, wide)))
+        x = jax.vmap(lambda x, by: jnp.roll(x, by, 1))(x, first_B[::groups] - gap)
+        return jnp.concatenate([jnp.repeat(x, groups, 0), own], 2)
+
+      k, v = before(prompt.k, k), before(prompt.v, v)
+    run = _splash if kernel == "splash" else _dot_product
+    return run(q, k, v, first_B, window, soft_cap, mesh, kernel)[:, :t, :, :h]
+
+  if mesh is None or mesh.size == 1:
+    return local(q_BxTxNxH, own, prompt, prompt_lengths_B)
+  rows = ("data", "fsdp")
+  specs = P(rows, None, "tensor"), P(rows, "tensor"), P(rows, "tensor"), P(rows)
+  run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+  return run(q_BxTxNxH, own, prompt, prompt_lengths_B)
+
+
+def _splash(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, mesh, _):
+  (b, t, n, _), u = q_BxTxNxH.shape, k_BxKxUxH.shape[2]
+  one = splash.LocalMask((t, u), (window - 1, 0), u - t) if window else splash.CausalMask((t, u), u - t)
+  q_size, size = (next(s for s in (512, 256, LANES) if x % s == 0) for x in (t, u))
+  run = splash.make_splash_mha_single_device(
+    splash.MultiHeadMask([one] * n),
+    block_sizes=splash.BlockSizes(q_size, size, size, q_size, size, size, q_size, size),
+    attn_logits_soft_cap=soft_cap or None,
+    interpret=mesh is None or mesh.devices.flat[0].platform != "tpu",
+  )
+  # Segments keep what lies before a row's first key out.
+  segments = splash.SegmentIds(jnp.ones((b, t), jnp.int32), (jnp.arange(u) >= first_B[:, None]).astype(jnp.int32))
+  return jax.vmap(run)(q_BxTxNxH.swapaxes(1, 2), k_BxKxUxH, v_BxKxUxH, segments).swapaxes(1, 2)
+
+
+def _dot_product(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, _, implementation):
+  assert not soft_cap
+  t, keys_U = q_BxTxNxH.shape[1], jnp.arange(k_BxKxUxH.shape[2])
+  back_TxU = jnp.arange(t)[:, None] + keys_U.size - t - keys_U
+  mask_BxTxU = (back_TxU >= 0) & (back_TxU < (window or keys_U.size)) & (keys_U >= first_B[:, None, None])
+  k, v = k_BxKxUxH.swapaxes(1, 2), v_BxKxUxH.swapaxes(1, 2)
+  return jax.nn.dot_product_attention(
+    q_BxTxNxH, k, v, mask=mask_BxTxU[:, None], scale=1.0, implementation=implementation
+  )

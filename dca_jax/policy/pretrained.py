@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from dca_jax.errors import UserError
 from dca_jax.policy.families import from_json, read_json, tensor_name
 from dca_jax.policy.lora import join, split
-from dca_jax.policy.transformer import Policy, PolicyConfig
+from dca_jax.policy.transformer import FREE, Policy, PolicyConfig
 
 _SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
 
@@ -45,8 +45,8 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
   """
   if config.pretrained:
     path = folder(config.pretrained) / "config.json"
-    lora = {key: getattr(config, key) for key in ("lora_rank", "lora_alpha", "lora_targets")}
-    config = dataclasses.replace(from_json(read_json(path), str(path), config.dtype), **lora)
+    free = {key: getattr(config, key) for key in FREE}
+    config = dataclasses.replace(from_json(read_json(path), str(path), config.dtype), **free)
   if 0 < config.vocab_size < vocab_size:
     raise UserError(f"the embedding has {config.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens")
   return config

@@ -4,8 +4,8 @@ Arrays: P prompts, G completions of each, B = P * G rows, S prompt tokens, T com
 K key heads, H head size, V vocabulary, L layers.
 
 A prompt is run once and its keys are shared by its whole group, when sampling and when training alike. In training the
-layers are scanned and rematerialised, but for their projections (one compiled layer, little memory); in decoding they
-are unrolled, each with a cache of its own, because a cache that goes through a scan is copied at every token.
+layers are scanned and rematerialised (one compiled layer, little memory); in decoding they are unrolled, each with a
+cache of its own, because a cache that goes through a scan is copied at every token.
 """
 
 import dataclasses
@@ -16,9 +16,12 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from dca_jax.policy.attention import KeyValue, attend
+from dca_jax.checks import one_of
+from dca_jax.policy.attention import KeyValue, attend, choose_kernel, flash_attend
 from dca_jax.policy.logprobs import Head
+from dca_jax.policy.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,8 @@ class PolicyConfig:
   """The `policy` section. Its defaults make a small policy that begins from nothing."""
 
   pretrained: str = ""
-  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype` and those of
-  LoRA."""
+  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype`, `remat`,
+  `attention` and those of LoRA."""
   lora_rank: int = 0
   """Rank of the adapters, which alone are trained; 0 trains everything. What they adapt is kept in `dtype`."""
   lora_alpha: float = 16.0
@@ -74,6 +77,12 @@ class PolicyConfig:
   """Normalise queries and keys in each head, as Qwen3 and Gemma 3 do; it bears much higher learning rates."""
   dtype: str = "float32"
   """Type of activations and matrix products; weights are kept in float32."""
+  remat: str = "projections"
+  """What the forward pass of an update keeps for the backward pass: `all`, `projections` (results of the matrix
+  products with weights), or `layers` (what goes into each layer), which takes least memory and a third more time."""
+  attention: str = "auto"
+  """`plain`, or a kernel for blocks of tokens (decoding is plain): `splash` for TPUs, `cudnn` for GPUs in bfloat16.
+  `auto` takes what the devices have."""
 
   def check(self) -> dict[str, str]:
     bad = {k: "must be positive" for k in ("width", "depth", "heads", "kv_heads", "mlp") if getattr(self, k) < 1}
@@ -101,15 +110,16 @@ class PolicyConfig:
       bad["lora_alpha"] = "must be positive"
     if self.activation not in _ACTIVATIONS:
       bad["activation"] = f"must be one of {', '.join(_ACTIVATIONS)}"
-    if self.dtype not in ("float32", "bfloat16"):
-      bad["dtype"] = "must be 'float32' or 'bfloat16'"
+    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(self, "remat", *_REMAT)
+    bad |= one_of(self, "attention", "auto", "plain", "splash", "cudnn")
+    if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.attention_soft_cap):
+      bad["attention"] = "can be 'cudnn' only with policy.dtype 'bfloat16' and without policy.attention_soft_cap"
     return bad
 
   def unused(self) -> dict[str, str]:
     adapted = {} if self.lora_rank else dict.fromkeys(("lora_alpha", "lora_targets"), "policy.lora_rank is 0")
     if self.pretrained:
-      free = ("pretrained", "dtype", "lora_rank", "lora_alpha", "lora_targets")
-      keys = [field.name for field in dataclasses.fields(self) if field.name not in free]
+      keys = [field.name for field in dataclasses.fields(self) if field.name not in (*FREE, "pretrained")]
       return adapted | dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
     windows = {} if self.windowed else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
     return adapted | windows
@@ -119,6 +129,12 @@ class PolicyConfig:
     return self.lora_alpha / max(1, self.lora_rank)
 
 
+FREE = ("dtype", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets")  # Whatever the model.
+_REMAT = {
+  "all": jax.checkpoint_policies.everything_saveable,
+  "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "layers": jax.checkpoint_policies.nothing_saveable,
+}
 _MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
@@ -139,6 +155,7 @@ class Weight(nn.Module):
   bias: bool = False
   lora_rank: int = 0
   lora_scale: float = 1.0
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -157,7 +174,7 @@ class Weight(nn.Module):
     if self.bias:
       zeros, axes = nn.initializers.zeros, self.axes[self.inputs :]
       y += _param(self, "bias", zeros, axes, self.shape[self.inputs :]).astype(self.dtype)
-    return y
+    return constrain(y, self.mesh, "rows", *[None] * (len(leading) - 1), *self.axes[self.inputs :])
 
 
 class RMSNorm(nn.Module):
@@ -185,16 +202,18 @@ class Block(nn.Module):
   """
 
   config: PolicyConfig
+  mesh: Mesh | None = None
 
   @nn.compact
-  def __call__(self, x_BxTxD, prompt, windowed, views, cache=None, index=None):
+  def __call__(self, x_BxTxD, prompt, windowed, views, start_B, cache=None, index=None):
     c = self.config
-    view = views[0] if len(views) == 1 else jax.tree.map(lambda whole, near: jnp.where(windowed, near, whole), *views)
+    both = len(views) > 1
+    view = jax.tree.map(lambda whole, near: jnp.where(windowed, near, whole), *views) if both else views[0]
     rope, own_mask_TxU, prompt_mask_PxTxS = view
 
     def weight(name, shape, axes, inputs=1, bias=False):
       rank = c.lora_rank if name in c.lora_targets else 0
-      return Weight(shape, axes, inputs, c.dtype, bias, rank, c.lora_scale, name=name)
+      return Weight(shape, axes, inputs, c.dtype, bias, rank, c.lora_scale, self.mesh, name=name)
 
     y = RMSNorm(c, name="attention_norm")(x_BxTxD)
     q = weight("q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), bias=c.qkv_bias)(y)
@@ -207,8 +226,18 @@ class Block(nn.Module):
       own = KeyValue(
         *(jax.lax.dynamic_update_slice_in_dim(c, new, index, 2) for c, new in zip(cache, own, strict=True))
       )
-    scale = (c.query_scalar or c.head_dim) ** -0.5
-    y = attend(_rotate(q, rope), own, own_mask_TxU, prompt, prompt_mask_PxTxS, scale, c.attention_soft_cap)
+    q, limits = _rotate(q, rope), ((c.query_scalar or c.head_dim) ** -0.5, c.attention_soft_cap)
+    kernel = c.attention
+    if kernel == "auto":
+      kernel = choose_kernel(self.mesh, q.shape[1], c.head_dim, c.dtype, c.attention_soft_cap)
+    if cache is None and kernel != "plain":
+
+      def flash(window):
+        return lambda: flash_attend(q, own, prompt, start_B, window, *limits, kernel, self.mesh)
+
+      y = jax.lax.cond(windowed, flash(c.window), flash(0)) if both else flash(0)()
+    else:
+      y = attend(q, own, own_mask_TxU, prompt, prompt_mask_PxTxS, *limits)
     y = weight("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), inputs=2)(y)
     x_BxTxD += RMSNorm(c, name="post_attention_norm")(y) if c.post_norms else y
 
@@ -226,6 +255,8 @@ class Policy(nn.Module):
   config: PolicyConfig
   vocab_size: int
   """How many ids are tokens, and can be sampled."""
+  mesh: Mesh | None = None
+  """Of the devices over which rows and parameters are spread."""
 
   @property
   def rows(self) -> int:
@@ -238,13 +269,13 @@ class Policy(nn.Module):
     if not self.config.tied:
       self.head_VxD = _param(self, "head", init, ("vocab", "embed"), shape)
     self.blocks = nn.scan(
-      nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+      nn.remat(Block, prevent_cse=False, policy=_REMAT[self.config.remat]),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, 0, nn.broadcast),
+      in_axes=(0, 0, nn.broadcast, nn.broadcast),
       length=self.config.depth,
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(self.config)
+    )(self.config, self.mesh)
     self.final_norm = RMSNorm(self.config)
 
   def __call__(self, tokens_BxT, start_B=None, prompt=None, prompt_mask_PxS=None):
@@ -262,11 +293,11 @@ class Policy(nn.Module):
     c, steps_T = self.config, jnp.arange(tokens_BxT.shape[1])
     views = _views(c, start_B, steps_T, steps_T, prompt_mask_PxS)
     windowed_L = jnp.array([i in c.windowed for i in range(c.depth)]) if c.windowed else None
-    x, own = self.blocks(self._embed(tokens_BxT), prompt, windowed_L, views)
+    x, own = self.blocks(self._embed(tokens_BxT), prompt, windowed_L, views, start_B)
     return self.final_norm(x), own
 
   def _embed(self, tokens):
-    x = self.embedding_VxD[tokens].astype(self.config.dtype)
+    x = constrain(self.embedding_VxD[tokens].astype(self.config.dtype), self.mesh, "rows", None, "embed")
     return x * self.config.width**0.5 if self.config.scale_embedding else x
 
   def _finish(self, x):
@@ -276,7 +307,7 @@ class Policy(nn.Module):
 
   def init_params(self, key: jax.Array):
     """Parameters, boxed with their logical axis names (`nn.unbox` takes the names off)."""
-    params = self.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    params = self.clone(mesh=None).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
     if not self.config.lora_rank:
       return params
 
@@ -287,7 +318,8 @@ class Policy(nn.Module):
 
   def head(self, params) -> Head:
     """What makes logits of the hidden states."""
-    return Head(params["embedding" if self.config.tied else "head"], self.config.logit_soft_cap, self.vocab_size)
+    matrix_VxD = params["embedding" if self.config.tied else "head"]
+    return Head(matrix_VxD, self.config.logit_soft_cap, self.vocab_size, self.mesh)
 
   def completion_hidden(self, params, prompts_PxS, prompt_lengths_P, completions_BxT) -> jax.Array:
     """Hidden states [B, T, D] from which each completion token is predicted; prompts are run once per group.
@@ -326,7 +358,7 @@ class Policy(nn.Module):
       updated = []
       for i, ((block, keys), own) in enumerate(zip(layers, cache, strict=True)):
         view = views[-1] if i in c.windowed else views[0]
-        x, read = Block(c).apply({"params": block}, x, keys, None, (view,), own, index)
+        x, read = Block(c, self.mesh).apply({"params": block}, x, keys, None, (view,), start_B, own, index)
         updated.append(read)
       return self.apply({"params": params}, x, method="_finish")[:, 0], tuple(updated)  # type: ignore[call-overload]
 
