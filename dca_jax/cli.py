@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
   p = command(_export, "write a run's policy as a Hugging Face folder", False)
   p.add_argument("--output", required=True, help="the folder to make")
   p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
+  p.add_argument("--adapters", action="store_true", help="LoRA's adapters alone, for peft; else they are merged")
 
   p = command(_review, "have stored trajectories read by another reviewer", True, workdir=None)
   p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
@@ -170,7 +171,7 @@ def _report(args, _) -> None:
 def _export(args, _) -> None:
   from dca_jax.export import export
 
-  print(export(args.workdir, args.output, args.step))
+  print(export(args.workdir, args.output, args.step, args.adapters))
 
 
 def _review(args, overrides) -> None:

@@ -16,11 +16,14 @@ from dca_jax.policy import PolicyConfig, join, merge, pretrained, split
 from dca_jax.workdir import locate
 
 
-def export(workdir: str, output: str, step: int | None = None) -> str:
+def export(workdir: str, output: str, step: int | None = None, adapters: bool = False) -> str:
   """Writes the policy of the newest checkpoint, or of that of `step`, to the folder `output`; returns what was done.
 
+  With `adapters` it is LoRA's adapters alone, in the format of peft; otherwise they are merged.
+
   Raises:
-    UserError: there is no such run or checkpoint, it began from nothing, or the folder cannot be written.
+    UserError: there is no such run or checkpoint, it began from nothing or has no adapters, or the folder cannot be
+      written.
   """
   folder = locate(workdir)
   if not (folder / "config.json").exists():
@@ -28,14 +31,16 @@ def export(workdir: str, output: str, step: int | None = None) -> str:
   section = config_lib.build(ConfigDict(json.loads((folder / "config.json").read_text()))).policy
   if not section.pretrained:
     raise UserError(f"--workdir={workdir} began from nothing, not from policy.pretrained, whose format export writes")
-  original, place = pretrained.folder(section.pretrained), pathlib.Path(output).expanduser().absolute()
+  if adapters and not section.lora_rank:
+    raise UserError(f"--workdir={workdir} has no adapters, as its policy.lora_rank is 0; leave --adapters out")
+  place = pathlib.Path(output).expanduser().absolute()
   step, params = read_params(folder, step)
-  if section.lora_rank:
+  if section.lora_rank and not adapters:
     with ocp.StandardCheckpointer() as checkpointer:
       start = checkpointer.restore(folder / "start")
     params = merge(join(split(start)[0], params), section.lora_scale)
-  plain = PolicyConfig(pretrained=section.pretrained, dtype=section.dtype)
-  pretrained.save(params, pretrained.resolve(plain, 0), original, folder / "tokenizer", place)
+    section = PolicyConfig(pretrained=section.pretrained, dtype=section.dtype)
+  pretrained.save(params, pretrained.resolve(section, 0), section.pretrained, folder / "tokenizer", place)
   return f"step {step}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, written and read again: {place}"
 
 

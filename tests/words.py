@@ -140,5 +140,5 @@ def write_model(folder: pathlib.Path, config: dict) -> pathlib.Path:
   (tokenizer / "config.json").write_text(json.dumps(config))
   described = from_json(config, "config.json", "float32")
   params = nn.unbox(Policy(described, described.vocab_size).init_params(jax.random.key(3)))
-  pretrained.save(params, described, tokenizer, epath.Path(tokenizer), folder / "model")
+  pretrained.save(params, described, str(tokenizer), epath.Path(tokenizer), folder / "model")
   return folder / "model"

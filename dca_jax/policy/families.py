@@ -67,11 +67,13 @@ _MODULES = {
 
 
 def tensor_name(config: PolicyConfig, path: tuple[str, ...]) -> str:
-  """The name of a parameter in the files of a model; where it is one of the layers', `{}` is for the layer's number."""
+  """The name of a parameter in the files of a model, or of an adapter in those of peft; `{}` is the layer's number."""
   if path[0] != "blocks":
     return _OUTSIDE[path[0]]
   mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
   module = mlp_norm if path[1] == "mlp_norm" else _MODULES[path[1]]
+  if path[2].startswith("lora_"):
+    return f"base_model.model.model.layers.{{}}.{module}.lora_{path[2][-1].upper()}.weight"
   return f"model.layers.{{}}.{module}.{'bias' if path[2] == 'bias' else 'weight'}"
 
 

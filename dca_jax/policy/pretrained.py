@@ -32,6 +32,7 @@ from dca_jax.policy.lora import join, split
 from dca_jax.policy.transformer import FREE, Policy, PolicyConfig
 
 _SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
+_TURNED = ("kernel", "lora_a", "lora_b")  # Parameters that a file has transposed.
 
 
 def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
@@ -149,12 +150,12 @@ def _keys(path) -> tuple[str, ...]:
 
 
 def _inputs(keys: tuple[str, ...]) -> int:
-  return 2 if keys[1] == "o" else 1
+  return 2 if keys[1] == "o" and keys[-1] != "lora_b" else 1
 
 
 def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape that one layer's parameter has in a file: [outputs, inputs], with no axis for heads."""
-  if keys[-1] == "kernel":
+  if keys[-1] in _TURNED:
     return math.prod(shape[_inputs(keys) :]), math.prod(shape[: _inputs(keys)])
   return (math.prod(shape),) if keys[-1] == "bias" else tuple(shape)
 
@@ -171,12 +172,12 @@ def _named(config: PolicyConfig, params) -> Iterator[tuple[str, tuple[str, ...],
 # Out.
 
 
-def save(params, config: PolicyConfig, original: pathlib.Path, tokenizer: epath.Path, output: pathlib.Path) -> None:
+def save(params, config: PolicyConfig, original: str, tokenizer: epath.Path, output: pathlib.Path) -> None:
   """Writes a Hugging Face folder in float32, and reads it again before it gets its name.
 
   Args:
-    params: of the whole model, on the host or on devices.
-    original: the folder that training began from, whose config.json and generation_config.json are kept.
+    params: of the whole model or, where `config` has a LoRA rank, of its adapters alone; on the host or on devices.
+    original: the `policy.pretrained` that training began from.
     tokenizer: a folder of tokenizer files.
 
   Raises:
@@ -185,29 +186,30 @@ def save(params, config: PolicyConfig, original: pathlib.Path, tokenizer: epath.
   if output.exists():
     raise UserError(f"{output} is already there; choose another --output")
   partial = output.with_name(f".{output.name}.partial")
-  described = read_json(original / "config.json")
-  described |= {"torch_dtype" if "torch_dtype" in described else "dtype": "float32"}
   try:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in tokenizer.iterdir():
       (partial / file.name).write_bytes(file.read_bytes())
-    if (original / "generation_config.json").exists():
-      shutil.copy(original / "generation_config.json", partial)
-    (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    _write(params, config, partial)
-    files = _check(config, partial, params)
+    files = (_write_adapters if config.lora_rank else _write_model)(params, config, original, partial)
     for name, keys, layer, shape in _named(config, params):
       if _read(files[name], name).tobytes() != _theirs(params, keys, layer, shape).tobytes():
         raise UserError(f"{files[name]}: {name} was not written as it is; the disk may be failing")
-    if from_json(read_json(partial / "config.json"), f"{partial}/config.json", config.dtype) != config:
-      raise UserError(f"{original}/config.json does not describe the model any more; bring the old one back")
     partial.rename(output)
   except (OSError, SafetensorError) as error:
     raise UserError(f"could not write {output} ({error}); make room or choose another --output") from error
 
 
-def _write(params, config: PolicyConfig, folder: pathlib.Path) -> None:
+def _write_model(params, config: PolicyConfig, original: str, partial: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Writes all of a model, with the config.json and generation_config.json it had; returns the file of every tensor."""
+  source = folder(original)
+  described = read_json(source / "config.json")
+  described |= {"torch_dtype" if "torch_dtype" in described else "dtype": "float32"}
+  _write_json(partial / "config.json", described)
+  if from_json(read_json(partial / "config.json"), f"{partial}/config.json", config.dtype) != config:
+    raise UserError(f"{source}/config.json does not describe the model any more; bring the old one back")
+  if (source / "generation_config.json").exists():
+    shutil.copy(source / "generation_config.json", partial)
   total, shards = 0, collections.defaultdict(list)
   places: dict[str, str] = {}
   for named in _named(config, params):
@@ -217,13 +219,35 @@ def _write(params, config: PolicyConfig, folder: pathlib.Path) -> None:
     file = f"model-{i:05}-of-{len(shards):05}.safetensors"
     places |= {name: file for name, *_ in shard}
     tensors = {name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in shard}
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-  index = {"metadata": {"total_size": total}, "weight_map": places}
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, partial / file, metadata={"format": "pt"})
+  _write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+  return _check(config, partial, params)
+
+
+def _write_adapters(params, config: PolicyConfig, original: str, partial: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The same for adapters, as peft reads them."""
+  tensors = {name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in _named(config, params)}
+  described = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": original,
+    "r": config.lora_rank,
+    "lora_alpha": config.lora_alpha,
+    "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+    "bias": "none",
+    "inference_mode": True,
+  }
+  _write_json(partial / "adapter_config.json", described)
+  save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+  return dict.fromkeys(tensors, partial / "adapter_model.safetensors")
+
+
+def _write_json(path: pathlib.Path, given: dict[str, Any]) -> None:
+  path.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
 
 
 def _theirs(params, keys: tuple[str, ...], layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
   """A tensor as a file has it."""
   ours = functools.reduce(operator.getitem, keys, params)
   ours = np.asarray(ours if layer is None else ours[layer], np.float32)
-  return np.ascontiguousarray(ours.reshape(shape[::-1]).T if keys[-1] == "kernel" else ours.reshape(shape))
+  return np.ascontiguousarray(ours.reshape(shape[::-1]).T if keys[-1] in _TURNED else ours.reshape(shape))

@@ -1,6 +1,7 @@
 """Low-rank adapters: only they are trained, saved and counted; merged they compute the same."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -11,11 +12,15 @@ import pytest
 import tiny
 import words
 from etils import epath
+from safetensors.numpy import save_file
+from test_pretrained import tensors
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "review"))
 from fake_server import FakeServer, honest_reply
 
+from dca_jax.cli import main
 from dca_jax.config import ConfigError
+from dca_jax.errors import UserError
 from dca_jax.export import export, read_params
 from dca_jax.mesh import MeshConfig, make_mesh, param_shardings
 from dca_jax.policy import Policy, PolicyConfig, join, merge, pretrained, sampling_logits, split
@@ -72,6 +77,68 @@ def test_targets_alone_have_adapters_and_what_they_adapt_is_kept_in_the_dtype_of
   assert np.isfinite(logits(policy, params)).all()
 
 
+# In each layer of reference/qwen3, with rank 3, as peft 0.21 writes them (lora_A and lora_B of each).
+PEFT = {
+  "mlp.down_proj": ((3, 48), (32, 3)),
+  "mlp.gate_proj": ((3, 32), (48, 3)),
+  "mlp.up_proj": ((3, 32), (48, 3)),
+  "self_attn.k_proj": ((3, 32), (32, 3)),
+  "self_attn.o_proj": ((3, 64), (32, 3)),
+  "self_attn.q_proj": ((3, 32), (64, 3)),
+  "self_attn.v_proj": ((3, 32), (32, 3)),
+}
+
+
+def assert_adapters_make(adapters, start, merged, scale):
+  """Adds them to the weights as peft does, with no code of ours."""
+  expected = {key: value.astype(np.float32) for key, value in start.items()}
+  for name, b in adapters.items():
+    if name.endswith(".lora_B.weight"):
+      key = name.removeprefix("base_model.model.").replace(".lora_B", "")
+      expected[key] = expected[key] + scale * b @ adapters[name.replace(".lora_B", ".lora_A")]
+  assert merged.keys() == expected.keys()
+  for key, value in merged.items():
+    np.testing.assert_allclose(value, expected[key], atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(
+  ("family", "layers"), [("qwen3", 2), ("qwen2", 2), ("gemma2", 3), ("gemma3", 3), ("llama_tied", 2)]
+)
+def test_adapters_alone_are_as_peft_has_them(family, layers, tmp_path):
+  policy, params = adapted(family)
+  original = str(FOLDER / family)
+  plain = pretrained.resolve(PolicyConfig(pretrained=original), VOCAB)
+  (tmp_path / "tokenizer").mkdir()
+  pretrained.save(split(params)[1], policy.config, original, tmp_path / "tokenizer", tmp_path / "out")
+  pretrained.save(merge(params, 2.0), plain, original, tmp_path / "tokenizer", tmp_path / "merged")
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+  adapters = tensors(tmp_path / "out")
+  assert {name: a.dtype.name for name, a in adapters.items()} == {
+    f"base_model.model.model.layers.{i}.{module}.lora_{x}.weight": "float32"
+    for i in range(layers)
+    for module in PEFT
+    for x in "AB"
+  }
+  if family == "qwen3":
+    for name, a in adapters.items():
+      *_, kind, module, x, _ = name.split(".")
+      assert a.shape == PEFT[f"{kind}.{module}"][x == "lora_B"], name
+  assert_adapters_make(adapters, tensors(FOLDER / family), tensors(tmp_path / "merged"), 2.0)
+
+
+def test_adapters_that_were_written_wrong_get_no_name(tmp_path, monkeypatch):
+  policy, params = adapted()
+  (tmp_path / "tokenizer").mkdir()
+
+  def careless(tensors, path, metadata):
+    save_file({k: v + k.endswith("1.mlp.up_proj.lora_A.weight") for k, v in tensors.items()}, path, metadata)
+
+  monkeypatch.setattr(pretrained, "save_file", careless)
+  with pytest.raises(UserError, match=r"1\.mlp\.up_proj\.lora_A\.weight was not written as it is"):
+    pretrained.save(split(params)[1], policy.config, "", tmp_path / "tokenizer", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
@@ -113,7 +180,7 @@ def run(tmp_path_factory):
   with FakeServer(reply=opinion) as server:
     changes = {
       "steps": 2,
-      "policy": {"pretrained": str(model), "dtype": "bfloat16", "lora_rank": 4},
+      "policy": {"pretrained": str(model), "dtype": "bfloat16", "lora_rank": 4, "lora_targets": ("q", "o", "down")},
       "task": {
         "name": "tfds",
         "dataset": "gsm8k",
@@ -186,6 +253,31 @@ def test_an_export_computes_what_the_run_does_and_can_be_sampled(run, tmp_path):
     patch.syspath_prepend(str(pathlib.Path(__file__).parent))
     train(tiny.make_config({**changes, **rollout}), str(tmp_path / "next"), quiet=True)
   assert "eval/sampled" in tiny.read_lines(tmp_path / "next")[0]
+
+
+def test_adapters_alone_of_a_run(run, tmp_path, capsys):
+  folder, _ = run
+  command = ["export", f"--workdir={folder / 'run'}", f"--output={tmp_path / 'out'}", "--adapters"]
+  assert main(command) == 0
+  assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()) == {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": str(folder / "model"),
+    "r": 4,
+    "lora_alpha": 16.0,
+    "target_modules": ["down_proj", "o_proj", "q_proj"],
+    "bias": "none",
+    "inference_mode": True,
+  }
+  for file in ("tokenizer.json", "tokenizer_config.json"):
+    assert (tmp_path / "out" / file).read_bytes() == (folder / "run" / "tokenizer" / file).read_bytes()
+  export(str(folder / "run"), str(tmp_path / "merged"))
+  start = {key: value.astype(jnp.bfloat16) for key, value in tensors(folder / "model").items()}
+  assert_adapters_make(tensors(tmp_path / "out"), start, tensors(tmp_path / "merged"), 4.0)
+  before = sorted(tmp_path.rglob("*"))
+  assert main(command) == 1
+  assert f"{tmp_path / 'out'} is already there" in capsys.readouterr().err
+  assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_run_goes_on(run):

@@ -248,6 +248,8 @@ def test_export_of_an_earlier_step_and_of_what_is_not_there(run, tmp_path):
     export(str(run), str(tmp_path / "seven"), 7)
   with pytest.raises(UserError, match="holds no run"):
     export(str(tmp_path / "nothing"), str(tmp_path / "other"))
+  with pytest.raises(UserError, match="has no adapters"):
+    export(str(run), str(tmp_path / "other"), adapters=True)
   assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
@@ -256,7 +258,7 @@ def test_what_goes_out_in_several_files_comes_in_bit_for_bit(name, tmp_path, mon
   monkeypatch.setattr(pretrained, "_SHARD_BYTES", 20_000)
   policy, params = read(FOLDER / name)
   (tmp_path / "tokenizer").mkdir()
-  pretrained.save(params, policy.config, FOLDER / name, tmp_path / "tokenizer", tmp_path / "out")
+  pretrained.save(params, policy.config, str(FOLDER / name), tmp_path / "tokenizer", tmp_path / "out")
   assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
   again, reloaded = read(tmp_path / "out")
   assert again.config == policy.config
@@ -282,7 +284,7 @@ def test_a_write_that_went_wrong_leaves_no_folder(tmp_path, monkeypatch):
 
   monkeypatch.setattr(pretrained, "save_file", careless)
   with pytest.raises(UserError, match=r"model\.norm\.weight was not written as it is"):
-    pretrained.save(params, policy.config, FOLDER / "qwen3", tmp_path / "tokenizer", tmp_path / "out")
+    pretrained.save(params, policy.config, str(FOLDER / "qwen3"), tmp_path / "tokenizer", tmp_path / "out")
   assert not (tmp_path / "out").exists()
 
 
