@@ -48,6 +48,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   shapes = jax.eval_shape(lambda p: learner.init_state(optimizer, p), split(whole)[1])
   shardings = mesh.state_shardings(devices, policy, optimizer)
   parameters, trained = _bytes(whole, mesh.param_shardings(devices, policy)), _bytes(shapes.params, shardings.params)
+  moments = _bytes(shapes.opt_state, shardings.opt_state)
   copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * trained
 
   def rows(on) -> int:
@@ -66,11 +67,11 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   micro_batch = rows(devices) // config.learner.micro_batches
   tokens = micro_batch * rollout.group * rollout.max_tokens
   updating = {
-    "gradients": 2 * trained,  # Of all micro-batches so far, and of this one.
+    "gradients": moments // 2 + trained,  # Of all micro-batches so far, in float32, and of this one.
     "activations of a micro-batch": _saved(config, policy, micro_batch),
     "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
   }
-  return Memory(parameters, _bytes(shapes.opt_state, shardings.opt_state), copies, sampling, updating)
+  return Memory(parameters, moments, copies, sampling, updating)
 
 
 def _bytes(shapes, shardings) -> int:

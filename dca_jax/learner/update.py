@@ -94,7 +94,26 @@ def loss_sums(
 
 
 def init_state(optimizer: optax.GradientTransformation, params, value_head=None, behind=None) -> TrainState:
-  return TrainState(params, optimizer.init(params), value_head, behind)
+  moments = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+  return TrainState(params, moments, value_head, behind)
+
+
+def apply_rounded(params, changes, count: jax.Array):
+  """bfloat16 parameters plus changes, rounded up or down by chance, as often as makes the mean exact.
+
+  Args:
+    count: updates so far, which keys the chance.
+  """
+  key = jax.random.fold_in(jax.random.key(0), count)
+
+  def one(i, x, change):
+    # A bfloat16 is the upper half of a float32: noise in the lower half carries over or is cut off.
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + change, jnp.uint32)
+    bits += jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits & 0xFFFF0000, jnp.float32).astype(x.dtype)
+
+  numbers = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
+  return jax.tree.map(one, numbers, params, changes)
 
 
 @functools.partial(
@@ -141,11 +160,14 @@ def update(
   def accumulate(carry, micro_batch):
     grads, sums = carry
     more_grads, (more, logp_BxT) = gradient(state.params, micro_batch)
-    grads = jax.tree.map(jnp.add, grads, more_grads)
+    grads = jax.tree.map(jnp.add, grads, more_grads)  # In float32, whatever the type of the parameters.
     added = jax.tree.map(jnp.add, sums, more)
     return (grads, added._replace(sampler_error=jnp.maximum(sums.sampler_error, more.sampler_error))), logp_BxT
 
-  zero = (jax.tree.map(jnp.zeros_like, state.params), Sums(*[jnp.float32(0)] * len(Sums._fields)))
+  zero = (
+    jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
+    Sums(*[jnp.float32(0)] * len(Sums._fields)),
+  )
   (grads, sums), logp_nxBxT = jax.lax.scan(accumulate, zero, jax.tree.map(split, batch))
 
   count = jnp.maximum(sums.tokens, 1.0)
@@ -162,7 +184,11 @@ def update(
     "learner/grad_norm": optax.tree.norm(grads),
     "sampler/logprob_error": sums.sampler_error,
   }
-  state = state._replace(params=optax.apply_updates(state.params, changes), opt_state=opt_state)
+  if policy.config.weights == "bfloat16":
+    params = apply_rounded(state.params, changes, optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1])
+  else:
+    params = optax.apply_updates(state.params, changes)
+  state = state._replace(params=params, opt_state=opt_state)
   return state, metrics, in_order(logp_nxBxT)
 
 

@@ -29,8 +29,8 @@ class PolicyConfig:
   """The `policy` section. Its defaults make a small policy that begins from nothing."""
 
   pretrained: str = ""
-  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype`, `remat`,
-  `attention` and those of LoRA."""
+  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype`, `weights`,
+  `remat`, `attention` and those of LoRA."""
   lora_rank: int = 0
   """Rank of the adapters, which alone are trained; 0 trains everything. What they adapt is kept in `dtype`."""
   lora_alpha: float = 16.0
@@ -76,7 +76,10 @@ class PolicyConfig:
   qk_norm: bool = False
   """Normalise queries and keys in each head, as Qwen3 and Gemma 3 do; it bears much higher learning rates."""
   dtype: str = "float32"
-  """Type of activations and matrix products; weights are kept in float32."""
+  """Type of activations and matrix products."""
+  weights: str = "float32"
+  """Type that trained weights are kept in; `bfloat16` needs half the memory for them, and every update rounds at
+  random, so that changes too small to show are right on average. Adapters are always float32."""
   remat: str = "projections"
   """What the forward pass of an update keeps for the backward pass: `all`, `projections` (results of the matrix
   products with weights), or `layers` (what goes into each layer), which takes least memory and a third more time."""
@@ -110,14 +113,19 @@ class PolicyConfig:
       bad["lora_alpha"] = "must be positive"
     if self.activation not in _ACTIVATIONS:
       bad["activation"] = f"must be one of {', '.join(_ACTIVATIONS)}"
-    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(self, "remat", *_REMAT)
+    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(self, "weights", "float32", "bfloat16")
+    if self.weights == "bfloat16" and not self.pretrained:
+      bad["weights"] = "can be 'bfloat16' only with policy.pretrained"
+    bad |= one_of(self, "remat", *_REMAT)
     bad |= one_of(self, "attention", "auto", "plain", "splash", "cudnn")
     if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.attention_soft_cap):
       bad["attention"] = "can be 'cudnn' only with policy.dtype 'bfloat16' and without policy.attention_soft_cap"
     return bad
 
   def unused(self) -> dict[str, str]:
-    adapted = {} if self.lora_rank else dict.fromkeys(("lora_alpha", "lora_targets"), "policy.lora_rank is 0")
+    adapted = dict.fromkeys(("lora_alpha", "lora_targets"), "policy.lora_rank is 0")
+    if self.lora_rank:
+      adapted = {"weights": "policy.lora_rank is not 0, and what is not trained is kept in policy.dtype"}
     if self.pretrained:
       keys = [field.name for field in dataclasses.fields(self) if field.name not in (*FREE, "pretrained")]
       return adapted | dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
@@ -129,7 +137,7 @@ class PolicyConfig:
     return self.lora_alpha / max(1, self.lora_rank)
 
 
-FREE = ("dtype", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets")  # Whatever the model.
+FREE = ("dtype", "weights", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets")  # Whatever the model.
 _REMAT = {
   "all": jax.checkpoint_policies.everything_saveable,
   "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -308,11 +316,10 @@ class Policy(nn.Module):
   def init_params(self, key: jax.Array):
     """Parameters, boxed with their logical axis names (`nn.unbox` takes the names off)."""
     params = self.clone(mesh=None).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-    if not self.config.lora_rank:
-      return params
+    kept = self.config.dtype if self.config.lora_rank else self.config.weights
 
     def cast(path, x):
-      return x if any(str(getattr(key, "key", "")).startswith("lora_") for key in path) else x.astype(self.config.dtype)
+      return x if any(str(getattr(key, "key", "")).startswith("lora_") for key in path) else x.astype(kept)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

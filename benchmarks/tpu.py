@@ -1,0 +1,91 @@
+"""Compiles a recipe's two programs for TPUs that are not there, and prints what they take by XLA's own account.
+
+    pip install libtpu  # the version that jax's `tpu` extra names
+    python benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
+
+Needs no weights, only the model's config.json (a folder with just that will do as policy.pretrained). The device count
+is that of the topology; --devices takes the first ones. The compiler refuses a program that does not fit a chip.
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from dca_jax import config as config_lib
+from dca_jax import learner, mesh
+from dca_jax.plan import memory
+from dca_jax.policy import Policy, pretrained, split
+from dca_jax.policy.sharding import AXES
+from dca_jax.rollout.sampler import sample
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:4x4, v5p:2x2x4")
+  parser.add_argument("--devices", type=int)
+  arguments, overrides = parser.parse_known_args()
+  chips = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[: arguments.devices]
+  config = config_lib.load(arguments.config, overrides)
+  abstract = mesh.abstract_meshes(config.mesh, len(chips))
+  training, sampling = (
+    Mesh(np.array(chips).reshape(m.axis_sizes), AXES, axis_types=(AxisType.Auto,) * 3) for m in abstract
+  )
+  known = pretrained.resolve(config.policy, 0)
+  policy = Policy(known, known.vocab_size, training)
+  planned = memory(config, policy, training, sampling)
+
+  def on(sharding, dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def laid_out(shapes, shardings):
+    return jax.tree.map(lambda a, s: on(s, a.dtype, *a.shape), shapes, shardings)
+
+  r, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
+  p, b, t = r.problems, r.problems * r.group, r.max_tokens
+
+  whole = mesh.param_shapes(policy)
+  rows = mesh.batch_sharding(training)
+  state = jax.eval_shape(lambda params: learner.init_state(optimizer, params), split(whole)[1])
+  state = laid_out(state, mesh.state_shardings(training, policy, optimizer))
+  floats, counts = on(rows, jnp.float32, b, t), on(rows, jnp.int32, b)
+  prompts = on(rows, jnp.int32, p, r.max_prompt_tokens), on(rows, jnp.int32, p)
+  tokens, trained = on(rows, jnp.int32, b, t), on(rows, jnp.bool_, b)
+  reference = floats if config.learner.reference else None
+  batch = learner.Batch(*prompts, tokens, counts, trained, floats, floats, reference)
+  frozen = split(laid_out(whole, mesh.param_shardings(training, policy)))[0]
+  static = policy, config.learner, optimizer, r.sampling, r.group
+  updating = learner.update.lower(*static, state, batch, on(mesh.replicated(training), jnp.bool_), frozen or None)
+  report("update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values()))
+
+  rows, same = mesh.batch_sharding(sampling), mesh.replicated(sampling)
+  writer = policy.clone(mesh=sampling)
+  params = laid_out(whole, mesh.param_shardings(sampling, policy))
+  prompts = on(rows, jnp.int32, p, r.max_prompt_tokens), on(rows, jnp.int32, p), on(rows, jnp.uint32, p)
+  key = on(same, jax.random.key(0).dtype)
+  drawn = dict(sampling=r.sampling, group=r.group, max_tokens=t)
+  lowered = sample.lower(writer, params, *prompts, key, on(same, jnp.int32, 1), **drawn)
+  report("sample", lowered, planned.parameters + sum(planned.sampling.values()))
+
+
+def report(name: str, lowered, planned: int) -> None:
+  begun = time.perf_counter()
+  m, unit = lowered.compile().memory_analysis(), 2**30
+  takes = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+  print(
+    f"{name}: {takes / unit:.2f} GiB on each chip, planned {planned / unit:.2f};"
+    f" compiled in {time.perf_counter() - begun:.0f} s",
+    flush=True,
+  )
+
+
+if __name__ == "__main__":
+  main()
