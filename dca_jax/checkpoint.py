@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
+from dca_jax.checks import at_least
 from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 from dca_jax.processes import gather
@@ -31,7 +32,7 @@ class CheckpointConfig:
   metric was measured."""
 
   def check(self) -> dict[str, str]:
-    bad = {key: "must be at least 1" for key in ("every", "keep") if getattr(self, key) < 1}
+    bad = at_least(1, self, "every", "keep")
     if self.keep_every < 0 or (self.every > 0 and self.keep_every % self.every):
       bad["keep_every"] = f"must be a multiple of checkpoint.every ({self.every}), or 0"
     return bad

@@ -6,14 +6,15 @@ def at_least(least: int, section, *keys: str) -> dict[str, str]:
   return {key: why for key in keys if getattr(section, key) < least}
 
 
-def positive(section, *keys: str) -> dict[str, str]:
-  return {key: "must be positive" for key in keys if not getattr(section, key) > 0}
+def positive(section, *keys: str, most: float = float("inf")) -> dict[str, str]:
+  why = "must be positive" + (f" and at most {most}" if most < float("inf") else "")
+  return {key: why for key in keys if not 0 < getattr(section, key) <= most}
 
 
-def fraction(section, *keys: str) -> dict[str, str]:
-  return {key: "must be between 0 and 1" for key in keys if not 0 <= getattr(section, key) <= 1}
+def between(least: int, most: int, section, *keys: str) -> dict[str, str]:
+  return {key: f"must be between {least} and {most}" for key in keys if not least <= getattr(section, key) <= most}
 
 
-def one_of(section, key: str, *known: str) -> dict[str, str]:
+def one_of(section, key: str, *known: str | int) -> dict[str, str]:
   *most, last = map(repr, known)
   return {} if getattr(section, key) in known else {key: f"must be {', '.join(most)} or {last}"}

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from dca_jax.checkpoint import CheckpointConfig
-from dca_jax.checks import at_least
+from dca_jax.checks import at_least, between
 from dca_jax.credit import CreditConfig
 from dca_jax.errors import UserError
 from dca_jax.evaluate import EvaluateConfig
@@ -57,9 +57,7 @@ class Config:
 
   def check(self) -> dict[str, str]:
     """Mistakes that no section can see alone."""
-    bad = at_least(1, self, "steps")
-    if not 0 <= self.seed < 2**31:
-      bad["seed"] = "must be between 0 and 2147483647"
+    bad = at_least(1, self, "steps") | between(0, 2**31 - 1, self, "seed")
     if self.policy.pretrained and self.warmstart.total:
       bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = "must be 0 with policy.pretrained"
     if self.rollout.problems % self.learner.micro_batches:

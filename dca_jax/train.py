@@ -72,48 +72,18 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
   check_data(config, task, tokenizer)
-  devices = mesh.make_mesh(config.mesh)
-  policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer), devices)
-  optimizer = learner.make_optimizer(config.learner, config.steps)
-
-  rows, everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
+  policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer))
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, policy.config.width, config.seed) if learned else None
-  shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap)
-  update = functools.partial(
-    learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
-  )
-  on_policy = put([np.bool_(False), np.bool_(True)], everywhere)
-  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *a: task.prefix_values(*a))
-  canaries = make_canaries(task) if config.reviewer.canary_every and jax.process_index() == 0 else []
-
-  sampler_devices = mesh.sampler_mesh(config.mesh, devices)
-  end_ids = put(np.array(end_ids_of(tokenizer), np.int32), mesh.replicated(sampler_devices))
-  sampler = Sampler(policy.clone(mesh=sampler_devices), config.rollout, end_ids, mesh.batch_sharding(sampler_devices))
-  for_sampler = mesh.relay(devices, sampler_devices, policy)
-  mesh.check_rows(devices, sampler_devices, config.rollout.problems, config.learner.micro_batches)
-
-  param_shardings = mesh.param_shardings(devices, policy)
-  init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=param_shardings)
-
-  def new_state(params, head):
-    return learner.init_state(optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None)
-
-  init_state = jax.jit(new_state, out_shardings=shardings)
-  whole_shapes = jax.eval_shape(init_params, jax.random.key(0))
-  state_shapes = jax.eval_shape(new_state, split(whole_shapes)[1], head)
-  abstract_start, abstract = (
-    jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, own)
-    for shapes, own in ((whole_shapes, param_shardings), (state_shapes, shardings))
-  )
-  frozen, trained = split(abstract_start)
-  check_fits([abstract, frozen, trained if config.learner.reference else ()])
+  on = OnDevices(config, policy, tokenizer, head)
 
   folder = claim(config, workdir, resume)
   growing = Growing(folder)
   if jax.process_index() == 0:
     tokenizer.save_pretrained(growing.folder / "tokenizer")
 
+  truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *a: task.prefix_values(*a))
+  canaries = make_canaries(task) if config.reviewer.canary_every and jax.process_index() == 0 else []
   share = Share(jax.process_count(), lambda own: sum(gather(own)))
   with (
     notices() as stop_asked,
@@ -122,17 +92,9 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
     Checkpoints(config.checkpoint, folder, config.fixed()) as checkpoints,
   ):
 
-    def make_start():
-      if config.policy.pretrained:
-        return pretrained.load(policy, pretrained.folder(config.policy.pretrained, weights=True), param_shardings)
-      params = init_params(jax.random.key(config.warmstart.seed))
-      limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
-      whole = policy.clone(mesh=None)
-      return warm_start(config.warmstart, task, config.task, tokenizer, whole, params, limits, everywhere)
-
     def begin(step: int, params) -> Begun:
       """Samples a batch and hands it to the reviewer, who reads it while the device goes on."""
-      rollout = collect(sampler, config.seed, step, task, tokenizer, params)
+      rollout = collect(on.sampler, config.seed, step, task, tokenizer, params)
       if config.learner.mask_truncated:
         rollout = rollout._replace(trained_B=rollout.trained_B & ~rollout.samples.truncated_B)
       spans, texts = cut_steps(rollout.samples, tokenizer, task)
@@ -141,10 +103,11 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
       sent = [request for request, ask in zip(requests, asked, strict=True) if ask]
       return Begun(rollout, spans, requests, asked, reviewer.submit(sent, config.reviewer.deadline))
 
-    start = starting_policy(folder, abstract_start, make_start)
+    start = starting_policy(config, folder, policy, task, tokenizer, on)
     frozen, trained = split(start)
-    done, state = checkpoints.restore(abstract, resume) or (0, init_state(copy_of(trained), put(head, everywhere)))
+    done, state = checkpoints.restore(on.state, resume) or (0, on.init_state(copy(trained), put(head, on.everywhere)))
     whole = functools.partial(join, frozen)
+    on_policy = put([np.bool_(False), np.bool_(True)], on.everywhere)
     if not config.learner.reference:
       del start, trained
 
@@ -153,19 +116,19 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
         forget_trajectories(folder / "trajectories", done)
       if not gather(0 in reporter.steps)[0]:
         reporter.log(
-          0, eval_metrics(evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(whole(state.params))))
+          0, eval_metrics(evaluate(config.evaluate, on.sampler, task, tokenizer, on.for_sampler(whole(state.params))))
         )
 
       ahead: Begun | None = None
       for step in range(done + 1, config.steps + 1):
         with jax.transfer_guard("disallow"):
           clock = Clock()
-          params = for_sampler(whole(state.params))
+          params = on.for_sampler(whole(state.params))
           if overlap:
             # This batch was sampled a step ago; after a resume it is sampled anew, by the same policy.
-            begun = ahead or begin(step, for_sampler(whole(state.behind)))
+            begun = ahead or begin(step, on.for_sampler(whole(state.behind)))
             ahead = begin(step + 1, params) if step < config.steps else None
-            state = state._replace(behind=copy_of(state.params))
+            state = state._replace(behind=copy(state.params))
           else:
             begun = begin(step, params)
           rollout, spans = begun.rollout, begun.spans
@@ -173,23 +136,23 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
 
           # The reference runs on the device while the host reviews.
           prompts, prompt_lengths, completions = put(
-            (rollout.prompts_PxS, rollout.prompt_lengths_P, rollout.samples.tokens_BxT), rows
+            (rollout.prompts_PxS, rollout.prompt_lengths_P, rollout.samples.tokens_BxT), on.rows
           )
           reference = None
           if config.learner.reference:
             reference = learner.reference_logprobs(
-              policy, config.rollout.sampling, start, prompts, prompt_lengths, completions
+              on.policy, config.rollout.sampling, start, prompts, prompt_lengths, completions
             )
           reviews = wait_for_reviews(begun, config.reviewer.deadline)
           continued = 0
           if config.value.source == "monte_carlo":
             reviews, continued = monte_carlo(
               config.value,
-              sampler,
+              on.sampler,
               task,
               tokenizer,
               params,
-              value_key(config.seed, step, end_ids.sharding),
+              value_key(config.seed, step, on.sampler.end_ids_E.sharding),
               rollout.problems,
               (rollout.prompts_PxS, rollout.prompt_lengths_P),
               rollout.samples,
@@ -209,11 +172,18 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
               rewards_B.reshape(-1, config.rollout.group),
               said,
             ),
-            rows,
+            on.rows,
           )
           if learned:
             review, hidden = learned_values(
-              config.value, policy, state.value_head, whole(state.params), prompts, prompt_lengths, completions, review
+              config.value,
+              on.policy,
+              state.value_head,
+              whole(state.params),
+              prompts,
+              prompt_lengths,
+              completions,
+              review,
             )
           advantages = assign_credit(config.credit, rewards, lengths, truncated, review)
           batch = learner.Batch(
@@ -221,7 +191,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
           )
           for i in range(config.learner.updates_per_batch):
             # One step behind, the ratio is against the policy that sampled, in every update.
-            state, stats, logprobs = update(state, batch, on_policy[i == 0 and not overlap], frozen)
+            state, stats, logprobs = on.update(state, batch, on_policy[i == 0 and not overlap], frozen)
             if i == 0:
               first = stats
               batch = batch if overlap else batch._replace(logprobs_BxT=logprobs)
@@ -231,8 +201,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
               config.value, state.value_head, hidden, review.step_ids_BxT, lengths, rewards
             )
             state = state._replace(value_head=head)
-          host_advantages = fetch(advantages, rows)
-          values_BxK = fetch(review.values_BxK, rows) if learned else said.values_BxK
+          host_advantages = fetch(advantages, on.rows)
+          values_BxK = fetch(review.values_BxK, on.rows) if learned else said.values_BxK
           records = trajectories(begun, reviews, values_BxK, host_advantages)
           write_trajectories(folder / "trajectories", step, jax.process_index(), records)
           stats = jax.device_get(stats)
@@ -254,7 +224,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
         stop = next((reason for _, _, reason in told if reason), None)
         last = bool(problem or stop) or step == config.steps
         if step == config.steps or (config.evaluate.every and step % config.evaluate.every == 0):
-          scores = evaluate(config.evaluate, sampler, task, tokenizer, for_sampler(whole(state.params)))
+          scores = evaluate(config.evaluate, on.sampler, task, tokenizer, on.for_sampler(whole(state.params)))
           measured |= eval_metrics(scores)
         reporter.log(step, measured)
         if checkpoints.due(step, measured, last):
@@ -272,11 +242,47 @@ def value_key(seed: int, step: int, sharding) -> jax.Array:
 
 
 @jax.jit
-def copy_of(params):
+def copy(params):
   return jax.tree.map(jnp.copy, params)
 
 
 # Before the first step.
+
+
+class OnDevices:
+  """What a run has on its devices: its programs, and how its arrays lie there. Nothing large is allocated yet: `start`
+  and `state`, the parameters that it starts from and its train state, are shapes.
+
+  Raises:
+    UserError: the mesh does not fit the devices, the policy or the batch, or memory does not suffice.
+  """
+
+  def __init__(self, config: Config, policy: Policy, tokenizer, head):
+    rollout, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
+    devices = mesh.make_mesh(config.mesh)
+    self.policy = policy = policy.clone(mesh=devices)
+    self.rows, self.everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
+    self.param_shardings = mesh.param_shardings(devices, policy)
+    self.update = functools.partial(learner.update, policy, config.learner, optimizer, rollout.sampling, rollout.group)
+
+    sampler_devices = mesh.sampler_mesh(config.mesh, devices)
+    end_ids = put(np.array(end_ids_of(tokenizer), np.int32), mesh.replicated(sampler_devices))
+    self.sampler = Sampler(policy.clone(mesh=sampler_devices), rollout, end_ids, mesh.batch_sharding(sampler_devices))
+    self.for_sampler = mesh.relay(devices, sampler_devices, policy)
+    mesh.check_rows(devices, sampler_devices, rollout.problems, config.learner.micro_batches)
+
+    overlap = bool(config.reviewer.overlap)
+
+    def new_state(params, head):
+      return learner.init_state(optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None)
+
+    self.init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=self.param_shardings)
+    self.init_state = jax.jit(new_state, out_shardings=mesh.state_shardings(devices, policy, optimizer, head, overlap))
+    # The shape of what a jitted function returns knows its sharding.
+    self.start = jax.eval_shape(self.init_params, jax.random.key(0))
+    frozen, trained = split(self.start)
+    self.state = jax.eval_shape(self.init_state, trained, head)
+    check_fits([self.state, frozen, trained if config.learner.reference else ()])
 
 
 def claim(config: Config, workdir: str, resume: str) -> epath.Path:
@@ -293,17 +299,23 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
   return folder
 
 
-def starting_policy(folder: epath.Path, abstract, make):
+def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: OnDevices):
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
   with ocp.StandardCheckpointer() as checkpointer:
     if not all(gather((folder / "start").exists())):
-      params = make()
+      if config.policy.pretrained:
+        saved = pretrained.folder(config.policy.pretrained, weights=True)
+        params = pretrained.load(policy, saved, on.param_shardings)
+      else:
+        params = on.init_params(jax.random.key(config.warmstart.seed))
+        limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
+        params = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere)
       try:
         checkpointer.save(folder / "start", params)
         checkpointer.wait_until_finished()
       except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
         raise UserError(f"could not save {folder / 'start'} ({str(error)[:200]}); make room, then run again") from error
-    return checkpointer.restore(folder / "start", abstract)
+    return checkpointer.restore(folder / "start", on.start)
 
 
 def use_compilation_cache() -> None:

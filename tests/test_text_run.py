@@ -1,5 +1,6 @@
 """Runs on free text: a tiny policy that begins from nothing, a real tokenizer, and data from TFDS and JSONL."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -96,6 +97,19 @@ def test_it_resumes(run):
   assert tiny.read_lines(workdir) == before
 
 
+def test_a_run_on_one_file(given, tmp_path):
+  path = words.write_jsonl(tmp_path / "all.jsonl")
+  task = {"name": "jsonl", "path": path, "heldout_fraction": 0.3, "tokenizer": given["task"]["tokenizer"]}
+  config = tiny.make_config(given | {"task": task, "evaluate.problems": 2, "evaluate.every": 1})
+  for workdir, steps in (("whole", 2), ("resumed", 1), ("resumed", 2)):
+    train(dataclasses.replace(config, steps=steps), str(tmp_path / workdir), quiet=True)
+  tiny.assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+  records = [t for step in (1, 2) for t in read_trajectories(tmp_path / "whole" / "trajectories", step)]
+  data = TASKS["jsonl"](config.task)
+  held_out = {data.problem("heldout", i).prompt for i in range(data.sizes["heldout"])}
+  assert {t.prompt for t in records} <= {p["question"] for p in words.PROBLEMS} - held_out
+
+
 def test_a_reviewer_without_labels_reads_the_run_again(run):
   workdir, _ = run
   assert "32 completions: 32 ok" in rereview(str(workdir / "trajectories"), "lexical", 100, [])
@@ -178,6 +192,7 @@ def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
     ({"task.lines": 3}, r"task\.lines: no such key; did you mean task\.name"),
     ({"task.data_set": "a"}, r"task\.data_set: no such key; did you mean task\.dataset"),
     ({"task.path": "a.jsonl"}, r"task\.path: has no effect, because task\.name is 'tfds'"),
+    ({"task.heldout_fraction": 0.1}, r"task\.heldout_fraction: has no effect, because task\.name is 'tfds'"),
     ({"task.chat_template": False, "task.system_prompt": "x"}, r"task\.system_prompt: has no effect"),
     ({"task.name": "text"}, r"task\.name: must be one of chains, tfds, jsonl, not 'text'"),
     ({"rollout.stop": ("",)}, r"rollout\.stop: must be strings"),

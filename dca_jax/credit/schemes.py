@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dca_jax.checks import at_least, fraction, one_of
+from dca_jax.checks import at_least, between, one_of
 from dca_jax.roles import ROLES
 
 
@@ -33,7 +33,7 @@ class RoleTable:
   repair: float = 0.0
 
   def check(self) -> dict[str, str]:
-    return {role: "must be between 0 and 1000" for role in ROLES if not 0 <= getattr(self, role) <= 1000}
+    return between(0, 1000, self, *ROLES)
 
   def array(self) -> np.ndarray:
     return np.array([getattr(self, role) for role in ROLES], np.float32)
@@ -78,10 +78,9 @@ class CreditConfig:
   """Which roles pay when the completion ran out of tokens."""
 
   def check(self) -> dict[str, str]:
-    bad = one_of(self, "baseline", "leave_one_out", "mean") | one_of(self, "conserve", "tokens", "completion")
-    bad |= fraction(self, "lam", "discount", "log_epsilon") | at_least(0, self, "beta", "penalty")
-    if self.scheme not in SCHEMES:
-      bad["scheme"] = f"must be one of {', '.join(SCHEMES)}"
+    bad = one_of(self, "scheme", *SCHEMES) | one_of(self, "baseline", "leave_one_out", "mean")
+    bad |= between(0, 1, self, "lam", "discount", "log_epsilon") | at_least(0, self, "beta", "penalty")
+    bad |= one_of(self, "conserve", "tokens", "completion")
     if self.cap < (1 if self.scheme == "weighted" else 0):
       bad["cap"] = "must be at least 1 for 'weighted' (1 is uniform) and at least 0 for 'signed'"
     return bad

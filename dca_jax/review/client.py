@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from aiolimiter import AsyncLimiter
 
-from dca_jax.checks import at_least, fraction, one_of
+from dca_jax.checks import at_least, between, one_of, positive
 from dca_jax.review.cache import Cache
 from dca_jax.review.limits import Breaker, Budget, Gate
 from dca_jax.review.prices import Price, dollars
@@ -75,12 +75,9 @@ class ClientConfig:
   def check(self) -> dict[str, str]:
     amounts = ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price")
     bad = at_least(1, self, "concurrency", "attempts") | at_least(0, self, *amounts, "max_output_tokens")
-    bad |= fraction(self, "min_ok_frac", "repeat_frac") | one_of(self, "on_budget", "degrade", "stop")
-    if self.thinking not in ("", "minimal", "low", "medium", "high"):
-      bad["thinking"] = "must be minimal, low, medium, high or empty"
-    if not 0 < self.attempt_seconds <= SERVER_SECONDS:
-      bad["attempt_seconds"] = f"must be positive and at most {SERVER_SECONDS}"
-    return bad
+    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(self, "attempt_seconds", most=SERVER_SECONDS)
+    bad |= one_of(self, "thinking", "minimal", "low", "medium", "high", "")
+    return bad | one_of(self, "on_budget", "degrade", "stop")
 
   def unused(self) -> dict[str, str]:
     keys = ("on_budget", "prompt_price", "output_price") if not self.max_dollars else ()

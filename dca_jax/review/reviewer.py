@@ -6,7 +6,7 @@ import functools
 import hashlib
 import pathlib
 
-from dca_jax.checks import at_least, fraction, one_of, positive
+from dca_jax.checks import at_least, between, one_of, positive
 from dca_jax.errors import UserError
 from dca_jax.review.builtin import REVIEWERS, Builtin, Dice, Truth
 from dca_jax.review.cache import Cache
@@ -62,19 +62,14 @@ class ReviewerConfig:
 
   def check(self) -> dict[str, str]:
     names = (*REVIEWERS, *TRANSPORTS)
-    bad = fraction(self, "flip") | one_of(self, "combine", "vote", "mean", "median") | positive(self, "deadline")
-    bad |= at_least(0, self, "canary_every")
-    if self.name not in (*names, "panel"):
-      bad["name"] = f"must be one of {', '.join((*names, 'panel'))}"
+    bad = one_of(self, "name", *names, "panel") | one_of(self, "combine", "vote", "mean", "median")
+    bad |= between(0, 1, self, "flip") | positive(self, "sample_frac", most=1) | positive(self, "deadline")
+    bad |= at_least(0, self, "canary_every") | one_of(self, "overlap", 0, 1)
     if self.name == "panel" and not self.panel:
       bad["panel"] = "must name at least one reviewer"
     for key, members in (("panel", self.panel), ("escalate", (self.escalate,) if self.escalate else ())):
       if unknown := [m for m in members if m.partition(":")[0] not in names]:
         bad[key] = f"knows no reviewer {unknown[0]!r}; there are {', '.join(names)}"
-    if not 0 < self.sample_frac <= 1:
-      bad["sample_frac"] = "must be above 0 and at most 1"
-    if self.overlap not in (0, 1):
-      bad["overlap"] = "must be 0 or 1"
     if any(m.partition(":")[0] == "openai" for m in self.members) and not self.client.base_url:
       bad["client.base_url"] = "must be the server's address, such as http://localhost:8000/v1"
     return bad

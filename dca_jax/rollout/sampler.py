@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from dca_jax.checks import at_least, one_of, positive
 from dca_jax.policy import Policy, Sampling, sampling_logits
 from dca_jax.processes import fetch, own_rows, put
 
@@ -41,25 +42,13 @@ class RolloutConfig:
     return Sampling(self.temperature, self.top_k, self.top_p)
 
   def check(self) -> dict[str, str]:
-    bad = {}
-    for key, least in (
-      ("problems", 1),
-      ("group", 2),
-      ("max_prompt_tokens", 1),
-      ("max_tokens", 2),
-      ("top_k", 0),
-      ("refill_rounds", 1),
-    ):
-      if getattr(self, key) < least:
-        bad[key] = f"must be at least {least}"
+    bad = at_least(1, self, "problems", "max_prompt_tokens", "refill_rounds") | at_least(2, self, "group", "max_tokens")
+    bad |= at_least(0, self, "top_k") | positive(self, "top_p", most=1)
+    bad |= one_of(self, "zero_variance", "keep", "skip", "refill")
     if self.temperature <= 0:
       bad["temperature"] = "must be positive; for greedy decoding set rollout.top_k to 1"
-    if not 0 < self.top_p <= 1:
-      bad["top_p"] = "must be above 0 and at most 1"
     if not all(isinstance(string, str) and string for string in self.stop):
       bad["stop"] = "must be strings that are not empty"
-    if self.zero_variance not in ("keep", "skip", "refill"):
-      bad["zero_variance"] = "must be 'keep', 'skip' or 'refill'"
     return bad
 
   def unused(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dca_jax.checks import fraction, one_of
+from dca_jax.checks import between, one_of
 from dca_jax.task.types import SPLITS, Outcome, Problem
 
 _OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
@@ -59,12 +59,10 @@ class ChainsConfig:
   """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high]; under `slips` a demonstration's."""
 
   def check(self) -> dict[str, str]:
-    bad = fraction(self, "repeat", "drop", "misconceptions", "wrong_low", "wrong_high")
-    bad |= one_of(self, "wrong", "table", "slips")
+    bad = between(0, 1, self, "repeat", "drop", "misconceptions", "wrong_low", "wrong_high")
+    bad |= between(2, 10, self, "modulus") | one_of(self, "wrong", "table", "slips")
     if self.lines % 2 or not 2 <= self.lines <= 24:
       bad["lines"] = "must be even and between 2 and 24"
-    if not 2 <= self.modulus <= 10:
-      bad["modulus"] = "must be between 2 and 10"
     if self.wrong_low > self.wrong_high:
       bad["wrong_low"] = "must not exceed wrong_high"
     return bad

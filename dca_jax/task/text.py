@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -37,7 +38,9 @@ class TextConfig:
   """`tfds`: splits; `train[:90%]` is one too."""
   path: str = ""
   heldout_path: str = ""
-  """`jsonl`: files with one JSON object a line."""
+  heldout_fraction: float = 0.0
+  """`jsonl`: files with one JSON object a line; or one file, and the share of its questions that is held out. A hash of
+  each question decides, so its copies stay on one side, and neither another order nor further lines move any."""
   question: str = "question"
   answer: str = "answer"
   """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
@@ -70,9 +73,12 @@ class TextConfig:
     known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
     # A lone word is a slip; nobody ends steps with one.
     typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
-    source = ("path", "heldout_path") if self.name == "jsonl" else ("dataset",)
+    source = "path" if self.name == "jsonl" else "dataset"
+    not_one = self.name == "jsonl" and bool(self.heldout_path) == bool(self.heldout_fraction)
     rules = {
-      **{key: (not getattr(self, key), f"must be given, because task.name is '{self.name}'") for key in source},
+      source: (not getattr(self, source), f"must be given, because task.name is '{self.name}'"),
+      "heldout_path": (not_one, "either this or task.heldout_fraction must be given, and not both"),
+      "heldout_fraction": (not 0 <= self.heldout_fraction < 1, "must be above 0 and below 1"),
       "heldout_split": (self.heldout_split == self.split, "must differ from task.split"),
       "verifier": (not known, f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"),
       "format": (bool(self.format) != (self.format_weight > 0), "must be given where format_weight is, and only there"),
@@ -90,8 +96,8 @@ class TextConfig:
     return bad
 
   def unused(self) -> dict[str, str]:
-    other = ("dataset", "data_dir", "split", "heldout_split") if self.name == "jsonl" else ("path", "heldout_path")
-    unused = dict.fromkeys(other, f"task.name is '{self.name}'")
+    tfds, jsonl = ("dataset", "data_dir", "split", "heldout_split"), ("path", "heldout_path", "heldout_fraction")
+    unused = dict.fromkeys(tfds if self.name == "jsonl" else jsonl, f"task.name is '{self.name}'")
     if not self.chat_template:
       unused |= dict.fromkeys(("system_prompt", "template_kwargs"), "task.chat_template is False")
     return unused
@@ -108,8 +114,12 @@ class Text:
     self._final = self._parse or VERIFIERS["exact"]
     self._judge = (lambda _, text, answer: self._final(text) == answer) if self._parse else _import(config.verifier)
     read, key = (_read_jsonl, "path") if config.name == "jsonl" else (_open_tfds, "split")
-    self._rows = {"train": read(config, key), "heldout": read(config, f"heldout_{key}")}
-    self.sizes = {split: len(rows) for split, (rows, _) in self._rows.items()}
+    train = read(config, key)
+    self._rows = {"train": train, "heldout": train if config.heldout_fraction else read(config, f"heldout_{key}")}
+    self._numbers: Mapping[str, Sequence[int]] = {split: range(len(rows)) for split, (rows, _) in self._rows.items()}
+    if config.heldout_fraction:
+      self._numbers = self._hold_out(*train)
+    self.sizes = {split: len(numbers) for split, numbers in self._numbers.items()}
     tokenizer = self._tokenizer = load_tokenizer(config.tokenizer)
     if config.chat_template and not tokenizer.chat_template:
       raise UserError(f"task.chat_template: {config.tokenizer!r} has none; set it to False, and see task.prompt")
@@ -129,6 +139,7 @@ class Text:
       epoch, place = divmod(number, self.sizes[split])
       row = int(self._order(seed, epoch)[place])
     rows, where = self._rows[split]
+    row = self._numbers[split][row]
     here = f"{where} {row + 1}"
     question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
     if self._parse:
@@ -139,6 +150,18 @@ class Text:
         raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
       answer = final
     return Problem(index, question, answer, self._render(question))
+
+  def _hold_out(self, rows: Sequence, where: str) -> dict[str, list[int]]:
+    """The numbers of each split's rows, where `task.heldout_fraction` splits them."""
+    numbers: dict[str, list[int]] = {"train": [], "heldout": []}
+    for i, row in enumerate(rows):
+      digest = hashlib.sha256(self._field(row, "question", f"{where} {i + 1}").encode()).digest()
+      held_out = int.from_bytes(digest[:8]) / 2**64 < self.config.heldout_fraction
+      numbers["heldout" if held_out else "train"].append(i)
+    if not all(numbers.values()):
+      said = f"{self.config.heldout_fraction} leaves nothing to {'hold out' if numbers['train'] else 'train on'}"
+      raise UserError(f"task.heldout_fraction: {said} of {self.config.path}; set another, or give task.heldout_path")
+    return numbers
 
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome:
     """See `TextConfig`: `verifier`, `thinking_end`, `format`."""
@@ -165,7 +188,8 @@ class Text:
   def _field(self, row, key: str, here: str) -> str:
     name = getattr(self.config, key)
     value = row.get(name)
-    text = value.decode(errors="replace").strip() if isinstance(value, bytes) else str(value).strip()
+    raw = value if isinstance(value, bytes) else str(value).encode(errors="replace")  # JSON can hold half a character.
+    text = raw.decode(errors="replace").strip()
     if not isinstance(value, bytes | str | int | float | np.number) or not text:
       said = f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
       raise UserError(f"task.{key}: {here}: {said}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -102,6 +103,91 @@ def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, r
 def test_a_data_set_that_is_not_there(make, tmp_path):
   with pytest.raises(UserError, match=r"task\.split: cannot open 'train' of task\.dataset 'no_such_set'"):
     make(name="tfds", dataset="no_such_set", data_dir=str(tmp_path), path="", heldout_path="")
+
+
+# One file, of which a part is held out.
+
+
+@pytest.fixture
+def split(with_rows):
+  """The task that splits the rows given."""
+  return lambda rows, fraction=0.3, **changes: with_rows(rows, heldout_path="", heldout_fraction=fraction, **changes)
+
+
+def held_out(task: Text) -> list[str]:
+  return [task.problem("heldout", i).prompt for i in range(task.sizes["heldout"])]
+
+
+def many(count: int) -> list[dict]:
+  return [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(count)]
+
+
+def test_the_fraction_of_a_file_is_held_out(split):
+  rows = many(2000)
+  task = split(rows)
+  own = held_out(task)
+  trained = [p.prompt for p in every_problem(task)]
+  assert sorted(own + trained) == sorted(row["question"] for row in rows)
+  assert own == [row["question"] for row in rows if row["question"] in own]  # They keep their order.
+  assert abs(len(own) / 2000 - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
+  assert set(held_out(split(rows, 0.1))) < set(own)
+  # Another split would train old runs on what they are measured on, so it may never change.
+  assert [int(re.findall(r"\d+", question)[0]) for question in own[:4]] == [7, 8, 9, 15]
+
+
+def test_problems_held_out_stay_so(split):
+  """In whatever order they stand, whatever is added, however often they are there, whatever else is asked of them."""
+  rows = many(60)
+  own = held_out(split(rows))
+  assert held_out(split(rows[::-1])) == own[::-1]
+  grown = held_out(split(many(200)))
+  assert grown[: len(own)] == own
+  assert len(grown) > len(own)
+  copies = [{"question": f" {row['question']}\n", "answer": "7"} for row in rows]
+  task = split(rows + copies)
+  assert held_out(task) == own * 2
+  assert not set(own) & {p.prompt for p in every_problem(task)}
+  changed = split(rows, prompt="{question}!", answer="question", verifier="exact")
+  assert held_out(changed) == own
+
+
+def test_lines_of_a_split_file_have_their_own_numbers(split):
+  rows = many(60)
+  own = held_out(split(rows))
+  trained = [row["question"] for row in rows if row["question"] not in own]
+  for read, wrong in ((held_out, own[1]), (every_problem, trained[1])):
+    line = 1 + [row["question"] for row in rows].index(wrong)
+    task = split([{**row, "answer": "?"} if row["question"] == wrong else row for row in rows])
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line {line}: .*'number' finds no answer"):
+      read(task)
+  with pytest.raises(UserError, match=r"task\.question: .*rows\.jsonl, line 61: the field 'question' must be text"):
+    split([*rows, {"answer": "1"}])
+
+
+@pytest.mark.parametrize(("fraction", "said"), [(1e-9, "hold out"), (1 - 1e-9, "train on")])
+def test_a_split_with_an_empty_side(split, fraction, said):
+  with pytest.raises(UserError, match=rf"task\.heldout_fraction: .* leaves nothing to {said} of .*rows\.jsonl; set"):
+    split(many(5), fraction)
+
+
+def test_half_a_character(split):
+  rows = [{"question": f"{i} \ud83d", "answer": "1"} for i in range(40)]
+  assert all(prompt.endswith(" ?") for prompt in held_out(split(rows)))
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"heldout_path": "b"}, {"heldout_path": "either this or task.heldout_fraction must be given, and not both"}),
+    ({"heldout_fraction": 0.0}, {"heldout_path": "either this or task.heldout_fraction must be given, and not both"}),
+    ({"heldout_fraction": 1.0}, {"heldout_fraction": "must be above 0 and below 1"}),
+    ({"heldout_fraction": -0.1}, {"heldout_fraction": "must be above 0 and below 1"}),
+    ({"path": ""}, {"path": "must be given, because task.name is 'jsonl'"}),
+    ({}, {}),
+  ],
+)
+def test_one_way_to_hold_out(changes, said):
+  assert TextConfig(**{"name": "jsonl", "path": "a", "heldout_fraction": 0.1, **changes}).check() == said
 
 
 # What is refused; always the file and the line are named.
