@@ -12,6 +12,7 @@ import os
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # Or libtpu asks the network for them.
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def main() -> None:
     Mesh(np.array(chips).reshape(m.axis_sizes), AXES, axis_types=(AxisType.Auto,) * 3) for m in abstract
   )
   known = pretrained.resolve(config.policy, 0)
-  policy = Policy(known, known.vocab_size, training)
+  policy = Policy(known, known.vocab_size)
   planned = memory(config, policy, training, sampling)
 
   def on(sharding, dtype, *shape):
@@ -52,7 +53,7 @@ def main() -> None:
   r, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
   p, b, t = r.problems, r.problems * r.group, r.max_tokens
 
-  whole = mesh.param_shapes(policy)
+  whole, learning, writing = mesh.param_shapes(policy), policy.clone(mesh=training), policy.clone(mesh=sampling)
   rows = mesh.batch_sharding(training)
   state = jax.eval_shape(lambda params: learner.init_state(optimizer, params), split(whole)[1])
   state = laid_out(state, mesh.state_shardings(training, policy, optimizer))
@@ -62,26 +63,24 @@ def main() -> None:
   reference = floats if config.learner.reference else None
   batch = learner.Batch(*prompts, tokens, counts, trained, floats, floats, reference)
   frozen = split(laid_out(whole, mesh.param_shardings(training, policy)))[0]
-  static = policy, config.learner, optimizer, r.sampling, r.group
+  static = learning, config.learner, optimizer, r.sampling, r.group
   updating = learner.update.lower(*static, state, batch, on(mesh.replicated(training), jnp.bool_), frozen or None)
   report("update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values()))
 
   rows, same = mesh.batch_sharding(sampling), mesh.replicated(sampling)
-  writer = policy.clone(mesh=sampling)
   params = laid_out(whole, mesh.param_shardings(sampling, policy))
   prompts = on(rows, jnp.int32, p, r.max_prompt_tokens), on(rows, jnp.int32, p), on(rows, jnp.uint32, p)
   key = on(same, jax.random.key(0).dtype)
   drawn = dict(sampling=r.sampling, group=r.group, max_tokens=t)
-  lowered = sample.lower(writer, params, *prompts, key, on(same, jnp.int32, 1), **drawn)
+  lowered = sample.lower(writing, params, *prompts, key, on(same, jnp.int32, 1), **drawn)
   report("sample", lowered, planned.parameters + sum(planned.sampling.values()))
 
 
 def report(name: str, lowered, planned: int) -> None:
   begun = time.perf_counter()
   m, unit = lowered.compile().memory_analysis(), 2**30
-  takes = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
   print(
-    f"{name}: {takes / unit:.2f} GiB on each chip, planned {planned / unit:.2f};"
+    f"{name}: {m.peak_memory_in_bytes / unit:.2f} GiB on each chip, planned {planned / unit:.2f};"
     f" compiled in {time.perf_counter() - begun:.0f} s",
     flush=True,
   )

@@ -19,6 +19,7 @@ from dca_jax.errors import UserError
 from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, update
 from dca_jax.mesh import MeshConfig, batch_sharding, check_rows, device_order, make_mesh, replicated, state_shardings
 from dca_jax.policy import Policy, PolicyConfig, Sampling
+from dca_jax.processes import put
 
 VOCAB = 24
 P, G, S, T = 8, 2, 3, 4
@@ -81,7 +82,7 @@ def on_eight_devices() -> dict:
   report["before"] = shard_shapes(state)
   placed = jax.device_put(batch, batch_sharding(devices))
   state, _, _ = update(
-    POLICY, CONFIG, adam, Sampling(), G, state, placed, jax.device_put(np.bool_(True), replicated(devices))
+    POLICY.clone(mesh=devices), CONFIG, adam, Sampling(), G, state, placed, put(np.bool_(True), replicated(devices))
   )
   report["after"] = shard_shapes(state)
   first = optax.tree_utils.tree_get(state.opt_state, "mu")
@@ -94,12 +95,24 @@ def on_eight_devices() -> dict:
     state, rows, on_policy = init_state(keep, jax.tree.map(jnp.array, start)), batch, jnp.bool_(True)
     if mesh is not None:
       state = jax.device_put(state, state_shardings(mesh, POLICY, keep))
-      rows, on_policy = jax.device_put(batch, batch_sharding(mesh)), jax.device_put(np.bool_(True), replicated(mesh))
-    state, metrics, logps = update(POLICY, CONFIG, keep, Sampling(), G, state, rows, on_policy)
+      rows, on_policy = jax.device_put(batch, batch_sharding(mesh)), put(np.bool_(True), replicated(mesh))
+    state, metrics, logps = update(POLICY.clone(mesh=mesh), CONFIG, keep, Sampling(), G, state, rows, on_policy)
     results.append(jax.tree.map(np.array, (state, metrics, logps)))
   one, eight = results
   report["data_8"] = largest_difference(one, eight)
   report["fsdp_4_tensor_2"] = largest_difference(one[0].opt_state.trace, sharded)
+
+  # What an update of long completions takes on each device, whether the parameters are spread or copied.
+  by_token = {key: x for key, x in batch._asdict().items() if key.endswith("BxT") and x is not None}
+  longer = batch._replace(**{key: np.repeat(x, 64, 1) for key, x in by_token.items()})
+  for name, config in (("data", MeshConfig()), ("fsdp", MeshConfig(data=1, fsdp=8))):
+    mesh = make_mesh(config)
+    rows, policy = batch_sharding(mesh), POLICY.clone(mesh=mesh)
+    shapes = jax.tree.map(lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), longer)
+    state = jax.device_put(init_state(keep, jax.tree.map(jnp.array, start)), state_shardings(mesh, policy, keep))
+    on_policy = jax.ShapeDtypeStruct((), bool, sharding=replicated(mesh))
+    compiled = update.lower(policy, CONFIG, keep, Sampling(), G, state, shapes, on_policy).compile()
+    report[f"memory_{name}"] = compiled.memory_analysis().temp_size_in_bytes
   report["gradient"] = max(float(np.abs(g).max()) for g in jax.tree.leaves(one[0].opt_state.trace))
   return report
 
@@ -130,6 +143,10 @@ def test_parameters_and_moments_are_sharded_as_named(report, when):
 def test_an_update_does_not_depend_on_the_mesh(report, mesh):
   assert report["gradient"] > 0.01
   assert report[mesh] < 1e-5
+
+
+def test_each_device_computes_its_own_rows_alone(report):
+  assert report["memory_fsdp"] < 1.5 * report["memory_data"]
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def apply_rounded(params, changes, count: jax.Array):
     # A bfloat16 is the upper half of a float32: noise in the lower half carries over or is cut off.
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + change, jnp.uint32)
     bits += jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16)
-    return jax.lax.bitcast_convert_type(bits & 0xFFFF0000, jnp.float32).astype(x.dtype)
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(x.dtype)
 
   numbers = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
   return jax.tree.map(one, numbers, params, changes)

@@ -1,5 +1,6 @@
 """The update against independently written losses, and its invariances."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, reference_logprobs, update
+from dca_jax.learner.update import apply_rounded
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 
 VOCAB = 20
@@ -403,3 +405,34 @@ def test_adam_does_not_move_without_a_gradient():
 def test_weight_decay_is_decoupled():
   got = run_optimizer(LearnerConfig(lr=0.01, weight_decay=0.1), 1, np.zeros((1, 1), np.float32), start=2.0)
   np.testing.assert_allclose(got, -0.01 * 0.1 * 2.0, rtol=1e-5)
+
+
+def test_bfloat16_weights_move_by_changes_too_small_to_show():
+  # A hundredth of the distance between neighbours at 1; rounding to the nearest would never move.
+  ones, small = {"a": jnp.ones(20_000, jnp.bfloat16)}, {"a": jnp.full(20_000, 2.0**-7 / 100)}
+  moved = apply_rounded(ones, small, jnp.int32(1))["a"]
+  assert moved.dtype == jnp.bfloat16
+  assert set(np.unique(moved)) == {1, 1 + 2.0**-7}
+  assert 150 < (moved > 1).sum() < 250  # Of 200 on average; 50 are 3.5 standard deviations.
+  again, later = (apply_rounded(ones, small, jnp.int32(count))["a"] for count in (1, 2))
+  assert (moved == again).all()
+  assert (moved != later).any()
+
+
+def test_bfloat16_weights_follow_float32_ones(batch):
+  policy = Policy(dataclasses.replace(POLICY.config, weights="bfloat16"), VOCAB)
+  assert {str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(policy.init_params, jax.random.key(0)))} == {"bfloat16"}
+  adam = make_optimizer(LearnerConfig(lr=1e-3), 10)
+  moved = []
+  for one, dtype in ((POLICY, "float32"), (policy, "bfloat16")):
+    state = init_state(adam, jax.tree.map(lambda x, dtype=dtype: jnp.array(x, dtype), PARAMS))
+    assert optax.tree_utils.tree_get(state.opt_state, "nu")["final_norm"]["scale"].dtype == jnp.float32
+    for _ in range(4):
+      state = update(one, PLAIN, adam, WARM, G, state, batch, jnp.bool_(True))[0]
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
+    moved.append(
+      np.concatenate(
+        [(np.float32(x) - y).ravel() for x, y in zip(*map(jax.tree.leaves, (state.params, PARAMS)), strict=True)]
+      )
+    )
+  assert np.corrcoef(*moved)[0, 1] > 0.8
