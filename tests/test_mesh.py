@@ -17,7 +17,16 @@ from jax.sharding import AbstractMesh
 
 from dca_jax.errors import UserError
 from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, update
-from dca_jax.mesh import MeshConfig, batch_sharding, check_rows, device_order, make_mesh, replicated, state_shardings
+from dca_jax.mesh import (
+  MeshConfig,
+  batch_sharding,
+  check_rows,
+  device_order,
+  make_mesh,
+  param_shapes,
+  replicated,
+  state_shardings,
+)
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 from dca_jax.processes import put
 
@@ -25,6 +34,7 @@ VOCAB = 24
 P, G, S, T = 8, 2, 3, 4
 POLICY = Policy(PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp=24), VOCAB)
 CONFIG = LearnerConfig(reference=False)
+WIDE = PolicyConfig(width=64, depth=1, heads=4, kv_heads=2, head_dim=16, mlp=256)
 
 # What one device of fsdp 4 x tensor 2 holds: the width in four parts; heads, hidden units and vocabulary in two.
 SHARDS = {
@@ -107,9 +117,14 @@ def on_eight_devices() -> dict:
   longer = batch._replace(**{key: np.repeat(x, 64, 1) for key, x in by_token.items()})
   for name, config in (("data", MeshConfig()), ("fsdp", MeshConfig(data=1, fsdp=8))):
     mesh = make_mesh(config)
-    rows, policy = batch_sharding(mesh), POLICY.clone(mesh=mesh)
+    rows, policy = batch_sharding(mesh), Policy(WIDE, VOCAB, mesh)
     shapes = jax.tree.map(lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), longer)
-    state = jax.device_put(init_state(keep, jax.tree.map(jnp.array, start)), state_shardings(mesh, policy, keep))
+    state = jax.eval_shape(functools.partial(init_state, keep), param_shapes(policy))
+    state = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      state,
+      state_shardings(mesh, policy, keep),
+    )
     on_policy = jax.ShapeDtypeStruct((), bool, sharding=replicated(mesh))
     compiled = update.lower(policy, CONFIG, keep, Sampling(), G, state, shapes, on_policy).compile()
     report[f"memory_{name}"] = compiled.memory_analysis().temp_size_in_bytes
