@@ -1,6 +1,7 @@
 """The device mesh, and where every array lives on it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -163,7 +164,13 @@ def param_shardings(mesh: AnyMesh, policy: Policy):
   return params
 
 
+def sampler_params(policy: Policy, params):
+  """Parameters as sampling reads them, in the type of its products; norms work in float32."""
+  return jax.tree.map_with_path(lambda path, x: x if path[-1].key == "scale" else x.astype(policy.config.dtype), params)
+
+
 def relay(mesh: Mesh, sampler: Mesh, policy: Policy) -> Callable:
-  """A function that lays parameters out for sampling; nothing moves where both meshes are one."""
-  shardings = param_shardings(sampler, policy)
-  return (lambda params: params) if sampler == mesh else jax.jit(lambda params: params, out_shardings=shardings)
+  """A function that makes `sampler_params` and lays them out for sampling; it copies nothing where nothing changes."""
+  if sampler == mesh and policy.config.kept == policy.config.dtype:
+    return lambda params: params
+  return jax.jit(functools.partial(sampler_params, policy), out_shardings=param_shardings(sampler, policy))

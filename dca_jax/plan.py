@@ -1,5 +1,6 @@
 """How much memory a run takes on each device, from shapes alone: nothing is allocated, no device is needed."""
 
+import collections
 import os
 from typing import NamedTuple
 
@@ -57,10 +58,10 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   problems, item = rows(sampler), jnp.dtype(c.dtype).itemsize
   heads = c.kv_heads // sampler.shape["tensor"]
   positions = problems * (rollout.max_prompt_tokens + rollout.group * rollout.max_tokens)
+  read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
+  copied = config.mesh.sampler or c.kept != c.dtype
   sampling = {
-    "parameters as the sampler has them": _bytes(whole, mesh.param_shardings(sampler, policy))
-    if config.mesh.sampler
-    else 0,
+    "parameters as the sampler has them": _bytes(read, mesh.param_shardings(sampler, policy)) if copied else 0,
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
     "logits of one token": 3 * 4 * problems * rollout.group * policy.rows,
   }
@@ -107,8 +108,12 @@ def _saved(config: Config, policy: Policy, problems: int) -> int:
 
     return jax.vjp(loss, trained)[1]
 
-  total = sum(_size(a.shape, a.dtype) for a in jax.tree.leaves(jax.eval_shape(kept, params, batch)))
-  return max(0, total - sum(_size(a.shape, a.dtype) for a in jax.tree.leaves(params)))
+  def count(tree):
+    return collections.Counter((a.shape, a.dtype) for a in jax.tree.leaves(tree))
+
+  # What has the shape of a parameter is one, which stays anyway.
+  extra = count(jax.eval_shape(kept, params, batch)) - count(params)
+  return sum(n * _size(*array) for array, n in extra.items())
 
 
 def plan(config: Config, devices: int) -> str:

@@ -133,6 +133,11 @@ class PolicyConfig:
     return adapted | windows
 
   @property
+  def kept(self) -> str:
+    """Type in which weights are kept, but for adapters."""
+    return self.dtype if self.lora_rank else self.weights
+
+  @property
   def lora_scale(self) -> float:
     return self.lora_alpha / max(1, self.lora_rank)
 
@@ -316,10 +321,9 @@ class Policy(nn.Module):
   def init_params(self, key: jax.Array):
     """Parameters, boxed with their logical axis names (`nn.unbox` takes the names off)."""
     params = self.clone(mesh=None).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-    kept = self.config.dtype if self.config.lora_rank else self.config.weights
 
     def cast(path, x):
-      return x if any(str(getattr(key, "key", "")).startswith("lora_") for key in path) else x.astype(kept)
+      return x if any(str(getattr(key, "key", "")).startswith("lora_") for key in path) else x.astype(self.config.kept)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
