@@ -1,4 +1,5 @@
-"""Compiles a recipe's two programs for TPUs that are not there, and prints what they take by XLA's own account.
+"""Compiles a recipe's two programs for TPUs that are not there, and prints the memory they take by XLA's own account,
+and the least time that arithmetic and memory allow; real steps take longer, often twice as long.
 
     pip install libtpu  # the version that jax's `tpu` extra names
     python benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
@@ -26,6 +27,9 @@ from dca_jax.plan import memory
 from dca_jax.policy import Policy, pretrained, split
 from dca_jax.policy.sharding import AXES
 from dca_jax.rollout.sampler import sample
+
+# Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
+PEAKS = {"v5e": (197e12, 0.82e12), "v6e": (918e12, 1.64e12), "v5p": (459e12, 2.77e12)}
 
 
 def main() -> None:
@@ -68,12 +72,24 @@ def main() -> None:
   report("update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values()))
 
   rows, same = mesh.batch_sharding(sampling), mesh.replicated(sampling)
-  params = laid_out(whole, mesh.param_shardings(sampling, policy))
+  params = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
+  params = laid_out(params, mesh.param_shardings(sampling, policy))
   prompts = on(rows, jnp.int32, p, r.max_prompt_tokens), on(rows, jnp.int32, p), on(rows, jnp.uint32, p)
   key = on(same, jax.random.key(0).dtype)
   drawn = dict(sampling=r.sampling, group=r.group, max_tokens=t)
   lowered = sample.lower(writing, params, *prompts, key, on(same, jnp.int32, 1), **drawn)
   report("sample", lowered, planned.parameters + sum(planned.sampling.values()))
+
+  # Times by the roofline.
+  peak, bandwidth = PEAKS[arguments.topology.split(":")[0]]
+  weights = sum(x.size for x in jax.tree.leaves(whole["blocks"])) + policy.rows * known.width
+  forward = 2 * weights * (b * t + p * r.max_prompt_tokens)
+  passes = (2 if known.lora_rank else 3) + (known.remat == "layers") + config.learner.reference
+  held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+  cache = planned.sampling["keys and values"] * (r.max_prompt_tokens + b // p * t / 2)
+  cache /= r.max_prompt_tokens + b // p * t
+  sampled, updated = t * (held + cache) / bandwidth, passes * forward / peak / len(chips)
+  print(f"a step takes at least {sampled:.1f} s to sample {t} tokens a row, and {updated:.1f} s to update")
 
 
 def report(name: str, lowered, planned: int) -> None:

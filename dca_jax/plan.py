@@ -62,6 +62,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   copied = config.mesh.sampler or c.kept != c.dtype
   sampling = {
     "parameters as the sampler has them": _bytes(read, mesh.param_shardings(sampler, policy)) if copied else 0,
+    "layers, taken apart": _bytes(read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]),
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
     "logits of one token": 3 * 4 * problems * rollout.group * policy.rows,
   }
