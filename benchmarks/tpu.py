@@ -27,6 +27,7 @@ from dca_jax.plan import memory
 from dca_jax.policy import Policy, pretrained, split
 from dca_jax.policy.sharding import AXES
 from dca_jax.rollout.sampler import sample
+from dca_jax.task import TASKS
 
 # Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
 PEAKS = {"v5e": (197e12, 0.82e12), "v6e": (918e12, 1.64e12), "v5p": (459e12, 2.77e12)}
@@ -45,7 +46,7 @@ def main() -> None:
     Mesh(np.array(chips).reshape(m.axis_sizes), AXES, axis_types=(AxisType.Auto,) * 3) for m in abstract
   )
   known = pretrained.resolve(config.policy, 0)
-  policy = Policy(known, known.vocab_size)
+  policy = Policy(known, known.vocab_size or len(TASKS[config.task.name](config.task).tokenizer()))
   planned = memory(config, policy, training, sampling)
 
   def on(sharding, dtype, *shape):
