@@ -126,6 +126,10 @@ def test_a_whole_number_serves_as_a_float():
     ("policy.rope_theta", 0.0, {}),
     ("policy.rope_theta", -1.0, {}),
     ("policy.dtype", "float16", {}),
+    ("policy.weights", "bfloat16", {}),  # Without policy.pretrained.
+    ("policy.remat", "none", {}),
+    ("policy.attention", "flash", {}),
+    ("policy.attention", "cudnn", {}),  # In float32.
     ("warmstart.clean_steps", -1, {}),
     ("warmstart.steps", -1, {}),
     ("warmstart.batch", 0, {}),

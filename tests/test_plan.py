@@ -56,6 +56,13 @@ def test_the_update_takes_about_what_is_planned(changes):
   assert 0.5 < sum(ours.updating.values()) / theirs.temp_size_in_bytes < 2
 
 
+def test_remat_keeps_less():
+  kept = [
+    planned({"policy.remat": r})[1].updating["activations of a micro-batch"] for r in ("all", "projections", "layers")
+  ]
+  assert kept[0] > 1.5 * kept[1] > 3 * kept[2] > 0
+
+
 def test_sampling_takes_about_what_is_planned():
   config, ours = planned({})
   policy, r = Policy(config.policy, VOCAB), config.rollout

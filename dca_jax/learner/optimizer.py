@@ -5,6 +5,8 @@ import functools
 
 import optax
 
+from dca_jax.checks import at_least, one_of, positive
+
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
@@ -44,24 +46,13 @@ class LearnerConfig:
   """Gradients are clipped to this global norm; 0 does not clip."""
 
   def check(self) -> dict[str, str]:
-    bad = {}
-    if self.loss not in ("reinforce", "ppo"):
-      bad["loss"] = "must be 'reinforce' or 'ppo'"
-    if self.normalizer not in ("constant", "tokens"):
-      bad["normalizer"] = "must be 'constant' or 'tokens'"
-    if self.schedule not in ("constant", "linear", "cosine"):
-      bad["schedule"] = "must be 'constant', 'linear' or 'cosine'"
-    for key in ("updates_per_batch", "micro_batches"):
-      if getattr(self, key) < 1:
-        bad[key] = "must be at least 1"
-    for key in ("clip_high", "kl", "entropy", "warmup_updates", "weight_decay", "max_grad_norm"):
-      if getattr(self, key) < 0:
-        bad[key] = "must not be negative"
+    bad = one_of(self, "loss", "reinforce", "ppo") | one_of(self, "normalizer", "constant", "tokens")
+    bad |= one_of(self, "schedule", "constant", "linear", "cosine") | positive(self, "lr")
+    bad |= at_least(1, self, "updates_per_batch", "micro_batches")
+    bad |= at_least(0, self, "clip_high", "kl", "entropy", "warmup_updates", "weight_decay", "max_grad_norm")
     for key in ("clip_low", "adam_b1", "adam_b2"):
       if not 0 <= getattr(self, key) < 1:
         bad[key] = "must be at least 0 and below 1"
-    if not self.lr > 0:
-      bad["lr"] = "must be positive"
     if self.kl and not self.reference:
       bad["reference"] = "must be true where learner.kl is not 0"
     if self.loss == "reinforce" and self.updates_per_batch > 1:

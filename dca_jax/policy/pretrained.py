@@ -48,6 +48,8 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
     path = folder(config.pretrained) / "config.json"
     free = {key: getattr(config, key) for key in FREE}
     config = dataclasses.replace(from_json(read_json(path), str(path), config.dtype), **free)
+    if why := config.check().get("attention"):
+      raise UserError(f"policy.attention {why}: {path}")
   if 0 < config.vocab_size < vocab_size:
     raise UserError(f"the embedding has {config.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens")
   return config

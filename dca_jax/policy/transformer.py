@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dca_jax.checks import one_of
+from dca_jax.checks import at_least, one_of, positive
 from dca_jax.policy.attention import KeyValue, attend, choose_kernel, flash_attend
 from dca_jax.policy.logprobs import Head
 from dca_jax.policy.sharding import constrain
@@ -88,7 +88,11 @@ class PolicyConfig:
   `auto` takes what the devices have."""
 
   def check(self) -> dict[str, str]:
-    bad = {k: "must be positive" for k in ("width", "depth", "heads", "kv_heads", "mlp") if getattr(self, k) < 1}
+    bad = positive(self, "width", "depth", "heads", "kv_heads", "mlp", "lora_alpha")
+    bad |= at_least(0, self, "vocab_size", "local_rope_theta", "query_scalar", "norm_eps")
+    bad |= at_least(0, self, "attention_soft_cap", "logit_soft_cap") | one_of(self, "activation", *_ACTIVATIONS)
+    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(self, "weights", "float32", "bfloat16")
+    bad |= one_of(self, "remat", *_REMAT) | one_of(self, "attention", "auto", "plain", "splash", "cudnn")
     if self.head_dim < 2 or self.head_dim % 2:
       bad["head_dim"] = "must be even and positive, for rotary positions"
     if self.kv_heads > 0 and self.heads % self.kv_heads:
@@ -102,22 +106,12 @@ class PolicyConfig:
       bad["windowed"] = f"must be layers from 0 to {self.depth - 1}"
     if self.windowed and self.window < 1:
       bad["window"] = "must be at least 1 with policy.windowed"
-    for key in ("vocab_size", "local_rope_theta", "query_scalar", "attention_soft_cap", "logit_soft_cap", "norm_eps"):
-      if getattr(self, key) < 0:
-        bad[key] = "must not be negative"
     if self.lora_rank < 0 or (self.lora_rank and not self.pretrained):
       bad["lora_rank"] = "must be 0, or positive with policy.pretrained"
     if not self.lora_targets or set(self.lora_targets) - _MATRICES:
       bad["lora_targets"] = f"must be some of {', '.join(sorted(_MATRICES))}"
-    if self.lora_alpha <= 0:
-      bad["lora_alpha"] = "must be positive"
-    if self.activation not in _ACTIVATIONS:
-      bad["activation"] = f"must be one of {', '.join(_ACTIVATIONS)}"
-    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(self, "weights", "float32", "bfloat16")
     if self.weights == "bfloat16" and not self.pretrained:
       bad["weights"] = "can be 'bfloat16' only with policy.pretrained"
-    bad |= one_of(self, "remat", *_REMAT)
-    bad |= one_of(self, "attention", "auto", "plain", "splash", "cudnn")
     if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.attention_soft_cap):
       bad["attention"] = "can be 'cudnn' only with policy.dtype 'bfloat16' and without policy.attention_soft_cap"
     return bad

@@ -1,5 +1,6 @@
 """Pretrained weights: what is refused, and that what comes in goes out as it was."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -39,6 +40,13 @@ def read(folder, mesh=None, tokens=VOCAB):
 def tensors(folder):
   """All tensors of a folder, read with no code of ours."""
   return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def test_cudnn_is_refused_where_scores_are_capped():
+  asked = PolicyConfig(pretrained=str(FOLDER / "gemma2"), dtype="bfloat16", attention="cudnn")
+  with pytest.raises(UserError, match=r"policy\.attention can be 'cudnn' only .* without policy\.attention_soft_cap"):
+    pretrained.resolve(asked, VOCAB)
+  assert pretrained.resolve(dataclasses.replace(asked, attention="auto", remat="layers"), VOCAB).remat == "layers"
 
 
 @pytest.fixture
