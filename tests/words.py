@@ -173,6 +173,7 @@ def write_model(folder: pathlib.Path, config: dict) -> pathlib.Path:
   save_tokenizer(tokenizer, ends=[2, 1])
   (tokenizer / "config.json").write_text(json.dumps(config))
   described = from_json(config, "config.json", "float32")
-  params = nn.unbox(Policy(described, described.vocab_size).init_params(jax.random.key(3)))
+  policy = Policy(described, described.vocab_size)
+  params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(3))
   pretrained.save(params, described, tokenizer, epath.Path(tokenizer), folder / "model")
   return folder / "model"
