@@ -5,6 +5,7 @@ import pathlib
 
 import nbformat
 import tiny
+import words
 from nbclient import NotebookClient
 
 from dca_jax.config import flatten
@@ -13,9 +14,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "tpu_scripts" / "colab.ipynb"
 
 
-def execute() -> list[dict]:
-  """The outputs of all cells."""
+def execute(change: str) -> list[dict]:
+  """The outputs of all cells, and then of those about Gemma once more, after the code in `change`."""
   notebook = nbformat.read(NOTEBOOK, as_version=4)
+  gemma = [cell.source for cell in notebook.cells if cell.cell_type == "code" and "gemma" in cell.source]
+  notebook.cells += map(nbformat.v4.new_code_cell, [change, *gemma])
   resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
   NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
   return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -25,6 +28,10 @@ def printed(outputs: list[dict]) -> str:
   return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+def shown(outputs: list[dict], kind: str) -> list[str]:
+  return [o.data[kind] for o in outputs if o.output_type == "display_data" and kind in o.data]
+
+
 def test_valid_and_stored_without_outputs():
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   nbformat.validate(notebook)
@@ -32,23 +39,39 @@ def test_valid_and_stored_without_outputs():
 
 
 def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
-  changes = {k: v for k, v in flatten(tiny.SETTINGS).items() if k != "steps"}
-  monkeypatch.setenv("DCA_JAX_SETTINGS", " ".join(f"--config.{key}={value}" for key, value in changes.items()))
+  model = words.write_model(tmp_path, {**words.SIZES, **words.FAMILIES["gemma3"]})
+  given = {"policy.pretrained": model, "task.data_dir": words.build_gsm8k(tmp_path / "data"), **words.SMALL_RUN}
+  for half, changes in (("", flatten(tiny.SETTINGS)), ("GEMMA_", given)):
+    values = [f"--config.{key}={value}" for key, value in changes.items() if key != "steps"]
+    monkeypatch.setenv(f"DCA_JAX_{half}SETTINGS", " ".join(values))
   monkeypatch.setenv("DCA_JAX_WORKDIR", str(tmp_path / "run"))
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
   monkeypatch.setenv("DCA_JAX_STEPS", "2")
-  outputs = execute()
-  assert "cpu: " in printed(outputs)
-  assert "step 1/2" in printed(outputs)
-  shown = [output.data for output in outputs if output.output_type == "display_data"]
-  assert any(data.get("image/png") for data in shown)
-  assert any("What credit did" in data.get("text/html", "") for data in shown)
+  monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+  # The second half is left out where there is no accelerator, and where the hub does not give the model.
+  outputs = execute("GEMMA_STEPS, GEMMA_SETTINGS = '1', []")
+  said = printed(outputs)
+  assert "cpu: " in said
+  assert "step 1/2" in said
+  assert "Skipped: GEMMA_STEPS is 0, or there is no accelerator" in said
+  assert "Skipped: policy.pretrained: 'google/gemma-3-1b-it' is no folder" in said
+  assert len(shown(outputs, "image/png")) == 1
+  assert "What credit did" in shown(outputs, "text/html")[0]
   first = (tmp_path / "run" / "metrics.jsonl").read_text()
   assert [line["step"] for line in tiny.read_lines(tmp_path / "run")] == [0, 1, 2]
 
   monkeypatch.setenv("DCA_JAX_STEPS", "3")
-  again = printed(execute())
-  assert "step 3/3" in again
-  assert "step 2/3" not in again
+  monkeypatch.setenv("DCA_JAX_GEMMA_STEPS", "1")
+  outputs = execute("GEMMA_STEPS = '2'")
+  said = printed(outputs)
+  assert "step 3/3" in said
+  assert "step 2/3" not in said
   assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(first)
   assert [line["step"] for line in tiny.read_lines(tmp_path / "run")] == [0, 1, 2, 3]
+
+  # Gemma's run, without a key for its reviewer, and on to another step.
+  assert "so no reviewer: this is GRPO" in said
+  assert said.count("step 1/1") == said.count("step 2/2") == 1
+  assert [line["step"] for line in tiny.read_lines(tmp_path / "run-gemma-uniform")] == [0, 1, 2]
+  assert len(shown(outputs, "image/png")) == len(shown(outputs, "text/html")) == 3
+  assert "Task tfds, reviewer none, credit uniform" in shown(outputs, "text/html")[2]

@@ -14,8 +14,13 @@ from dca_jax.train import train
 
 STEPS = 30
 EVERYTHING = {**tiny.EVERYTHING, "steps": STEPS}
-PLAIN = {"steps": STEPS, "evaluate.every": 7}
-LEARNED = {"steps": STEPS, "credit.scheme": "potential", "credit.discount": 0.9, "value.source": "learned"}
+LEARNED = {
+  "steps": STEPS,
+  "credit.scheme": "potential",
+  "credit.discount": 0.9,
+  "value.source": "learned",
+  "evaluate.every": 7,
+}
 OVERLAP = {
   "steps": STEPS,
   "credit.scheme": "weighted",
@@ -24,6 +29,20 @@ OVERLAP = {
   "learner.loss": "ppo",
   "checkpoint.every": 3,
 }
+RUNS = {"everything": EVERYTHING, "learned": LEARNED, "overlap": OVERLAP}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """The workdir of an uninterrupted run, by its name; others then find everything compiled."""
+  folder = tmp_path_factory.mktemp("whole")
+
+  def workdir(name: str) -> pathlib.Path:
+    if not (folder / name).exists():
+      train(tiny.make_config(RUNS[name]), str(folder / name), quiet=True)
+    return folder / name
+
+  return workdir
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -65,13 +84,10 @@ def kill_while_saving(recipe: str, workdir: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-  ("changes", "in_save", "kills"),
-  [(EVERYTHING, True, 2), (PLAIN, False, 1), (LEARNED, False, 1), (OVERLAP, False, 2)],
-  ids=["everything", "plain", "learned", "overlap"],
+  ("name", "in_save", "kills"), [("everything", True, 2), ("learned", False, 1), ("overlap", False, 1)]
 )
-def test_a_killed_run_equals_an_uninterrupted_one(changes, in_save, kills, tmp_path):
-  whole, killed = tmp_path / "whole", tmp_path / "killed"
-  train(tiny.make_config(changes), str(whole), quiet=True)  # First, so that the others find everything compiled.
+def test_a_killed_run_equals_an_uninterrupted_one(name, in_save, kills, whole, tmp_path):
+  whole, killed, changes = whole(name), tmp_path / "killed", RUNS[name]
   recipe = tiny.write_recipe(tmp_path, changes)
   dice = random.Random(kills)
 
@@ -117,11 +133,9 @@ def test_monte_carlo_values_are_the_same_after_a_resume(tmp_path):
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("changes", [PLAIN, OVERLAP], ids=["plain", "overlap"])
-def test_sigterm_saves_the_step_under_way(changes, tmp_path):
-  changes = {**changes, "checkpoint.every": 100}
-  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-  train(tiny.make_config(changes), str(whole), quiet=True)
+@pytest.mark.parametrize("name", ["learned", "overlap"])
+def test_sigterm_saves_the_step_under_way(name, whole, tmp_path):
+  whole, stopped, changes = whole(name), tmp_path / "stopped", {**RUNS[name], "checkpoint.every": 100}
   recipe = tiny.write_recipe(tmp_path, changes)
   process = tiny.start("train", f"--config={recipe}", f"--workdir={stopped}")
   tiny.wait_until(lambda: len(tiny.read_lines(stopped)) > 5, process)

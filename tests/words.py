@@ -38,6 +38,40 @@ SIZES = {
   "intermediate_size": 48,
   "rms_norm_eps": 1e-6,
 }  # Of a model small enough for here, as a config.json has them.
+FAMILIES = {
+  "gemma3": {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 8,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+  },
+  "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "rope_theta": 1e6},
+  "llama31": {
+    "model_type": "llama",
+    "rope_theta": 5e5,
+    "rope_scaling": {
+      "rope_type": "llama3",
+      "factor": 8.0,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 16,
+    },
+  },
+}
+SMALL_RUN = {
+  "rollout.problems": 4,
+  "rollout.group": 4,
+  "rollout.max_prompt_tokens": 128,
+  "rollout.max_tokens": 12,
+  "evaluate.problems": 4,
+  "evaluate.every": 1,
+  "checkpoint.every": 1,
+  "policy.dtype": "float32",  # On a CPU, bfloat16 takes minutes to compile.
+  "learner.micro_batches": 2,
+}  # What makes a recipe's run of such a model small.
 
 
 @functools.cache
@@ -139,6 +173,7 @@ def write_model(folder: pathlib.Path, config: dict) -> pathlib.Path:
   save_tokenizer(tokenizer, ends=[2, 1])
   (tokenizer / "config.json").write_text(json.dumps(config))
   described = from_json(config, "config.json", "float32")
-  params = nn.unbox(Policy(described, described.vocab_size).init_params(jax.random.key(3)))
+  policy = Policy(described, described.vocab_size)
+  params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(3))
   pretrained.save(params, described, str(tokenizer), epath.Path(tokenizer), folder / "model")
   return folder / "model"

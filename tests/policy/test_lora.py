@@ -1,6 +1,7 @@
 """Low-rank adapters: only they are trained, saved and counted; merged they compute the same."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -43,6 +44,7 @@ def adapted(family="qwen3", targets=EVERYTHING, dtype="float32"):
   return policy, join(frozen, adapters)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(policy, params):
   prompts, lengths = jnp.arange(12).reshape(2, 6) % VOCAB, jnp.array([6, 4])
   completions = (jnp.arange(40).reshape(4, 10) * 7) % VOCAB
