@@ -49,12 +49,12 @@ def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
   monkeypatch.setenv("DCA_JAX_STEPS", "2")
   monkeypatch.delenv("GEMINI_API_KEY", raising=False)
   # The second half is left out where there is no accelerator, and where the hub does not give the model.
-  outputs = execute("GEMMA_STEPS, GEMMA_SETTINGS = '1', []")
+  outputs = execute("GEMMA_STEPS, GEMMA_SETTINGS = '1', ['--config.policy.pretrained=no/model']")
   said = printed(outputs)
   assert "cpu: " in said
   assert "step 1/2" in said
   assert "Skipped: GEMMA_STEPS is 0, or there is no accelerator" in said
-  assert "Skipped: policy.pretrained: 'google/gemma-3-1b-it' is no folder" in said
+  assert "Skipped: policy.pretrained: 'no/model' is no folder" in said
   assert len(shown(outputs, "image/png")) == 1
   assert "What credit did" in shown(outputs, "text/html")[0]
   first = (tmp_path / "run" / "metrics.jsonl").read_text()
