@@ -19,13 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from dca_jax import config as config_lib
 from dca_jax import learner, mesh
 from dca_jax.plan import memory
 from dca_jax.policy import Policy, pretrained, split
-from dca_jax.policy.sharding import AXES
 from dca_jax.rollout.sampler import sample
 from dca_jax.task import TASKS
 
@@ -41,10 +39,8 @@ def main() -> None:
   arguments, overrides = parser.parse_known_args()
   chips = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[: arguments.devices]
   config = config_lib.load(arguments.config, overrides)
-  abstract = mesh.abstract_meshes(config.mesh, len(chips))
-  training, sampling = (
-    Mesh(np.array(chips).reshape(m.axis_sizes), AXES, axis_types=(AxisType.Auto,) * 3) for m in abstract
-  )
+  training = mesh.make_mesh(config.mesh, chips)
+  sampling = mesh.sampler_mesh(config.mesh, training)
   known = pretrained.resolve(config.policy, 0)
   policy = Policy(known, known.vocab_size or len(TASKS[config.task.name](config.task).tokenizer()))
   planned = memory(config, policy, training, sampling)

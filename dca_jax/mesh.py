@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import flax.linen as nn
@@ -49,11 +49,13 @@ class MeshConfig:
     return bad
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-  """The mesh for training. Raises UserError where the devices do not fill it."""
-  devices = jax.devices()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
+  """The mesh for training, of all devices unless given some. Raises UserError where they do not fill it."""
+  devices = devices or jax.devices()
   shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, len(devices))
-  return Mesh(device_order(shape, devices), AXES, axis_types=_TYPES)
+  order = device_order(shape, devices)
+  # In both layouts a process then has the same rows.
+  return Mesh(by_process(order) if config.sampler else order, AXES, axis_types=_TYPES)
 
 
 def sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
@@ -92,6 +94,12 @@ def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
   within, between = list(shape), [1, 1, 1]
   within[across], between[across] = shape[across] // slices, slices
   return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def by_process(order: np.ndarray) -> np.ndarray:
+  """Devices in the same order, but for those of one process, which follow each other."""
+  processes = list(dict.fromkeys(device.process_index for device in order.flat))
+  return np.array(sorted(order.flat, key=lambda device: processes.index(device.process_index))).reshape(order.shape)
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:

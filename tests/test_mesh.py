@@ -20,6 +20,7 @@ from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, up
 from dca_jax.mesh import (
   MeshConfig,
   batch_sharding,
+  by_process,
   check_rows,
   device_order,
   make_mesh,
@@ -220,6 +221,16 @@ def test_only_one_axis_goes_across_slices(shape, across):
   slices = np.vectorize(lambda device: device.slice_index)(order)
   for axis in range(3):
     assert (axis == across) == bool((np.diff(slices, axis=axis) != 0).any())
+
+
+def test_devices_of_a_process_follow_each_other():
+  processes = 0, 0, 1, 1, 1, 0, 2, 0, 2, 2, 1, 2
+  snake = np.array([Device(i, process) for i, process in enumerate(processes)]).reshape(1, 6, 2)
+    1, 6, 2
+  )
+  order = by_process(snake)
+  assert order.shape == snake.shape
+  assert [device.id for device in order.flat] == [0, 1, 5, 7, 2, 3, 4, 10, 6, 8, 9, 11]
 
 
 def test_axes_that_no_number_of_slices_divides_are_an_error():

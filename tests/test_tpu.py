@@ -6,7 +6,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from jax.experimental import topologies
+
+from dca_jax import mesh
+from dca_jax.mesh import MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -27,3 +32,29 @@ def test_a_recipe_compiles_for_a_slice():
   )
   assert done.returncode == 0, done.stderr
   assert re.findall(r"^(update|sample): \d", done.stdout, re.M) == ["update", "sample"], done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("topology", "config"),
+  [
+    ("v5e:2x4", MeshConfig(data=1, fsdp=8, sampler=(8, 1, 1))),
+    ("v6e:4x4", MeshConfig(data=1, fsdp=16, sampler=(4, 1, 4))),
+    ("v6e:4x4", MeshConfig(data=2, fsdp=8, sampler=(8, 1, 2))),
+    ("v5p:2x2x4", MeshConfig(data=1, fsdp=16, sampler=(4, 1, 4))),
+  ],
+  ids=str,
+)
+def test_a_process_samples_the_problems_that_it_trains_on(monkeypatch, topology, config):
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+  chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  training = mesh.make_mesh(config, chips)
+  owned = []
+  for devices in (training, mesh.sampler_mesh(config, training)):
+    own: dict[int, set[int]] = {}
+    for device, (rows,) in mesh.batch_sharding(devices).devices_indices_map((64,)).items():
+      own.setdefault(device.process_index, set()).update(np.arange(64)[rows])
+    owned.append(own)
+  assert len(owned[0]) > 1
+  assert owned[0] == owned[1]

@@ -121,7 +121,7 @@ def flash_attend(
   Args:
     prompt_lengths_B: of each row's prompt.
     window: positions that a query reads, its own included; 0 for all.
-    kernel: `splash` (interpreted where there is no TPU), `cudnn`, or `xla`, the plain form of what cuDNN computes.
+    kernel: `splash` (interpreted where there is no TPU), or, without soft cap, `cudnn` or its plain form, `xla`.
     mesh: over which rows and heads are spread; each device works on its own.
   """
 
@@ -142,8 +142,9 @@ def flash_attend(
         return jnp.concatenate([jnp.repeat(x, groups, 0), own], 2)
 
       k, v = before(prompt.k, k), before(prompt.v, v)
-    run = _splash if kernel == "splash" else _dot_product
-    return run(q, k, v, first_B, window, soft_cap, mesh, kernel)[:, :t, :, :h]
+    if kernel == "splash":
+      return _splash(q, k, v, first_B, window, soft_cap, mesh)[:, :t, :, :h]
+    return _dot_product(q, k, v, first_B, window, kernel)[:, :t]
 
   if mesh is None or mesh.size == 1:
     return local(q_BxTxNxH, own, prompt, prompt_lengths_B)
@@ -153,7 +154,7 @@ def flash_attend(
   return run(q_BxTxNxH, own, prompt, prompt_lengths_B)
 
 
-def _splash(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, mesh, _):
+def _splash(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, mesh):
   (b, t, n, _), u = q_BxTxNxH.shape, k_BxKxUxH.shape[2]
   one = splash.LocalMask((t, u), (window - 1, 0), u - t) if window else splash.CausalMask((t, u), u - t)
   q_size, size = (next(s for s in (512, 256, LANES) if x % s == 0) for x in (t, u))
@@ -168,8 +169,7 @@ def _splash(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, mesh, _)
   return jax.vmap(run)(q_BxTxNxH.swapaxes(1, 2), k_BxKxUxH, v_BxKxUxH, segments).swapaxes(1, 2)
 
 
-def _dot_product(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, _, implementation):
-  assert not soft_cap
+def _dot_product(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, implementation):
   t, keys_U = q_BxTxNxH.shape[1], jnp.arange(k_BxKxUxH.shape[2])
   back_TxU = jnp.arange(t)[:, None] + keys_U.size - t - keys_U
   mask_BxTxU = (back_TxU >= 0) & (back_TxU < (window or keys_U.size)) & (keys_U >= first_B[:, None, None])
