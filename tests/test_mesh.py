@@ -226,8 +226,6 @@ def test_only_one_axis_goes_across_slices(shape, across):
 def test_devices_of_a_process_follow_each_other():
   processes = 0, 0, 1, 1, 1, 0, 2, 0, 2, 2, 1, 2
   snake = np.array([Device(i, process) for i, process in enumerate(processes)]).reshape(1, 6, 2)
-    1, 6, 2
-  )
   order = by_process(snake)
   assert order.shape == snake.shape
   assert [device.id for device in order.flat] == [0, 1, 5, 7, 2, 3, 4, 10, 6, 8, 9, 11]
