@@ -183,10 +183,13 @@ def save(params, config: PolicyConfig, original: str, tokenizer: epath.Path, out
     tokenizer: a folder of tokenizer files.
 
   Raises:
-    UserError: `output` is there, cannot be written, or reads otherwise.
+    UserError: `output` is there, cannot be written, or reads otherwise, or the model is not what `original` says.
   """
   if output.exists():
     raise UserError(f"{output} is already there; choose another --output")
+  described = split(nn.unbox(jax.eval_shape(Policy(config, config.vocab_size).init_params, jax.random.key(0))))[1]
+  if jax.tree.map(jnp.shape, described) != jax.tree.map(jnp.shape, params):
+    raise UserError(f"{original}: its config.json does not describe what was trained any more; bring the old one back")
   partial = output.with_name(f".{output.name}.partial")
   try:
     shutil.rmtree(partial, ignore_errors=True)
@@ -208,8 +211,6 @@ def _write_model(params, config: PolicyConfig, original: str, partial: pathlib.P
   described = read_json(source / "config.json")
   described |= {"torch_dtype" if "torch_dtype" in described else "dtype": "float32"}
   _write_json(partial / "config.json", described)
-  if from_json(read_json(partial / "config.json"), f"{partial}/config.json", config.dtype) != config:
-    raise UserError(f"{source}/config.json does not describe the model any more; bring the old one back")
   if (source / "generation_config.json").exists():
     shutil.copy(source / "generation_config.json", partial)
   total, shards = 0, collections.defaultdict(list)

@@ -209,6 +209,7 @@ RUN = {
   **{f"policy.{key}": getattr(PolicyConfig, key) for key in tiny.SETTINGS["policy"]},
   **{f"warmstart.{key}": value for key, value in {"steps": 0, "batch": 32, "lr": 6e-3}.items()},
   "policy.pretrained": str(FOLDER / "qwen2"),
+  "policy.remat": "layers",
   "learner.entropy": 0.1,  # Something to learn, where no answer is right.
   "steps": 2,
 }
@@ -259,6 +260,17 @@ def test_export_of_an_earlier_step_and_of_what_is_not_there(run, tmp_path):
   with pytest.raises(UserError, match="has no adapters"):
     export(str(run), str(tmp_path / "other"), adapters=True)
   assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_a_model_that_was_replaced_since_is_not_exported(run, tmp_path):
+  folder = shutil.copytree(FOLDER / "qwen2", tmp_path / "model")
+  change_config(folder, intermediate_size=8)
+  workdir = shutil.copytree(run, tmp_path / "run")
+  settings = (workdir / "config.json").read_text()
+  (workdir / "config.json").write_text(settings.replace(str(FOLDER / "qwen2"), str(folder)))
+  with pytest.raises(UserError, match=r"config\.json does not describe what was trained any more"):
+    export(str(workdir), str(tmp_path / "out"))
+  assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama_scaled"])
