@@ -1,6 +1,7 @@
 """How much memory a run takes on each device, from shapes alone: nothing is allocated, no device is needed."""
 
 import collections
+import math
 import os
 from typing import NamedTuple
 
@@ -82,10 +83,7 @@ def _bytes(shapes, shardings) -> int:
 
 
 def _size(shape, dtype) -> int:
-  size = jnp.dtype(dtype).itemsize
-  for n in shape:
-    size *= n
-  return size
+  return jnp.dtype(dtype).itemsize * math.prod(shape)
 
 
 def _saved(config: Config, policy: Policy, problems: int) -> int:

@@ -57,7 +57,7 @@ def digest_of_state(workdir: pathlib.Path) -> str:
   policy = Policy(config.policy, len(TASKS["chains"](config.task).tokenizer()))
   optimizer = learner.make_optimizer(config.learner, config.steps)
   params = mesh.param_shapes(policy)
-  shapes = jax.eval_shape(lambda: learner.init_state(optimizer, params, behind=params))
+  shapes = jax.eval_shape(lambda params: learner.init_state(optimizer, params, behind=params), params)
   shardings = mesh.state_shardings(devices, policy, optimizer, behind=True)
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
   with Checkpoints(config.checkpoint, locate(str(workdir)), config.fixed()) as checkpoints:

@@ -166,7 +166,7 @@ class Weight(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    fan_in, fan_out = _product(self.shape[: self.inputs]), _product(self.shape[self.inputs :])
+    fan_in, fan_out = math.prod(self.shape[: self.inputs]), math.prod(self.shape[self.inputs :])
     init = nn.initializers.normal(fan_in**-0.5)
     kernel = _param(self, "kernel", init, self.axes, self.shape)
     leading = x.shape[: x.ndim - self.inputs]
@@ -408,10 +408,3 @@ def _rotate(x_BxTxNxH, rope):
   cos, sin = rope
   a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, -1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxTxNxH.dtype)
-
-
-def _product(sizes) -> int:
-  n = 1
-  for size in sizes:
-    n *= size
-  return n
