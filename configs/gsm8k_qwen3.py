@@ -9,9 +9,9 @@ sampling 4.7 (8.6). Arithmetic and memory alone take 3.1 s (6.5) a step, so expe
 
     python benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
 
-If half of the 256 completions of a step get a review (`weighted` credit needs none
-where a group fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $35 at the table price of the
-reviewer; `reviewer.client.max_dollars` caps it.
+If half of the 256 completions of a step get a review (`weighted` credit needs none where a group fares alike), of 1,200
+prompt and 400 output tokens, 200 steps cost about $35 at the table price of the reviewer; `reviewer.client.max_dollars`
+caps it.
 
     dca-jax plan --config=configs/gsm8k_qwen3.py --devices=8
     dca-jax train --config=configs/gsm8k_qwen3.py --workdir=gs://BUCKET/gsm8k_qwen3
