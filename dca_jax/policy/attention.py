@@ -97,10 +97,12 @@ def choose_kernel(mesh: Mesh | None, tokens: int, head_dim: int, dtype: str, sof
   """`splash` on TPUs, `cudnn` on GPUs where it can, `plain` elsewhere and for short blocks, whose scores are small."""
   if mesh is None or tokens < 2 * LANES:
     return "plain"
-  platform = mesh.devices.flat[0].platform
-  if platform == "gpu" and dtype == "bfloat16" and head_dim <= 128 and head_dim % 8 == 0 and not soft_cap:
+  device = mesh.devices.flat[0]
+  generation = str(getattr(device, "compute_capability", "")).split(".")[0]  # Of NVIDIA a number; 8 is Ampere.
+  fits = dtype == "bfloat16" and head_dim <= 128 and head_dim % 8 == 0 and not soft_cap
+  if generation.isdigit() and int(generation) >= 8 and fits:
     return "cudnn"
-  return "splash" if platform == "tpu" else "plain"
+  return "splash" if device.platform == "tpu" else "plain"
 
 
 def flash_attend(

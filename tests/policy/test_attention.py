@@ -78,7 +78,9 @@ def test_a_policy_reads_the_same_through_a_kernel():
 
 class Chip:
   def __init__(self, platform):
-    self.platform = platform
+    self.platform, *generation = platform.split()
+    if generation:
+      self.compute_capability = generation[0]
 
 
 class Chips:
@@ -91,9 +93,11 @@ class Chips:
   [
     ("tpu", 512, "float32", 50.0, "splash"),
     ("tpu", 100, "bfloat16", 0.0, "plain"),
-    ("gpu", 512, "bfloat16", 0.0, "cudnn"),
-    ("gpu", 512, "float32", 0.0, "plain"),
-    ("gpu", 512, "bfloat16", 50.0, "plain"),
+    ("gpu 9.0", 512, "bfloat16", 0.0, "cudnn"),
+    ("gpu 7.5", 512, "bfloat16", 0.0, "plain"),
+    ("gpu gfx90a", 512, "bfloat16", 0.0, "plain"),
+    ("gpu 10.0", 512, "float32", 0.0, "plain"),
+    ("gpu 10.0", 512, "bfloat16", 50.0, "plain"),
     ("cpu", 512, "bfloat16", 0.0, "plain"),
   ],
 )
