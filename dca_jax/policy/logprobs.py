@@ -36,15 +36,14 @@ class Head:
   mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def sampling_logits(hidden, head: Head, sampling: Sampling, targets=None) -> jax.Array:
-  """Float32 logits [..., V] of hidden states [..., D], of the sampled distribution; tokens that are cut are -inf.
+def sampling_logits(hidden_NxD, head: Head, sampling: Sampling, targets_N=None) -> jax.Array:
+  """Float32 logits [N, V] of the sampled distribution; tokens that are cut are -inf.
 
-  `targets` [...], where given, are never cut: after an update a token that was sampled can leave the top k, and its
+  `targets_N`, where given, are never cut: after an update a token that was sampled can leave the top k, and its
   log-probability must stay finite for the importance ratio and the gradient.
   """
-  logits = jnp.matmul(hidden, head.matrix_VxD.T.astype(hidden.dtype), preferred_element_type=jnp.float32)
-  names = "rows", *[None] * (logits.ndim - 2), "vocab"
-  logits = constrain(logits, head.mesh, *names, vocab=logits.shape[-1])
+  logits = jnp.matmul(hidden_NxD, head.matrix_VxD.T.astype(hidden_NxD.dtype), preferred_element_type=jnp.float32)
+  logits = constrain(logits, head.mesh, "rows", "vocab", vocab=logits.shape[-1])
   if head.soft_cap:
     logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
   logits = logits / sampling.temperature
@@ -54,15 +53,15 @@ def sampling_logits(hidden, head: Head, sampling: Sampling, targets=None) -> jax
   if not 0 < sampling.top_k < vocab and sampling.top_p >= 1:
     return logits
   ordered = -jnp.sort(-logits, -1)
-  floor = ordered[..., min(sampling.top_k or vocab, vocab) - 1]
+  floor = ordered[:, min(sampling.top_k or vocab, vocab) - 1]
   if sampling.top_p < 1:
     # Top-p acts on what top-k left, as the samplers of the field do.
-    kept = jax.nn.softmax(jnp.where(ordered >= floor[..., None], ordered, -jnp.inf), -1)
+    kept = jax.nn.softmax(jnp.where(ordered >= floor[:, None], ordered, -jnp.inf), -1)
     before = jnp.cumsum(kept, -1) - kept
     floor = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, where=kept > 0, initial=jnp.inf)
-  keep = logits >= floor[..., None]
-  if targets is not None:
-    keep |= jnp.arange(vocab) == targets[..., None]
+  keep = logits >= floor[:, None]
+  if targets_N is not None:
+    keep |= jnp.arange(vocab) == targets_N[:, None]
   return jnp.where(keep, logits, -jnp.inf)
 
 
@@ -72,23 +71,24 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
   Works through the columns of tokens in chunks and recomputes the logits in the backward pass, so that no [B, T, V]
   array exists.
   """
-  t = hidden_BxTxD.shape[1]
+  b, t, _ = hidden_BxTxD.shape
   devices = head.mesh.size if head.mesh else 1
-  column = max(1, hidden_BxTxD.shape[0] * head.matrix_VxD.shape[0] // devices)
+  column = max(1, b * head.matrix_VxD.shape[0] // devices)
   chunks = -(-t // max(1, CHUNK_LOGITS // column))
   size = -(-t // chunks)
 
   def cut(x_BxTx):
-    padding = ((0, 0), (0, chunks * size - t), *[(0, 0)] * (x_BxTx.ndim - 2))
-    return jnp.pad(x_BxTx, padding).reshape(x_BxTx.shape[0], chunks, size, *x_BxTx.shape[2:]).swapaxes(0, 1)
+    """[chunks, B * size, ...], each chunk some columns of all rows, so that a device has its own."""
+    padded = jnp.pad(x_BxTx, ((0, 0), (0, chunks * size - t), *[(0, 0)] * (x_BxTx.ndim - 2)))
+    return padded.reshape(b, chunks, size, *x_BxTx.shape[2:]).swapaxes(0, 1).reshape(chunks, -1, *x_BxTx.shape[2:])
 
   @jax.checkpoint
-  def one(hidden_BxCxD, targets_BxC):
-    logits = sampling_logits(hidden_BxCxD, head, sampling, targets_BxC)
+  def one(hidden_NxD, targets_N):
+    logits = sampling_logits(hidden_NxD, head, sampling, targets_N)
     logps = jax.nn.log_softmax(logits, -1)
     # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is not a number.
     entropy = -jnp.sum(jnp.exp(logps) * jnp.where(logits == -jnp.inf, 0.0, logps), -1)
-    return jnp.take_along_axis(logps, targets_BxC[..., None], -1)[..., 0], entropy
+    return jnp.take_along_axis(logps, targets_N[:, None], -1)[:, 0], entropy
 
   logps, entropy = jax.lax.map(lambda args: one(*args), (cut(hidden_BxTxD), cut(targets_BxT)))
-  return tuple(x.swapaxes(0, 1).reshape(len(hidden_BxTxD), -1)[:, :t] for x in (logps, entropy))
+  return tuple(x.reshape(chunks, b, size).swapaxes(0, 1).reshape(b, -1)[:, :t] for x in (logps, entropy))
