@@ -22,7 +22,7 @@ from jax.experimental import topologies
 
 from dca_jax import config as config_lib
 from dca_jax import learner, mesh
-from dca_jax.plan import memory
+from dca_jax.plan import batch_shapes, memory
 from dca_jax.policy import Policy, pretrained, split
 from dca_jax.rollout.sampler import sample
 from dca_jax.task import TASKS
@@ -51,27 +51,29 @@ def main() -> None:
   def laid_out(shapes, shardings):
     return jax.tree.map(lambda a, s: on(s, a.dtype, *a.shape), shapes, shardings)
 
+  def spread(shapes, mesh_of):
+    return jax.tree.map(lambda a: on(mesh.batch_sharding(mesh_of), a.dtype, *a.shape), shapes)
+
   r, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
   p, b, t = r.problems, r.problems * r.group, r.max_tokens
 
   whole, learning, writing = mesh.param_shapes(policy), policy.clone(mesh=training), policy.clone(mesh=sampling)
-  rows = mesh.batch_sharding(training)
   state = jax.eval_shape(lambda params: learner.init_state(optimizer, params), split(whole)[1])
   state = laid_out(state, mesh.state_shardings(training, policy, optimizer))
-  floats, counts = on(rows, jnp.float32, b, t), on(rows, jnp.int32, b)
-  prompts = on(rows, jnp.int32, p, r.max_prompt_tokens), on(rows, jnp.int32, p)
-  tokens, trained = on(rows, jnp.int32, b, t), on(rows, jnp.bool_, b)
-  reference = floats if config.learner.reference else None
-  batch = learner.Batch(*prompts, tokens, counts, trained, floats, floats, reference)
+  batch = batch_shapes(config, p)
+  batch = batch._replace(reference_BxT=batch.logprobs_BxT if config.learner.reference else None)
   frozen = split(laid_out(whole, mesh.param_shardings(training, policy)))[0]
   static = learning, config.learner, optimizer, r.sampling, r.group
-  updating = learner.update.lower(*static, state, batch, on(mesh.replicated(training), jnp.bool_), frozen or None)
+  updating = learner.update.lower(
+    *static, state, spread(batch, training), on(mesh.replicated(training), jnp.bool_), frozen or None
+  )
   report("update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values()))
 
-  rows, same = mesh.batch_sharding(sampling), mesh.replicated(sampling)
+  same = mesh.replicated(sampling)
   params = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   params = laid_out(params, mesh.param_shardings(sampling, policy))
-  prompts = on(rows, jnp.int32, p, r.max_prompt_tokens), on(rows, jnp.int32, p), on(rows, jnp.uint32, p)
+  ids = jax.ShapeDtypeStruct((p,), jnp.uint32)
+  prompts = spread((batch.prompts_PxS, batch.prompt_lengths_P, ids), sampling)
   key = on(same, jax.random.key(0).dtype)
   drawn = dict(sampling=r.sampling, group=r.group, max_tokens=t)
   lowered = sample.lower(writing, params, *prompts, key, on(same, jnp.int32, 1), **drawn)

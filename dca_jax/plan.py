@@ -88,15 +88,7 @@ def _size(shape, dtype) -> int:
 
 def _saved(config: Config, policy: Policy, problems: int) -> int:
   """Bytes that the backward pass of a micro-batch of `problems` keeps from the forward pass."""
-  rows, t = problems * config.rollout.group, config.rollout.max_tokens
-
-  def array(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-  tokens, floats = array(jnp.int32, rows, t), array(jnp.float32, rows, t)
-  prompts, lengths = array(jnp.int32, problems, config.rollout.max_prompt_tokens), array(jnp.int32, problems)
-  batch = learner.Batch(prompts, lengths, tokens, array(jnp.int32, rows), array(jnp.bool_, rows), floats, floats, None)
-  params = mesh.param_shapes(policy)
+  batch, params = batch_shapes(config, problems), mesh.param_shapes(policy)
 
   def kept(params, batch):
     frozen, trained = split(params)
@@ -113,6 +105,18 @@ def _saved(config: Config, policy: Policy, problems: int) -> int:
   # What has the shape of a parameter is one, which stays anyway.
   extra = count(jax.eval_shape(kept, params, batch)) - count(params)
   return sum(n * _size(*array) for array, n in extra.items())
+
+
+def batch_shapes(config: Config, problems: int) -> learner.Batch:
+  """Shapes of what an update reads, without a reference policy."""
+  rows, t = problems * config.rollout.group, config.rollout.max_tokens
+
+  def array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  tokens, floats = array(jnp.int32, rows, t), array(jnp.float32, rows, t)
+  prompts, lengths = array(jnp.int32, problems, config.rollout.max_prompt_tokens), array(jnp.int32, problems)
+  return learner.Batch(prompts, lengths, tokens, array(jnp.int32, rows), array(jnp.bool_, rows), floats, floats, None)
 
 
 def plan(config: Config, devices: int) -> str:

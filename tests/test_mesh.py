@@ -29,6 +29,7 @@ from dca_jax.mesh import (
   state_shardings,
 )
 from dca_jax.policy import Policy, PolicyConfig, Sampling
+from dca_jax.policy.attention import KeyValue, flash_attend
 from dca_jax.processes import put
 
 VOCAB = 24
@@ -113,6 +114,19 @@ def on_eight_devices() -> dict:
   report["data_8"] = largest_difference(one, eight)
   report["fsdp_4_tensor_2"] = largest_difference(one[0].opt_state.trace, sharded)
 
+  # A kernel works on each device's own rows and heads; this one is the form of cuDNN's call that any device computes.
+  q, k, v, *before = (
+    rng.normal(size=(rows, n, 10, 8)) for rows, n in ((P * G, 4), (P * G, 2), (P * G, 2), (P, 2), (P, 2))
+  )
+  given = jax.tree.map(jnp.float32, (q.swapaxes(1, 2), KeyValue(k, v), KeyValue(*before)))
+  lengths = jnp.repeat(batch.prompt_lengths_P, G)
+  flash = functools.partial(flash_attend, window=3, scale=0.5, soft_cap=0.0, kernel="xla")
+  outs = [
+    jax.jit(functools.partial(flash, mesh=m))(*given, lengths)
+    for m in (None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+  ]
+  report["flash"] = largest_difference(*jax.device_get(outs))
+
   # What an update of long completions takes on each device, whether the parameters are spread or copied.
   by_token = {key: x for key, x in batch._asdict().items() if key.endswith("BxT") and x is not None}
   longer = batch._replace(**{key: np.repeat(x, 64, 1) for key, x in by_token.items()})
@@ -159,6 +173,10 @@ def test_parameters_and_moments_are_sharded_as_named(report, when):
 def test_an_update_does_not_depend_on_the_mesh(report, mesh):
   assert report["gradient"] > 0.01
   assert report[mesh] < 1e-5
+
+
+def test_a_kernel_does_not_depend_on_the_mesh(report):
+  assert report["flash"] < 1e-5
 
 
 def test_each_device_computes_its_own_rows_alone(report):

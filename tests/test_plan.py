@@ -9,7 +9,7 @@ import tiny
 
 from dca_jax import learner, mesh
 from dca_jax.errors import UserError
-from dca_jax.plan import check_fits, memory, plan
+from dca_jax.plan import batch_shapes, check_fits, memory, plan
 from dca_jax.policy import Policy
 from dca_jax.rollout.sampler import sample
 
@@ -34,14 +34,6 @@ def planned(changes, devices=1):
   return config, memory(config, Policy(config.policy, VOCAB), *mesh.abstract_meshes(config.mesh, devices))
 
 
-def batch_shapes(config):
-  p, rows, t = config.rollout.problems, config.rollout.problems * config.rollout.group, config.rollout.max_tokens
-  prompts = jnp.zeros((p, config.rollout.max_prompt_tokens), jnp.int32), jnp.ones(p, jnp.int32)
-  tokens, floats = jnp.zeros((rows, t), jnp.int32), jnp.zeros((rows, t))
-  batch = learner.Batch(*prompts, tokens, jnp.ones(rows, jnp.int32), jnp.ones(rows, bool), floats, floats, None)
-  return jax.eval_shape(lambda: batch)
-
-
 @pytest.mark.parametrize("changes", [{}, {"learner.micro_batches": 1}, {"policy.dtype": "bfloat16"}], ids=str)
 def test_the_update_takes_about_what_is_planned(changes):
   config, ours = planned(changes)
@@ -50,7 +42,11 @@ def test_the_update_takes_about_what_is_planned(changes):
   update = functools.partial(
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
   )
-  compiled = jax.jit(update).lower(state, batch_shapes(config), jax.ShapeDtypeStruct((), bool)).compile()
+  compiled = (
+    jax.jit(update)
+    .lower(state, batch_shapes(config, config.rollout.problems), jax.ShapeDtypeStruct((), bool))
+    .compile()
+  )
   theirs = compiled.memory_analysis()
   assert ours.parameters + ours.optimizer == pytest.approx(theirs.output_size_in_bytes, rel=0.05)
   assert 0.5 < sum(ours.updating.values()) / theirs.temp_size_in_bytes < 2
@@ -66,7 +62,7 @@ def test_remat_keeps_less():
 def test_sampling_takes_about_what_is_planned():
   config, ours = planned({})
   policy, r = Policy(config.policy, VOCAB), config.rollout
-  prompts, lengths = batch_shapes(config)[:2]
+  prompts, lengths = batch_shapes(config, r.problems)[:2]
   shapes = mesh.param_shapes(policy), prompts, lengths, jax.ShapeDtypeStruct((r.problems,), jnp.uint32)
   key, ends = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1,), jnp.int32)
   draw = functools.partial(sample, policy, sampling=r.sampling, group=r.group, max_tokens=r.max_tokens)
