@@ -258,8 +258,6 @@ class Client:
         self._purse += 0.2
         self._gate.succeeded()
         self._refusals = 0
-        if reply.stopped:
-          raise CallFailed(reply.stopped, "the reply ended early")
         reviews = _reviews(requests, prompt, reply.text or "", reply.model)
         self._cache.put(key, reply.model, reply.text or "")
         return reviews
@@ -305,7 +303,7 @@ class Client:
       except TimeoutError:
         raise CallFailed("timeout", "no answer in time", again=True, billed=True) from None
       except CallFailed as failed:
-        cost = most if failed.billed else 0.0
+        reply, cost = failed.usage, most if failed.billed else 0.0
         raise
       except Exception as error:
         raise CallFailed("client_error", f"{type(error).__name__}: {error}"[:200]) from error

@@ -4,10 +4,12 @@ To add one: a class with `__call__` and `close` as in `Transport`, and a line in
 """
 
 import contextlib
+import datetime
 import email.utils
 import json
 import os
 import time
+import zoneinfo
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -27,20 +29,38 @@ class Reply(NamedTuple):
   """Thought included; None where the server did not say."""
   thought_tokens: int = 0
   model: str = ""
-  stopped: str = ""
-  """Empty where the model finished; else the status of a reply that ended early: `truncated` or `blocked`."""
 
 
 class CallFailed(Exception):
-  """A call without a reply.
+  """A call without a usable reply.
 
-  `again`: whether another try can help; `wait`: the seconds that the server asked for; `billed`: whether it may have
-  been billed all the same.
+  Attributes:
+    status: `rate_limited`; `quota`, one that does not refill within minutes; `server_error`,
+      `connection`, `timeout`; `malformed`; `truncated` and `blocked`, replies that ended early;
+      `client_error`, what we sent was refused.
+    again: whether another try can help.
+    wait: the seconds that the server asked for, in full.
+    billed: whether it may have been billed all the same.
+    usage: the tokens that the server stated for it, if it did; then the text is None.
+    about: what has to change before it works: the `server`, whose faults pass; the `content`, this
+      very text; or the `settings`: key, model, address, and what has been paid for.
+    until: when a quota refills, as seconds since 1970, where that is known.
   """
 
-  def __init__(self, status: str, message: str, again: bool = False, wait: float | None = None, billed: bool = False):
+  def __init__(
+    self,
+    status: str,
+    message: str,
+    again: bool = False,
+    wait: float | None = None,
+    billed: bool = False,
+    usage: Reply | None = None,
+    about: str = "server",
+    until: float | None = None,
+  ):
     super().__init__(message)
     self.status, self.again, self.wait, self.billed = status, again, wait, billed
+    self.usage, self.about, self.until = usage, about, until
 
 
 class Transport(Protocol):
@@ -103,15 +123,17 @@ class Gemini:
       stopped = {None: "", "STOP": "", "MAX_TOKENS": "truncated"}.get(finish, "blocked")
     else:
       stopped = "blocked" if response.prompt_feedback and response.prompt_feedback.block_reason else ""
-    return Reply(
-      response.text,
+    reply = Reply(
+      None if stopped else response.text,
       usage.prompt_token_count,
       usage.cached_content_token_count or 0,
       None if answered is None else answered + thought,
       thought,
       response.model_version or self._model,
-      stopped,
     )
+    if stopped:
+      raise CallFailed(stopped, "the reply ended early", billed=True, usage=reply, about="content")
+    return reply
 
   async def close(self) -> None:
     await self._client.aio.aclose()
@@ -149,16 +171,18 @@ class OpenAI:
           raise http_failure(response.status, (await response.text())[:200], response.headers, None)
         answer = await response.json(content_type=None)
       choice, usage = answer["choices"][0], answer.get("usage") or {}
-      finish = choice.get("finish_reason")
-      return Reply(
-        choice["message"].get("content"),
+      stopped = {"length": "truncated", "content_filter": "blocked"}.get(choice.get("finish_reason"))
+      reply = Reply(
+        None if stopped else choice["message"].get("content"),
         usage.get("prompt_tokens"),
         (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
         usage.get("completion_tokens"),
         (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0,
         answer.get("model") or self._model,
-        {"length": "truncated", "content_filter": "blocked"}.get(finish, ""),
       )
+      if stopped:
+        raise CallFailed(stopped, "the reply ended early", billed=True, usage=reply, about="content")
+      return reply
     except (KeyError, IndexError, TypeError, AttributeError) as error:
       raise CallFailed("malformed", f"the server's reply has no {error}", again=True, billed=True) from None
     except Exception as error:
@@ -173,15 +197,41 @@ TRANSPORTS: dict[str, Callable[..., Transport]] = {"gemini": Gemini, "openai": O
 
 
 def http_failure(code: int, message: str, headers: Mapping[str, str], details: Any) -> CallFailed:
-  """What an HTTP status means: too many requests, a passing fault of the server, or a mistake of ours."""
-  status = "rate_limited" if code == 429 else "server_error" if code == 408 or code >= 500 else "client_error"
-  again = status != "client_error"
-  return CallFailed(status, f"{code}: {message}"[:300], again, asked_wait(headers, details) if again else None)
+  """What an HTTP status means: a limit, a passing fault of the server, this text, or the settings."""
+  message = f"{code}: {message}"[:300]
+  if code == 429:
+    return _over_a_limit(message, headers, details)
+  if code == 408 or code >= 500:
+    return CallFailed("server_error", message, True, asked_wait(headers, details))
+  return CallFailed("client_error", message, about="settings" if code in (401, 403, 404) else "content")
+
+
+def _over_a_limit(message: str, headers: Mapping[str, str], details: Any) -> CallFailed:
+  error = details.get("error") if isinstance(details, dict) else None
+  error = error if isinstance(error, dict) else {}
+  if "insufficient_quota" in (error.get("code"), error.get("type")):
+    return CallFailed("quota", message, about="settings")
+  entries = error.get("details")
+  for entry in entries if isinstance(entries, list) else []:
+    violations = entry.get("violations") if isinstance(entry, dict) else None
+    for violation in violations if isinstance(violations, list) else []:
+      if isinstance(violation, dict) and "PerDay" in str(violation.get("quotaId")):
+        midnight = _midnight_in_california()
+        return CallFailed("quota", message, True, midnight - time.time(), until=midnight)
+  wait = asked_wait(headers, details)
+  return CallFailed("rate_limited", message, True, wait)
+
+
+def _midnight_in_california() -> float:
+  """The next one, when Google's quotas per day refill."""
+  now = datetime.datetime.now(zoneinfo.ZoneInfo("America/Los_Angeles"))
+  return datetime.datetime.combine(now + datetime.timedelta(days=1), datetime.time(), now.tzinfo).timestamp()
 
 
 def asked_wait(headers: Mapping[str, str], details: Any) -> float | None:
   """The seconds that a server asks to wait for, in a RetryInfo or a Retry-After header; None where it does not."""
-  entries = details.get("error", {}).get("details") if isinstance(details, dict) else None
+  error = details.get("error") if isinstance(details, dict) else None
+  entries = error.get("details") if isinstance(error, dict) else None
   for entry in entries if isinstance(entries, list) else []:
     if isinstance(entry, dict) and str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
       return _seconds(str(entry.get("retryDelay", "")).removesuffix("s"))
@@ -195,7 +245,8 @@ def asked_wait(headers: Mapping[str, str], details: Any) -> float | None:
 
 def _seconds(text: str) -> float | None:
   with contextlib.suppress(ValueError):
-    return max(0.0, min(float(text), 3600.0)) if float(text) == float(text) else None
+    # What is longer than a month is no delay.
+    return max(0.0, float(text)) if float(text) < 31 * 86400 else None
   return None
 
 
