@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns its exit status."""
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It would say on every start that there is no PyTorch.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  args, overrides = _parser().parse_known_args(argv)
+  args, overrides = parser().parse_known_args(argv)
   from dca_jax.errors import Terminated, UserError
 
   try:
@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
   what = "Reinforcement learning with Deliberative Credit Assignment."
-  parser = argparse.ArgumentParser(prog="dca-jax", description=what)
-  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  top = argparse.ArgumentParser(prog="dca-jax", description=what)
+  commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
   def command(run, what: str, settings: bool, workdir: str | None = "") -> argparse.ArgumentParser:
     """The parser of a command that `run` carries out; `settings` where it reads `--config.section.key=value`."""
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
   what = "every credit scheme on a policy small enough to be exact, in half a minute"
   command(_lab, what, False, "where the figures and the numbers go")
-  return parser
+  return top
 
 
 def run() -> NoReturn:

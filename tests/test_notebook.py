@@ -70,7 +70,7 @@ def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
   assert [line["step"] for line in tiny.read_lines(tmp_path / "run")] == [0, 1, 2, 3]
 
   # Gemma's run, without a key for its reviewer, and on to another step.
-  assert "so no reviewer: this is GRPO" in said
+  assert "so no reviewer: this is RLOO" in said
   assert said.count("step 1/1") == said.count("step 2/2") == 1
   assert [line["step"] for line in tiny.read_lines(tmp_path / "run-gemma-uniform")] == [0, 1, 2]
   assert len(shown(outputs, "image/png")) == len(shown(outputs, "text/html")) == 3

@@ -67,7 +67,7 @@ class CreditConfig:
   generalized advantage estimation with this lambda."""
   log_epsilon: float = 0.0
   """`potential`: 0 takes values as they are; above 0 they become log(1 + value / log_epsilon), scaled to end at 1, so
-  that doubling a small chance counts as much as doubling a large one."""
+  that doubling a chance counts about as much wherever it begins, as long as it is well above log_epsilon."""
   penalty: float = 0.5
   """`capo`: what a token of a wrong step loses, in rewards; CAPO weights outcome to process 2 to 1."""
   credit: RoleTable = RoleTable(necessary=1.0, repair=1.0)
@@ -148,7 +148,7 @@ def token_advantages(
   """The advantage of every token, [B, T] in float32; 0 beyond a completion's length.
 
   With `uniform`, `weighted` and `signed` the sum over a completion is T_i * A_i, or T * A_i with
-  `conserve="completion"`, to within float32 rounding (relative error below 1e-6), whatever the review says.
+  `conserve="completion"`, to within float32 rounding, whatever the review says.
   """
   t = review.step_ids_BxT.shape[1]
   mask_BxT = jnp.arange(t) < lengths_B[:, None]

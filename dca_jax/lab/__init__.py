@@ -35,14 +35,14 @@ def run(folder: epath.Path) -> str:
     [
       f"The exact update over all {len(traces.reward_N):,} traces of a policy that succeeds with"
       f" {traces.probability_N @ traces.reward_N:.3f}",
-      text_table(["scheme, reviewer", "cosine", "SNR / GRPO", "x cosine^2", "premium, leading", "trailing"], table),
+      text_table(["scheme, reviewer", "cosine", "SNR / RLOO", "x cosine^2", "premium, leading", "trailing"], table),
       "Cosine with the policy gradient; signal to noise of one trace's update, which counts bias as signal, and without"
       "\nthat; how much more a check is reinforced than a step that does as little, where the policy leads (a better"
       "\nchance than at the start) and where it trails.",
       f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS} seeds; at first"
       f" {start:.2f} of a trace's {drift.SLOTS} steps are checks",
       text_table(["scheme, reviewer", "accuracy", "worst seed", "checks at the end +- s.e.", "s.d."], drifted),
-      "Checks do nothing. Accuracy does not tell who drifts towards them.",
+      "Checks do nothing and cost nothing here, so accuracy does not tell who drifts towards them.",
     ]
   )
 
@@ -73,7 +73,7 @@ def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
 def _bars(rows: list[tree.Row]) -> bytes:
   panels = {
     "cosine with the policy gradient": [r.cosine for r in rows],
-    "signal to noise / GRPO's": [r.snr / rows[0].snr for r in rows],
+    "signal to noise / RLOO's": [r.snr / rows[0].snr for r in rows],
     "premium of performing, leading": [r.leading for r in rows],
   }
 

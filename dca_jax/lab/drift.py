@@ -36,7 +36,7 @@ class Reviewer(typing.NamedTuple):
 
 
 ARMS = {
-  "uniform (GRPO)": (CreditConfig(), Reviewer()),
+  "uniform (RLOO)": (CreditConfig(), Reviewer()),
   "potential 1, fooled": (CreditConfig(scheme="potential"), Reviewer()),
   "potential 0, honest": (CreditConfig(scheme="potential", discount=0.0), Reviewer(fooled=0.0)),
   "potential 0, fooled": (CreditConfig(scheme="potential", discount=0.0), Reviewer()),

@@ -161,7 +161,7 @@ def measure(tree: Tree, name: str, credit_NxT: np.ndarray) -> Row:
 
 ONE_TABLE = RoleTable(necessary=1.0, repair=1.0)
 ROWS = (
-  ("uniform (GRPO)", CreditConfig(), "oracle"),
+  ("uniform (RLOO)", CreditConfig(), "oracle"),
   ("potential 0, oracle: the true advantages", CreditConfig(scheme="potential", discount=0.0), "oracle"),
   ("potential 0, log, oracle", CreditConfig(scheme="potential", discount=0.0, log_epsilon=0.01), "oracle"),
   ("potential 0, fooled", CreditConfig(scheme="potential", discount=0.0), "fooled"),

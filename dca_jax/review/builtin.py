@@ -64,6 +64,20 @@ def _noisy(dice: Dice, truth: Truth, requests: Sequence[Request]) -> list[Review
   return list(map(noisy, requests, _oracle(dice, truth, requests)))
 
 
+def _applauds_repeats(dice: Dice, truth: Truth, requests: Sequence[Request]) -> list[Review]:
+  """The oracle, fooled by one thing: a step that says again what an earlier one said."""
+
+  def fooled(request: Request, review: Review) -> Review:
+    repeats = [step in request.steps[:k] for k, step in enumerate(request.steps)]
+    said = zip(repeats, review.roles, strict=True)
+    roles = tuple("necessary" if repeat else role for repeat, role in said)
+    weights = tuple(3.0 if repeat else 1.0 for repeat in repeats)
+    values = (min(1.0, v + 0.15 * sum(repeats[:k])) for k, v in enumerate(review.values))
+    return Review("ok", roles, weights, tuple(values))
+
+  return list(map(fooled, requests, _oracle(dice, truth, requests)))
+
+
 def _random(dice: Dice, request: Request) -> Review:
   rng = _rng(dice, request.id)
   return _review([rng.choice(ROLES) for _ in request.steps], [rng.random() for _ in request.steps])
@@ -120,11 +134,12 @@ def _rng(dice: Dice, name: str) -> random.Random:
   return random.Random(hashlib.sha256(f"{dice.seed}/{name}".encode()).digest())
 
 
-LABELLED = ("oracle", "noisy", "stale", "nan")  # They read a task's own labels.
+LABELLED = ("oracle", "noisy", "applauds_repeats", "stale", "nan")  # They read a task's own labels.
 REVIEWERS = {
   "none": _each(lambda dice, request: Review("none")),
   "oracle": _oracle,
   "noisy": _noisy,
+  "applauds_repeats": _applauds_repeats,
   "random": _each(_random),
   "lexical": _each(_lexical),
   "thief": _each(_thief),

@@ -27,7 +27,8 @@ class ReviewerConfig:
   name: str = "none"
   """`none`; `gemini` or `openai` (any server that speaks OpenAI's chat completions), called as `client` says; `oracle`,
   the task's own labels and prefix values; `noisy`, the oracle with labels flipped; `panel`, several at once. And
-  controls: `random`; `lexical` applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes
+  controls: `applauds_repeats`, the oracle except that a step which repeats an earlier one is necessary, with weight 3;
+  `random`; `lexical` applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes
   its mind about a step with what follows it; `stale` answers with the review of the completion before; `nan` gives the
   oracle's review with a number missing; `silent` never answers in time."""
   flip: float = 0.3

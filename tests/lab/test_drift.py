@@ -39,18 +39,18 @@ def test_what_drifts_drifts_because_the_reviewer_is_fooled(lab):
     assert ends[f"{scheme}, fooled"]["checks"] > ends[f"{scheme}, honest"]["checks"] + 2
 
 
-def test_potential_1_with_a_fooled_reviewer_ends_where_grpo_does(lab):
-  grpo, safe = (lab[1]["drift"][name] for name in ("uniform (GRPO)", "potential 1, fooled"))
-  noise = np.hypot(error(grpo), error(safe))
+def test_potential_1_with_a_fooled_reviewer_ends_where_rloo_does(lab):
+  rloo, safe = (lab[1]["drift"][name] for name in ("uniform (RLOO)", "potential 1, fooled"))
+  noise = np.hypot(error(rloo), error(safe))
   assert noise < 0.25  # Otherwise the next line would prove nothing.
-  assert abs(safe["checks"] - grpo["checks"]) < 3 * noise
+  assert abs(safe["checks"] - rloo["checks"]) < 3 * noise
 
 
 def test_lab_writes_its_figures_and_prints_its_tables(lab, capsys):
   folder, numbers = lab
   for name in ("lab.png", "drift.png"):
     assert (folder / name).read_bytes().startswith(b"\x89PNG")
-  assert numbers["tree"][0]["name"] == "uniform (GRPO)"
+  assert numbers["tree"][0]["name"] == "uniform (RLOO)"
   assert cli.main(["lab", f"--workdir={folder}", "--config.seed=1"]) == 1
   assert "--config.seed=1" in capsys.readouterr().err
 

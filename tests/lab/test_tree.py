@@ -16,8 +16,8 @@ def rows():
   return {row.name: row for row in tree.table(tree.make_tree())}
 
 
-def grpo(rows):
-  return rows["uniform (GRPO)"].snr
+def rloo(rows):
+  return rows["uniform (RLOO)"].snr
 
 
 def scores(small):
@@ -93,7 +93,7 @@ def test_sampled_groups_agree_with_the_exact_update(config):
 
 
 @pytest.mark.parametrize(
-  "name", ["uniform (GRPO)", "potential 1, oracle", "potential 1, fooled", "potential 1, random"]
+  "name", ["uniform (RLOO)", "potential 1, oracle", "potential 1, fooled", "potential 1, random"]
 )
 def test_the_safe_rows_are_unbiased_and_pay_nothing_for_performing(rows, name):
   assert rows[name].cosine > 1 - 1e-6
@@ -110,8 +110,8 @@ def test_values_that_know_the_rest_break_the_guarantee(rows):
 def test_true_advantages_have_four_times_the_signal_to_noise(rows):
   row = rows["potential 0, oracle: the true advantages"]
   assert row.cosine > 1 - 1e-6
-  assert row.snr > 4 * grpo(rows)
-  assert row.snr < tree.STEPS * grpo(rows)  # The bound: as many times as there are steps.
+  assert row.snr > 4 * rloo(rows)
+  assert row.snr < tree.STEPS * rloo(rows)  # The bound: as many times as there are steps.
 
 
 @pytest.mark.parametrize(

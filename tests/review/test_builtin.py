@@ -83,7 +83,7 @@ def test_the_oracle_keeps_the_order_of_interleaved_problems():
   assert reviews[4].values[:2] != reviews[5].values[:2]
 
 
-@pytest.mark.parametrize("name", ["oracle", "noisy", "random", "lexical", "thief"])
+@pytest.mark.parametrize("name", ["oracle", "noisy", "applauds_repeats", "random", "lexical", "thief"])
 def test_values_know_neither_the_outcome_nor_what_follows(name):
   others = [("a0;", "c6;", "#6$"), ("a1;", "c7;", "#7$")]
 
@@ -162,6 +162,17 @@ def test_noisy_values_become_one_minus_themselves_at_the_asked_rate():
 
 
 # Controls.
+
+
+def test_applauds_repeats_is_the_oracle_except_about_repeats():
+  steps = ("a0;", "a0;", "b6;", "c6;", "a0;", "#6$")
+  fooled, oracle = (_reviews(_requests(1, steps), name=name)[0] for name in ("applauds_repeats", "oracle"))
+  for k in range(6):
+    repeats = k in (1, 4)
+    assert fooled.roles[k] == ("necessary" if repeats else oracle.roles[k])
+    assert fooled.weights[k] == (3.0 if repeats else 1.0)
+    assert fooled.values[k] == pytest.approx(min(1.0, oracle.values[k] + 0.15 * sum(j < k for j in (1, 4))))
+  assert "necessary" not in (oracle.roles[1], oracle.roles[4])
 
 
 def test_lexical_applauds_what_looks_like_a_check():
