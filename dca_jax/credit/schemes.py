@@ -49,7 +49,8 @@ class CreditConfig:
   """What is subtracted from a reward: the mean of the group's other rewards (Kool et al. 2019, Ahmadian et al. 2024),
   or the whole group's `mean` (Shao et al. 2024)."""
   divide_by_std: bool = False
-  """Divide by the group's standard deviation, as GRPO was published; it weights easy and hard problems up."""
+  """Divide by the group's standard deviation, as GRPO was published; it weights easy and hard problems up. By
+  1e-3 at least, so that rewards which hardly differ do not count as much as right and wrong."""
   conserve: str = "tokens"
   """A completion's mass is its T_i tokens times its advantage (`tokens`), or the same number of tokens for every
   completion (`completion`): then, as far as `lam` goes, tokens without credit cannot pump up the others."""
@@ -138,7 +139,7 @@ def group_advantages(config: CreditConfig, rewards_PxG: jax.Array) -> jax.Array:
   advantages = rewards_PxG - ((total - rewards_PxG) / (group - 1) if others else total / group)
   equal = (rewards_PxG == rewards_PxG[:, :1]).all(1, keepdims=True)
   if config.divide_by_std:
-    advantages /= jnp.where(equal, 1.0, rewards_PxG.std(1, keepdims=True))
+    advantages /= jnp.maximum(rewards_PxG.std(1, keepdims=True), 1e-3)
   return jnp.where(equal, 0.0, advantages)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import optax
 
 from dca_jax.checks import at_least, one_of, positive
@@ -29,7 +30,9 @@ class LearnerConfig:
   mask_truncated: bool = False
   """Leave completions that ran out of tokens out of the loss."""
   kl: float = 0.0
-  """Weight of the KL divergence to the reference policy, by the k3 estimator (Schulman 2020)."""
+  """Weight of the k3 estimate (Schulman 2020) of the KL divergence from the policy to the reference, as in GRPO. Its
+  value is unbiased; its gradient on samples of the policy is that of the opposite divergence, from the reference to
+  the policy, token by token (Tang and Munos 2025)."""
   reference: bool = True
   """Keep the policy that the run started from as the reference, and measure the KL divergence to it at every step."""
   entropy: float = 0.0
@@ -38,10 +41,11 @@ class LearnerConfig:
   schedule: str = "constant"
   """`constant`, `linear` or `cosine`, the latter two down to 0 at the last step."""
   warmup_updates: int = 0
-  """Optimizer steps over which the learning rate rises from 0."""
+  """Optimizer steps below the full learning rate, which rises evenly; the first of n takes 1 / (n + 1) of it."""
   adam_b1: float = 0.9
   adam_b2: float = 0.98
   weight_decay: float = 0.0
+  """Decoupled (Loshchilov and Hutter 2019), of matrices and the embedding; scales of norms and biases keep theirs."""
   max_grad_norm: float = 0.0
   """Gradients are clipped to this global norm; 0 does not clip."""
 
@@ -79,8 +83,19 @@ def make_optimizer(config: LearnerConfig, steps: int) -> optax.GradientTransform
     "cosine": optax.cosine_decay_schedule(config.lr, after),
   }[config.schedule]
   if config.warmup_updates:
-    rising = optax.linear_schedule(0.0, config.lr, config.warmup_updates)
+    # The first batch has been sampled and reviewed like all others, so it is not wasted on a rate of 0.
+    rising = optax.linear_schedule(config.lr / (config.warmup_updates + 1), config.lr, config.warmup_updates)
     rate = optax.join_schedules([rising, rate], [config.warmup_updates])
   clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-  adam = optax.adamw(rate, config.adam_b1, config.adam_b2, weight_decay=config.weight_decay)
+  decay = {"weight_decay": config.weight_decay, "mask": _decayed} if config.weight_decay else {"weight_decay": 0.0}
+  adam = optax.adamw(rate, config.adam_b1, config.adam_b2, **decay)
   return optax.chain(clip, adam)
+
+
+def _decayed(params):
+  """Which parameters decay: norms and biases set levels and hold no knowledge that could overfit."""
+
+  def decays(path, _) -> bool:
+    return jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias")
+
+  return jax.tree.map_with_path(decays, params)

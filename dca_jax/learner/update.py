@@ -54,6 +54,18 @@ class Sums(typing.NamedTuple):
   """Largest |learner - sampler| log-probability; a maximum, not a sum."""
 
 
+_FAR = 10.0
+
+
+def expm1_bounded(x: jax.Array) -> jax.Array:
+  """exp(x) - 1, continued beyond `_FAR` as a straight line, so that neither it nor its gradient overflows.
+
+  A policy writes tokens that are e^10 times likelier under another less than once in e^10, so little is changed.
+  """
+  near = jnp.minimum(x, _FAR)
+  return jnp.expm1(near) + jnp.exp(near) * (x - near)
+
+
 def loss_sums(
   policy: Policy, config: LearnerConfig, sampling: Sampling, params, batch: Batch, on_policy: jax.Array
 ) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
@@ -75,7 +87,7 @@ def loss_sums(
     return jnp.where(mask, x, 0.0).sum()
 
   old = jnp.where(on_policy, jax.lax.stop_gradient(logp), batch.logprobs_BxT)
-  ratio = jnp.exp(jnp.where(mask, logp - old, 0.0))
+  ratio = 1 + expm1_bounded(jnp.where(mask, logp - old, 0.0))
   clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
   if config.loss == "ppo":
     objective = jnp.minimum(ratio * batch.advantages_BxT, clipped * batch.advantages_BxT)
@@ -85,8 +97,9 @@ def loss_sums(
   kl = jnp.float32(0)
   if batch.reference_BxT is not None:
     gap = jnp.where(mask, batch.reference_BxT - logp, 0.0)
-    kl = total(jnp.expm1(gap) - gap)
-    loss += config.kl * kl
+    kl = total(expm1_bounded(gap) - gap)
+    if config.kl:  # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
+      loss += config.kl * kl
   error = jnp.where(mask & on_policy, jnp.abs(logp - batch.logprobs_BxT), 0.0).max()
   acts = clipped * batch.advantages_BxT < ratio * batch.advantages_BxT
   sums = Sums(total(1.0), -total(objective), total(entropy), kl, total(1.0 * acts), total(ratio), error)

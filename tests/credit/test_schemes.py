@@ -210,6 +210,14 @@ def test_divide_by_std(baseline):
   assert not plain[~varied].any()
 
 
+def test_rewards_that_hardly_differ_weigh_little():
+  # The square of 1e-30 is 0 in float32, and so would be a deviation of it.
+  rewards = np.float32([[0, 0, 0, 1e-30], [0.7, 0.7, 0.7, 0.7 + 1e-7]])
+  divided = np.asarray(group_advantages(CreditConfig(divide_by_std=True), rewards))
+  assert np.isfinite(divided).all()
+  assert np.abs(divided).max() < 1e-3
+
+
 # Without information every scheme is uniform.
 
 

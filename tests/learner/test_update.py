@@ -12,8 +12,8 @@ import optax
 import pytest
 
 from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, reference_logprobs, update
-from dca_jax.learner.update import apply_rounded
-from dca_jax.policy import Policy, PolicyConfig, Sampling
+from dca_jax.learner.update import apply_rounded, expm1_bounded
+from dca_jax.policy import Policy, PolicyConfig, Sampling, split
 
 VOCAB = 20
 P, G, S, T = 4, 2, 4, 6
@@ -321,6 +321,30 @@ def test_kl_gradient_is_1_minus_the_ratio_of_the_reference(batch):
   assert_same(pull, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [PLAIN, LearnerConfig(kl=0.05), PPO], ids=["measured", "weighted", "ppo"])
+def test_a_token_far_from_the_other_policy_leaves_the_update_finite(batch, config):
+  """e^90 is more than float32 holds: under the reference policy, and under the one that sampled."""
+  now = learner_logprobs(PARAMS, batch)
+  for far in (90.0, -90.0, 1e4):
+    moved = now + single(far, 0, 0)
+    away = batch._replace(logprobs_BxT=now - single(far, 0, 0), reference_BxT=moved)
+    got, metrics = gradient(config, away, on_policy=False)
+    assert np.isfinite(flat(got)).all()
+    assert np.isfinite(list(metrics.values())).all()
+    assert metrics["learner/kl"] > 1
+  if config is PLAIN:
+    near, _ = gradient(config, batch)
+    jax.tree.map(np.testing.assert_array_equal, got, near)
+
+
+def test_beyond_e10_the_estimate_is_a_straight_line():
+  x = np.float32([-90, -1, 0, 1e-4, 9.9, 10, 11, 100])
+  slope, value = jax.vmap(jax.grad(expm1_bounded))(x), expm1_bounded(x)
+  near = np.minimum(np.float64(x), 10)
+  np.testing.assert_allclose(slope, np.exp(near), rtol=1e-5, atol=1e-30)
+  np.testing.assert_allclose(value, np.expm1(near) + np.exp(near) * (x - near), rtol=1e-5)
+
+
 def test_kl_pulls_towards_the_reference(batch):
   kl = [metrics["learner/kl"] for metrics in descend(batch, 0, rate=0.03, steps=5)]
   assert all(after < before for before, after in itertools.pairwise(kl))
@@ -367,10 +391,11 @@ def run_optimizer(config, steps, gradients, start=0.0):
   ("changes", "steps", "expected"),
   [
     ({}, 3, [1, 1, 1, 1]),
-    ({"warmup_updates": 4}, 8, [0, 0.25, 0.5, 0.75, 1, 1]),
+    ({"warmup_updates": 1}, 3, [1 / 2, 1, 1]),
+    ({"warmup_updates": 4}, 8, [0.2, 0.4, 0.6, 0.8, 1, 1]),
     ({"schedule": "linear"}, 4, [1, 0.75, 0.5, 0.25, 0]),
     ({"schedule": "cosine"}, 4, [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0]),
-    ({"schedule": "linear", "warmup_updates": 2}, 6, [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+    ({"schedule": "linear", "warmup_updates": 2}, 6, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0]),
     # Counted in updates, of which a batch has two.
     ({"schedule": "linear", "loss": "ppo", "updates_per_batch": 2}, 2, [1, 0.75, 0.5, 0.25, 0]),
   ],
@@ -404,6 +429,18 @@ def test_adam_does_not_move_without_a_gradient():
 def test_weight_decay_is_decoupled():
   got = run_optimizer(LearnerConfig(lr=0.01, weight_decay=0.1), 1, np.zeros((1, 1), np.float32), start=2.0)
   np.testing.assert_allclose(got, -0.01 * 0.1 * 2.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, {"scale", "bias"}), (4, set())])
+def test_norms_and_biases_do_not_decay(rank, kept):
+  small = PolicyConfig(pretrained="x", width=8, depth=1, head_dim=8, mlp=8, qkv_bias=True, qk_norm=True, lora_rank=rank)
+  shapes = split(nn.unbox(jax.eval_shape(Policy(small, VOCAB).init_params, jax.random.key(0))))[1]
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  optimizer = make_optimizer(LearnerConfig(weight_decay=0.1), 10)
+  changes, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+  moved = {path[-1].key: set(np.sign(x).flat) for path, x in jax.tree.leaves_with_path(changes)}
+  assert {name for name, signs in moved.items() if signs == {0}} == kept
+  assert {name for name, signs in moved.items() if signs == {-1}} == moved.keys() - kept
 
 
 def test_bfloat16_weights_move_by_changes_too_small_to_show():
