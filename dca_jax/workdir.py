@@ -72,7 +72,7 @@ class Growing:
       if self._remote:
         (self.folder / name).write_bytes((self._workdir / name).read_bytes())
       with contextlib.closing(Cache(self.reviews)) as cache:
-        cache.adopt(self.folder / name)
+        cache.take_over(self.folder / name, same=False)
       for path in self._workdir.glob(f"{name}*"):  # Its journal too.
         path.unlink()
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from aiolimiter import AsyncLimiter
 
 from dca_jax.checks import at_least, between, one_of, positive
-from dca_jax.review.cache import Cache
+from dca_jax.review.cache import Booking, Cache
 from dca_jax.review.limits import Breaker, Budget, Gate
 from dca_jax.review.prices import Price, dollars
 from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply, speaks_to_the_reviewer
@@ -225,19 +225,23 @@ class Client:
     """The reviews of answers that share one call."""
     prompt = make_prompt(self._rubric, requests)
     key = hashlib.sha256(f"{self._name}/{again}/{prompt.key}".encode()).hexdigest()
-    if (kept := self._cache.get(key)) is not None:
-      with contextlib.suppress(CallFailed):  # A damaged row is asked for anew.
-        return _reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
     if key in self._flying:
       return await asyncio.shield(self._flying[key])
     self._flying[key] = flying = self._loop.create_future()
     reviews = [Review("timeout")] * len(requests)
     try:
-      reviews = await self._call(requests, prompt, key, end, again)
+      reviews = await self._kept(requests, prompt, key) or await self._call(requests, prompt, key, end, again)
       return reviews
     finally:
       del self._flying[key]
       flying.set_result(reviews)
+
+  async def _kept(self, requests: list[Request], prompt: Prompt, key: str) -> list[Review]:
+    """The reviews of a reply that was paid for before; none where there is no such reply."""
+    if (kept := await self._cache.get(key)) is not None:
+      with contextlib.suppress(CallFailed):  # A damaged row is asked for anew.
+        return _reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
+    return []
 
   async def _call(self, requests, prompt: Prompt, key: str, end: float, again: int) -> list[Review]:
     status, malformed = "timeout", 0
@@ -294,8 +298,12 @@ class Client:
       if not await self._budget.reserve(most):
         self._broke = True
         raise CallFailed("budget", "the spending cap is reached")
-      cost, began, reply = most, time.monotonic(), None  # A call without an answer may have been billed.
+      booking, began = Booking(self._name), time.monotonic()
+      cost, sent, reply = 0.0, 0, None
       try:
+        if not await self._cache.book(booking, most):
+          raise CallFailed("unbooked", "what it costs cannot be booked")
+        cost, sent = most, 1  # A call without an answer may have been billed.
         if attempt:
           prompt = make_prompt(self._rubric, requests, attempt)
         async with asyncio.timeout(max(0.0, min(self._config.attempt_seconds, end - began))):
@@ -308,12 +316,11 @@ class Client:
       except Exception as error:
         raise CallFailed("client_error", f"{type(error).__name__}: {error}"[:200]) from error
       finally:
-        used = self._used(reply, most) if reply else Usage(calls=1, dollars=cost)
+        used = self._used(reply, most) if reply else Usage(calls=sent, dollars=cost)
         self._seconds.append(time.monotonic() - began)
         self._usage += used
         self._budget.settle(most, used.dollars)
-        if used.dollars:
-          self._cache.spend(self._name, used.dollars)
+        self._cache.settle(booking, used.dollars)
     return reply
 
   def _used(self, reply: Reply, most: float) -> Usage:

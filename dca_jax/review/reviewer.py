@@ -93,23 +93,26 @@ def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | No
   """The reviewer that `config` describes; `cache` is where replies that were paid for are kept.
 
   Raises:
-    UserError: there is no key, no price for a cap in dollars, or no rubric.
+    UserError: there is no key, no price for a cap in dollars, no rubric, or `cache` cannot be used.
   """
+  models = any(member.partition(":")[0] in TRANSPORTS for member in config.members)
+  kept = Cache(cache) if models else None  # One for all members: it may have to begin a new file.
   if config.name == "panel":
-    first: Reviewer = Panel([_open(config, member, truth, cache, share) for member in config.panel], config.combine)
+    first: Reviewer = Panel([_open(config, member, truth, kept, share) for member in config.panel], config.combine)
   else:
-    first = _open(config, config.name, truth, cache, share)
-  return Escalating(first, _open(config, config.escalate, truth, cache, share)) if config.escalate else first
+    first = _open(config, config.name, truth, kept, share)
+  return Escalating(first, _open(config, config.escalate, truth, kept, share)) if config.escalate else first
 
 
-def _open(config: ReviewerConfig, member: str, truth: Truth, cache: pathlib.Path | None, share: Share) -> Reviewer:
+def _open(config: ReviewerConfig, member: str, truth: Truth, cache: Cache | None, share: Share) -> Reviewer:
   name, _, model = member.partition(":")
   if name in REVIEWERS:
     return Builtin(name, Dice(config.flip, config.step, config.seed), truth)
+  assert cache is not None
   c = dataclasses.replace(config.client, model=model or config.client.model)
   server = hashlib.sha256(f"{name} {c.base_url}".encode()).hexdigest()[:8]
   open_transport = functools.partial(TRANSPORTS[name], c.model, c.thinking, c.base_url, c.vertex, c.concurrency)
-  return Client(c, open_transport, f"{name}-{server}", read_rubric(c), price_of(c), Cache(cache), share)
+  return Client(c, open_transport, f"{name}-{server}", read_rubric(c), price_of(c), cache, share)
 
 
 def read_rubric(config: ClientConfig) -> str:
