@@ -67,7 +67,7 @@ def main() -> None:
   import jax.numpy as jnp
 
   from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
-  from dca_jax.review.client import ClientConfig
+  from dca_jax.review.client_config import ClientConfig
 
   def requests(start: int, count: int) -> list[Request]:
     steps = tuple(f"Step {k}. {TEXT}" for k in range(STEPS))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -132,7 +133,8 @@ def merge(tallies: Sequence[Tally]) -> dict[str, float]:
   merged |= {key: max(tally.largest[key] for tally in tallies) for key in tallies[0].largest}
   for key in sorted({key for tally in tallies for key in tally.reviewer}):
     total = sum(tally.reviewer.get(key, 0.0) for tally in tallies)
-    merged[key] = total if key.rpartition("/")[2] in _ADD_UP else total / len(tallies)
+    name = re.sub(r"_\d$", "", key.rpartition("/")[2])  # The number is that of a panel's member.
+    merged[key] = total if name in _ADD_UP else total / len(tallies)
   return merged
 
 

@@ -1,110 +1,177 @@
 """What a client may do: how much at once, how often, for how much money, and when to leave a server alone.
 
-All of it belongs to one event loop. Seconds are the loop's own clock.
+Times are those of the `clock` that each is given. A budget belongs to all reviewers of a run, everything else to one.
 """
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
-import time
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
+
+from dca_jax.review.transports import CallFailed
+from dca_jax.review.types import Share
 
 
 class Gate:
   """At most `most` calls at once; fewer after the server said that it is too much, and more again as calls succeed."""
 
-  def __init__(self, most: int):
+  def __init__(self, most: int, clock: Callable[[], float]):
     self.most, self.allowed, self.busy = most, float(most), 0
-    self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-    self._not_before = self._halved = 0.0
+    self.opens, self._why = 0.0, ""
+    self._clock, self._halved, self._since = clock, 0.0, 0
+    self._waiting: collections.deque[tuple[float, asyncio.Future[None]]] = collections.deque()
 
   @contextlib.asynccontextmanager
-  async def enter(self) -> AsyncIterator[None]:
-    while self.busy >= int(self.allowed):
+  async def enter(self, end: float, first: bool = False) -> AsyncIterator[None]:
+    """Waits for a place, which whoever goes `first` need not have.
+
+    Raises:
+      CallFailed: the server does not want to be called before `end`.
+    """
+    while self.busy >= int(self.allowed) and not first:
       turn = asyncio.get_running_loop().create_future()
-      self._waiting.append(turn)
       try:
+        self.check(end)
+        self._waiting.append((end, turn))
         await turn
-      except asyncio.CancelledError:
+      except BaseException:
         self._let_in()  # It may have been this one's turn.
         raise
     self.busy += 1
     try:
-      while (wait := self._not_before - time.monotonic()) > 0:
+      while (wait := self.opens - self._clock()) > 0:
+        self.check(end)
         await asyncio.sleep(wait)
       yield
     finally:
       self.busy -= 1
       self._let_in()
 
+  def check(self, end: float) -> None:
+    """Raises CallFailed where nobody may begin before `end`."""
+    if self.opens > max(end, self._clock()):
+      raise CallFailed(self._why, "the server asked to wait until after the deadline")
+
   def _let_in(self) -> None:
     """Wakes as many as there is room for, and no more: thousands may be waiting."""
     room = int(self.allowed) - self.busy
     while room > 0 and self._waiting:
-      turn = self._waiting.popleft()
+      _, turn = self._waiting.popleft()
       if not turn.done():
         turn.set_result(None)
         room -= 1
 
+  def shut(self, wait: float, why: str) -> None:
+    """Lets nobody begin for `wait` seconds, and tells those at once who cannot wait so long."""
+    if (opens := self._clock() + wait) <= self.opens:
+      return
+    self.opens, self._why = opens, why
+    for end, turn in self._waiting:
+      if end < opens and not turn.done():
+        turn.set_result(None)
+
   def too_many(self, wait: float) -> None:
-    """The server is overloaded: halve, once for a burst of such replies, and let nobody begin for `wait` seconds."""
-    now = time.monotonic()
-    self._not_before = max(self._not_before, now + wait)
+    """The server is overloaded: halve, once for a burst of such replies, and shut for `wait` seconds."""
+    now = self._clock()
+    self.shut(wait, "rate_limited")
+    self._since = 0
     if now >= self._halved:
       self.allowed, self._halved = max(1.0, self.allowed / 2), now + max(wait, 0.5)
 
   def succeeded(self) -> None:
+    """One more with every `allowed` successes, and faster the longer the server does not complain."""
+    self._since += 1
     if self.allowed < self.most:
-      self.allowed = min(float(self.most), self.allowed + 1 / self.allowed)
+      self.allowed = min(float(self.most), self.allowed + (1 + self._since / 30) / self.allowed)
       self._let_in()
 
 
 class Breaker:
-  """After `patience` failures in a row nobody calls for `pause` seconds; then one probes for all."""
+  """Open after `patience` calls in a row that nobody answered, until one is answered.
 
-  def __init__(self, patience: int = 20, pause: float = 5.0):
-    self._patience, self._pause = patience, pause
-    self._failures, self._until, self._probing = 0, 0.0, False
+  A call takes nothing from it that it would have to give back, so no end of a call can leave it open for ever: who
+  finds it open sends a probe now and then.
+  """
 
-  def wait(self) -> float:
-    """Seconds until the caller may try; 0 lets it through."""
-    if self._failures < self._patience:
-      return 0.0
-    if (left := self._until - time.monotonic()) > 0:
-      return left
-    if self._probing:
-      return 0.1
-    self._probing = True
-    return 0.0
+  def __init__(self, clock: Callable[[], float], patience: int = 20):
+    self._clock, self._patience, self._failures, self._answered = clock, patience, 0, -1.0
 
-  def succeeded(self) -> None:
-    self._failures, self._probing = 0, False
+  @property
+  def open(self) -> bool:
+    return self._failures >= self._patience
+
+  def answered(self) -> None:
+    self._failures, self._answered = 0, self._clock()
 
   def failed(self) -> None:
-    self._failures, self._probing = self._failures + 1, False
-    if self._failures >= self._patience:
-      self._until = time.monotonic() + self._pause
+    self._failures += 1
+
+  def cut(self, began: float) -> None:
+    """A call that a deadline cut off counts where nobody else was answered either since `began`."""
+    if self._answered < began:
+      self.failed()
+
+
+class Purse:
+  """Pays for further tries and is filled by successes, so that an outage does not multiply the calls."""
+
+  def __init__(self) -> None:
+    self._tries = 10.0
+
+  def succeeded(self) -> None:
+    self._tries = min(100.0, self._tries + 0.2)
+
+  def pay(self) -> bool:
+    enough = self._tries >= 1
+    self._tries -= enough
+    return enough
 
 
 class Budget:
-  """A cap in dollars. The most that a call can cost is reserved before it is made, and settled afterwards."""
+  """A cap in dollars on all reviewers of a run, each of which has a thread with a loop of its own.
 
-  def __init__(self, cap: float, spent: float):
-    self.cap, self.spent = cap, spent
+  The most that a call can cost is reserved before it is made, and settled afterwards.
+  """
+
+  def __init__(self, most: float, share: Share):
+    """Of `most`, and of what earlier processes of the run have left of it, this one has its `share`."""
+    self.cap, self.spent = most / share.processes, 0.0
+    self._share, self._spenders = share, set[str]()
     self._reserved: list[float] = []
-    self._settled = asyncio.Event()
+    self._lock = threading.Lock()
+    self._waiting: list[concurrent.futures.Future[None]] = []
+
+  def add_earlier(self, spender: str, dollars: float) -> None:
+    """Counts what a reviewer has spent before this process began; all processes must do so alike."""
+    by_all = self._share.total(dollars)
+    if spender not in self._spenders:
+      self._spenders.add(spender)
+      self.spent += dollars
+      self.cap += dollars - by_all / self._share.processes
 
   async def reserve(self, dollars: float) -> bool:
     """Waits while what others have reserved may come back; False where the cap leaves no room in any case."""
-    while self.spent + sum(self._reserved) + dollars > self.cap:
-      if self.spent + dollars > self.cap:
-        return False
-      await self._settled.wait()
-    self._reserved.append(dollars)
-    return True
+    while True:
+      with self._lock:
+        if self.spent + dollars > self.cap:
+          return False
+        if self.spent + sum(self._reserved) + dollars <= self.cap:
+          self._reserved.append(dollars)
+          return True
+        settled: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._waiting.append(settled)
+      await asyncio.wrap_future(settled)
 
-  def settle(self, reserved: float, dollars: float) -> None:
-    self._reserved.remove(reserved)
-    self.spent += dollars
-    self._settled.set()  # For those who wait now, not for those who come later.
-    self._settled = asyncio.Event()
+  def settle(self, reserved: float, dollars: float) -> float:
+    """Books `dollars`, or what was reserved where that cannot be true, and returns what was booked."""
+    booked = dollars if 0 <= dollars <= reserved else reserved
+    with self._lock:
+      self._reserved.remove(reserved)
+      self.spent += booked
+      waiting, self._waiting = self._waiting, []
+    for settled in waiting:
+      if settled.set_running_or_notify_cancel():
+        settled.set_result(None)
+    return booked

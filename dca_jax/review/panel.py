@@ -20,10 +20,11 @@ class _Several:
       member.close()
 
   def _member_stats(self) -> dict[str, float]:
-    """Of the first member under plain names, of the others with their number."""
+    """Of the first member under plain names, of the others with their number; they share one budget."""
     out: dict[str, float] = {}
     for i, member in enumerate(self._members, 1):
-      out |= {key if i == 1 else f"{key}_{i}": value for key, value in member.stats().items()}
+      for key, value in member.stats().items():
+        out[key if i == 1 or key == "review/dollars_spent" else f"{key}_{i}"] = value
     return out
 
 

@@ -4,7 +4,10 @@ Standard tier, as read from the provider's page on 2026-10-07 (ai.google.dev/gem
 """
 
 import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from dca_jax.review.transports import Reply
+from dca_jax.review.types import Usage
 
 
 class Price(NamedTuple):
@@ -37,3 +40,32 @@ def dollars(price: Price, prompt_tokens: int, cached_tokens: int, output_tokens:
   """What a call costs; cached tokens are among the prompt's, thought tokens among the output's."""
   fresh = prompt_tokens - cached_tokens
   return (fresh * price.prompt + cached_tokens * price.cached + output_tokens * price.output) / 1e6
+
+
+def usage(price: Price | None, stated: Reply | None, most: tuple[int, int], billed: bool) -> Usage:
+  """What a call took: as the server states it where that can be true, else the most that it can be.
+
+  Args:
+    stated: the reply, or what was stated of a failed one; None where nothing was.
+    most: tokens of the prompt and of the output that the call cannot exceed.
+    billed: whether a call of which nothing is stated may cost money all the same.
+  """
+  unknown = dollars(price, most[0], 0, most[1]) if price else 0.0
+  if stated is None:
+    return Usage(calls=1, dollars=unknown if billed else 0.0)
+  prompt, output = _tokens(stated.prompt_tokens), _tokens(stated.output_tokens)
+  if output is None and stated.text is None:
+    output = 0  # Of a prompt that was filtered; counts of zero are left out.
+  if not prompt or output is None or (stated.text and not output):
+    return Usage(calls=1, dollars=unknown)
+  prompt, output = min(prompt, most[0]), min(output, most[1])
+  cached, thought = _tokens(stated.cached_tokens) or 0, _tokens(stated.thought_tokens) or 0
+  cached, thought = cached * (cached <= prompt), thought * (thought <= output)
+  cost = dollars(price, prompt, cached, output) if price else 0.0
+  return Usage(1, prompt, cached, output, thought, cost)
+
+
+def _tokens(stated: Any) -> int | None:
+  """A count that a server states; None where it is none."""
+  number = isinstance(stated, (int, float)) and not isinstance(stated, bool)
+  return int(stated) if number and stated >= 0 and stated % 1 == 0 else None

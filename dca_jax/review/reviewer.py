@@ -4,13 +4,16 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import math
 import pathlib
 
 from dca_jax.checks import at_least, between, one_of, positive
 from dca_jax.errors import UserError
 from dca_jax.review.builtin import REVIEWERS, Builtin, Dice, Truth
 from dca_jax.review.cache import Cache
-from dca_jax.review.client import Client, ClientConfig
+from dca_jax.review.client import Client, Wallet
+from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.limits import Budget
 from dca_jax.review.panel import Escalating, Panel
 from dca_jax.review.prices import Price, price
 from dca_jax.review.prompt import RUBRIC
@@ -97,14 +100,23 @@ def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | No
   """
   models = any(member.partition(":")[0] in TRANSPORTS for member in config.members)
   kept = Cache(cache) if models else None  # One for all members: it may have to begin a new file.
+  budget = Budget(config.client.max_dollars or math.inf, share)
+  open_one = functools.partial(_open, config, truth, kept, budget, share.processes)
   if config.name == "panel":
-    first: Reviewer = Panel([_open(config, member, truth, kept, share) for member in config.panel], config.combine)
+    first: Reviewer = Panel([open_one(member) for member in config.panel], config.combine)
   else:
-    first = _open(config, config.name, truth, kept, share)
-  return Escalating(first, _open(config, config.escalate, truth, kept, share)) if config.escalate else first
+    first = open_one(config.name)
+  return Escalating(first, open_one(config.escalate)) if config.escalate else first
 
 
-def _open(config: ReviewerConfig, member: str, truth: Truth, cache: Cache | None, share: Share) -> Reviewer:
+def _open(
+  config: ReviewerConfig,
+  truth: Truth,
+  cache: Cache | None,
+  budget: Budget,
+  processes: int,
+  member: str,
+) -> Reviewer:
   name, _, model = member.partition(":")
   if name in REVIEWERS:
     return Builtin(name, Dice(config.flip, config.step, config.seed), truth)
@@ -112,7 +124,9 @@ def _open(config: ReviewerConfig, member: str, truth: Truth, cache: Cache | None
   c = dataclasses.replace(config.client, model=model or config.client.model)
   server = hashlib.sha256(f"{name} {c.base_url}".encode()).hexdigest()[:8]
   open_transport = functools.partial(TRANSPORTS[name], c.model, c.thinking, c.base_url, c.vertex, c.concurrency)
-  return Client(c, open_transport, f"{name}-{server}", read_rubric(c), price_of(c), cache, share)
+  price_of(c)  # That there is none is said now, and not at the first call.
+  wallet = Wallet(functools.partial(price_of, c), budget)
+  return Client(c, open_transport, f"{name}-{server}", read_rubric(c), wallet, cache, processes)
 
 
 def read_rubric(config: ClientConfig) -> str:

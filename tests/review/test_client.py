@@ -13,7 +13,9 @@ from fake_server import FakeServer, honest_reply
 from dca_jax.errors import UserError
 from dca_jax.review import Request, ReviewerConfig, Share, Truth, open_reviewer
 from dca_jax.review.cache import Cache
-from dca_jax.review.client import ClientConfig
+from dca_jax.review.client import Client, Wallet
+from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.limits import Budget
 
 KEY = "secret-key-1234567890"
 
@@ -57,6 +59,13 @@ def within(seconds, action):
     if taken[-1] < seconds:
       return
   raise AssertionError(f"took {taken} s, not {seconds}")
+
+
+def eventually(condition, seconds=30.0):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)
 
 
 # A bad day at the provider.
@@ -168,16 +177,23 @@ def test_an_outage_does_not_multiply_the_calls():
     assert len(server.requests) <= 220
 
 
-def test_the_breaker_opens_and_recovers():
+def test_an_open_breaker_answers_at_once_and_sends_one_probe_a_step():
   down = threading.Event()
   down.set()
-  with FakeServer(lambda *_: 503 if down.is_set() else "ok") as server, opened(server, attempts=1) as reviewer:
+  with (
+    FakeServer(lambda *_: 503 if down.is_set() else "ok") as server,
+    opened(server, attempts=1) as reviewer,
+  ):
     reviewed(reviewer, requests(60), deadline=3.0)
-    calls = len(server.requests)
-    assert statuses(reviewed(reviewer, requests(5, 100), deadline=0.5)) == {"circuit_open"}
-    assert len(server.requests) == calls
+    for step in range(3):
+      calls, began = len(server.requests), time.monotonic()
+      asked = requests(50, 100 + 50 * step)
+      assert statuses(reviewed(reviewer, asked, deadline=60.0)) == {"circuit_open"}
+      assert time.monotonic() - began < 20
+      eventually(lambda calls=calls: len(server.requests) == calls + 1)
     down.clear()
-    assert statuses(reviewed(reviewer, requests(50, 200), deadline=15.0)) == {"ok"}
+    reviewed(reviewer, requests(50, 300), deadline=15.0)
+    eventually(lambda: statuses(reviewed(reviewer, requests(50, 300), 15.0)) == {"ok"})
 
 
 def test_too_many_requests_lowers_the_concurrency_and_pauses_all():
@@ -417,10 +433,8 @@ def test_an_unforeseen_error_is_a_status():
     async def close(self):
       pass
 
-  from dca_jax.review.cache import Cache
-  from dca_jax.review.client import Client
-
-  with contextlib.closing(Client(ClientConfig(), Broken, "broken", "", None, Cache(None), Share())) as reviewer:
+  wallet = Wallet(lambda: None, Budget(math.inf, Share()))
+  with contextlib.closing(Client(ClientConfig(), Broken, "broken", "", wallet, Cache(None), 1)) as reviewer:
     assert statuses(reviewed(reviewer, requests(3))) == {"client_error"}
 
 

@@ -1,0 +1,56 @@
+"""The `reviewer.client` section: how a language model is called."""
+
+import dataclasses
+
+from dca_jax.checks import at_least, between, one_of, positive
+from dca_jax.review.transports import SERVER_SECONDS
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig:
+  """The `reviewer.client` section: how a language model is called."""
+
+  model: str = "gemini-3.5-flash-lite"
+  thinking: str = ""
+  """The model's level of thought (`minimal`, `low`, `medium`, `high`); empty leaves it to the model."""
+  base_url: str = ""
+  """The server's address: needed for `openai`, and for `gemini` that of a gateway."""
+  vertex: bool = False
+  """`gemini`: through Google Cloud, with ambient credentials and GOOGLE_CLOUD_PROJECT, instead of a key."""
+  rubric: str = ""
+  """A text file with your own description of roles and weights, in the place of ours."""
+  whole_group: bool = False
+  """One call for all completions of a problem: cheaper, but one answer can try to talk about another."""
+  concurrency: int = 48
+  """Calls at once; fewer while the server says that it is too much."""
+  requests_per_minute: int = 0
+  """0: no limit of our own."""
+  tokens_per_minute: int = 0
+  attempts: int = 4
+  attempt_seconds: float = 20.0
+  max_dollars: float = 10.0
+  """Spending of the whole run, of all its reviewers and resumptions together; 0 for servers that cost nothing."""
+  on_budget: str = "degrade"
+  """When the money is gone: `degrade` to uniform credit, or `stop` the run."""
+  prompt_price: float = 0.0
+  output_price: float = 0.0
+  """Dollars per million tokens, for models that the price table does not know."""
+  max_output_tokens: int = 0
+  """Of one reply, thought included; 0: 2,048 and 40 for each step."""
+  min_ok_frac: float = 0.5
+  """Below this share of usable reviews, over five steps, there is a warning, and with `strict` an end."""
+  strict: bool = False
+  """Whether the run ends where there would be a warning: too few usable reviews, or no call for five steps."""
+  repeat_frac: float = 0.0
+  """Share of reviews that are asked for a second time, to see how far the model agrees with itself."""
+
+  def check(self) -> dict[str, str]:
+    amounts = ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price")
+    bad = at_least(1, self, "concurrency", "attempts") | at_least(0, self, *amounts, "max_output_tokens")
+    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(self, "attempt_seconds", most=SERVER_SECONDS)
+    bad |= one_of(self, "thinking", "minimal", "low", "medium", "high", "")
+    return bad | one_of(self, "on_budget", "degrade", "stop")
+
+  def unused(self) -> dict[str, str]:
+    keys = ("on_budget", "prompt_price", "output_price") if not self.max_dollars else ()
+    return dict.fromkeys(keys, "reviewer.client.max_dollars is 0")
