@@ -26,7 +26,6 @@ def get_config():
   c = ConfigDict()
   c.steps = 200
   c.policy = dict(pretrained="google/gemma-3-1b-it", dtype="bfloat16", lora_rank=16, lora_alpha=32.0)
-  c.warmstart = dict(clean_steps=0, steps=0)
   c.task = dict(
     name="tfds",
     dataset="gsm8k",

@@ -27,7 +27,6 @@ def get_config():
   c = ConfigDict()
   c.steps = 200
   c.policy = dict(pretrained="meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16", remat="layers")
-  c.warmstart = dict(clean_steps=0, steps=0)
   c.task = dict(
     name="tfds",
     dataset="gsm8k",

@@ -26,7 +26,6 @@ def get_config():
   c = ConfigDict()
   c.steps = 200
   c.policy = dict(pretrained="Qwen/Qwen3-0.6B", dtype="bfloat16")
-  c.warmstart = dict(clean_steps=0, steps=0)
   c.task = dict(
     name="tfds",
     dataset="gsm8k",

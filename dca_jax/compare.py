@@ -1,16 +1,15 @@
 """Arms against each other: the same problems, the same start, several seeds."""
 
+import dataclasses
 import itertools
 import json
 import math
 import statistics
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
 from dca_jax import config as config_lib
 from dca_jax.config import Config, ConfigError
-from dca_jax.credit import SCHEMES, CreditConfig
+from dca_jax.credit import SCHEMES
 from dca_jax.metrics import read_metrics
 from dca_jax.report import chart, html_table, moving_average, page, running_total, text_table
 from dca_jax.train import train
@@ -21,23 +20,17 @@ def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
   """The config of one arm.
 
   An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to settings), followed by
-  any number of `:section.key=value`. A scheme keeps what it reads of the recipe's credit section; `uniform` asks no
-  reviewer.
+  any number of `:section.key=value`. It goes before `overrides`, those of the command line, as they go before the
+  recipe: what an arm cannot use of theirs, such as a reviewer where credit is uniform, is left out.
   """
   name, *settings = arm.split(":")
-  given = recipe.get_config()
   arms = getattr(recipe, "ARMS", {})
   if name not in (known := {**arms, **SCHEMES}):
     raise ConfigError(f"--arms: no arm {name!r}; known are {', '.join(known)}")
-  if name in SCHEMES:
-    credit = {**given.get("credit", {}), "scheme": name}
-    unread = CreditConfig(scheme=name).unused()
-    given.credit = ConfigDict({key: value for key, value in credit.items() if key not in unread})
-    if name == "uniform":
-      given.reviewer = ConfigDict({"name": "none"})
-  assignments = [f"--config.{key}={value}" for key, value in arms.get(name, {}).items()]
-  assignments += [f"--config.{setting}" for setting in settings]
-  return config_lib.build(config_lib.apply_overrides(given, [*overrides, *assignments, f"--config.seed={seed}"]))
+  scheme = {"credit.scheme": name} if name in SCHEMES else {}
+  named = [f"--config.{key}={value}" for key, value in {**scheme, **arms.get(name, {})}.items()]
+  typed = [f"--config.{setting}" for setting in settings]
+  return config_lib.build(recipe.get_config(), overrides, named, [*typed, f"--config.seed={seed}"])
 
 
 def compare(
@@ -50,7 +43,8 @@ def compare(
   """
   if not arms:
     raise ConfigError("--arms: name at least one")
-  configs = {(arm, seed): arm_config(recipe, arm, seed, overrides) for arm in arms for seed in seeds}
+  of_arm = {arm: arm_config(recipe, arm, seeds[0], overrides) for arm in arms}
+  configs = {(arm, seed): dataclasses.replace(of_arm[arm], seed=seed) for arm in arms for seed in seeds}
   folder = locate(workdir)
   runs = {}
   for seed, arm in itertools.product(seeds, arms):

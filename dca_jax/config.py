@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,9 +74,9 @@ class Config:
     if isinstance(self.task, TextConfig):
       if not self.task.tokenizer:
         bad["task.tokenizer"] = "must be given, because policy.pretrained is not"
-      if readers := [m for m in self.reviewer.members if m.partition(":")[0] in LABELLED]:
+      if readers := _labelled(self.reviewer.members):
         bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
-      for key in ("warmstart.clean_steps", "warmstart.steps", "reviewer.canary_every"):
+      for key in (*_WARM, "reviewer.canary_every"):
         if operator.attrgetter(key)(self):
           bad[key] = f"must be 0, because task '{self.task.name}' has no demonstrations"
     return bad
@@ -96,6 +97,30 @@ class Config:
       unused |= dict.fromkeys(("learner.clip_low", "learner.clip_high"), why)
     return unused
 
+  def implied(self) -> dict[str, Any]:
+    """What other settings decide of the keys that nobody set."""
+    values: dict[str, Any] = {}
+    if isinstance(self.task, TextConfig):
+      values["task.tokenizer"] = self.policy.pretrained
+    if isinstance(self.task, TextConfig) or self.policy.pretrained:
+      values |= {"warmstart.clean_steps": 0, "warmstart.steps": 0}
+    return values
+
+  def gives_way(self) -> set[str]:
+    """Keys at odds with another one, which are left out where the other was said later."""
+    gives = set()
+    text = isinstance(self.task, TextConfig)
+    if text or self.policy.pretrained:
+      gives |= {key for key in _WARM if operator.attrgetter(key)(self)}
+    if text and self.reviewer.canary_every:
+      gives.add("reviewer.canary_every")
+    for key in ("name", "panel", "escalate") if text else ():
+      if _labelled(getattr(self.reviewer, key)):
+        gives.add(f"reviewer.{key}" if key == "escalate" else "reviewer.name")
+    if self.reviewer.name == "none" and self.value.source == "reviewer" and self.credit.scheme != "uniform":
+      gives.add("credit.scheme")
+    return gives
+
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
@@ -103,6 +128,14 @@ class Config:
     """All keys that change what is computed, and their values."""
     return {k: v for k, v in flatten(dataclasses.asdict(self)).items() if not _is_free(k, self)}
 
+
+def _labelled(members: str | Sequence[str]) -> list[str]:
+  """Those of some reviewers that read a task's own step labels."""
+  members = (members,) if isinstance(members, str) else members
+  return [member for member in members if member.partition(":")[0] in LABELLED]
+
+
+_WARM = ("warmstart.clean_steps", "warmstart.steps")
 
 # Keys that a resumed run may change: they alter what is saved, measured and spent, not what is learnt from.
 _FREE = ("checkpoint.", "evaluate.", "mesh.", "reviewer.canary_every", "reviewer.deadline", "reviewer.client.")
@@ -116,33 +149,146 @@ def _is_free(key: str, config: Config) -> bool:
   return key.startswith(_FREE) and key.removeprefix("reviewer.client.") not in _ASKED
 
 
-def build(given: ConfigDict) -> Config:
+def build(given: ConfigDict, *overrides: Sequence[str]) -> Config:
   """Turns a recipe's ConfigDict into a Config.
+
+  Each of `overrides` is a list of `--config.section.key=value` arguments, and goes before what stands on its left: the
+  command line before the recipe, and an arm of a comparison before both. What was said earlier and is without effect
+  beside them, or contradicts them, is left out, and a line on stderr says so.
 
   Raises:
     ConfigError: a key is unknown, has the wrong type or an impossible value, or differs from its default without having
       any effect.
   """
-  config = _section(Config(), given, "")
-  if isinstance(config.task, TextConfig) and not config.task.tokenizer:
-    task = dataclasses.replace(config.task, tokenizer=config.policy.pretrained)
-    config = dataclasses.replace(config, task=task)
-  defaults = Config(task=type(config.task)())
-  for prefix, section in _sections(config, ""):
-    for key, why in getattr(section, "check", dict)().items():
-      raise ConfigError(f"{prefix}{key}: {why} (it is {operator.attrgetter(key)(section)!r})")
-    for key, why in getattr(section, "unused", dict)().items():
-      value = operator.attrgetter(prefix + key)
-      if value(config) != (default := value(defaults)):
-        raise ConfigError(f"{prefix}{key}: has no effect, because {why}; leave it at its default ({default!r})")
+  layers, task = [_written(given)], ChainsConfig.name
+  for arguments in overrides:
+    task = layers[-1].get("task.name", task)
+    layers.append(_parsed(arguments, task))
+  settings, left_out = _settled(layers)
+  config = _from_flat(settings)
+  _check(config)
+  if left_out:
+    print(f"note: left out for {_causes(layers, left_out)}: {', '.join(left_out)}", file=sys.stderr)
   return config
 
 
+def _written(given) -> dict[str, Any]:
+  """The keys that a recipe sets, flat, with values of the right types."""
+  if not isinstance(given, (ConfigDict, dict)):
+    raise ConfigError(f"get_config() must return a ConfigDict, not {given!r}")
+  sound = _section(Config(), given, "")
+  return {key: operator.attrgetter(key)(sound) for key in flatten(ConfigDict(given).to_dict())}
+
+
+def _parsed(arguments: Sequence[str], task: str) -> dict[str, Any]:
+  """The keys that `--config.section.key=value` arguments set, flat, with values of the right types."""
+  names = [a.partition("=")[2] for a in arguments if a.startswith("--config.task.name=")]
+  full = dataclasses.asdict(_section(Config(), {"task": {"name": (names or [task])[-1]}}, ""))
+  known, keys = flatten(full), []
+  for argument in arguments:
+    key = argument.split("=")[0].removeprefix("--config.")
+    if argument.startswith("--config."):
+      if key not in known:
+        raise ConfigError(f"{key}: no such key{_nearest(key, list(known))}")
+      keys.append(key)
+  typed = ConfigDict(full)
+  values, argv = flags.FlagValues(), ["dca-jax", *arguments]
+  try:
+    config_flags.DEFINE_config_dict("config", typed, flag_values=values, sys_argv=argv)
+    strays = values(argv, known_only=True)[1:]
+  except (flags.Error, TypeError, ValueError) as error:
+    raise ConfigError(str(error).removeprefix("flag --config.")) from None
+  if strays:
+    stray = strays[0].lstrip("-")
+    hint = f"--config.{stray}" if stray.split("=")[0] in known else "--config.section.key=value"
+    raise ConfigError(f"cannot read the argument {strays[0]!r}; settings are given as {hint}")
+  said = flatten(typed.to_dict())
+  return {key: said[key] for key in keys}
+
+
+def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The layers' keys together, a later layer's first, and what of earlier ones was left out for it."""
+  settings: dict[str, Any] = {}
+  left_out: dict[str, Any] = {}
+  for layer in layers:
+    kept = layer.keys() | _moot(settings)  # What was in vain before is a mistake, which is not hidden.
+    left_out = {key: value for key, value in left_out.items() if key not in layer}
+    settings = settings | layer
+    while moot := _moot(settings) & settings.keys() - kept:
+      left_out |= {key: settings.pop(key) for key in sorted(moot)}
+  return settings, left_out
+
+
+def _moot(settings: dict[str, Any]) -> set[str]:
+  """Keys without effect beside the others, or that contradict them."""
+  kind = CONFIGS.get(settings.get("task.name", ChainsConfig.name), ChainsConfig)
+  fields = {f"task.{field.name}" for field in dataclasses.fields(kind)}
+  if foreign := {key for key in settings if key.startswith("task.") and key not in fields}:
+    return foreign
+  config = _from_flat(settings)
+  return config.gives_way() | _unused(config).keys()
+
+
+def _causes(layers: Sequence[dict[str, Any]], left_out: dict[str, Any]) -> str:
+  """The overrides without which less would be left out; all, where no single one decides."""
+  said = {key: value for layer in layers[1:] for key, value in layer.items() if key not in left_out}
+
+  def decides(key: str) -> bool:
+    without = [{k: v for k, v in layer.items() if k != key} for layer in layers[1:]]
+    return not left_out.keys() <= _settled([layers[0], *without])[1].keys()
+
+  causes = {key: value for key, value in said.items() if decides(key)} or said
+  return " ".join(f"--config.{key}={value}" for key, value in causes.items())
+
+
+def _from_flat(settings: dict[str, Any]) -> Config:
+  config = _section(Config(), nested(settings), "")
+  implied = {key: value for key, value in config.implied().items() if not settings.get(key)}
+  return _section(Config(), nested({**settings, **implied}), "") if implied else config
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+  nested: dict[str, Any] = {}
+  for key, value in flat.items():
+    *sections, name = key.split(".")
+    place = nested
+    for section in sections:
+      place = place.setdefault(section, {})
+    place[name] = value
+  return nested
+
+
+def _check(config: Config) -> None:
+  for prefix, section in _sections(config, ""):
+    for key, why in getattr(section, "check", dict)().items():
+      raise ConfigError(f"{prefix}{key}: {why} (it is {operator.attrgetter(key)(section)!r})")
+  for key, why in _unused(config).items():
+    default = operator.attrgetter(key)(_defaults(config))
+    raise ConfigError(f"{key}: has no effect, because {why}; leave it at its default ({default!r})")
+
+
+def _unused(config: Config) -> dict[str, str]:
+  """The keys that differ from their defaults without having any effect, and why."""
+  unused: dict[str, str] = {}
+  for prefix, section in _sections(config, ""):
+    unused |= {prefix + key: why for key, why in getattr(section, "unused", dict)().items()}
+  return {key: why for key, why in unused.items() if _differs(config, key)}
+
+
+def _differs(config: Config, key: str) -> bool:
+  value = operator.attrgetter(key)
+  return value(config) != value(_defaults(config))
+
+
+def _defaults(config: Config) -> Config:
+  return Config(task=type(config.task)())
+
+
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
-  """Reads the recipe at `path`, applies `--config.section.key=value` arguments, and builds the Config."""
+  """Reads the recipe at `path` and builds the Config, as the command line's `overrides` say."""
   recipe = read_recipe(path)
   try:
-    return build(apply_overrides(recipe.get_config(), overrides))
+    return build(recipe.get_config(), overrides)
   except ConfigError as error:
     raise ConfigError(f"{error} (--config={path})") from None
 
@@ -162,29 +308,6 @@ def read_recipe(path: str):
   if not hasattr(module, "get_config"):
     raise ConfigError(f"--config={path}: the file defines no get_config()")
   return module
-
-
-def apply_overrides(given: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-  """The recipe's values, overridden by `--config.section.key=value` arguments of the right types."""
-  if not isinstance(given, ConfigDict):
-    raise ConfigError(f"get_config() must return a ConfigDict, not {given!r}")
-  full = ConfigDict(dataclasses.asdict(_section(Config(), given, "")))
-  known = flatten(full.to_dict())
-  for argument in overrides:
-    key = argument.split("=")[0].removeprefix("--config.")
-    if argument.startswith("--config.") and key not in known:
-      raise ConfigError(f"{key}: no such key{_nearest(key, list(known))}")
-  values, argv = flags.FlagValues(), ["dca-jax", *overrides]
-  try:
-    config_flags.DEFINE_config_dict("config", full, flag_values=values, sys_argv=argv)
-    strays = values(argv, known_only=True)[1:]
-  except (flags.Error, TypeError, ValueError) as error:
-    raise ConfigError(str(error).removeprefix("flag --config.")) from None
-  if strays:
-    stray = strays[0].lstrip("-")
-    hint = f"--config.{stray}" if stray.split("=")[0] in known else "--config.section.key=value"
-    raise ConfigError(f"cannot read the argument {strays[0]!r}; settings are given as {hint}")
-  return full
 
 
 def difference(ours: Config, saved: str) -> list[str]:

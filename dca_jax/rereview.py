@@ -40,10 +40,9 @@ def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config
   """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
   name, _, model = member.partition(":")
   given = ConfigDict({"reviewer": {"name": name}, "credit": {"scheme": "weighted"}, "task": task})
-  given.warmstart = {"clean_steps": 0, "steps": 0}
   if model:
     given.reviewer.client = {"model": model}
-  return config_lib.build(config_lib.apply_overrides(given, overrides))
+  return config_lib.build(given, overrides)
 
 
 def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:

@@ -47,6 +47,16 @@ def test_overrides_hold_for_every_arm_and_an_arms_own_settings_win(recipe):
   assert arm_config(recipe, "uniform:learner.lr=0.5", 0, ["--config.learner.lr=0.25"]).learner.lr == 0.5
 
 
+def test_a_reviewer_of_the_command_line_is_left_out_where_credit_is_uniform(recipe, capsys):
+  line = ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.1", "--config.credit.lam=0.75"]
+  weighted, uniform, gentle = (arm_config(recipe, arm, 0, line) for arm in ("weighted", "uniform", "gentle"))
+  assert (weighted.reviewer.name, weighted.reviewer.flip, weighted.credit.lam) == ("noisy", 0.1, 0.75)
+  assert uniform == arm_config(recipe, "uniform", 0, [])
+  assert (gentle.reviewer.name, gentle.credit.lam) == ("oracle", 0.25)
+  said = capsys.readouterr().err.splitlines()
+  assert said[0] == "note: left out for --config.credit.scheme=uniform: credit.lam, reviewer.name, reviewer.flip"
+
+
 @pytest.mark.parametrize(
   ("arm", "parts"),
   [

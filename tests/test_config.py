@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import operator
 import pathlib
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
 from dca_jax.compare import arm_config
-from dca_jax.config import Config, ConfigError, apply_overrides, build, claim_workdir, difference, load
+from dca_jax.config import Config, ConfigError, build, claim_workdir, difference, load
 from dca_jax.errors import UserError
 
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -296,7 +299,7 @@ def test_overrides_have_the_types_of_their_keys():
     "--config.credit.scheme=weighted",
     "--config.reviewer.name=oracle",
   ]
-  config = build(apply_overrides(given, arguments))
+  config = build(given, arguments)
   assert config.steps == 7
   assert config.learner.lr == 1.0
   assert type(config.learner.lr) is float
@@ -307,19 +310,19 @@ def test_overrides_have_the_types_of_their_keys():
 
 
 def test_of_two_overrides_the_last_counts():
-  assert apply_overrides(ConfigDict(), ["--config.steps=7", "--config.steps=8"]).steps == 8
+  assert build(ConfigDict(), ["--config.steps=7", "--config.steps=8"]).steps == 8
 
 
 def test_overrides_do_not_read_the_arguments_of_the_process(monkeypatch):
   # The process may well be a test runner or a notebook.
   monkeypatch.setattr("sys.argv", ["pytest", "--config=elsewhere.py", "--config.steps=99"])
-  assert apply_overrides(ConfigDict(), []).steps == Config().steps
-  assert apply_overrides(ConfigDict(), ["--config.seed=5"]).seed == 5
+  assert build(ConfigDict(), []).steps == Config().steps
+  assert build(ConfigDict(), ["--config.seed=5"]).seed == 5
 
 
 def test_overrides_leave_the_recipe_alone():
   given = ConfigDict({"steps": 3})
-  apply_overrides(given, ["--config.steps=7"])
+  build(given, ["--config.steps=7"])
   assert given.to_dict() == {"steps": 3}
 
 
@@ -342,7 +345,7 @@ def test_overrides_leave_the_recipe_alone():
 )
 def test_a_wrong_override_is_named(argument, parts):
   with pytest.raises(ConfigError) as raised:
-    build(apply_overrides(ConfigDict(), [argument]))
+    build(ConfigDict(), [argument])
   said = str(raised.value)
   assert "\n" not in said
   for part in parts:
@@ -351,7 +354,123 @@ def test_a_wrong_override_is_named(argument, parts):
 
 def test_an_override_that_is_impossible_is_named():
   with pytest.raises(ConfigError, match=r"^rollout\.group: "):
-    build(apply_overrides(ConfigDict(), ["--config.rollout.group=1"]))
+    build(ConfigDict(), ["--config.rollout.group=1"])
+
+
+# What overrides make pointless.
+
+QUICKSTART, *_ = [path for path in RECIPES if path.name == "quickstart.py"]
+GEMMA, *_ = [path for path in RECIPES if "gemma" in path.name]
+JSONL = ["--config.task.name=jsonl", "--config.task.path=a.jsonl", "--config.task.heldout_fraction=0.1"]
+
+
+@pytest.mark.parametrize(
+  ("recipe", "overrides", "causes", "left_out"),
+  [
+    (QUICKSTART, ["--config.reviewer.name=none"], 1, "credit.scheme"),
+    (QUICKSTART, ["--config.credit.scheme=uniform", "--config.steps=3"], 1, "reviewer.name"),
+    (GEMMA, ["--config.reviewer.name=none"], 1, "credit.scheme, reviewer.client.max_dollars"),
+    (GEMMA, ["--config.policy.lora_rank=0"], 1, "policy.lora_alpha"),
+    (GEMMA, JSONL, 1, "task.dataset"),
+    (
+      GEMMA,
+      ["--config.task.name=chains", "--config.reviewer.name=oracle"],
+      2,
+      "task.dataset, task.prompt, reviewer.client.max_dollars",
+    ),
+    (QUICKSTART, ["--config.policy.pretrained=x", *JSONL], 2, None),
+  ],
+)
+def test_what_an_override_makes_pointless_is_left_out_and_said(capsys, recipe, overrides, causes, left_out):
+  config = load(str(recipe), overrides)
+  (said,) = capsys.readouterr().err.splitlines()
+  because, names = said.removeprefix("note: left out for ").split(": ")
+  assert because.split() == overrides[:causes]
+  assert left_out in (None, names)
+  # What was left out is as if the recipe had never said it: the result is whole, and can be built again.
+  assert build(ConfigDict(json.loads(config.to_json()))) == config
+
+
+def test_a_text_task_in_the_place_of_the_quickstarts_needs_nothing_else():
+  config = load(str(QUICKSTART), ["--config.policy.pretrained=x", *JSONL])
+  assert (config.reviewer.name, config.credit.scheme) == ("none", "uniform")
+  assert (config.warmstart.total, config.task.tokenizer) == (0, "x")
+
+
+@pytest.mark.parametrize(
+  ("recipe", "overrides", "key"),
+  [
+    ({"reviewer": {"name": "none"}, "credit": {"scheme": "weighted"}}, ["--config.steps=3"], "reviewer.name"),
+    ({"credit": {"lam": 0.3}}, ["--config.steps=3"], "credit.lam"),
+    ({}, ["--config.credit.lam=0.3"], "credit.lam"),
+    ({}, ["--config.credit.scheme=weighted", "--config.reviewer.name=none"], "reviewer.name"),
+    ({}, ["--config.task.lines=4", *JSONL], "task.lines"),
+    ({**ORACLE, **{"credit": {"scheme": "weighted"}}}, ["--config.reviewer.flip=0.1"], "reviewer.flip"),
+  ],
+)
+def test_what_was_typed_together_is_an_error(capsys, recipe, overrides, key):
+  with pytest.raises(ConfigError, match=f"^{key}: "):
+    build(ConfigDict(recipe), overrides)
+  assert not capsys.readouterr().err
+
+
+def test_what_a_later_level_says_again_counts(capsys):
+  recipe = ConfigDict({"reviewer": {"name": "noisy", "flip": 0.1}, "credit": {"scheme": "weighted"}})
+  config = build(
+    recipe, ["--config.reviewer.name=oracle"], ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.2"]
+  )
+  assert (config.reviewer.name, config.reviewer.flip) == ("noisy", 0.2)
+  assert not capsys.readouterr().err
+
+
+VALUES = {
+  "reviewer.name": ["none", "oracle", "noisy", "gemini", "panel", "x", 3],
+  "reviewer.panel": [("oracle",), ("gemini:m", "noisy"), ()],
+  "reviewer.flip": [0.1, 2.0],
+  "reviewer.overlap": [1],
+  "reviewer.client.model": ["m"],
+  "reviewer.canary_every": [5],
+  "credit.scheme": ["uniform", "weighted", "signed", "potential", "y"],
+  "credit.lam": [0.1, -1.0],
+  "credit.discount": [0.5],
+  "value.source": ["monte_carlo", "learned", "reviewer"],
+  "value.continuations": [2],
+  "learner.loss": ["ppo", "reinforce"],
+  "learner.clip_low": [0.1],
+  "policy.pretrained": ["m", ""],
+  "policy.lora_rank": [4, 0],
+  "policy.lora_alpha": [8.0],
+  "policy.width": [32],
+  "task.name": ["chains", "tfds", "jsonl", "z"],
+  "task.lines": [4],
+  "task.dataset": ["d"],
+  "task.path": ["p"],
+  "task.tokenizer": ["t"],
+  "warmstart.steps": [0, 7],
+  "warmstart.lr": [0.1],
+}
+LEVEL = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in VALUES.items()})
+
+
+@hypothesis.settings(
+  max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(LEVEL, LEVEL, LEVEL)
+def test_any_three_levels_give_a_config_or_one_sentence(capsys, recipe, line, arm):
+  levels = [[f"--config.{key}={value}" for key, value in level.items()] for level in (line, arm)]
+  capsys.readouterr()
+  try:
+    config = build(ConfigDict(config_lib.nested(recipe)), *levels)
+  except ConfigError as error:
+    if "\n" in str(error):
+      raise
+    return
+  left_out = [part for said in capsys.readouterr().err.splitlines() for part in said.split(": ")[-1].split(", ")]
+  for key, value in (config_lib.flatten(recipe) | line | arm).items():
+    # Nothing that was said is lost in silence.
+    now = operator.attrgetter(key)(config) if key not in left_out else value
+    assert now == value or key in left_out
+  assert not set(left_out) & arm.keys()
 
 
 # What makes two runs the same run.

@@ -88,6 +88,7 @@ class CreditConfig:
 
   def unused(self) -> dict[str, str]:
     shape, tables = ("divide_by_std", "conserve"), ("credit", "blame", "blame_truncated")
+    keys = (*shape, *tables, "lam", "beta", "cap", "discount", "log_epsilon", "penalty")
     reads = {
       "uniform": shape,
       "weighted": (*shape, *tables, "lam", "cap"),
@@ -95,8 +96,7 @@ class CreditConfig:
       "return_to_go": ("credit",),
       "potential": ("discount", "log_epsilon"),
       "capo": ("penalty", "blame", "blame_truncated"),
-    }[self.scheme]
-    keys = (*shape, *tables, "lam", "beta", "cap", "discount", "log_epsilon", "penalty")
+    }.get(self.scheme, keys)
     return {key: f"credit.scheme is '{self.scheme}'" for key in keys if key not in reads}
 
 
