@@ -26,6 +26,7 @@ from dca_jax.plan import batch_shapes, memory
 from dca_jax.policy import Policy, pretrained, split
 from dca_jax.rollout.sampler import sample
 from dca_jax.task import TASKS
+from dca_jax.task.tokenizer import id_count
 
 # Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
 PEAKS = {"v5e": (197e12, 0.82e12), "v6e": (918e12, 1.64e12), "v5p": (459e12, 2.77e12)}
@@ -42,7 +43,7 @@ def main() -> None:
   training = mesh.make_mesh(config.mesh, chips)
   sampling = mesh.sampler_mesh(config.mesh, training)
   known = pretrained.resolve(config.policy, 0)
-  policy = Policy(known, known.vocab_size or len(TASKS[config.task.name](config.task).tokenizer()))
+  policy = Policy(known, known.vocab_size or id_count(TASKS[config.task.name](config.task).tokenizer()))
   planned = memory(config, policy, training, sampling)
 
   def on(sharding, dtype, *shape):

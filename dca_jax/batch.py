@@ -21,7 +21,7 @@ from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
 from dca_jax.rollout import Sampler, Samples, cut, cut_at_stops, encode_prompts, step_texts
 from dca_jax.task import Outcome, Problem, Task
-from dca_jax.task.tokenizer import text_of, token_bytes
+from dca_jax.task.tokenizer import end_ids, text_of, token_bytes
 
 
 class Rollout(NamedTuple):
@@ -64,7 +64,7 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
   for i in range((step - 1) * rounds, step * rounds):
     numbers = i * config.problems + own
     problems = [task.problem("train", (seed << 32) + int(n)) for n in numbers]
-    prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens)
+    prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens, sampler.policy.rows)
     samples = sampler(params, prompts, lengths, numbers, key, config.group)
     samples = cut_at_stops(config.stop, tokenizer, samples)
     by_group = [x.reshape(len(own), config.group, *x.shape[1:]) for x in samples]
@@ -95,12 +95,21 @@ def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Ou
   ]
 
 
-def check_data(config: Config, task: Task, tokenizer) -> None:
-  """Reads every problem of a task that has an end: a bad one is found now (UserError), not in the middle of a run."""
+def check_data(config: Config, task: Task, tokenizer, rows: int) -> None:
+  """Reads every problem of a task that has an end: a bad one is found now (UserError), not in the middle of a run.
+
+  Args:
+    rows: of the policy's embedding.
+  """
+  if min(end_ids(tokenizer)) >= rows:
+    ends = f"every end token of the tokenizer {list(end_ids(tokenizer))}"
+    raise UserError(
+      f"task.tokenizer: {ends} lies beyond the {rows} rows of the policy's embedding; take the model's own"
+    )
   for split, size in task.sizes.items():
     for first in range(0, size, 512):
       problems = [task.problem(split, i) for i in range(first, min(first + 512, size))]
-      encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens)
+      encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens, rows)
   if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
     raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
   for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):

@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
   shards = sampler.rows.num_devices // sampler.rows.mesh.shape["tensor"]
   ids = sampler.own(-(-n // shards) * shards)
   problems = [task.problem("heldout", int(i) % n) for i in ids]
-  prompts = encode_prompts(tokenizer, problems, sampler.config.max_prompt_tokens)
+  prompts = encode_prompts(tokenizer, problems, sampler.config.max_prompt_tokens, sampler.policy.rows)
 
   def outcomes(sampling: Sampling, count: int):
     """Of each problem's completions which are correct, their final answers and lengths: [problems, count] each."""

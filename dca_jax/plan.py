@@ -14,6 +14,7 @@ from dca_jax.errors import UserError
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.policy.logprobs import CHUNK_LOGITS
 from dca_jax.task import TASKS
+from dca_jax.task.tokenizer import id_count
 
 _CHIPS = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB of each chip's memory, docs.cloud.google.com/tpu/docs
 _FREE = 0.1  # Part of a device's memory that is left to programs and to fragmentation.
@@ -127,7 +128,7 @@ def plan(config: Config, devices: int) -> str:
   """
   # A model's config.json has the size of its vocabulary, so neither its tokenizer nor the data are needed.
   known = pretrained.resolve(config.policy, 0)
-  policy = Policy(known, known.vocab_size or len(TASKS[config.task.name](config.task).tokenizer()))
+  policy = Policy(known, known.vocab_size or id_count(TASKS[config.task.name](config.task).tokenizer()))
   training, sampling = mesh.abstract_meshes(config.mesh, devices)
   mesh.check_rows(training, sampling, config.rollout.problems, config.learner.micro_batches)
   m = memory(config, policy, training, sampling)

@@ -46,6 +46,7 @@ from dca_jax.review import Share, Truth, open_reviewer
 from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
 from dca_jax.task import TASKS, Task
 from dca_jax.task.tokenizer import end_ids as end_ids_of
+from dca_jax.task.tokenizer import id_count
 from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import cache_folder, warm_start
 from dca_jax.workdir import Growing, locate
@@ -71,8 +72,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
   use_compilation_cache()
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
-  check_data(config, task, tokenizer)
-  policy = Policy(pretrained.resolve(config.policy, len(tokenizer)), len(tokenizer))
+  policy = Policy(pretrained.resolve(config.policy, id_count(tokenizer)), id_count(tokenizer))
+  check_data(config, task, tokenizer, policy.rows)
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, policy.config.width, config.seed) if learned else None
   on = OnDevices(config, policy, tokenizer, head)

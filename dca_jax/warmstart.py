@@ -127,7 +127,7 @@ def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, param
 
   def make_batch(i: int):
     indices = range(i * config.batch, (i + 1) * config.batch)
-    return _encode(task, tokenizer, indices, i >= config.clean_steps, limits)
+    return _encode(task, tokenizer, indices, i >= config.clean_steps, limits, policy.rows)
 
   opt_state = optimizer.init(params)
   # The next batch is made while the device works on this one.
@@ -157,10 +157,11 @@ def _contracted_axes(params):
   return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int]):
+def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int], rows: int):
   """Demonstrations as prompts [B, S], prompt lengths [B], completions [B, T] and their lengths [B]."""
   pairs = [task.demonstration(i, mistakes) for i in indices]
-  prompts = encode_prompts(tokenizer, [Problem(i, p, "") for i, (p, _) in zip(indices, pairs, strict=True)], limits[0])
+  problems = [Problem(i, prompt, "") for i, (prompt, _) in zip(indices, pairs, strict=True)]
+  prompts = encode_prompts(tokenizer, problems, limits[0], rows)
   ids_B = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
   completions = np.zeros((len(pairs), limits[1]), np.int32)
   for row, ids, i in zip(completions, ids_B, indices, strict=True):

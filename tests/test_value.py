@@ -44,7 +44,7 @@ class Batch:
   def __init__(self, count=2, group=2, texts=None):
     self.params = warm_params()
     self.problems = [TASK.problem("train", i) for i in range(count)]
-    self.prompts = encode_prompts(TOKENIZER, self.problems, CONFIG.rollout.max_prompt_tokens)
+    self.prompts = encode_prompts(TOKENIZER, self.problems, CONFIG.rollout.max_prompt_tokens, 99)
     if texts:
       tokens = np.zeros((len(texts), T), np.int32)
       lengths = np.array([len(text) for text in texts], np.int32)
@@ -315,7 +315,7 @@ def test_a_runs_values_come_from_the_head_and_the_policy_before_its_batch(tmp_pa
       ids[i, s["start"] : s["end"]] = k
   nothing = Review(ids, np.zeros(shape, np.int32), *np.zeros((2, *shape), np.float32), np.zeros(len(rows), bool))
   problems = [Problem(t.problem, t.prompt, t.answer) for t in rows[:: config.rollout.group]]
-  prompts = encode_prompts(TOKENIZER, problems, config.rollout.max_prompt_tokens)
+  prompts = encode_prompts(TOKENIZER, problems, config.rollout.max_prompt_tokens, 99)
   recorded = np.concatenate([[s["value"] for s in t.steps] for t in rows])
   errors = []
   for step in (1, 2):

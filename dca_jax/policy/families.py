@@ -20,29 +20,46 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
   "gemma3_text": ("Gemma3ForCausalLM", _GEMMA | {"qk_norm": True}),
 }
 
-# Fields that must have one value where they stand.
-_FIXED = {
+# Fields that must have one value where they stand; None: that say nothing.
+_FIXED: dict[str, Any] = {
   "attention_bias": False,
   "mlp_bias": False,
   "use_bidirectional_attention": False,
   "use_mrope": False,
+  "rope_interleaved": False,
+  "partial_rotary_factor": 1.0,
   "hidden_act": "silu",
   "hidden_activation": "gelu_pytorch_tanh",
+  "quantization_config": None,
+  "auto_map": None,
 }
 
-# Fields that change no number of a forward pass, beside those that end in _token_id.
-_HARMLESS = {
-  "_name_or_path",
-  "_sliding_window_pattern",  # Stands beside layer_types, which says the same.
+# Fields that change no number of a forward pass. The rest is sorted in `_is_note`.
+_NOTES = {
   "attention_dropout",
+  "attn_implementation",
   "cache_implementation",
+  "chunk_size_feed_forward",
+  "do_sample",
   "dtype",
+  "id2label",
   "initializer_range",
+  "is_llama_config",
+  "label2id",
+  "max_length",
   "max_position_embeddings",
+  "model_max_length",
   "pretraining_tp",
+  "repetition_penalty",
+  "return_dict",
+  "task_specific_params",
+  "temperature",
+  "tokenizer_class",
+  "top_k",
+  "top_p",
   "torch_dtype",
+  "transformers.js_config",
   "transformers_version",
-  "unsloth_fixed",
   "use_cache",
 }
 
@@ -75,6 +92,16 @@ def tensor_name(config: PolicyConfig, path: tuple[str, ...]) -> str:
   if path[2].startswith("lora_"):
     return f"base_model.model.model.layers.{{}}.{module}.lora_{path[2][-1].upper()}.weight"
   return f"model.layers.{{}}.{module}.{'bias' if path[2] == 'bias' else 'weight'}"
+
+
+def _is_note(key: str, value) -> bool:
+  """Whether a field that nothing here reads cannot change what the model computes.
+
+  Libraries keep notes for themselves under a leading underscore or their own name. A field of any other name may
+  belong to an architecture that is not ours, unless it is empty or off.
+  """
+  off = value is None or value is False or value in ("", [], {})
+  return off or key in _NOTES or key.startswith(("_", "unsloth_")) or key.endswith("_token_id")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -161,7 +188,8 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
 
   if kind != "llama":
     window = number("sliding_window", 0) * bool(take("use_sliding_window", gemma))
-    first, every = number("max_window_layers", 0), number("sliding_window_pattern", 6) if gemma3 else 2
+    first, period = number("max_window_layers", 0), number("_sliding_window_pattern", 6)
+    every = number("sliding_window_pattern", period) if gemma3 else 2
     slides = [(i + 1) % every > 0 if gemma else window > 0 and i >= first for i in range(sizes["depth"])]
     if types := take("layer_types", None):
       slides = [{"full_attention": False, "sliding_attention": True}.get(name) for name in types]
@@ -173,8 +201,11 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
     if take(key, None) not in (None, value):
       raise refuse(f"{key} = {given[key]!r} is not supported")
   for key, value in rest.items():
-    if value is not None and key not in _HARMLESS and not key.endswith("_token_id"):
-      raise refuse(f"the field {key} is not known, and may change what the model computes")
+    if not _is_note(key, value):
+      raise UserError(
+        f"{where}: the field {key} = {str(value)[:60]!r} is not known, and may change what the model computes;"
+        " if it is only a note, remove it there; if not, choose another model for policy.pretrained"
+      )
   config = PolicyConfig(dtype=dtype, **sizes, **options)
   for key, why in config.check().items():
     raise refuse(f"what it says about {key} {why}")

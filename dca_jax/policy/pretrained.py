@@ -39,10 +39,11 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
   """`config` itself, or the architecture of the model that `config.pretrained` names.
 
   Args:
-    vocab_size: how many tokens the tokenizer has.
+    vocab_size: how many ids the tokenizer has. A published embedding may have fewer rows (Gemma 3 has one fewer): no
+      such token is ever sampled, and `encode_prompts` refuses a prompt that holds one.
 
   Raises:
-    UserError: the model cannot be had or is not supported, or the embedding has fewer rows than there are tokens.
+    UserError: the model cannot be had or is not supported, or policy.vocab_size is smaller than the tokenizer.
   """
   if config.pretrained:
     path = folder(config.pretrained) / "config.json"
@@ -50,8 +51,8 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
     config = dataclasses.replace(from_json(read_json(path), str(path), config.dtype), **free)
     if why := config.check().get("attention"):
       raise UserError(f"policy.attention {why}: {path}")
-  if 0 < config.vocab_size < vocab_size:
-    raise UserError(f"the embedding has {config.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens")
+  elif 0 < config.vocab_size < vocab_size:
+    raise UserError(f"policy.vocab_size: must be 0 or at least {vocab_size}, the number of the tokenizer's ids")
   return config
 
 

@@ -24,13 +24,13 @@ def load_tokenizer(name: str):
     file = Tokenizer.from_file(str(cached_file(name, "tokenizer.json")))
     # Not AutoTokenizer: some of its classes replace what the file says of pre-tokenization.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-    ids, ends = tokenizer(_PROBE, add_special_tokens=False)["input_ids"], end_ids(tokenizer)
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
   except Exception as error:  # `tokenizers` raises plain Exceptions.
     raise UserError(f"task.tokenizer: cannot load {name!r} ({str(error).strip().splitlines()[0][:200]})") from None
   changed = ids != file.encode(_PROBE, add_special_tokens=False).ids
   for wrong, why in (
     (changed, "does not read text as its tokenizer.json says; use the version of transformers that saved it"),
-    (not ends, "has no end token; give it an eos_token in its tokenizer_config.json"),
+    (not end_ids(tokenizer), "has no end token; give it an eos_token in its tokenizer_config.json"),
     (not _decoders(tokenizer) & _EXACT, "is neither byte-level nor like SentencePiece; take one that is"),
   ):
     if wrong:
@@ -39,15 +39,34 @@ def load_tokenizer(name: str):
 
 
 @functools.lru_cache
+def id_count(tokenizer) -> int:
+  """One more than the highest id of a token. Not the number of tokens: there can be ids between that are none."""
+  return 1 + max(tokenizer.get_vocab().values())
+
+
+@functools.lru_cache
 def end_ids(tokenizer) -> tuple[int, ...]:
-  """The tokens that end a completion: the tokenizer's own, and those of the generation_config.json beside it."""
+  """The tokens that end a completion: the tokenizer's own, and those of the generation_config.json beside it.
+
+  Raises:
+    UserError: that file cannot be read, or names something that is no token, which could never end anything.
+  """
   from transformers.utils import cached_file
 
   ids = [tokenizer.eos_token_id]
   name, optional = tokenizer.name_or_path, {"_raise_exceptions_for_missing_entries": False}
   if name and (path := cached_file(name, "generation_config.json", **optional)):
-    listed = json.loads(pathlib.Path(path).read_text("utf-8")).get("eos_token_id")
+    try:
+      listed = dict(json.loads(pathlib.Path(path).read_text("utf-8"))).get("eos_token_id")
+    except (OSError, TypeError, ValueError) as error:
+      raise UserError(f"{path} is unreadable ({error}); download it again") from None
     ids += listed if isinstance(listed, list) else [listed]
+    count = id_count(tokenizer)
+    if strange := [i for i in ids if i is not None and (type(i) is not int or not 0 <= i < count)]:
+      raise UserError(
+        f"{path}: the end token {strange[0]!r} is none of the tokenizer's {count} ids, so it could never end a"
+        " completion; correct eos_token_id"
+      )
   return tuple(sorted({i for i in ids if i is not None}))
 
 
@@ -70,7 +89,7 @@ def _decoders(tokenizer) -> set[str]:
 def _table(tokenizer) -> dict[int, bytes]:
   decoders, added = _decoders(tokenizer), tokenizer.added_tokens_decoder
   if not decoders & _EXACT:  # A task's own alphabet, whose end token is read as a letter.
-    return {i: tokenizer.decode([i]).encode() for i in range(len(tokenizer))}
+    return {i: tokenizer.decode([i]).encode() for i in tokenizer.get_vocab().values()}
   # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
   letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*shown}))}

@@ -132,6 +132,9 @@ NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     (LLAMA, {"num_experts": 8}, "num_experts"),
     (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+    (LLAMA, {"auto_map": {"AutoConfig": "modeling_x.X"}}, "auto_map"),
+    (LLAMA, {"rope_interleaved": True}, "rope_interleaved = True"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     (LLAMA, {"sliding_window": 4096}, "sliding_window"),
     (LLAMA, {"hidden_size": "32"}, "hidden_size must be a number"),
     (LLAMA, {"num_attention_heads": 0}, "heads must be positive"),
@@ -160,9 +163,43 @@ def test_a_field_that_is_missing(key):
     from_json({k: v for k, v in LLAMA.items() if k not in (key, "architectures")}, "config.json", "float32")
 
 
-def test_harmless_fields_change_nothing():
-  more = {"use_cache": False, "unsloth_fixed": True, "eos_token_id": [1, 2], "attention_dropout": 0.1, "new_one": None}
-  assert from_json(LLAMA | more, "", "float32") == from_json(LLAMA, "", "float32")
+NOTES = {
+  "use_cache": False,
+  "eos_token_id": [1, 2],
+  "attention_dropout": 0.1,
+  "unsloth_fixed": True,
+  "unsloth_version": "2025.3.19",
+  "is_llama_config": True,
+  "rope_interleaved": False,
+  "_attn_implementation_autoset": True,
+  "_model_name_or_path": "a/b",
+  "transformers.js_config": {"dtype": "q4"},
+  "return_dict": True,
+  "quantization_config": None,
+  "new_one": None,
+  "new_two": False,
+  "new_three": {},
+}
+
+
+def test_notes_change_nothing():
+  assert from_json(LLAMA | NOTES, "", "float32") == from_json(LLAMA, "", "float32")
+
+
+@pytest.mark.parametrize("value", [True, 1, 0, 0.0, "x", [0]], ids=str)
+def test_a_field_that_may_change_a_number_is_refused_and_told_what_to_do(value):
+  with pytest.raises(
+    UserError, match=r"the field use_wider_mlp = .* is not known, .*; if it is only a note, remove it"
+  ):
+    from_json(LLAMA | {"use_wider_mlp": value}, "config.json", "float32")
+
+
+def test_either_spelling_of_the_window_pattern_counts():
+  old = {key: value for key, value in NEW.items() if key not in ("layer_types", "sliding_window_pattern")}
+  plain, private = ({**old, key: 2} for key in ("sliding_window_pattern", "_sliding_window_pattern"))
+  read = [from_json(given, "", "float32") for given in (plain, private)]
+  assert read[0] == read[1]
+  assert read[0].windowed == (0, 2)
 
 
 def test_config_json_that_is_none(copy):
@@ -183,8 +220,10 @@ def test_a_model_that_cannot_be_read_claims_no_workdir(tmp_path):
 
 
 def test_more_tokens_than_rows():
-  with pytest.raises(UserError, match="64 rows, fewer than the tokenizer's 65"):
-    pretrained.resolve(PolicyConfig(pretrained=str(FOLDER / "qwen3")), VOCAB + 1)
+  """A published model may have fewer rows than its tokenizer has ids; a size of one's own may not."""
+  assert pretrained.resolve(PolicyConfig(pretrained=str(FOLDER / "qwen3")), VOCAB + 1).vocab_size == VOCAB
+  with pytest.raises(UserError, match=r"policy\.vocab_size: must be 0 or at least 65"):
+    pretrained.resolve(PolicyConfig(vocab_size=VOCAB), VOCAB + 1)
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def tokenizer():
 
 def test_prompts_are_filled_up_on_the_right(tokenizer):
   problems = [Problem(0, "+3a", "1"), Problem(1, "?", "1")]
-  ids, lengths = encode_prompts(tokenizer, problems, 5)
+  ids, lengths = encode_prompts(tokenizer, problems, 5, 99)
   assert lengths.tolist() == [3, 1]
   assert ids.shape == (2, 5)
   assert tokenizer.decode(ids[0, :3]) == "+3a"
@@ -273,5 +273,5 @@ def test_prompts_are_filled_up_on_the_right(tokenizer):
 def test_a_prompt_that_does_not_fit_is_named(tokenizer, prompt, count):
   problems = [Problem(41, "+3a", "1"), Problem(42, prompt, "1")]
   with pytest.raises(UserError, match=rf"problem 42 has {count} tokens.*rollout\.max_prompt_tokens") as error:
-    encode_prompts(tokenizer, problems, 5)
+    encode_prompts(tokenizer, problems, 5, 99)
   assert "41" not in str(error.value)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dca_jax.errors import UserError
 from dca_jax.rollout import cut, step_texts, stop_length
-from dca_jax.task.tokenizer import end_ids, load_tokenizer, text_of, token_bytes
+from dca_jax.task.tokenizer import end_ids, id_count, load_tokenizer, text_of, token_bytes
 
 KINDS = [words.byte_level, words.sentencepiece_like]
 STEP_ENDS = ["\n", r"\n\n", r"[.!?]\s+", "🙂", "東|é", r"(?=a)", r"\s*", "[。！？]+"]
@@ -159,3 +159,29 @@ def test_a_vocabulary_of_words_is_refused(tmp_path):
   PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[UNK]").save_pretrained(tmp_path)
   with pytest.raises(UserError, match="neither byte-level nor like SentencePiece"):
     load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("ends", [10**6, [1, 500], -1, "2", [True], 1.5])
+def test_an_end_that_is_no_token_is_refused(tmp_path, ends):
+  with pytest.raises(UserError, match=r"generation_config\.json: the end token .* is none of the tokenizer's \d+ ids"):
+    load_tokenizer(words.save_tokenizer(tmp_path, ends=ends))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_a_generation_config_that_is_none_is_refused(tmp_path, text):
+  folder = words.save_tokenizer(tmp_path)
+  (tmp_path / "generation_config.json").write_text(text)
+  with pytest.raises(UserError, match=r"generation_config\.json is unreadable"):
+    load_tokenizer(folder)
+
+
+def test_ids_are_counted_to_the_highest(tmp_path):
+  """There may be ids between that are no token, so an end token can lie beyond the number of tokens."""
+  folder = pathlib.Path(words.save_tokenizer(tmp_path, ends=[1, 900]))
+  path = folder / "tokenizer.json"
+  made = json.loads(path.read_text())
+  made["model"]["vocab"]["<far>"] = 900
+  path.write_text(json.dumps(made))
+  tokenizer = load_tokenizer(str(folder))
+  assert id_count(tokenizer) == 901 > len(tokenizer)
+  assert end_ids(tokenizer) == (1, 900)
