@@ -16,7 +16,7 @@ from etils import epath
 from dca_jax.errors import UserError
 from dca_jax.task.tokenizer import load_tokenizer
 from dca_jax.task.types import Outcome, Problem
-from dca_jax.task.verifiers import VERIFIERS
+from dca_jax.task.verifiers import VERIFIERS, reference
 
 _STEPS = {
   "line": r"\n(?:[^\S\n]*\n)*",
@@ -143,9 +143,7 @@ class Text:
     here = f"{where} {row + 1}"
     question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
     if self._parse:
-      # A bare answer is held to what a statement is held to: it may not be ambiguous.
-      stated = "####" in answer or "\\boxed" in answer
-      final = self._parse(answer if stated else f"#### {' '.join(answer.split())}")
+      final = reference(self.config.verifier, answer)
       if final is None:
         raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
       answer = final

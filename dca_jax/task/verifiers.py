@@ -1,17 +1,23 @@
-r"""Verifiers: pure functions from a text to the final answer that it gives, in a normal form, or None.
+r"""Verifiers: pure functions from a text to the final answer that it gives, in a normal form, or
+None.
 
-A completion is correct where its answer equals the reference's. Only one answer of a text is ever compared, so hedging
-is never more than a guess. It is the last one that the text states, in `\boxed{}`, after `####`, or after "the answer
-is" and the like; several in one statement, or in boxes on one line, are no answer. A text that states none is read by
-each verifier in its own way.
+A completion is correct where its answer equals the reference's. Only one answer of a text is ever
+compared, so hedging is never more than a guess. It is the last one that the text states, in
+`\boxed{}`, after `####`, or after "the answer is" and the like; several in one statement, or in
+boxes on one line, are no answer. A text that states none is read by each verifier in its own way.
 """
 
 import re
 import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+from dca_jax.task import numbers
+from dca_jax.task.numbers import COMPARISON, DIGIT, EXPRESSION, LINE, MARK, RELATION, VALUE, WORD, Item
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASH = re.compile(r"####([^\n]*)")
 _CUE = re.compile(
   r"\b(?:answer|correct (?:option|choice))[\s*_]*"
@@ -19,116 +25,209 @@ _CUE = re.compile(
   re.IGNORECASE,
 )
 _LINE = re.compile(r"[^\n]{0,500}")
-_SENTENCE = re.compile(r"(?:[^\n.!?]|[.!?](?!\s|$)){0,500}")
+_SENTENCE = re.compile(r"(?:[^\n.!?]|[.!?](?!\s|$)){0,500}[.!?]?")
 # Between the members of a list.
 _AMONG = r"[\s.,;/|&+*()•-]*(?:(?:or|and|to|then|maybe|perhaps|possibly|alternatively|through)\b[\s,;(]*)*"
-_NOT = re.compile(r"(?:\bnot|n't|\bnever|≠|!=|\\neq?)\s*(?:be|equal to|=)?\s*$", re.IGNORECASE)
-
-_LATEX = (
-  (r"(?<=\d)(?:\{,\}|\\[,!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),  # Thousands.
-  (r"[\u00bc-\u00be\u2150-\u215e]", lambda m: " " + unicodedata.normalize("NFKC", m[0])),
-  (r"[\u00b2\u00b3\u00b9\u2070-\u207b]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0])),
-  (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|°|\*\*|__|`|~|\\[,!;: ()\[\]]", " "),
-  (r"\\(?:text|math|operatorname|mbox|boxed|fbox|left|right|displaystyle|approx|quad)[a-z]*", " "),
-  (r"\\(?:times|cdot)\b|[×·]", "*"),
-  (r"[\u2044\u2215]", "/"),
-  (r"[\u2212\u2010-\u2013\ufe63\uff0d]", "-"),
-  (r"\\([%$#&])", r"\1"),
-  (r"(\w?)[$€£¥₹]", lambda m: m[1] and m[1] + " "),
-  (r"(?<=\d)\s*\\[dtc]?frac", r" \\frac"),
-  (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}"),
-  (r"\\sqrt\s*", "√"),
-  (r"\^\s*\{\s*([^{}\s]*)\s*\}", r"^\1"),
-  (r"(?<=\d)\s*[*xX]\s*10\^\(?([-+]?\d{1,4})\)?", r"e\1"),
-  (r"(?<=[A-Za-z])\^[-+]?\d+", " "),  # Of units.
-  (r"[{}]", " "),
+_LIST = {"or", "and", "nor", "to", "then", "maybe", "perhaps", "possibly", "alternatively", "through"}
+# After such a word a further number explains the first.
+_EXPLAINS = {"as", "at", "because", "by", "each", "every", "for", "from", "given", "if", "in", "not", "on", "per"}
+_EXPLAINS |= {"since", "so", "that", "when", "where", "which", "with"}
+_NEGATIVE = re.compile(
+  r"no|not|never|none|nothing|cannot|neither|nor|without|undefined|impossible|\w+n't", re.IGNORECASE
 )
-_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|\.\d++)"
-_NUMBER = re.compile(
-  rf"(?<![\w./^√])(?<!\d:)(?<![√/] )([-+]?)(?:(\d++)\s+(?=\d+\s*/\s*\d))?({_DIGITS}(?:[eE][-+]?\d{{1,3}}(?!\d))?)"
-  rf"(?:\s*/\s*({_DIGITS}))?(?!\d|[.:]\d|[eE][-+]?\d|\s*/\s*\.?\d|\s*(?:\^|[π√∞]|\\[A-Za-z]|[xyz]\b))"
-  r"(?:\s*(thousand|million|billion|trillion)\b)?",
-  re.IGNORECASE,
+_WRAPPERS = re.compile(
+  r"\\textcolor\s*\{[^{}]*\}|\\(?:text|math)[a-z]*|\\(?:operatorname|mbox|boxed|fbox|underline)|[{}$*_`~]"
+  r"|\\[,!;: ()\[\]]"
 )
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
-def _stated(text: str, wanted: str, extent: re.Pattern[str]) -> tuple[str, bool] | None:
-  """The last answer that the text states, and whether it was marked as one by a box or hashes."""
-  found: list[tuple[int, str, bool]] = []
+class Statement(NamedTuple):
+  text: str
+  marked: bool
+  """By a box or hashes."""
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+  """Where each outermost box begins and ends, and what it holds; one whose brace is never closed is
+  none."""
+  opened: list[int] = []
+  closing: dict[int, int] = {}
+  for m in _BRACE.finditer(text):
+    if m[0] == "{":
+      opened.append(m.start())
+    elif m[0] == "}" and opened:
+      closing[opened.pop()] = m.start()
+  boxes: list[tuple[int, int, str]] = []
+  for m in _BOX.finditer(text):
+    end = closing.get(m.end())
+    if end is not None and not (boxes and m.start() < boxes[-1][1]):
+      boxes.append((m.start(), end + 1, text[m.end() + 1 : end]))
+  return boxes
+
+
+def _marked(text: str, wanted: str) -> list[tuple[int, Statement]]:
+  """What stands in boxes or after hashes, and where it begins."""
+  found: list[tuple[int, Statement]] = []
   last = 0
-  for m in _BOX.finditer(text):  # Those on one line are one statement.
-    before = found.pop()[1] if found and "\n" not in text[last : m.start()] else m[1]
-    found.append((m.start(), m[1] if before == m[1] else f"{before}, {m[1]}", True))
-    last = m.end()
-  found += [(m.start(), m[1], True) for m in _HASH.finditer(text) if re.match(rf"\W*{wanted}", m[1])]
+  for start, end, held in _boxes(text):  # Those on one line are one statement.
+    before = found.pop()[1].text if found and "\n" not in text[last:start] else held
+    found.append((start, Statement(held if before == held else f"{before}, {held}", True)))
+    last = end
+  for m in _HASH.finditer(text):  # A line with words at its beginning is a heading, unless nothing follows it.
+    ends = m.end() == len(text.rstrip())
+    if re.match(rf"\W*{wanted}", m[1]) or (ends and re.search(wanted, m[1])):
+      found.append((m.start(), Statement(m[1], True)))
+  return found
+
+
+def _stated(text: str, wanted: str, extent: re.Pattern[str]) -> Statement | None:
+  """The last answer that the text states; `wanted` is what it must hold."""
+  found = _marked(text, wanted)
   slots = [(m.start(), extent.match(text, m.end())) for m in _CUE.finditer(text)]
-  found += [(start, slot[0], False) for start, slot in slots if slot and re.search(wanted, slot[0])]
-  return max(found)[1:] if found else None
+  found += [(start, Statement(slot[0], False)) for start, slot in slots if slot and re.search(wanted, slot[0])]
+  return max(found)[1] if found else None
 
 
-def _plain(text: str) -> str:
-  for pattern, replacement in _LATEX:
-    text = re.sub(pattern, replacement, text)
-  return unicodedata.normalize("NFKC", text).replace("\u2044", "/")
+def reference(verifier: str, text: str) -> str | None:
+  """The answer that a data set gives: the last one that is marked by a box or hashes, or else the
+  whole text.
+
+  None where there is a mark but no answer in it, and where the verifier cannot read the answer for
+  sure.
+  """
+  if "####" in text or "\\boxed" in text or "\\fbox" in text:
+    text = max(_marked(text, r"\S"), default=(0, Statement("", True)))[1].text
+  text = " ".join(text.split())
+  # A bare answer is held to what a statement is held to: it may not be ambiguous.
+  return VERIFIERS[verifier](f"#### {text}") if text else None
 
 
 def number(text: str) -> str | None:
-  """A number, exactly, as an integer or a fraction in lowest terms: `1,000.50` is 2001/2, and 0.75 is 3/4.
+  """A number, exactly, as an integer or a fraction in lowest terms: `1,000.50` is 2001/2, and 0.75
+  is 3/4.
 
-  Units, currency and a percent sign are left out: 50% is 50, not 0.5. Rounded numbers differ from exact ones. Commas
-  stand between thousands only. Dates, times, infinities, roots and expressions are no numbers. A text that states no
-  answer gives its last number, unless that is the end of a list.
+  Units, currency and a percent sign are left out: 50% is 50, not 0.5. Rounded numbers differ from
+  exact ones. Expressions, dates, times, bounds and what could be read in two ways are no numbers
+  (see `numbers`). A text that states no answer gives its last number, unless that is the end of a
+  list.
   """
-  stated = _stated(text, r"\d", _SENTENCE)
-  slot, marked = stated or (text, False)
-  slot = _plain(slot)
-  found = list(_NUMBER.finditer(slot))
-  if not found:
+  stated = _stated(text, DIGIT, _SENTENCE)
+  if stated is None:
+    value = _last(numbers.read(_end(text)))
+  elif len(stated.text) > _LONGEST:
+    value = None
+  else:
+    items = numbers.read(("" if stated.marked else "\n") + " ".join(stated.text.split()))
+    value = None if stated.marked else _leading(items)
+    value = _single(items) if value is None else value
+  return None if value is None else str(value)
+
+
+_LONGEST = 1000  # Characters of a statement that is read for a number.
+
+
+def _end(text: str) -> str:
+  """The line of a text that holds its last digit, and what stands around it."""
+  found = re.search(DIGIT, text[::-1])
+  place = len(text) - found.start() if found else 0
+  return "\n" + text[max(0, place - _LONGEST) : place + _LONGEST] if found else ""
+
+
+def _next(items: list[Item], kinds: tuple[str, ...]) -> int | None:
+  return next((i for i, item in enumerate(items) if item.kind in kinds), None)
+
+
+def _leading(items: list[Item]) -> Fraction | None:
+  """The value that a sentence begins with, if what follows explains it and adds no other."""
+  first = _next(items, (VALUE, EXPRESSION, WORD, COMPARISON))
+  if first is None or items[first].kind != VALUE:
     return None
-  chosen = found[-1]
-  if stated and len({_value(m) for m in found}) > 1:
-    first, equals = found[0], slot.rfind("=")
-    alone = not re.match(_AMONG + r"[-+]?\.?\d|\s*[-+*/=^]\s*[\d(.]", slot[first.end() :])
-    if not marked and alone and re.fullmatch(r"\W*", slot[: first.start()]):
-      chosen = first
-    elif marked or len({_value(m) for m in found if m.start() > equals}) != 1 or equals < 0:
+  rest = items[first + 1 :]
+  further = _next(rest, (VALUE, EXPRESSION))
+  between = [item.text.lower() for item in rest[:further] if item.kind == WORD]
+  explained = further is None or (bool(_EXPLAINS.intersection(between)) and between[-1] not in _LIST)
+  return items[first].value if explained else None
+
+
+def _single(items: list[Item]) -> Fraction | None:
+  """The one value that a statement gives, after the last equals sign if there is any."""
+  if any(item.kind == COMPARISON or (item.kind == WORD and _NEGATIVE.fullmatch(item.text)) for item in items):
+    return None
+  sides: list[list[Item]] = [[]]
+  for item in items:
+    if item.kind == RELATION:
+      sides.append([])
+    else:
+      sides[-1].append(item)
+  *labels, last = sides
+  values = {item.value for item in last if item.kind == VALUE}
+  if len(values) != 1 or any(item.kind == EXPRESSION for item in last):
+    return None
+  for side in labels:  # Names and calculations, and nothing that gives another value.
+    listed = any(item.kind == WORD and item.text.lower() in _LIST for item in side)
+    calculated = any(item.kind == EXPRESSION or item.text in ("+", "-", "*", "/") for item in side) and not listed
+    others = {item.value for item in side if item.kind in (VALUE, EXPRESSION)} - values
+    if others and not calculated:
       return None
-  elif not stated and len(found) > 1 and re.fullmatch(_AMONG, slot[found[-2].end() : chosen.start()]):
-    return None
-  return None if _NOT.search(slot[: chosen.start()]) else _value(chosen)
+  return values.pop()
 
 
-def _value(m: re.Match[str]) -> str | None:
-  sign, whole, above, below, scale = m.groups()
-  if len(m[0]) > 100:  # Nobody means such a number, and Python takes long to read it.
+def _last(items: list[Item]) -> Fraction | None:
+  """The last value of a text, unless an expression follows it, it is denied, or it is the end of a
+  list."""
+  numeric = [i for i, item in enumerate(items) if item.kind in (VALUE, EXPRESSION)]
+  if not numeric or items[numeric[-1]].kind == EXPRESSION:
     return None
-  value, divisor = Fraction(above.replace(",", "")), Fraction((below or "1").replace(",", ""))
-  if not divisor or (whole and value >= divisor):
+  *before, last = numeric
+  if before and items[before[-1]] != items[last] and _listed(items[before[-1]], items[before[-1] + 1 : last]):
     return None
-  value = (Fraction(whole or 0) + value / divisor) * _SCALES.get((scale or "").lower(), 1)
-  return str(-value if sign == "-" else value)
+  for item in reversed(items[:last]):
+    if item.kind in (VALUE, EXPRESSION, LINE) or item.text in (".", ","):
+      break
+    if item.kind == WORD and _NEGATIVE.fullmatch(item.text):
+      return None
+  return items[last].value
+
+
+def _listed(first: Item, between: list[Item]) -> bool:
+  """Whether what stands between two numbers makes them members of a list, or parts of one
+  quantity."""
+  words = [item.text.lower() for item in between if item.kind == WORD]
+  among = all(item.text in ".,;/|&+-*()•" for item in between if item.kind == MARK)
+  listed = among and all(word in _LIST for word in words)
+  if any(item.kind == RELATION for item in between):  # As in x = 5, y = 3, or 1/3 = 0.33.
+    said = between[0].text.lower() in {",", ";", *_LIST}
+    names = all(len(word) == 1 for word in words if word not in _LIST)
+    return (said and names) or (first.kind == VALUE and len(between) == 1)
+  unit = len(words) == len(between) == 1 and words[0] not in _EXPLAINS  # As in 5 feet 3 inches.
+  same_sentence = not any(item.kind == LINE or item.text == "." for item in between)
+  return listed or unit or bool(words and words[-1] in _LIST and same_sentence)
+
+
+# An "A" that begins a phrase.
+_ARTICLE = r"(?<=A)\s+(?!(?:because|since|as|is|so|for|with|which)\b)[a-z]"
 
 
 def choice(text: str) -> str | None:
-  """One of the letters A to E; a text that states no answer gives the one letter that stands as `B`, `(B)` or `B)` at
-  the beginning of a line."""
+  """One of the letters A to E; a text that states no answer gives the one letter that stands as
+  `B`, `(B)` or `B)` at the beginning of a line."""
   stated = _stated(text, r"\(?[A-Ea-e]\b", _SENTENCE)
   if stated is None:
     lines = re.findall(r"(?mi)^[^\w\n]{0,9}(?:option )?\(?([A-E])(?:[).:]|[^\w\n]{0,9}$)", text)
     return lines[0].upper() if len(set(lines)) == 1 else None
-  slot = _plain(stated[0]).strip()
-  m = re.match(r"\W*(?:(?:option|choice)\W*)?(?:([A-E])(?![\w'’])|\(([a-e])\)|([a-e])\W*$)", slot)
+  slot = unicodedata.normalize("NFKC", _WRAPPERS.sub(" ", stated.text)).strip()
+  m = re.match(r"\W*(?:(?:option|choice)\W*)?(?:([A-E])(?![\w'’])(?!" + _ARTICLE + r")|\(([a-e])\)|([a-e])\W*$)", slot)
   if m is None or re.match(_AMONG + r"(?:[A-E](?![\w'’])|[a-e]\))", slot[m.end() :]):
     return None
   return str(m[1] or m[2] or m[3]).upper()
 
 
 def exact(text: str) -> str | None:
-  """The answer stated, to the end of its line, or the whole text: compatibility-normalised (NFKC), case folded, runs of
-  white space made one space, and without quotes, asterisks, dollar signs and full stops around it."""
+  """The answer stated, to the end of its line, or the whole text: compatibility-normalised (NFKC),
+  case folded, runs of white space made one space, and without quotes, asterisks, dollar signs and
+  full stops around it."""
   stated = _stated(text, r"\S", _LINE)
-  folded = unicodedata.normalize("NFKC", stated[0] if stated else text).casefold()
+  folded = unicodedata.normalize("NFKC", stated.text if stated else text).casefold()
   return " ".join(folded.split()).strip(" \"'“”‘’`*$.") or None
 
 
