@@ -32,10 +32,32 @@ def honest_reply(data, role="necessary", weight=2) -> dict[str, Any]:
   }
 
 
+# Usage that cannot be true: tokens of the prompt, those of it that were cached, and of the output.
+LIES = (
+  (-500, 0, -100),
+  (10**18, 0, 10**18),
+  (500, 10**9, 100),
+  (500, -(10**9), 100),
+  (0, 0, 0),
+  (None, None, None),
+  (500.5, 0.5, 100.5),
+  ("many", "few", "some"),
+)
+
+
 class FakeServer:
   """`behave(name, attempt)` says what happens to a request: `ok`, a status code, or the name of a fault below.
 
   `name` is the content of the request without its marks; `attempt` counts the requests of that name before.
+
+  Faults:
+    a number: that status; with 429 it asks for a delay of 0.1 s.
+    (number, seconds): that status, asking for that delay in the body and in a header.
+    hang, drop, drip: no answer, a closed connection, a byte now and then.
+    quota: 429 for a quota per day.
+    html, empty: bodies that are no completion; malformed, fenced, wrong: texts that are no review.
+    max_tokens, safety, blocked, continuation: replies that ended early.
+    no usage, lies: a review without usage, or with one of LIES.
   """
 
   def __init__(self, behave=lambda name, attempt: "ok", latency=0.0, reply=honest_reply, tokens=(500, 100)):
@@ -112,10 +134,21 @@ class FakeServer:
         handler.wfile.flush()
         if self._hanging.wait(0.2):
           return
+    if action == 429:
+      action = (429, None) if openai else (429, 0.1)
     if isinstance(action, int):
-      details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.1s"}] if action == 429 else []
-      error = {"error": {"code": action, "message": "told to", "status": "TOLD", "details": details}}
-      self._send(handler, action, json.dumps(error).encode())
+      action = (action, None)
+    if isinstance(action, tuple) or action == "quota":
+      code, seconds = (429, None) if action == "quota" else action
+      details, headers = [], {}
+      if seconds is not None:
+        details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}]
+        headers = {"retry-after": str(seconds)}
+      if action == "quota":
+        violation = {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}
+        details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]}]
+      error = {"error": {"code": code, "message": "told to", "status": "TOLD", "details": details}}
+      self._send(handler, code, json.dumps(error).encode(), headers)
       return
     if action == "html":
       self._send(handler, 200, b"<html>gateway</html>")
@@ -130,13 +163,22 @@ class FakeServer:
     elif action == "wrong":
       text = text.replace('"step": 1,', '"step": 7,', 1)
     prompt_tokens, output_tokens = self.tokens
+    cached_tokens = 0
+    if action == "lies":
+      prompt_tokens, cached_tokens, output_tokens = LIES[int(name[:8], 16) % len(LIES)]
     if openai:
       finish = {"max_tokens": "length", "safety": "content_filter"}.get(action, "stop")
       reply = {
         "model": "fake-001",
         "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}],
-        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens},
+        "usage": {
+          "prompt_tokens": prompt_tokens,
+          "prompt_tokens_details": {"cached_tokens": cached_tokens},
+          "completion_tokens": output_tokens,
+        },
       }
+      if action == "no usage":
+        del reply["usage"]
     else:
       finish = {"max_tokens": "MAX_TOKENS", "safety": "SAFETY", "continuation": "CONTINUATION"}.get(action, "STOP")
       candidate = {"finishReason": finish, "index": 0, "content": {"role": "model", "parts": [{"text": text}]}}
@@ -148,9 +190,9 @@ class FakeServer:
         "candidates": [candidate],
         "usageMetadata": {
           "promptTokenCount": prompt_tokens,
+          "cachedContentTokenCount": cached_tokens,
           "candidatesTokenCount": output_tokens,
           "thoughtsTokenCount": 10,
-          "totalTokenCount": prompt_tokens + output_tokens + 10,
         },
         "modelVersion": "gemini-fake-001",
         "responseId": "abc",
@@ -162,9 +204,11 @@ class FakeServer:
         del reply["usageMetadata"]
     self._send(handler, 200, json.dumps(reply).encode())
 
-  def _send(self, handler, code: int, body: bytes) -> None:
+  def _send(self, handler, code: int, body: bytes, headers=()) -> None:
     handler.send_response(code)
     handler.send_header("content-type", "application/json")
+    for header, value in dict(headers).items():
+      handler.send_header(header, value)
     handler.send_header("content-length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body)
