@@ -73,6 +73,19 @@ def read_metrics(workdir: epath.Path | pathlib.Path) -> list[dict[str, Any]]:
   return parsed
 
 
+def dollars_spent(workdir: epath.Path | pathlib.Path) -> float:
+  """What the metrics say that reviews have cost, over the whole run and all reviewers."""
+  return max(
+    (
+      value
+      for line in read_metrics(workdir)
+      for key, value in line.items()
+      if key.startswith("review/dollars_spent")  # Every reviewer says what all have spent.
+    ),
+    default=0.0,
+  )
+
+
 def not_finite(metrics: dict[str, float]) -> str | None:
   """The first metric that is not a finite number, or None."""
   return next((key for key, value in metrics.items() if not math.isfinite(value)), None)

@@ -36,7 +36,7 @@ from dca_jax.checkpoint import Checkpoints
 from dca_jax.config import Config, claim_workdir, difference
 from dca_jax.errors import Terminated, UserError
 from dca_jax.evaluate import evaluate
-from dca_jax.metrics import Reporter, not_finite
+from dca_jax.metrics import Reporter, dollars_spent, not_finite
 from dca_jax.notices import notices
 from dca_jax.plan import check_fits
 from dca_jax.policy import Policy, join, pretrained, split
@@ -85,7 +85,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
 
   truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *a: task.prefix_values(*a))
   canaries = make_canaries(task) if config.reviewer.canary_every and jax.process_index() == 0 else []
-  share = Share(jax.process_count(), lambda own: sum(gather(own)))
+  spent = gather(dollars_spent(growing.folder))[0]  # Process 0 keeps the metrics.
+  share = Share(jax.process_count(), lambda own: sum(gather(own)), spent)
   with (
     notices() as stop_asked,
     contextlib.closing(growing),

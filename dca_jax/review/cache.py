@@ -17,7 +17,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dca_jax.errors import UserError
 
@@ -59,8 +59,11 @@ class Cache:
       UserError: it cannot be read and written, so that what was spent is not known.
     """
     self._path, self._closed = path, False
-    self._waiting: list[tuple[str, tuple[Any, ...]]] = []
-    self._pause_until, self._warned = 0.0, False
+    # What is not written yet: almost always nothing.
+    self._replies: dict[str, tuple[str, str]] = {}
+    self._ledger: list[tuple[str, float]] = []
+    self._pauses: dict[str, float] = {}
+    self._warned = False
     try:
       self._db = self._open()
     except (sqlite3.Error, OSError) as error:
@@ -75,11 +78,11 @@ class Cache:
 
   async def get(self, key: str) -> tuple[str, str] | None:
     """(model version, reply text), or None, also where the file does not answer."""
-    return await self._soon(self._tried, None, self._get, key)
+    return await self._soon(self._get, key)
 
   async def book(self, booking: Booking, dollars: float) -> bool:
     """Books the most that a call can cost; where False, it must not be made."""
-    return not dollars or bool(await self._soon(self._tried, False, self._book, booking, dollars))
+    return not dollars or bool(await self._soon(self._book, booking, dollars))
 
   def settle(self, booking: Booking, dollars: float) -> None:
     """Corrects what is booked to what the call cost; returns at once."""
@@ -89,8 +92,8 @@ class Cache:
   def put(self, key: str, model: str, text: str) -> None:
     """Keeps a reply; returns at once."""
     if not self._closed:
-      values = (key, *(part.encode("utf-8", "replace").decode() for part in (model, text)))
-      self._thread.submit(self._write, _KEEP, values)
+      clean = (part.encode("utf-8", "replace").decode() for part in (model, text))
+      self._thread.submit(self._put, key, *clean)
 
   async def _soon(self, work: Callable, *args):
     if self._closed:
@@ -125,11 +128,12 @@ class Cache:
     """Writes what waits, and closes the file."""
     if self._closed:
       return
-    self._closed, self._pause_until = True, 0.0
+    self._closed = True
     self._thread.shutdown()
-    self._tried(None, self._flush)
-    if self._waiting:
-      print(f"warning: {len(self._waiting)} entries of {self._path} could not be written", file=sys.stderr)
+    self._pauses = {}
+    if not self._tried(self._flush):
+      left = f"{len(self._replies)} replies and {len(self._ledger)} entries of the spending"
+      print(f"warning: {left} could not be written to {self._path}", file=sys.stderr)
     self._db.close()
 
   # In the thread.
@@ -182,10 +186,10 @@ class Cache:
     )
     return db
 
-  def _tried(self, otherwise, work: Callable, *args):
-    """What `work` returns, or `otherwise` where the file cannot be used now."""
-    if time.monotonic() < self._pause_until:
-      return otherwise
+  def _tried(self, work: Callable, *args):
+    """What `work` returns, or None where the file cannot be used now."""
+    if time.monotonic() < self._pauses.get(work.__name__, 0.0):
+      return None
     try:
       try:
         return work(*args)
@@ -195,7 +199,7 @@ class Cache:
         self._replace(str(error))
         return work(*args)
     except (sqlite3.Error, OSError) as error:
-      self._pause_until = time.monotonic() + _PAUSE
+      self._pauses[work.__name__] = time.monotonic() + _PAUSE
       if not self._warned:
         self._warned = True
         print(
@@ -203,26 +207,33 @@ class Cache:
           " costs can be booked again no call that costs money is made",
           file=sys.stderr,
         )
-      return otherwise
+      return None
 
   def _replace(self, damage: str) -> None:
     """Goes on with a new file; what this process knows to have been spent stays booked."""
     self._db.close()
     self._db = self._begin_anew(damage)
-    read = self._sums()
+    known, self._spent = self._spent, self._sums()
     with self._db:
-      for reviewer, dollars in (self._spent - read).items():
-        self._db.execute(_BOOK, (reviewer, dollars))
-    self._spent |= read
+      for reviewer, dollars in known.items():
+        if (missing := dollars - self._spent[reviewer]) > 0:
+          self._db.execute(_BOOK, (reviewer, missing))
+          self._spent[reviewer] = dollars
 
   def _get(self, key: str) -> tuple[str, str] | None:
-    for statement, values in self._waiting:
-      if statement == _KEEP and values[0] == key:
-        return values[1], values[2]
-    return self._db.execute("select model, text from replies where key = ?", (key,)).fetchone()
+    return self._replies.get(key) or self._tried(self._read, key)
+
+  def _read(self, key: str) -> tuple[str, str] | None:
+    found = self._db.execute("select model, text from replies where key = ?", (key,))
+    return found.fetchone()
+
+  def _put(self, key: str, model: str, text: str) -> None:
+    self._replies[key] = model, text
+    self._tried(self._flush)
 
   def _book(self, booking: Booking, dollars: float) -> bool:
-    self._flush((_BOOK, (booking.reviewer, dollars)))
+    if not self._tried(self._flush, (booking.reviewer, dollars)):
+      return False
     booking.dollars += dollars
     self._spent[booking.reviewer] += dollars
     return True
@@ -231,22 +242,20 @@ class Cache:
     if correction := dollars - booking.dollars:
       booking.dollars = dollars
       self._spent[booking.reviewer] += correction
-      self._write(_BOOK, (booking.reviewer, correction))
+      self._ledger.append((booking.reviewer, correction))
+      self._tried(self._flush)
 
-  def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-    self._waiting.append((statement, values))
-    self._tried(None, self._flush)
-
-  def _flush(self, *more: tuple[str, tuple[Any, ...]]) -> None:
-    """Writes what waits, and `more`, in one transaction."""
+  def _flush(self, *booked: tuple[str, float]) -> bool:
+    """Writes what waits, and `booked`, in one transaction."""
     with self._db:
-      for statement, values in (*self._waiting, *more):
-        self._db.execute(statement, values)
-    self._waiting = []
+      self._db.executemany(_KEEP, [(key, *reply) for key, reply in self._replies.items()])
+      self._db.executemany(_BOOK, [*self._ledger, *booked])
+    self._replies, self._ledger = {}, []
+    return True
 
-  def _sums(self) -> "collections.Counter[str]":
+  def _sums(self) -> "collections.defaultdict[str, float]":
     rows = self._db.execute("select reviewer, sum(dollars) from spending group by reviewer")
-    return collections.Counter({reviewer: max(0.0, dollars) for reviewer, dollars in rows})
+    return collections.defaultdict(float, {reviewer: max(0.0, dollars) for reviewer, dollars in rows})
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:

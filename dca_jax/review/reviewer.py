@@ -21,6 +21,7 @@ from dca_jax.review.transports import TRANSPORTS
 from dca_jax.review.types import Reviewer, Share
 
 _ALONE = Share()
+_FORGOTTEN = "forgotten"  # In the ledger, for whoever spent it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,10 @@ def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | No
   models = any(member.partition(":")[0] in TRANSPORTS for member in config.members)
   kept = Cache(cache) if models else None  # One for all members: it may have to begin a new file.
   budget = Budget(config.client.max_dollars or math.inf, share)
+  if kept is not None:  # A damaged or deleted file has forgotten what others still know.
+    missing = max(0.0, share.spent - share.total(kept.total()))
+    kept.add(_FORGOTTEN, missing / share.processes)
+    budget.add_earlier(_FORGOTTEN, kept.spent(_FORGOTTEN))
   open_one = functools.partial(_open, config, truth, kept, budget, share.processes)
   if config.name == "panel":
     first: Reviewer = Panel([open_one(member) for member in config.panel], config.combine)

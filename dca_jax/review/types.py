@@ -73,6 +73,8 @@ class Share(NamedTuple):
   processes: int = 1
   total: Callable[[float], float] = lambda own: own
   """The sum of a number over all processes, which must all ask for it."""
+  spent: float = 0.0
+  """Dollars that the run is known to have spent, whatever the caches still know of it."""
 
 
 class Reviewer(Protocol):
