@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dca_jax.errors import UserError
 from dca_jax.metrics import Reporter, not_finite, read_metrics
+from dca_jax.record import Tally, merge
 
 
 def write(workdir, start, steps):
@@ -103,3 +104,18 @@ def test_without_quiet_a_step_is_one_line(workdir, capsys):
   (line,) = capsys.readouterr().out.splitlines()
   assert line.startswith("step  7/10 ")
   assert "reward 0.250" in line
+
+
+def test_what_reviewers_say_is_put_together_over_processes_and_members():
+  def said(spent, second, ok, slow):
+    names = ("dollars_spent", "calls_2", "status_ok", "call_seconds_95", "call_seconds_95_2")
+    values = (spent, second, ok, slow, slow)
+    return Tally({}, {}, {}, {f"review/{n}": v for n, v in zip(names, values, strict=True)})
+
+  assert merge([said(1.5, 3.0, 0.5, 2.0), said(2.5, 5.0, 1.0, 4.0)]) == {
+    "review/dollars_spent": 4.0,  # Every process has its own part of the cap.
+    "review/calls_2": 8.0,
+    "review/status_ok": 0.75,
+    "review/call_seconds_95": 3.0,
+    "review/call_seconds_95_2": 3.0,
+  }

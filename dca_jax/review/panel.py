@@ -11,6 +11,8 @@ from dca_jax.review.types import Request, Review, Reviewer
 class _Several:
   def __init__(self, members: Sequence[Reviewer]):
     self._members = members
+    self.size: int = sum(getattr(member, "size", 1) for member in members)
+    """Reviewers in it, those of a panel in it too."""
 
   def problem(self) -> str | None:
     return next((problem for member in self._members if (problem := member.problem())), None)
@@ -22,9 +24,12 @@ class _Several:
   def _member_stats(self) -> dict[str, float]:
     """Of the first member under plain names, of the others with their number; they share one budget."""
     out: dict[str, float] = {}
-    for i, member in enumerate(self._members, 1):
+    number = 1
+    for member in self._members:
       for key, value in member.stats().items():
-        out[key if i == 1 or key == "review/dollars_spent" else f"{key}_{i}"] = value
+        plain = number == 1 or key == "review/dollars_spent"
+        out[key if plain else f"{key}_{number}"] = value
+      number += getattr(member, "size", 1)
     return out
 
 
@@ -44,7 +49,7 @@ class Panel(_Several):
       if k < len(asked):
         asked[k].add_done_callback(lambda _: wait_for(k + 1))
       else:
-        result.set_result(self._combine([future.result() for future in asked]))
+        result.set_result(self._combine([_said(future, requests) for future in asked]))
 
     wait_for(0)
     return result
@@ -60,6 +65,17 @@ class Panel(_Several):
       out["review/disagreement"] = statistics.fmean(self._disagreed)
     self._disagreed = []
     return out
+
+
+def _said(done: "Future[list[Review]]", requests: Sequence[Request]) -> list[Review]:
+  """What a member said, as far as it fits what it was asked; a bad one harms only itself."""
+  try:
+    reviews = done.result()
+  except Exception:
+    reviews = []
+  if len(reviews) != len(requests):
+    return [Review("client_error")] * len(requests)
+  return [review.checked(len(r.steps)) for review, r in zip(reviews, requests, strict=True)]
 
 
 def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[float]]:
@@ -100,7 +116,7 @@ class Escalating(_Several):
     end, result = time.monotonic() + deadline, Future()  # type: tuple[float, Future[list[Review]]]
 
     def first_answered(done) -> None:
-      reviews = done.result()
+      reviews = _said(done, requests)
       unsure = [i for i, review in enumerate(reviews) if review.status == "ok" and not review.sure]
       self._asked, self._escalated = self._asked + len(reviews), self._escalated + len(unsure)
       left = end - time.monotonic()
@@ -109,11 +125,12 @@ class Escalating(_Several):
         return
 
       def second_answered(done) -> None:
-        for i, review in zip(unsure, done.result(), strict=True):
+        for i, review in zip(unsure, _said(done, again), strict=True):
           reviews[i] = review if review.status == "ok" else reviews[i]
         result.set_result(reviews)
 
-      self._members[1].submit([requests[i] for i in unsure], left).add_done_callback(second_answered)
+      again = [requests[i] for i in unsure]
+      self._members[1].submit(again, left).add_done_callback(second_answered)
 
     self._members[0].submit(requests, deadline).add_done_callback(first_answered)
     return result

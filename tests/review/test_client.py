@@ -232,6 +232,86 @@ def test_a_run_can_stop_when_the_money_is_gone():
     assert "max_dollars" in reviewer.problem()
 
 
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_lies_about_usage_break_no_cap(name):
+  with FakeServer(lambda *_: "lies") as server, opened(server, name, max_dollars=0.06) as reviewer:
+    spent = [0.0]
+    for i in range(4):
+      reviews = reviewed(reviewer, requests(30, 30 * i))
+      spent.append(reviewer.stats()["review/dollars_spent"])
+    assert statuses(reviews) == {"budget"}
+  assert spent == sorted(spent)
+  assert 0.05 < spent[-1] <= 0.06
+
+
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_filtered_replies_cost_what_is_stated_and_refused_calls_nothing(name):
+  faults = {"safety": 1, "max_tokens": 1, 503: 0, 400: 0, 429: 0}
+  for fault, billed in faults.items():
+    with FakeServer(lambda *_, f=fault: f) as server, opened(server, name, attempts=1) as reviewer:
+      reviewed(reviewer, requests(2))
+      output = 110 if name == "gemini" else 100
+      each = (500 * 0.30 + output * 2.50) / 1e6
+      assert reviewer.stats()["review/dollars_spent"] == pytest.approx(2 * billed * each)
+
+
+def test_a_call_costs_what_it_costs_on_its_day(monkeypatch):
+  import datetime
+
+  from dca_jax.review import reviewer as reviewer_module
+
+  class Day(datetime.date):
+    today = classmethod(lambda cls: datetime.date(*now))
+
+  monkeypatch.setattr(reviewer_module.datetime, "date", Day)
+  now = (2026, 12, 31)
+  with FakeServer() as server, opened(server, model="gemini-3.8-flash") as reviewer:
+    reviewed(reviewer, requests(1))
+    cheap = (500 * 0.75 + 110 * 3.75) / 1e6
+    assert reviewer.stats()["review/dollars_spent"] == pytest.approx(cheap)
+    now = (2027, 1, 1)
+    reviewed(reviewer, requests(1, 1))
+    assert reviewer.stats()["review/dollars_spent"] == pytest.approx(3 * cheap)
+
+
+def unsure(data):
+  reply = honest_reply(data)
+  for answer in reply["answers"]:
+    answer["sure"] = False
+  return reply
+
+
+def test_all_reviewers_of_a_run_share_one_cap_over_its_resumptions(tmp_path):
+  cap, spent, own = 0.06, 0.0, ("review/dollars_2", "review/dollars_3", "review/dollars_4")
+  with FakeServer(reply=unsure) as server:
+    config = ReviewerConfig(
+      name="panel",
+      panel=("random", "gemini:gemini-3.5-flash-lite", "gemini:gemini-2.5-flash-lite"),
+      escalate="gemini:gemini-3.1-flash-lite",
+      client=ClientConfig(base_url=server.url, max_dollars=cap),
+    )
+    for resumption in range(3):
+      cache = tmp_path / "reviews.sqlite"
+      with contextlib.closing(open_reviewer(config, Truth(None, None), cache)) as reviewer:
+        for i in range(1, 4):
+          reviewed(reviewer, requests(20 * (resumption + 1), 1000 * resumption + 100 * i))
+          stats = reviewer.stats()
+          spent += sum(stats[key] for key in own)
+          assert stats["review/dollars_spent"] == pytest.approx(spent)
+          assert "review/dollars_spent_2" not in stats
+        assert resumption or all(stats[key] > 0 for key in own)
+  assert 0.05 < spent <= cap
+
+
+def test_another_level_of_thought_does_not_open_the_cap_again(tmp_path):
+  with FakeServer() as server:
+    for thinking in ("", "low", "high"):
+      cache = tmp_path / "reviews.sqlite"
+      with opened(server, cache=cache, thinking=thinking, max_dollars=0.02) as reviewer:
+        reviewed(reviewer, requests(50))
+        assert 0.013 < reviewer.stats()["review/dollars_spent"] <= 0.02
+
+
 def test_spending_outlives_the_process(tmp_path):
   with FakeServer() as server:
     for i in range(2):

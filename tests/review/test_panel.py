@@ -110,6 +110,57 @@ def test_where_the_second_fails_the_first_stands_and_time_can_run_out():
   assert len(second.asked) == 1
 
 
+@pytest.mark.parametrize("bad", [ZeroDivisionError(), [A], [A] * 4, [Review("ok", ("error",), (1.0,))] * 3])
+def test_a_member_that_breaks_its_promise_harms_only_itself(bad):
+  class Breaks(Said):
+    def answer(self):
+      if isinstance(bad, Exception):
+        self.futures[-1].set_exception(bad)
+      else:
+        self.futures[-1].set_result(bad)
+
+  unsure = Review("ok", A.roles, A.weights, sure=False)
+  for kind, first, expected in [(Panel, [A] * 3, [A] * 3), (Escalating, [unsure] * 3, [unsure] * 3)]:
+    members = [Said(first), Breaks(None)]
+    both = Panel(members, "vote") if kind is Panel else Escalating(*members)
+    future = both.submit(REQUESTS, 5.0)
+    for member in members:
+      member.answer()
+    assert [r.roles for r in future.result(1.0)] == [r.roles for r in expected]
+
+
+def test_members_keep_their_numbers_where_a_second_opinion_is_asked_too():
+  panel = Panel([Said([A] * 3), Said([B] * 3)], "vote")
+  second = Said([C] * 3)
+  both = Escalating(panel, second)
+  for calls, member in enumerate([*panel._members, second], 1):
+    member.asked = [None] * calls
+  stats = both.stats()
+  assert [stats[f"review/calls{end}"] for end in ("", "_2", "_3")] == [1.0, 2.0, 3.0]
+
+
+def test_the_spending_of_several_is_that_of_the_run():
+  class Spends(Said):
+    def stats(self):
+      return {"review/dollars": 1.0, "review/dollars_spent": 5.0}
+
+  assert Panel([Said([]), Spends([]), Spends([])], "vote").stats() == {
+    "review/calls": 0.0,
+    "review/dollars_2": 1.0,
+    "review/dollars_3": 1.0,
+    "review/dollars_spent": 5.0,
+  }
+
+
+def test_what_a_member_has_to_say_is_said():
+  class Complains(Said):
+    def problem(self):
+      return "no key"
+
+  assert Panel([Said([]), Complains([])], "vote").problem() == "no key"
+  assert Escalating(Said([]), Said([])).problem() is None
+
+
 def test_a_panel_from_the_config():
   truth = Truth(lambda r: ["error", "necessary"], lambda p, completions: [[0.5, 0.5]] * len(completions))
   config = ReviewerConfig(name="panel", panel=("oracle", "random", "silent"), combine="mean")
