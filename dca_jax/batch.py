@@ -54,15 +54,25 @@ class Group(NamedTuple):
     return len({outcome.reward for outcome in self.outcomes}) > 1
 
 
+# Problems that groups are refilled from are counted from here on. No run comes so far with the others, so an epoch of
+# these has an order of its own, and a sample noise of its own.
+_FURTHER = 2**31
+
+
 def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, params) -> Rollout:
-  """Samples and verifies the batch of `step`."""
+  """Samples and verifies the batch of `step`.
+
+  Its problems are the next ones of the training split, whatever earlier steps were refilled with, so that all
+  have their turn in every epoch. Groups are refilled from an order of their own.
+  """
   config = sampler.config
   refill = config.zero_variance == "refill"
   rounds = config.refill_rounds if refill else 1
   key, own = step_key(seed, step, sampler.end_ids_E.sharding), sampler.own(config.problems)
   sampled: list[Group] = []
-  for i in range((step - 1) * rounds, step * rounds):
-    numbers = i * config.problems + own
+  further = ((step - 1) * (rounds - 1) + i for i in range(rounds - 1))
+  for first in ((step - 1) * config.problems, *(_FURTHER + i * config.problems for i in further)):
+    numbers = first + own
     problems = [task.problem("train", (seed << 32) + int(n)) for n in numbers]
     prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens, sampler.policy.rows)
     samples = sampler(params, prompts, lengths, numbers, key, config.group)

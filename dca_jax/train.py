@@ -217,6 +217,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
         # The one place in a step where processes hear of each other, beside the arrays.
         told = gather([mine, reviewer.problem(), stop_asked()])
         measured = merge([Tally(*said) for said, _, _ in told]) | {key: float(x) for key, x in stats.items()}
+        if size := task.sizes.get("train"):
+          measured["train/epoch"] = step * config.rollout.problems / size
         if bad := not_finite(measured):
           raise UserError(
             f"{bad} is not finite at step {step}; {checkpoints.describe()}. Lower learner.lr or set"

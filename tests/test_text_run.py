@@ -65,6 +65,7 @@ def test_a_run_on_free_text(run):
   assert [line["step"] for line in lines] == [0, 1, 2]
   assert "eval/greedy" in lines[0]
   assert "eval/greedy" in lines[2]
+  assert [line.get("train/epoch") for line in lines] == [None, 4 / 16, 8 / 16]
   asked = {p["question"] for p in words.PROBLEMS[:16]}
   records = [t for step in (1, 2) for t in read_trajectories(workdir / "trajectories", step)]
   assert len({t.prompt for t in records}) == 8  # No problem comes twice in an epoch.

@@ -33,7 +33,7 @@ class RolloutConfig:
   zero_variance: str = "keep"
   """Groups whose completions all have the same reward: `keep` trains on them too (they carry no outcome signal, but
   count in the normalizer and in the KL and entropy terms), `skip` leaves them out, `refill` replaces them by groups of
-  further problems."""
+  problems from a second order of the data; the first order passes through all of them either way."""
   refill_rounds: int = 4
   """`refill`: at most this many batches are sampled for one step; groups still missing then are skipped."""
 

@@ -1,7 +1,9 @@
 """Free-text tasks: questions and answers from TensorFlow Datasets or JSONL files, for language models."""
 
+import codecs
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib
@@ -9,6 +11,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -23,6 +26,13 @@ _STEPS = {
   "paragraph": r"\n[^\S\n]*\n\s*",
   "sentence": r"[.!?][.!?\"'”’)\]*]*\s+|[。！？]+\s*|\n\s*",
 }
+
+# Set before a chat template that asks for the day: what a run asks may not depend on when it runs.
+_TODAY = datetime.datetime(2024, 7, 26)
+_CALENDAR = "".join(
+  f"|replace('%{code}', '{_TODAY.strftime(f'%{code}')}')" for code in ("-d", "-m", *"aAbBcdeFHIjmMpSTuUVwWxXyY%")
+)
+_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_CALENDAR} }}}}{{% endmacro %}}\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +77,8 @@ class TextConfig:
   """Writes the prompt as the tokenizer's chat template does."""
   system_prompt: str = ""
   template_kwargs: str = "{}"
-  """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`."""
+  """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`. A template that asks
+  for today's date is always told 26 July 2024, which is Llama's own where it knows none."""
 
   def check(self) -> dict[str, str]:
     known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
@@ -140,7 +151,7 @@ class Text:
       row = int(self._order(seed, epoch)[place])
     rows, where = self._rows[split]
     row = self._numbers[split][row]
-    here = f"{where} {row + 1}"
+    here = where(row)
     question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
     if self._parse:
       final = reference(self.config.verifier, answer)
@@ -149,11 +160,11 @@ class Text:
       answer = final
     return Problem(index, question, answer, self._render(question))
 
-  def _hold_out(self, rows: Sequence, where: str) -> dict[str, list[int]]:
+  def _hold_out(self, rows: Sequence, where: Callable[[int], str]) -> dict[str, list[int]]:
     """The numbers of each split's rows, where `task.heldout_fraction` splits them."""
     numbers: dict[str, list[int]] = {"train": [], "heldout": []}
     for i, row in enumerate(rows):
-      digest = hashlib.sha256(self._field(row, "question", f"{where} {i + 1}").encode()).digest()
+      digest = hashlib.sha256(self._field(row, "question", where(i)).encode()).digest()
       held_out = int.from_bytes(digest[:8]) / 2**64 < self.config.heldout_fraction
       numbers["heldout" if held_out else "train"].append(i)
     if not all(numbers.values()):
@@ -186,9 +197,12 @@ class Text:
   def _field(self, row, key: str, here: str) -> str:
     name = getattr(self.config, key)
     value = row.get(name)
-    raw = value if isinstance(value, bytes) else str(value).encode(errors="replace")  # JSON can hold half a character.
+    # JSON can hold half a character.
+    raw = value if isinstance(value, bytes) else str(value).encode(errors="replace")
     text = raw.decode(errors="replace").strip()
-    if not isinstance(value, bytes | str | int | float | np.number) or not text:
+    words = isinstance(value, bytes | str)
+    readable = words or (isinstance(value, int | float | np.number) and text not in ("nan", "inf", "-inf"))
+    if not readable or not text:
       said = f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
       raise UserError(f"task.{key}: {here}: {said}")
     return text
@@ -201,7 +215,11 @@ class Text:
     messages = [{"role": role, "content": content} for role, content in said.items() if content]
     try:
       options = json.loads(self.config.template_kwargs)
-      return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+      template = self._tokenizer.get_chat_template(options.pop("chat_template", None))
+      template = _CLOCK + template if "strftime_now" in template else template
+      return self._tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
+      )
     except Exception as error:  # A template raises what it likes.
       raise UserError(f"task.chat_template or task.template_kwargs: the template fails ({error})") from None
 
@@ -213,8 +231,8 @@ def _import(name: str) -> Callable:
     raise UserError(f"task.verifier: cannot import {name} ({error}); its folder must be on PYTHONPATH") from None
 
 
-def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, str]:
-  """The rows of a split, and where a row is but for its number."""
+def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], str]]:
+  """The rows of a split, and where each of them is, for messages."""
   import tensorflow_datasets as tfds
 
   split = getattr(config, key)
@@ -227,17 +245,41 @@ def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, str]:
   except Exception as error:  # Of many types: no such data set, no such split, no network, another file format.
     reason = " ".join(str(error).split())[:300]
     raise UserError(f"task.{key}: cannot open {split!r} of task.dataset {config.dataset!r} ({reason})") from None
-  return rows, f"{config.dataset}, split {split!r}, example"
+  return rows, lambda row: f"{config.dataset}, split {split!r}, example {row + 1}"
 
 
-def _read_jsonl(config: TextConfig, key: str) -> tuple[Sequence, str]:
-  """As `_open_tfds`."""
-  path, rows = getattr(config, key), []
+def _read_jsonl(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], str]]:
+  """As `_open_tfds`. Lines end with a line feed alone: a text may hold what else Unicode calls the end of a line."""
+  path, rows, numbers = getattr(config, key), [], []
   try:
-    for line in epath.Path(path).expanduser().read_text("utf-8").rstrip().split("\n"):
-      rows.append(dict(json.loads(line)))
-  except (OSError, TypeError, ValueError) as error:
-    unread = isinstance(error, OSError | UnicodeDecodeError)
-    what = f"cannot read {path}" if unread else f"{path}, line {len(rows) + 1} is not a JSON object"
-    raise UserError(f"task.{key}: {what} ({error})") from None
-  return rows, f"{path}, line"
+    lines = epath.Path(path).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+  except OSError as error:
+    raise UserError(f"task.{key}: cannot read {path} ({error})") from None
+  for number, line in enumerate(lines, 1):
+    try:
+      if line.strip():
+        row = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_no_number)
+        if not isinstance(row, dict):
+          raise TypeError(f"it is a {type(row).__name__}")
+        rows.append(row)
+        numbers.append(number)
+    except UnicodeDecodeError as error:
+      raise UserError(f"task.{key}: cannot read {path}, line {number}, which is not UTF-8 ({error})") from None
+    except (RecursionError, TypeError, ValueError) as error:
+      raise UserError(f"task.{key}: {path}, line {number} is not a JSON object ({error})") from None
+  if not rows:
+    raise UserError(f"task.{key}: {path}, line 1 is not a JSON object (the file is empty)")
+  return rows, lambda row: f"{path}, line {numbers[row]}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object whose keys differ; which of two was meant, nobody can know."""
+  made = dict(pairs)
+  if len(made) < len(pairs):
+    twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+    raise ValueError(f"it has {twice!r} twice")
+  return made
+
+
+def _no_number(name: str):
+  raise ValueError(f"{name} is no number in JSON")

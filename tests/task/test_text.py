@@ -198,8 +198,18 @@ def test_one_way_to_hold_out(changes, said):
   [
     ("", r"rows\.jsonl, line 1 is not a JSON object"),
     ('{"question": "1?", "answer": "1"}\n{"question"\n', r"rows\.jsonl, line 2 is not a JSON object"),
-    ('{"question": "1?", "answer": "1"}\n\n{"question": "2?", "answer": "2"}', "line 2 is not a JSON object"),
+    ('{"question": "1?", "answer": "1"}\n\n\r\n{"question": "2?"\n', "line 4 is not a JSON object"),
+    ('{"question": "1?", "answer": "1"}\n\n{"question": "2?", "answer": "?"}\n', "line 3: .*'number' finds no answer"),
+    ("\n \n", r"line 1 is not a JSON object \(the file is empty\)"),
     ("[1, 2]\n", "line 1 is not a JSON object"),
+    ('[["question", "1?"], ["answer", "1"]]\n', r"line 1 is not a JSON object \(it is a list\)"),
+    ('{"question": "1?", "answer": "1", "question": "2?"}\n', "line 1 .*it has 'question' twice"),
+    ('{"question": "1?", "answer": NaN}\n', "line 1 .*NaN is no number in JSON"),
+    ('{"question": "1?", "answer": -Infinity}\n', "line 1 .*-Infinity is no number in JSON"),
+    ('{"question": "1?", "answer": 1e999}\n', "line 1: the field 'answer' must be text or a number, not inf"),
+    (f'{{"question": "1?", "answer": 1{"0" * 5000}}}\n', r"line 1 is not a JSON object \(Exceeds the limit"),
+    (f'{{"question": "1?", "answer": 1{"0" * 4000}}}\n', "line 1: .*'number' finds no answer in '0+'"),
+    (f'{{"question": "1?", "answer": {"[" * 100_000}}}\n', "line 1 is not a JSON object"),
     ("3\n", "line 1 is not a JSON object"),
     (
       [{"question": "1?", "solution": "1"}],
@@ -223,6 +233,29 @@ def test_one_way_to_hold_out(changes, said):
 def test_bad_rows(with_rows, rows, said):
   with pytest.raises(UserError, match=said):
     every_problem(with_rows(rows))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"], ids=repr)
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=repr)
+def test_only_a_line_feed_ends_a_line(make, tmp_path, start, end):
+  """Unicode, and `str.splitlines`, know eight more ends of lines, and JSON allows most of them within a string."""
+  rows = [{"question": f"What{c}is{c} {i}?", "answer": str(i)} for i, c in enumerate("\u2028\u2029\x85\x7f\ufeff")]
+  path = tmp_path / "rows.jsonl"
+  for last in (end, ""):
+    text = start + end.join(json.dumps(row, ensure_ascii=False) for row in rows) + last
+    path.write_bytes(text.encode())
+    task = make(path=str(path))
+    asked = {(p.prompt, p.answer) for p in every_problem(task)}
+    assert asked == {(row["question"], row["answer"]) for row in rows}
+
+
+def test_a_line_that_is_not_utf_8_is_named(make, tmp_path):
+  path = tmp_path / "mixed.jsonl"
+  path.write_bytes(b'{"question": "1?", "answer": "1"}\n\n{"question": "\xe9?", "answer": "1"}\n')
+  with pytest.raises(UserError, match=r"cannot read .*mixed\.jsonl, line 3, which is not UTF-8"):
+    make(path=str(path))
+  with pytest.raises(UserError, match=r"task\.path: cannot read"):
+    make(path=str(tmp_path))
 
 
 def test_a_file_that_cannot_be_read(make, tmp_path):
@@ -291,6 +324,23 @@ def test_arguments_of_the_template(make):
   for given in ("[]", "{", '{"messages": 3}'):
     with pytest.raises(UserError, match=r"task\.chat_template or task\.template_kwargs: the template fails"):
       make(template_kwargs=given).problem("heldout", 0)
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  "], ids=repr)
+def test_the_prompts_of_a_run_do_not_change_at_midnight(make, tmp_path, start):
+  """Else the template stays as it is, also where it begins with white space."""
+  asked = ["%d %b %Y", "%A, %-d. %B %y, %H:%M:%S", "%Y-%m-%d is 100%%", "%c"]
+  days = ["26 Jul 2024", "Friday, 26. July 24, 00:00:00", "2024-07-26 is 100%", "Fri Jul 26 00:00:00 2024"]
+  body = "{% set name = 'a' %}{{ messages[0]['content'] }}"
+  calls = "".join(f"{{% if strftime_now is defined %}}|{{{{ strftime_now('{ask}') }}}}{{% endif %}}" for ask in asked)
+  rendered = [
+    make(tokenizer=words.save_tokenizer(tmp_path / str(len(more)), template=start + body + more))
+    .problem("heldout", 0)
+    .rendered
+    for more in ("", calls)
+  ]
+  assert rendered[0].endswith(words.PROBLEMS[0]["question"])
+  assert rendered[1] == "|".join([rendered[0], *days])
 
 
 def test_without_a_template_the_prompt_starts_as_the_tokenizer_does(make, tmp_path):
