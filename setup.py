@@ -30,6 +30,7 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.11.20",
     "pydantic>=2.10",
+    "regex",
     "safetensors>=0.4.3",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dca_jax import patterns
 from dca_jax.config import Config
 from dca_jax.credit import Review, group_advantages, token_advantages
 from dca_jax.errors import UserError
@@ -138,6 +139,8 @@ class Begun(NamedTuple):
   asked: list[bool]
   """Which completions the reviewer was asked about."""
   reviews: Future[list[HostReview]]
+  uncut: int
+  """See `Steps`."""
 
 
 def worth_a_review(config: Config, rollout: Rollout, requests: list[Request]) -> list[bool]:
@@ -202,14 +205,31 @@ def step_key(seed: int, step: int, sharding) -> jax.Array:
   return _fold_in(*put((np.uint32(seed), np.uint32(step)), sharding))
 
 
-def cut_steps(samples: Samples, tokenizer, task: Task) -> tuple[list[list[tuple[int, int]]], list[tuple[str, ...]]]:
-  """For each completion, the token spans of its steps and their texts."""
-  spans, texts = [], []
+class Steps(NamedTuple):
+  """How completions are cut."""
+
+  spans: list[list[tuple[int, int]]]
+  """Of each completion, the token spans of its steps."""
+  texts: list[tuple[str, ...]]
+  uncut: int
+  """How many are a single step because `task.steps` took too long on them."""
+
+
+def cut_steps(samples: Samples, tokenizer, task: Task) -> Steps:
+  steps = Steps([], [], 0)
   for tokens, length in zip(samples.tokens_BxT, samples.lengths_B, strict=True):
     pieces = token_bytes(tokenizer, tokens[:length])
-    spans.append(cut(pieces, task.step_end, *task.step_limits))
-    texts.append(step_texts(pieces, spans[-1]))
-  return spans, texts
+    try:
+      spans = cut(pieces, task.step_end, *task.step_limits)
+    except TimeoutError:
+      patterns.warn_slow("task.steps", task.step_end, "then is a single step")
+      spans, steps = [(0, len(pieces))], steps._replace(uncut=steps.uncut + 1)
+    steps.spans.append(spans)
+    steps.texts.append(step_texts(pieces, spans))
+  if steps.uncut and steps.uncut == len(steps.spans):
+    said = f"{task.step_end!r} takes over {patterns.SECONDS:g} s on every completion of a step"
+    raise UserError(f"task.steps: {said}; write it without nested repetition")
+  return steps
 
 
 def make_requests(step: int, rollout: Rollout, texts: list[tuple[str, ...]]) -> list[Request]:

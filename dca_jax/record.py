@@ -99,6 +99,7 @@ def tally(
     "train/reward": (sum(o.reward for o in sampled), len(sampled)),
     "train/accuracy": (sum(o.correct for o in sampled), len(sampled)),
     "train/truncated": (sum(o.truncated for o in sampled), len(sampled)),
+    "train/uncut": (begun.uncut, n),
     "train/length": (samples.lengths_B.sum(), n),
     "train/mixed_groups": (sum(len(set(group)) > 1 for group in groups), len(groups)),
     "review/asked": (asked, n),

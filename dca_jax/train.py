@@ -99,11 +99,11 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
       rollout = collect(on.sampler, config.seed, step, task, tokenizer, params)
       if config.learner.mask_truncated:
         rollout = rollout._replace(trained_B=rollout.trained_B & ~rollout.samples.truncated_B)
-      spans, texts = cut_steps(rollout.samples, tokenizer, task)
+      spans, texts, uncut = cut_steps(rollout.samples, tokenizer, task)
       requests = make_requests(step, rollout, texts)
       asked = worth_a_review(config, rollout, requests)
       sent = [request for request, ask in zip(requests, asked, strict=True) if ask]
-      return Begun(rollout, spans, requests, asked, reviewer.submit(sent, config.reviewer.deadline))
+      return Begun(rollout, spans, requests, asked, reviewer.submit(sent, config.reviewer.deadline), uncut)
 
     start = starting_policy(config, folder, policy, task, tokenizer, on)
     frozen, trained = split(start)

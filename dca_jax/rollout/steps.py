@@ -3,9 +3,9 @@
 import bisect
 import codecs
 import itertools
-import re
 from collections.abc import Sequence
 
+from dca_jax import patterns
 from dca_jax.rollout.sampler import Samples
 from dca_jax.task.tokenizer import token_bytes
 
@@ -19,6 +19,9 @@ def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -
       match, the end token included, is the last step.
     least: a step with fewer characters, white space aside, joins the next one; such a last step, the one before.
     most: steps after so many are joined to the last of them; 0 sets no limit.
+
+  Raises:
+    TimeoutError: the expression takes too long on this text.
   """
 
   def visible(start: int, end: int) -> int:
@@ -29,17 +32,20 @@ def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -
   text = b"".join(pieces).decode(errors="surrogateescape")
   spans: list[tuple[int, int]] = []
   start = position = place = 0
-  for match in re.finditer(step_end, text):
+  counted = seen = 0  # Tokens that were looked at, and what is visible of the step under way: each token is read once.
+  for match in patterns.finditer(step_end, text):
     if len(spans) + 1 == most:
       break
     place += len(text[position : match.end()].encode(errors="surrogateescape"))
     position = match.end()
     end = bisect.bisect_left(ends, place) + 1
-    if match[0] and end > start and visible(start, end) >= least:
-      spans.append((start, end))
-      start = end
+    if match[0] and end > start:
+      seen, counted = seen + visible(counted, end), end
+      if seen >= least:
+        spans.append((start, end))
+        start, seen = end, 0
   if start < len(pieces):
-    joined = spans and visible(start, len(pieces)) < least
+    joined = spans and seen + visible(counted, len(pieces)) < least
     spans.append((spans.pop()[0] if joined else start, len(pieces)))
   return spans
 

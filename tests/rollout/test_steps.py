@@ -1,12 +1,21 @@
 """Cutting a completion into steps."""
 
 import re
+import time
+import types
 
+import numpy as np
 import pytest
+import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dca_jax.rollout import cut
+from dca_jax import patterns
+from dca_jax.batch import cut_steps
+from dca_jax.errors import UserError
+from dca_jax.rollout import Samples, cut
+from dca_jax.task.text import STEPS
+from dca_jax.task.tokenizer import load_tokenizer
 
 PIECES = st.lists(st.text("ab;\n ", max_size=4).map(str.encode), max_size=12)
 
@@ -54,3 +63,67 @@ def test_examples(pieces, spans):
 
 def test_a_separator_may_span_tokens():
   assert cut([b"one", b"\n", b"\n", b"two\n", b"three", b"$"], r"\n\n") == [(0, 3), (3, 6)]
+
+
+# What a user's pattern may not do.
+
+
+@pytest.mark.parametrize("steps", ["line", "paragraph", "sentence", r"\s", r"[^a-z]"])
+def test_no_degenerate_text_takes_long(steps):
+  """A token of 64 equal characters until there are no more tokens; a quadratic pattern takes a minute and more."""
+  start = time.process_time()
+  for text in (".", '."', '"', "\n", " ", "\n ", ". ", "。", "!?", "\t\n", "a.", ")"):
+    pieces = [(text * 64)[:64].encode()] * 2048
+    spans = cut(pieces, STEPS.get(steps, steps), 4, 32)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == 2048
+  assert time.process_time() - start < 20
+
+
+SENTENCES = st.text(".!?\"')]* \na。1", max_size=16)
+
+
+@given(text=SENTENCES)
+def test_a_sentence_ends_with_what_closes_it_and_the_space_after(text):
+  quadratic = r"[.!?][.!?\"'”’)\]*]*\s+|[。！？]+\s*|\n\s*"
+  ends = [len(text[: m.end()]) for m in re.finditer(quadratic, text)]
+  expected = sorted({*ends, len(text)}) if text else []
+  assert [end for _, end in cut([c.encode() for c in text], STEPS["sentence"])] == expected
+
+
+EXPONENTIAL = r"(?:[a-z]+[ ,]?)+[.!?]"
+
+
+@pytest.fixture
+def cut_texts(monkeypatch, tmp_path):
+  """Cuts texts into steps as a training step does, with a short limit."""
+  monkeypatch.setattr(patterns, "SECONDS", 0.05)
+  tokenizer = load_tokenizer(words.save_tokenizer(tmp_path))
+
+  def cut_texts(texts, step_end):
+    ids = tokenizer(texts)["input_ids"]
+    lengths = np.array([len(x) for x in ids])
+    tokens = np.array([x + [0] * (max(lengths) - len(x)) for x in ids])
+    samples = Samples(tokens, lengths, np.zeros(len(ids), bool), np.zeros(tokens.shape))
+    return cut_steps(samples, tokenizer, types.SimpleNamespace(step_end=step_end, step_limits=(0, 0)))
+
+  return cut_texts
+
+
+def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut_texts, capsys):
+  patterns.warn_slow.cache_clear()
+  slow = "abcd" * 100 + " $"
+  for _ in range(2):
+    steps = cut_texts(["one. two.", slow, "three."], EXPONENTIAL)
+    assert steps.texts == [("one.", " two."), (slow,), ("three.",)]
+    assert [spans[-1][1] for spans in steps.spans][1] == steps.spans[1][0][1]
+    assert steps.uncut == 1
+  assert capsys.readouterr().err == (
+    f"warning: task.steps: {EXPONENTIAL!r} took over 0.05 s on a completion, which then is a single step;"
+    " write it without nested repetition\n"
+  )
+
+
+def test_a_pattern_that_takes_for_ever_on_all_completions_ends_the_run(cut_texts):
+  with pytest.raises(UserError, match=r"task\.steps: .* takes over 0\.05 s on every completion of a step"):
+    cut_texts(["abcd" * 100 + " $"] * 2, EXPONENTIAL)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import words
 
+from dca_jax import patterns
 from dca_jax.errors import UserError
 from dca_jax.rollout import cut
 from dca_jax.task import Outcome, Text, TextConfig
@@ -396,6 +397,15 @@ def test_form_is_rewarded_beside_correctness_and_never_counts_as_it(make, comple
   task = make(format=r".*#### \d+", format_weight=0.25)
   assert task.verify(task.problem("heldout", 0), completion, False) == Outcome(reward, correct, False)
   assert task.verify(task.problem("heldout", 0), completion, True).reward == 0
+
+
+def test_a_format_that_takes_for_ever_is_not_met_and_says_so(make, monkeypatch, capsys):
+  monkeypatch.setattr(patterns, "SECONDS", 0.05)
+  patterns.warn_slow.cache_clear()
+  task = make(format=r"(?:[a-z]|[a-z][a-z])+\d\.", format_weight=0.25)
+  assert task.verify(task.problem("heldout", 0), "abcd" * 100 + " $ 2.", False) == Outcome(0.75, True, False)
+  assert task.verify(task.problem("heldout", 0), "three3.", False) == Outcome(0.25, False, False)
+  assert r"task.format: '(?:[a-z]|[a-z][a-z])+\\d\\.' took over 0.05 s on a completion" in capsys.readouterr().err
 
 
 @pytest.fixture
