@@ -1,8 +1,7 @@
 """Reviewers: they read an answer step by step and say what every step did for the outcome. Free of jax."""
 
 from dca_jax.review.builtin import REVIEWERS, Truth
-from dca_jax.review.reviewer import ReviewerConfig, open_reviewer
-from dca_jax.review.transports import TRANSPORTS
+from dca_jax.review.reviewer import TRANSPORTS, ReviewerConfig, open_reviewer
 from dca_jax.review.types import Request, Review, Reviewer, Share
 
 __all__ = [

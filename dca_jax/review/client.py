@@ -26,7 +26,7 @@ from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.health import Health, Refusals, meaning
 from dca_jax.review.limits import Breaker, Budget, Gate, Purse
 from dca_jax.review.prices import Price, dollars, usage
-from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply, speaks_to_the_reviewer
+from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply
 from dca_jax.review.transports import CallFailed, Reply, Transport
 from dca_jax.review.types import Request, Review, Usage, finished
 
@@ -90,7 +90,7 @@ class Client:
 
   def _start_counting(self) -> None:
     self._statuses: collections.Counter[str] = collections.Counter()
-    self._usage, self._cached = Usage(), 0
+    self._usage, self._cached, self._suspicious = Usage(), 0, 0
     self._seconds: list[float] = []
     self._agreed: list[float] = []
 
@@ -113,6 +113,7 @@ class Client:
     out = {f"review/status_{status}": n / asked for status, n in sorted(self._statuses.items())}
     out |= {f"review/{k}": float(v) for k, v in dataclasses.asdict(self._usage).items()}
     out |= {"review/cached": self._cached / asked, "review/concurrency": float(int(self._gate.allowed))}
+    out["review/suspicious"] = self._suspicious / asked
     out["review/uncalled_steps"] = float(self._health.uncalled_steps)
     out["review/dollars_spent"] = self._wallet.budget.spent
     if self._seconds:
@@ -154,10 +155,7 @@ class Client:
     reviews = [Review("timeout")] * len(requests)
     calls: dict[str | int, list[int]] = collections.defaultdict(list)  # The requests that share a call.
     for i, request in enumerate(requests):
-      if speaks_to_the_reviewer(request):  # Such text is not put before it.
-        reviews[i] = Review("suspicious")
-      else:
-        calls[request.problem if self._config.whole_group else i].append(i)
+      calls[request.problem if self._config.whole_group else i].append(i)
     jobs = {asyncio.create_task(self._job([requests[i] for i in own], step)): own for own in calls.values()}
     repeats = {
       i: asyncio.create_task(self._job([requests[i]], step, again=1))
@@ -177,6 +175,7 @@ class Client:
         self._agreed.append(statistics.fmean(a == b for a, b in zip(again.roles, reviews[i].roles, strict=True)))
     self._statuses.update(review.status for review in reviews)
     self._cached += sum(review.cached for review in reviews)
+    self._suspicious += sum(review.suspicious for review in reviews)
     self._health.step(reviews, step.asked, self._calls)
     return reviews
 
@@ -329,19 +328,22 @@ class Client:
 
 
 def _reviews(requests, prompt: Prompt, text: str, model: str, cached: bool = False) -> list[Review]:
-  """Raises CallFailed where the text is no review of these answers."""
+  """One review for each answer; raises CallFailed where the text holds none at all."""
   try:
     verdicts = parse_reply(text, prompt.counts)
   except ValueError as error:
     raise CallFailed("malformed", str(error), again=True, about="content") from None
   reviews = []
   for request, verdict in zip(requests, verdicts, strict=True):
-    if verdict.suspicious:
-      reviews.append(Review("suspicious", model=model, cached=cached))
+    if isinstance(verdict, str):
+      reviews.append(Review("malformed", model=model, cached=cached))
       continue
-    merged = max(0, len(request.steps) - MAX_STEPS)  # The last verdict holds for all that were shown as one.
-    roles, weights = verdict.roles + verdict.roles[-1:] * merged, verdict.weights + verdict.weights[-1:] * merged
-    reviews.append(Review("ok", roles, weights, sure=verdict.sure, model=model, cached=cached))
+    # The last verdict holds for all that were shown as one.
+    merged = max(0, len(request.steps) - MAX_STEPS)
+    roles = verdict.roles + verdict.roles[-1:] * merged
+    weights = verdict.weights + verdict.weights[-1:] * merged
+    review = Review("ok", roles, weights, (), verdict.sure, verdict.suspicious, model, cached)
+    reviews.append(review)
   return reviews
 
 

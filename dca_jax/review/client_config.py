@@ -3,7 +3,6 @@
 import dataclasses
 
 from dca_jax.checks import at_least, between, one_of, positive
-from dca_jax.review.transports import SERVER_SECONDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ClientConfig:
   def check(self) -> dict[str, str]:
     amounts = ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price")
     bad = at_least(1, self, "concurrency", "attempts") | at_least(0, self, *amounts, "max_output_tokens")
-    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(self, "attempt_seconds", most=SERVER_SECONDS)
+    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(self, "attempt_seconds", most=600)
     bad |= one_of(self, "thinking", "minimal", "low", "medium", "high", "")
     return bad | one_of(self, "on_budget", "degrade", "stop")
 

@@ -102,7 +102,10 @@ def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[f
   values = tuple(float(middle(v)) for v in zip(*valued, strict=True))
   model = "+".join(review.model for review in good if review.model)
   cached = all(review.cached for review in good)
-  return Review("ok", tuple(roles), tuple(weights), values, all(r.sure for r in good), model, cached), disagreed
+  sure = all(review.sure for review in good)
+  suspicious = any(review.suspicious for review in good)
+  combined = Review("ok", tuple(roles), tuple(weights), values, sure, suspicious, model, cached)
+  return combined, disagreed
 
 
 class Escalating(_Several):

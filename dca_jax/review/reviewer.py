@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import pathlib
+from collections.abc import Callable
 
 from dca_jax.checks import at_least, between, one_of, positive
 from dca_jax.errors import UserError
@@ -13,15 +14,20 @@ from dca_jax.review.builtin import REVIEWERS, Builtin, Dice, Truth
 from dca_jax.review.cache import Cache
 from dca_jax.review.client import Client, Wallet
 from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.gemini import Gemini
 from dca_jax.review.limits import Budget
+from dca_jax.review.openai import OpenAI
 from dca_jax.review.panel import Escalating, Panel
 from dca_jax.review.prices import Price, price
 from dca_jax.review.prompt import RUBRIC
-from dca_jax.review.transports import TRANSPORTS
+from dca_jax.review.transports import Transport
 from dca_jax.review.types import Reviewer, Share
 
 _ALONE = Share()
 _FORGOTTEN = "forgotten"  # In the ledger, for whoever spent it.
+
+TRANSPORTS: dict[str, Callable[[ClientConfig], Transport]] = {"gemini": Gemini, "openai": OpenAI}
+"""The language models, by the name of what reaches them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +93,9 @@ class ReviewerConfig:
       unused += ["panel", "combine"]
     if self.name == "none":
       unused += ["escalate", "sample_frac", "overlap", "canary_every"]
-    if "gemini" not in names:
-      keys = ["vertex"] if "openai" in names else [field.name for field in dataclasses.fields(ClientConfig)]
-      unused += [f"client.{key}" for key in keys]
+    everything = {field.name for field in dataclasses.fields(ClientConfig)}
+    unread = [set(getattr(TRANSPORTS[name], "unread", ())) for name in names if name in TRANSPORTS]
+    unused += [f"client.{key}" for key in sorted(everything.intersection(*unread))]
     return dict.fromkeys(unused, f"reviewer.name is '{self.name}'")
 
 
@@ -128,7 +134,7 @@ def _open(
   assert cache is not None
   c = dataclasses.replace(config.client, model=model or config.client.model)
   server = hashlib.sha256(f"{name} {c.base_url}".encode()).hexdigest()[:8]
-  open_transport = functools.partial(TRANSPORTS[name], c.model, c.thinking, c.base_url, c.vertex, c.concurrency)
+  open_transport = functools.partial(TRANSPORTS[name], c)
   price_of(c)  # That there is none is said now, and not at the first call.
   wallet = Wallet(functools.partial(price_of, c), budget)
   return Client(c, open_transport, f"{name}-{server}", read_rubric(c), wallet, cache, processes)

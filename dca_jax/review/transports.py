@@ -1,24 +1,17 @@
-"""Ways to reach a language model. Each sends one prompt and returns one reply, and tells every failure in our words.
+"""What a way to reach a language model promises, and what the failures of servers mean.
 
-To add one: a class with `__call__` and `close` as in `Transport`, and a line in `TRANSPORTS`.
+Each transport sends one prompt and returns one reply, and tells every failure in our words.
 """
 
 import contextlib
-import datetime
 import email.utils
 import json
-import os
+import re
 import time
-import zoneinfo
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import aiohttp
-
-from dca_jax.errors import UserError
-
-# How long a server may take. The Developer API refuses less than ten; shorter limits are kept by the caller.
-SERVER_SECONDS = 30
+from dca_jax.review.keys import struck_out
 
 
 class Reply(NamedTuple):
@@ -32,7 +25,7 @@ class Reply(NamedTuple):
 
 
 class CallFailed(Exception):
-  """A call without a usable reply.
+  """A call without a usable reply. No key of the environment can stand in its message.
 
   Attributes:
     status: `rate_limited`; `quota`, one that does not refill within minutes; `server_error`,
@@ -58,7 +51,7 @@ class CallFailed(Exception):
     about: str = "server",
     until: float | None = None,
   ):
-    super().__init__(message)
+    super().__init__(struck_out(message)[:400])
     self.status, self.again, self.wait, self.billed = status, again, wait, billed
     self.usage, self.about, self.until = usage, about, until
 
@@ -71,195 +64,169 @@ class Transport(Protocol):
   async def close(self) -> None: ...
 
 
-class Gemini:
-  """Gemini through google-genai: a developer key from the environment, or Google Cloud with ambient credentials."""
+def http_failure(code: int, body: Any, headers: Mapping[str, str], sent: Iterable[str] = ()) -> CallFailed:
+  """What a status and its body mean; `body` is JSON if it could be read as such, else text.
 
-  def __init__(self, model: str, thinking: str, base_url: str, vertex: bool, connections: int):
-    from google import genai
-    from google.genai import types
-
-    del connections  # The SDK takes aiohttp where it is installed, which does not count them, and is the faster.
-    project, location = os.environ.get("GOOGLE_CLOUD_PROJECT"), os.environ.get("GOOGLE_CLOUD_LOCATION", "global")
-    if vertex and not project:
-      raise UserError("reviewer.vertex: set GOOGLE_CLOUD_PROJECT (and GOOGLE_CLOUD_LOCATION) in the environment")
-    if not vertex and not (os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")):
-      raise UserError("reviewer.name 'gemini': no key; set GEMINI_API_KEY in the environment (aistudio.google.com)")
-    options = types.HttpOptions(
-      base_url=base_url or None,
-      timeout=SERVER_SECONDS * 1000,
-      retry_options=types.HttpRetryOptions(attempts=1),  # Ours knows deadlines, budgets and what the server asked for.
-    )
-    cloud: dict[str, Any] = {"enterprise": True, "project": project, "location": location} if vertex else {}
-    self._client = genai.Client(http_options=options, **cloud)
-    self._model, self._thinking = model, thinking
-
-  async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
-    from google.genai import errors, types
-
-    level = types.ThinkingLevel(self._thinking.upper()) if self._thinking else None
-
-    config = types.GenerateContentConfig(
-      system_instruction=system,
-      response_mime_type="application/json",
-      response_json_schema=schema,
-      max_output_tokens=max_tokens,
-      seed=seed,
-      candidate_count=1,
-      thinking_config=types.ThinkingConfig(thinking_level=level) if level else None,
-      automatic_function_calling=types.AutomaticFunctionCallingConfig(disable=True),
-      automatic_continuation=False,  # It is on by default, and then one call may become any number.
-    )
-    try:
-      response = await self._client.aio.models.generate_content(model=self._model, contents=user, config=config)
-    except errors.APIError as error:
-      headers = getattr(error.response, "headers", None) or {}
-      raise http_failure(error.code, str(error), headers, error.details) from None
-    except Exception as error:
-      raise _connection_failure(error) from None
-    usage = response.usage_metadata or types.GenerateContentResponseUsageMetadata()
-    thought, answered = usage.thoughts_token_count or 0, usage.candidates_token_count
-    if response.candidates:
-      finish = getattr(response.candidates[0].finish_reason, "name", None)
-      stopped = {None: "", "STOP": "", "MAX_TOKENS": "truncated"}.get(finish, "blocked")
-    else:
-      stopped = "blocked" if response.prompt_feedback and response.prompt_feedback.block_reason else ""
-    reply = Reply(
-      None if stopped else response.text,
-      usage.prompt_token_count,
-      usage.cached_content_token_count or 0,
-      None if answered is None else answered + thought,
-      thought,
-      response.model_version or self._model,
-    )
-    if stopped:
-      raise CallFailed(stopped, "the reply ended early", billed=True, usage=reply, about="content")
-    return reply
-
-  async def close(self) -> None:
-    await self._client.aio.aclose()
-
-
-class OpenAI:
-  """Any server that speaks OpenAI's chat completions, such as vLLM or SGLang; the key, if any, is OPENAI_API_KEY."""
-
-  def __init__(self, model: str, thinking: str, base_url: str, vertex: bool, connections: int):
-    del vertex
-    self._url, self._model, self._thinking = base_url.rstrip("/") + "/chat/completions", model, thinking
-    self._connections = connections
-    self._session: aiohttp.ClientSession | None = None
-
-  async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
-    body = {
-      "model": self._model,
-      "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
-      "max_tokens": max_tokens,
-      "seed": seed,
-      "response_format": {"type": "json_schema", "json_schema": {"name": "review", "schema": schema, "strict": True}},
-    }
-    if self._thinking:
-      body["reasoning_effort"] = self._thinking
-    if self._session is None:  # Within the loop, where it belongs.
-      key = os.environ.get("OPENAI_API_KEY")
-      self._session = aiohttp.ClientSession(
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        connector=aiohttp.TCPConnector(limit=2 * self._connections),
-        timeout=aiohttp.ClientTimeout(total=SERVER_SECONDS),
-      )
-    try:
-      async with self._session.post(self._url, json=body) as response:
-        if response.status != 200:
-          raise http_failure(response.status, (await response.text())[:200], response.headers, None)
-        answer = await response.json(content_type=None)
-      choice, usage = answer["choices"][0], answer.get("usage") or {}
-      stopped = {"length": "truncated", "content_filter": "blocked"}.get(choice.get("finish_reason"))
-      reply = Reply(
-        None if stopped else choice["message"].get("content"),
-        usage.get("prompt_tokens"),
-        (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-        usage.get("completion_tokens"),
-        (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0,
-        answer.get("model") or self._model,
-      )
-      if stopped:
-        raise CallFailed(stopped, "the reply ended early", billed=True, usage=reply, about="content")
-      return reply
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-      raise CallFailed("malformed", f"the server's reply has no {error}", again=True, billed=True) from None
-    except Exception as error:
-      raise _connection_failure(error) from None
-
-  async def close(self) -> None:
-    if self._session is not None:
-      await self._session.close()
-
-
-TRANSPORTS: dict[str, Callable[..., Transport]] = {"gemini": Gemini, "openai": OpenAI}
-
-
-def http_failure(code: int, message: str, headers: Mapping[str, str], details: Any) -> CallFailed:
-  """What an HTTP status means: a limit, a passing fault of the server, this text, or the settings."""
-  message = f"{code}: {message}"[:300]
-  if code == 429:
-    return _over_a_limit(message, headers, details)
-  if code == 408 or code >= 500:
-    return CallFailed("server_error", message, True, asked_wait(headers, details))
-  return CallFailed("client_error", message, about="settings" if code in (401, 403, 404) else "content")
-
-
-def _over_a_limit(message: str, headers: Mapping[str, str], details: Any) -> CallFailed:
-  error = details.get("error") if isinstance(details, dict) else None
-  error = error if isinstance(error, dict) else {}
-  if "insufficient_quota" in (error.get("code"), error.get("type")):
+  Whatever was `sent` as a key does not come back in the message.
+  """
+  error = _error_of(body)
+  message = struck_out(f"{code}: {_summary(error, body)}", sent)
+  reasons = {str(error.get(name)) for name in ("code", "type", "status", "reason")}
+  reasons |= {str(entry.get("reason")) for entry in _details(error)}
+  if code == 402 or (code == 429 and "insufficient_quota" in reasons):
     return CallFailed("quota", message, about="settings")
-  entries = error.get("details")
-  for entry in entries if isinstance(entries, list) else []:
-    violations = entry.get("violations") if isinstance(entry, dict) else None
-    for violation in violations if isinstance(violations, list) else []:
-      if isinstance(violation, dict) and "PerDay" in str(violation.get("quotaId")):
-        midnight = _midnight_in_california()
-        return CallFailed("quota", message, True, midnight - time.time(), until=midnight)
-  wait = asked_wait(headers, details)
+  if code == 429:
+    return _over_a_limit(message, error, headers)
+  if code in (408, 425) or code >= 500:
+    return CallFailed("server_error", message, True, asked_wait(headers, body))
+  if 200 <= code < 300:
+    return CallFailed("malformed", message, again=True)
+  if 300 <= code < 400:
+    place = struck_out(headers.get("Location") or headers.get("location") or "", sent)
+    message = f"{code}: the server sends us elsewhere ({place}), where neither key nor prompt go"
+    return CallFailed("client_error", message, about="settings")
+  if reasons & {"content_filter", "content_policy_violation"}:
+    return CallFailed("blocked", message, about="content")
+  ours = code in (401, 403, 404, 405, 407, 410) or reasons & {
+    "FAILED_PRECONDITION",
+    "API_KEY_INVALID",
+    "invalid_api_key",
+  }
+  return CallFailed("client_error", message, about="settings" if ours else "content")
+
+
+def asked_wait(headers: Mapping[str, str], body: Any) -> float | None:
+  """The seconds that a server asks to wait for; None where it does not.
+
+  In a RetryInfo, a Retry-After header, a sentence, or beside a limit that is used up.
+  """
+  error = _error_of(body)
+  for entry in _details(error):
+    if str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
+      return _seconds(str(entry.get("retryDelay", "")))
+  lower = {str(name).lower(): str(value) for name, value in headers.items()}
+  after = lower.get("retry-after", "")
+  if (seconds := _seconds(after)) is not None:
+    return seconds
+  with contextlib.suppress(TypeError, ValueError, OverflowError):
+    return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+  if said := re.search(r"try again in ([0-9.dhms]{1,20})", str(error.get("message"))):
+    return _seconds(said[1].rstrip("."))
+  waits = [
+    _seconds(value)
+    for name, value in lower.items()
+    if name.startswith("x-ratelimit-reset-") and lower.get(name.replace("reset", "remaining")) == "0"
+  ]
+  return max((wait for wait in waits if wait is not None), default=None)
+
+
+def tokens(value: Any) -> int | None:
+  """A number of tokens as a server states it; None for whatever is no such number."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return None
+  return int(value) if 0 <= value < 1e12 and value == int(value) else None
+
+
+def part_of(value: Any, *path: str | int) -> Any:
+  """What stands at a path in JSON of any shape; None where there is no such place."""
+  for name in path:
+    if isinstance(name, int):
+      value = value[name] if isinstance(value, list) and len(value) > name else None
+    else:
+      value = value.get(name) if isinstance(value, dict) else None
+  return value
+
+
+def json_of(text: str) -> Any:
+  """JSON as a value; ValueError for whatever is none."""
+  try:
+    return json.loads(text.lstrip("\ufeff"))
+  except RecursionError:
+    raise ValueError("nested too deeply") from None
+
+
+def object_with(text: str, *parts: str) -> dict[str, Any]:
+  """The JSON object that a reply consists of; every real one has one of these parts.
+
+  Raises:
+    CallFailed: it is something else, or an error sent with the status of success.
+  """
+  try:
+    answer = json_of(text)
+  except ValueError:
+    cut_off = any(f'"{part}"' in text for part in parts)
+    message = f"the server's reply is no JSON: {_plain(text)}"
+    raise CallFailed("malformed", message, again=True, billed=cut_off) from None
+  if isinstance(answer, dict) and any(answer.get(part) for part in parts):
+    return answer
+  error = _error_of(answer)
+  if error:
+    code = str(error.get("code"))
+    raise http_failure(int(code) if re.fullmatch("[345][0-9][0-9]", code) else 500, answer, {})
+  raise CallFailed("malformed", f"the server's reply has no {parts[0]}: {_plain(text)}", again=True)
+
+
+def _over_a_limit(message: str, error: dict[str, Any], headers: Mapping[str, str]) -> CallFailed:
+  """A moment's overload, or a quota that takes longer than minutes to refill."""
+  now, wait = time.time(), asked_wait(headers, {"error": error})
+  quotas = [
+    str(part_of(violation, "quotaId")) for entry in _details(error) for violation in _list(entry.get("violations"))
+  ]
+  if any("PerDay" in quota for quota in quotas):
+    # Google's days begin at midnight in California; in summer that is an hour sooner than this.
+    until = ((now - 8 * 3600) // 86400 + 1) * 86400 + 8 * 3600
+    return CallFailed("quota", message, True, until - now, until=until)
+  if wait is not None and wait > 600:
+    return CallFailed("quota", message, True, wait, until=now + wait)
+  if wait is None and re.search(r"per.?day|daily", message, re.IGNORECASE):
+    return CallFailed("quota", message, True)
   return CallFailed("rate_limited", message, True, wait)
 
 
-def _midnight_in_california() -> float:
-  """The next one, when Google's quotas per day refill."""
-  now = datetime.datetime.now(zoneinfo.ZoneInfo("America/Los_Angeles"))
-  return datetime.datetime.combine(now + datetime.timedelta(days=1), datetime.time(), now.tzinfo).timestamp()
+def _error_of(body: Any) -> dict[str, Any]:
+  """What a body says of an error, as an object: empty where it says nothing."""
+  if isinstance(body, list) and len(body) == 1:
+    body = body[0]
+  if isinstance(body, str):
+    return {"message": body} if body.strip() else {}
+  error = part_of(body, "error")
+  if isinstance(error, dict):
+    return error
+  if error:
+    return {"message": error if isinstance(error, str) else json.dumps(error)}
+  said = part_of(body, "message") or part_of(body, "detail")
+  return {**body, "message": said if isinstance(said, str) else json.dumps(said)} if said else {}
 
 
-def asked_wait(headers: Mapping[str, str], details: Any) -> float | None:
-  """The seconds that a server asks to wait for, in a RetryInfo or a Retry-After header; None where it does not."""
-  error = details.get("error") if isinstance(details, dict) else None
-  entries = error.get("details") if isinstance(error, dict) else None
-  for entry in entries if isinstance(entries, list) else []:
-    if isinstance(entry, dict) and str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
-      return _seconds(str(entry.get("retryDelay", "")).removesuffix("s"))
-  after = headers.get("retry-after") or headers.get("Retry-After") or ""
-  if (seconds := _seconds(after)) is not None:
-    return seconds
-  with contextlib.suppress(TypeError, ValueError):
-    return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
-  return None
+def _summary(error: dict[str, Any], body: Any) -> str:
+  message = error.get("message") or error.get("msg") or json.dumps(error or body)
+  message = _plain(message if isinstance(message, str) else json.dumps(message))
+  if names := [str(error[name]) for name in ("status", "code", "param") if error.get(name)]:
+    message += f" ({', '.join(names)})"
+  return message
+
+
+def _plain(text: str) -> str:
+  """The beginning of a text without the tags of HTML."""
+  text = re.sub(r"<[^<>]*>", " ", text[:4000])
+  return " ".join(text.split())[:300] or "nothing"
+
+
+def _details(error: dict[str, Any]) -> list[dict[str, Any]]:
+  return [entry for entry in _list(error.get("details")) if isinstance(entry, dict)]
+
+
+def _list(value: Any) -> list[Any]:
+  return value if isinstance(value, list) else []
 
 
 def _seconds(text: str) -> float | None:
+  """`7`, `3.5s`, `120ms` or `1h2m3s`; None for what is no delay, and for what exceeds a month."""
+  text, units = text.strip(), {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+  found = re.findall(r"([\d.]+)(ms|[smhd]?)", text)
+  if not found or "".join(number + unit for number, unit in found) != text.removeprefix("-"):
+    return None
   with contextlib.suppress(ValueError):
-    # What is longer than a month is no delay.
-    return max(0.0, float(text)) if float(text) < 31 * 86400 else None
+    total = sum(float(number) * units[unit] for number, unit in found)
+    return 0.0 if text.startswith("-") else total if total < 31 * 86400 else None
   return None
-
-
-def _connection_failure(error: Exception) -> CallFailed:
-  """For what is no HTTP status: never the key or a header, only the kind of failure."""
-  if isinstance(error, CallFailed):
-    return error
-  name = type(error).__name__
-  if isinstance(error, TimeoutError):
-    return CallFailed("timeout", name, again=True, billed=True)
-  if isinstance(error, json.JSONDecodeError):
-    return CallFailed("malformed", "the server's reply is not JSON", again=True, billed=True)
-  if isinstance(error, (OSError, aiohttp.ClientError)):
-    reached = not isinstance(error, (aiohttp.ClientConnectorError, ConnectionRefusedError))
-    return CallFailed("connection", f"{name}: {error}"[:200], again=True, billed=reached)
-  return CallFailed("client_error", f"{name}: {error}"[:200])

@@ -47,6 +47,9 @@ class Review:
   """The chance of success before each step is written, told without a look at the rest; what `potential` credit reads.
   A reviewer gives roles with weights, or values, or both."""
   sure: bool = True
+  suspicious: bool = False
+  """The reviewer says that the answer speaks to it. Only counted: whatever hung on it, the answer
+  could bring about."""
   model: str = ""
   """The model that said so, as its provider names the version."""
   cached: bool = False

@@ -18,7 +18,6 @@ from dca_jax.review.prompt import (
   RUBRIC,
   make_prompt,
   parse_reply,
-  speaks_to_the_reviewer,
 )
 from dca_jax.roles import ROLES
 
@@ -109,21 +108,6 @@ def test_long_answers_are_shown_with_their_tail_merged():
   assert "".join(step["text"] for step in shown) == "".join(steps)
 
 
-@pytest.mark.parametrize("attack", ["order", "polite order", "fake reply", "closing mark", "opening mark"])
-def test_text_that_speaks_to_the_reviewer_is_seen(attack):
-  assert speaks_to_the_reviewer(request("a1;", ATTACKS[attack]))
-
-
-def test_ordinary_text_is_not():
-  for text in (
-    "a1;",
-    "So the total weight is 5 kg.",
-    "Wait, let me check: 3 + 5 = 8.",
-    "In previous steps we found 7.",
-  ):
-    assert not speaks_to_the_reviewer(request(text))
-
-
 # The reply.
 
 
@@ -134,14 +118,76 @@ def reply(counts=(3,), **changes):
 
 def test_a_reply_is_read_by_its_numbers():
   given_ = reply((2, 3))
-  given_["answers"][1]["steps"][2] |= {"role": "error", "weight": 4, "why": "y" * 1000}
+  given_["answers"][1]["steps"][2] |= {"role": "error", "weight": 4}
   given_["answers"][1]["steps"].reverse()
   given_["answers"].reverse()
   one, two = parse_reply(json.dumps(given_), (2, 3))
   assert one.roles == ("necessary",) * 2
   assert two.roles == ("necessary", "necessary", "error")
   assert two.weights == (2.0, 2.0, 4.0)
-  assert len(two.reasons[2]) == 300
+
+
+def named(counts):
+  """A reply of the form that is asked for."""
+  step = {"role": "necessary", "weight": 2}
+  flags = {"suspicious": False, "sure": True}
+  return {
+    f"answer_{i}": {f"step_{k}": dict(step) for k in range(1, count + 1)} | flags for i, count in enumerate(counts, 1)
+  }
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_whatever_the_schema_allows_is_a_review(counts, dice):
+  """So a server that constrains what it writes cannot miss."""
+  schema = make_prompt(RUBRIC, [request(*["x"] * count) for count in counts]).schema
+
+  def any_of(part):
+    part = schema["$defs"]["step"] if "$ref" in part else part
+    if "enum" in part:
+      return dice.choice(part["enum"])
+    if part["type"] == "boolean":
+      return dice.random() < 0.5
+    assert part["required"] == [*part["properties"]]
+    assert part["additionalProperties"] is False
+    return {key: any_of(inner) for key, inner in part["properties"].items()}
+
+  for verdict, count in zip(parse_reply(json.dumps(any_of(schema)), counts), counts, strict=True):
+    assert len(verdict.roles) == len(verdict.weights) == count
+
+
+def test_the_prompt_alone_names_the_fields():
+  """For servers that ignore the schema."""
+  prompt = make_prompt(RUBRIC, [request("a1;"), request("b1;", "#2$")])
+  form = json.loads(re.search(r"\{\"answer_1\".*\}", prompt.system, re.DOTALL)[0])
+  assert parse_reply(json.dumps(form), (2,))[0].roles == ("necessary", "redundant")
+  assert prompt.user.endswith("answer_1 has step_1 to step_1, answer_2 has step_1 to step_2. Review all of them.")
+
+
+TWO = json.dumps(named((2,)))
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    f"```json\n{TWO}\n```",
+    f"```\n{TWO}\n```",
+    f"Here is the review of {{1, 2}}:\n{TWO}\n\nLet me know if you need more.",
+    f"<think>\nMaybe {TWO.replace('necessary', 'error')}?\n</think>\n\n{TWO}",
+    f"\ufeff{TWO}",
+    f"{TWO}\n{TWO}",
+    TWO.replace(": 2", ": 2.0"),
+    TWO.replace(": 2", ': "2"'),
+    TWO.replace("necessary", "Necessary"),
+    TWO.replace('"weight"', '"note": "x", "weight"'),
+    TWO.replace(', "suspicious": false, "sure": true', ""),
+    TWO.replace('"sure"', '"overall": "good", "sure"'),
+    json.dumps(reply((2,))),
+  ],
+)
+def test_json_as_it_really_comes_is_read(text):
+  (verdict,) = parse_reply(text, (2,))
+  assert (verdict.roles, verdict.weights) == (("necessary",) * 2, (2.0,) * 2)
 
 
 def broken():
@@ -158,40 +204,77 @@ def broken():
     data["answers"][0] |= changes
     return json.dumps(data)
 
-  yield from (
-    "",
-    "{}",
-    "[]",
-    "null",
-    "7",
-    '"text"',
-    "```json\n" + json.dumps(good) + "\n```",
-    json.dumps(good) + " and so",
-  )
+  three = json.dumps(named((3,)))
+  yield from ("", "{}", "[]", "null", "7", '"text"', "[" * 100_000, '{"answer_1":' * 50_000)
+  # Which of two that differ is meant, nobody knows: one may be quoted from an answer.
+  yield three + three.replace("necessary", "error", 1)
+  yield f"<think>{three}</think>"
   yield json.dumps(good)[:-5]
-  yield json.dumps([good])
-  yield json.dumps(good | {"note": 1})
-  for number in (0, 2, 4, -1, "1", 1.0, True, None):
+  for number in (0, 2, 4, -1, 1.0, True, None):
     yield with_step(step=number)
-  for weight in (-1, 5, 1.5, "2", True, None, float("nan"), float("inf"), 10**30):
+  for weight in (-1, 5, 1.5, "2.5", "", True, None, float("nan"), float("inf"), 10**30):
     yield with_step(weight=weight)
-  for role in ("", "decisive", 0, None, "NECESSARY"):
+  for role in ("", "decisive", 0, None):
     yield with_step(role=role)
-  yield with_step(credit=1)
   yield with_answer(steps=[])
   yield with_answer(steps=good["answers"][0]["steps"][:2])
   yield with_answer(steps=[*good["answers"][0]["steps"], {**step, "step": 4}])
   yield with_answer(steps=[*good["answers"][0]["steps"], step])
   yield with_answer(answer=2)
-  yield with_answer(suspicious="no")
+  yield with_answer(suspicious="perhaps")
   yield json.dumps({"answers": good["answers"] * 2})
   yield json.dumps({"answers": []})
+  yield json.dumps(named((2,)))
+  yield json.dumps(named((3, 3)))
+  yield json.dumps(named((4,)))
+  yield three.replace("step_1", "step_2", 1)
+  yield three.replace('"weight": 2', '"weight": 4, "weight": 2', 1)
 
 
 @pytest.mark.parametrize("text", list(broken()))
 def test_anything_else_is_refused(text):
   with pytest.raises(ValueError, match=r"."):
     parse_reply(text, (3,))
+
+
+@pytest.mark.parametrize(
+  "spoil",
+  [
+    lambda group: group["answer_2"]["step_1"].update(weight=9),
+    lambda group: group["answer_2"].pop("step_1"),
+    lambda group: group.pop("answer_2"),
+    lambda group: group.update(answer_2=None),
+    lambda group: group["answer_2"].update(step_4=group["answer_2"]["step_1"]),
+  ],
+)
+def test_one_malformed_entry_loses_that_entry_alone(spoil):
+  group = named((3, 3, 2))
+  spoil(group)
+  first, second, third = parse_reply(json.dumps(group), (3, 3, 2))
+  assert isinstance(second, str)
+  assert (first.roles, third.roles) == (("necessary",) * 3, ("necessary",) * 2)
+
+
+_JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+  lambda inner: (
+    st.lists(inner, max_size=4)
+    | st.dictionaries(
+      st.sampled_from(["answers", "answer", "answer_1", "steps", "step", "step_1", "role", "weight", "sure"]), inner
+    )
+  ),
+  max_leaves=20,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_JSON.map(json.dumps) | st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "replace")))
+def test_no_reply_raises_anything_else(text):
+  try:
+    verdicts = parse_reply(text, (1, 2))
+  except ValueError:
+    return
+  assert len(verdicts) == 2
 
 
 # What an attack can gain from a reviewer that obeys every order.

@@ -1,0 +1,67 @@
+"""What a server takes: the optional parts of a request, learned from what it refuses."""
+
+import re
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dca_jax.review.transports import CallFailed, Reply
+
+
+class Part(NamedTuple):
+  """A part of a request, and how else it can be sent."""
+
+  ways: Sequence[Any]
+  """From the best to the last; False leaves it out."""
+  name: str
+  """A pattern for what a refusal calls it."""
+
+
+class Dialect:
+  """How to talk to one server.
+
+  A call whose refusal names a part is made again without it, at once. What then works is kept, but
+  for parts that have worked before: those are refused for one content only.
+  """
+
+  def __init__(self, server: str, parts: Mapping[str, Part]):
+    self._server, self._parts = server, parts
+    self._ways = dict.fromkeys(parts, 0)
+    self._worked: set[tuple[str, int]] = set()
+
+  async def call(self, send: Callable[[dict[str, Any]], Awaitable[Reply]]) -> Reply:
+    """The reply to what `send` sends, which is given a way for every part."""
+    ways, bare = dict(self._ways), False
+    while True:
+      try:
+        reply = await send({name: self._parts[name].ways[way] for name, way in ways.items()})
+      except CallFailed as failed:
+        if failed.status != "client_error" or failed.about != "content":
+          raise
+        if part := self._refused(str(failed), ways):
+          ways[part] += 1
+        elif not (bare or self._worked):  # It does not say what; so without all that can go.
+          bare = True
+          ways |= {name: len(part.ways) - 1 for name, part in self._parts.items() if not part.ways[-1]}
+        else:
+          raise
+        continue
+      self._learn(ways)
+      return reply
+
+  def _refused(self, message: str, ways: dict[str, int]) -> str | None:
+    for name, part in self._parts.items():
+      more = ways[name] + 1 < len(part.ways)
+      if more and re.search(part.name, message, re.IGNORECASE):
+        return name
+    return None
+
+  def _learn(self, ways: dict[str, int]) -> None:
+    for name, way in ways.items():
+      known = self._ways[name]
+      if way != known and (name, known) not in self._worked:
+        self._ways[name] = way
+        now = self._parts[name].ways[way]
+        instead = f"it is asked with {now}" if now else "it is asked without"
+        print(f"note: {self._server} refuses {name}; {instead}", file=sys.stderr)
+    self._worked |= set(ways.items())

@@ -1,0 +1,105 @@
+"""Any server that speaks OpenAI's chat completions."""
+
+from typing import Any
+
+import aiohttp
+
+from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.dialect import Dialect, Part
+from dca_jax.review.keys import key_from_environment
+from dca_jax.review.transports import CallFailed, Reply, http_failure, object_with, part_of, tokens
+from dca_jax.review.wire import close, connection_failure, only_answers
+
+
+class OpenAI:
+  """vLLM, SGLang, llama.cpp, OpenAI or a gateway; the key, if any, is OPENAI_API_KEY."""
+
+  unread = ("vertex",)
+  """Keys of `reviewer.client` that it has no use for."""
+
+  def __init__(self, config: ClientConfig):
+    self._url = config.base_url.rstrip("/") + "/chat/completions"
+    self._model, self._thinking = config.model, config.thinking
+    self._key, self._connections = key_from_environment("OPENAI_API_KEY"), config.concurrency
+    self._session: aiohttp.ClientSession | None = None
+    parts = {
+      "max_tokens": Part(("max_tokens", "max_completion_tokens"), "max_completion_tokens|max_tokens.*support"),
+      "response_format": Part(("json_schema", "json_object", False), "response.?format|schema|json.?object|grammar"),
+      "seed": Part((True, False), r"\bseed\b"),
+    }
+    if self._thinking:
+      parts["reasoning_effort"] = Part((True, False), "reasoning|thinking")
+    self._dialect = Dialect(config.base_url, parts)
+
+  async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
+    if self._session is None:  # Within the loop, where it belongs.
+      self._session = aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+        connector=aiohttp.TCPConnector(limit=2 * self._connections),
+        timeout=aiohttp.ClientTimeout(total=None),  # The caller's limit is the one that holds.
+        middlewares=(only_answers,),
+      )
+    session = self._session
+
+    async def send(ways: dict[str, Any]) -> Reply:
+      body: dict[str, Any] = {
+        "model": self._model,
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
+        ways["max_tokens"]: max_tokens,
+      }
+      if form := ways["response_format"]:
+        body["response_format"] = {"type": form}
+        if form == "json_schema":
+          body["response_format"][form] = {"name": "review", "schema": schema, "strict": True}
+      if ways["seed"]:
+        body["seed"] = seed
+      if ways.get("reasoning_effort"):
+        body["reasoning_effort"] = self._thinking
+      async with session.post(self._url, json=body) as response:
+        return read_reply(await response.text("utf-8", "replace"), self._model)
+
+    try:
+      return await self._dialect.call(send)
+    except Exception as error:
+      raise connection_failure(error) from None
+
+  async def close(self) -> None:
+    await close(self._session)
+
+
+def read_reply(text: str, model: str) -> Reply:
+  """The reply in a response's body; `model` is its name where the server does not say.
+
+  Raises:
+    CallFailed: there is none.
+  """
+  answer = object_with(text, "choices")
+  choice, usage = part_of(answer, "choices", 0), answer.get("usage")
+  said, finish = part_of(choice, "message"), part_of(choice, "finish_reason")
+  version = answer.get("model")
+  reply = Reply(
+    None,
+    tokens(part_of(usage, "prompt_tokens")),
+    tokens(part_of(usage, "prompt_tokens_details", "cached_tokens")) or 0,
+    tokens(part_of(usage, "completion_tokens")),
+    tokens(part_of(usage, "completion_tokens_details", "reasoning_tokens")) or 0,
+    version if isinstance(version, str) else model,
+  )
+  used = None if reply.prompt_tokens is None or reply.output_tokens is None else reply
+  if error := part_of(choice, "error"):
+    raise http_failure(500, {"error": error}, {})
+  content = _text(part_of(said, "content"))
+  if finish == "length":
+    raise CallFailed("truncated", "the reply ended early", False, None, True, used, "content")
+  if finish == "content_filter" or (part_of(said, "refusal") and not content):
+    raise CallFailed("blocked", "the model refused", False, None, True, used, "content")
+  if not isinstance(said, dict):
+    raise CallFailed("malformed", "the reply has no message", True, usage=used, billed=bool(used))
+  thought = _text(said.get("reasoning_content")) or _text(said.get("reasoning"))
+  return reply._replace(text=content if content.strip() else thought)
+
+
+def _text(content: Any) -> str:
+  if isinstance(content, list):
+    return "".join(_text(part_of(part, "text")) for part in content)
+  return content if isinstance(content, str) else ""

@@ -1,0 +1,54 @@
+"""HTTP for the transports: nothing but an answer of the server that was asked gets through."""
+
+import asyncio
+
+import aiohttp
+
+from dca_jax.review.transports import CallFailed, http_failure, json_of
+
+_MOST_BYTES = 8 * 2**20
+"""A review is a few kilobytes."""
+_KEY_HEADERS = ("Authorization", "x-goog-api-key")
+
+
+async def only_answers(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+  """Reads the response to one request; a redirect is a failure like every status but 200."""
+  response = await handler(request)
+  body = bytearray()
+  async for chunk in response.content.iter_any():
+    body += chunk
+    if len(body) > _MOST_BYTES:
+      response.close()
+      raise CallFailed("malformed", "the server's reply exceeds 8 MiB", again=True)
+  response._body = bytes(body)  # What `read` keeps, which has no limit.
+  if response.status == 200:
+    return response
+  sent = [header.split()[-1] for name in _KEY_HEADERS if (header := request.headers.get(name))]
+  text = response._body[:100_000].decode("utf-8", "replace")
+  try:
+    said = json_of(text)
+  except ValueError:
+    said = text
+  raise http_failure(response.status, said, response.headers, sent)
+
+
+def connection_failure(error: Exception) -> CallFailed:
+  """For what is no HTTP status."""
+  if isinstance(error, CallFailed):
+    return error
+  name = type(error).__name__
+  if isinstance(error, TimeoutError):
+    return CallFailed("timeout", name, again=True, billed=True)
+  if isinstance(error, aiohttp.InvalidURL):
+    return CallFailed("client_error", f"{name}: {error}", about="settings")
+  if isinstance(error, (OSError, aiohttp.ClientError)):
+    reached = not isinstance(error, (aiohttp.ClientConnectorError, ConnectionRefusedError))
+    return CallFailed("connection", f"{name}: {error}", again=True, billed=reached)
+  return CallFailed("client_error", f"{name}: {error}", about="settings")
+
+
+async def close(session: aiohttp.ClientSession | None) -> None:
+  """Closes it and lets its connections go, which takes the loop a few turns."""
+  if session is not None:
+    await session.close()
+    await asyncio.sleep(0)
