@@ -82,7 +82,7 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
     for p, problem in enumerate(problems):
       mine = Samples(*(x[p] for x in by_group))
       sampled.append(Group(problem, prompts[p], lengths[p], mine, verify(task, tokenizer, problem, mine)))
-    if refill and all(gather(sum(group.mixed for group in sampled) >= len(own))):
+    if refill and all(gather("refill", sum(group.mixed for group in sampled) >= len(own))):
       break
   # Mixed groups first, each kind in the order of its problems.
   kept = sorted(sampled, key=lambda group: not group.mixed)[: len(own)] if refill else sampled

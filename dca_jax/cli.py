@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -22,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as error:
     print(f"dca-jax: error: {error}", file=sys.stderr)
   except Terminated as error:
-    print(f"dca-jax: {error}; the same command again continues", file=sys.stderr)
-    return 143
+    print(f"dca-jax: {error}", file=sys.stderr)
+    return error.status
   except OSError as error:
     where = error.filename or getattr(args, "workdir", "")
     print(f"dca-jax: error: {where}: {error.strerror or error}; what was saved before is intact", file=sys.stderr)
   except KeyboardInterrupt:
-    print("\ndca-jax: interrupted; the same command again continues from the last checkpoint", file=sys.stderr)
+    print("\ndca-jax: interrupted; what was saved before is intact", file=sys.stderr)
     return 130
   return 1
 
@@ -89,13 +91,26 @@ def parser() -> argparse.ArgumentParser:
 
 def run() -> NoReturn:
   """The program: `main`, and the end of the process."""
-  status = main()
-  if status:
-    # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-  sys.exit(0)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, _end_now)
+  try:
+    status = main()
+  except Exception:
+    traceback.print_exc()
+    status = 1
+  if not status:
+    sys.exit(0)
+  from dca_jax.processes import end
+
+  end(status)  # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
+
+
+def _end_now(number: int, frame) -> NoReturn:
+  """What a signal does where no run minds it; every file is written whole, so a process may end anywhere."""
+  name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+  os.write(2, f"\ndca-jax: ended by {name}; what was saved before is intact\n".encode())
+  os._exit(128 + number)
 
 
 def _train(args, overrides) -> None:

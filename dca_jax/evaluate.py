@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
       text = text_of(tokenizer, tokens[:length])
       correct = task.verify(problems[row // count], text, bool(truncated)).correct
       by_problem.setdefault(int(ids[row // count]), []).append((correct, task.final_answer(text), int(length)))
-    everyone = {int(i): own for part in gather(by_problem) for i, own in part.items()}
+    everyone = {int(i): own for part in gather("evaluation", by_problem) for i, own in part.items()}
     return zip(*(zip(*everyone[i], strict=True) for i in range(n)), strict=True)
 
   greedy = np.array(next(outcomes(_GREEDY, 1)), float)

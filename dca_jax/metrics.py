@@ -26,11 +26,10 @@ class Reporter(contextlib.AbstractContextManager):
 
   def __init__(self, workdir: pathlib.Path, start: int, steps: int, quiet: bool = False):
     self._path = workdir / "metrics.jsonl"
-    kept: list[dict[str, Any]] = [line for line in read_metrics(workdir) if line["step"] <= start]
-    write_whole(epath.Path(self._path), "".join(json.dumps(line) + "\n" for line in kept))
-    self.steps = {line["step"] for line in kept}
-    """Steps that an earlier process recorded."""
-    self._file = self._path.open("a")
+    self._kept: list[dict[str, Any]] = [line for line in read_metrics(workdir) if line["step"] <= start]
+    self._file = self._begin()
+    self.evaluated = {line["step"] for line in self._kept if any(key.startswith("eval/") for key in line)}
+    """Steps after which an earlier process evaluated."""
     # Not SummaryWriter: the queue to its thread can lose a wake-up to Ctrl-C, and closing it then waits for ever.
     (workdir / "tensorboard").mkdir(exist_ok=True)
     self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
@@ -43,6 +42,20 @@ class Reporter(contextlib.AbstractContextManager):
     self._bar.close()
     self._file.close()
     self._events.close()
+
+  def _begin(self):
+    """The file with the kept lines, open for more."""
+    write_whole(epath.Path(self._path), "".join(json.dumps(line) + "\n" for line in self._kept))
+    return self._path.open("a")
+
+  def amend(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds what an earlier process had no time to measure to the line of the step that it ended with."""
+    if self._kept and self._kept[-1]["step"] == step:
+      line = self._kept.pop()
+      metrics = {key: value for key, value in line.items() if key != "step"} | metrics
+      self._file.close()
+      self._file = self._begin()
+    self.log(step, metrics)
 
   def _write_event(self, **content) -> None:
     self._events.write_event(Event(wall_time=time.time(), **content))

@@ -1,21 +1,25 @@
 """Several processes as one run: who is there, what each tells the others, and rows of arrays that each holds.
 
 Every process runs the same program and owns the rows of its devices. What they tell each other beside the arrays (a
-few numbers a step) goes through the key-value store of JAX's coordination service, because that has time limits, and
-can say who is missing.
+few numbers a step) goes through the key-value store of JAX's coordination service. A thread in each says that the
+process lives, and where its main thread is; it hears how the others fare, and ends the process if they cannot go on.
 """
 
 import contextlib
+import dataclasses
 import functools
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NoReturn
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -29,9 +33,10 @@ LOST = 75  # Exit status where another process is missing: EX_TEMPFAIL, the same
 _JOIN = 120.0  # seconds that processes may start apart
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 40.0  # seconds without one, after which a process counts as dead
-_PATIENCE = 1800.0  # seconds that a live process may take to arrive where the others are
+_PATIENCE = 1800.0  # seconds that a main thread may stay at one place
+_FAREWELL = 20.0  # seconds that process 0, who keeps the store, waits for the others to have read what ended the run
 
-_rounds = itertools.count()
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 
 
 def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -79,89 +84,269 @@ def leave() -> None:
     jax.distributed.shutdown()
 
 
-def gather(value: Any) -> list[Any]:
-  """The `value` of every process, in their order; each gives something that JSON can hold, at the same place.
+# Where the main thread is, and what it says there.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+  """Where a main thread is: what it has begun, after how many meetings with the others."""
+
+  meetings: int = 0
+  name: str = "the start"
+  seconds: float = 0.0
+  """How much longer than usual it may stay."""
+  moves: int = 0
+
+
+_place = _Place()
+_said: list[str] = []  # What this process has told the others, and they may not all have read.
+
+
+def mark(name: str, seconds: float = 0.0, meetings: int = 0) -> None:
+  """Says that the main thread goes on, so that nobody takes it for stuck."""
+  global _place
+  _place = _Place(_place.meetings + meetings, name, seconds, _place.moves + 1)
+
+
+def gather(place: str, value: Any) -> list[Any]:
+  """The `value` of every process, in their order; each gives something that JSON can hold.
+
+  Args:
+    place: a name for where this is called; the processes must all be there.
 
   Raises:
-    UserError: a process did not come here; the message names it.
+    UserError: another process is elsewhere.
   """
   if jax.process_count() == 1:
     return [value]
-  client, me, number = _client(), jax.process_index(), next(_rounds)
-  client.key_value_set(f"dca_jax/{number}/{me}", json.dumps(value))
-  values, end = [], time.monotonic() + _PATIENCE
-  for process in range(jax.process_count()):
-    try:
-      left = max(1, int(1000 * (end - time.monotonic())))
-      values.append(json.loads(client.blocking_key_value_get(f"dca_jax/{number}/{process}", left)))
-    except jax.errors.JaxRuntimeError as error:
-      raise UserError(f"process {process} did not come to where process {me} waits for it ({error})") from error
-  if number:
-    client.key_value_delete(f"dca_jax/{number - 1}/{me}")  # All are here, so all have read what was said before.
+  mark(place, _place.seconds, meetings=1)
+  client, me, number = _client(), jax.process_index(), _place.meetings
+  _say(client, f"dca_jax/{number}/{me}", [place, value])
+  values = [_hear(client, process, place) for process in range(jax.process_count())]
+  # All are here, so all have read what was said before.
+  for key in _said[:-1]:
+    client.key_value_delete(key)
+  del _said[:-1]
   return values
+
+
+def agree(place: str, value: Any, seconds: float = 0.0) -> Any:
+  """The `value` of process 0, which the others take for theirs; cheaper than to gather."""
+  mark(place, seconds, meetings=1)
+  if jax.process_count() == 1:
+    return value
+  if jax.process_index() == 0:
+    _say(_client(), f"dca_jax/{_place.meetings}/0", [place, value])
+    return value
+  return _hear(_client(), 0, place)
+
+
+def _say(client, key: str, said: list[Any]) -> None:
+  client.key_value_set(key, json.dumps(said))
+  _said.append(key)
+
+
+def _hear(client, process: int, place: str) -> Any:
+  """What `process` says at this meeting; waits for it, because `watched` ends a wait in vain."""
+  while True:
+    try:
+      # In pieces, between which Python looks after signals.
+      key = f"dca_jax/{_place.meetings}/{process}"
+      theirs, value = json.loads(client.blocking_key_value_get(key, int(1000 * _BEAT)))
+      break
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+  if theirs != place:
+    raise UserError(
+      f"process {jax.process_index()} is at {place!r} and process {process} at {theirs!r}; all processes need the same"
+      " program, settings and data"
+    )
+  return value
 
 
 def _client() -> Any:
   return distributed.global_state.client
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[None]:
-  """Within it, the death of another process ends this one with a message that names it.
+def check_alike(own: Mapping[str, Any]) -> None:
+  """Compares what the processes run: versions, and what else they must share.
 
-  Otherwise this one would wait for ever in an operation on arrays that both of them hold.
+  Raises:
+    UserError: a process differs; the message says in what.
+  """
+  if jax.process_count() == 1:
+    return
+  everyone = gather("versions", {"Python": platform.python_version(), **_versions(), **own})
+  first = everyone[0]
+  for process, theirs in enumerate(everyone):
+    for key in {**first, **theirs}:
+      if theirs.get(key) != first.get(key):
+        raise UserError(
+          f"process {process} has {key} {theirs.get(key)!r} and process 0 {first.get(key)!r}; all processes need the"
+          " same versions, settings and data"
+        )
+
+
+def _versions() -> dict[str, str | None]:
+  versions: dict[str, str | None] = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  return versions
+
+
+# How the others fare.
+
+
+class Asked(Protocol):
+  """Who knows whether the run was asked to stop."""
+
+  reason: str
+  together: bool
+
+  def notice(self, reason: str) -> None: ...
+
+
+@dataclasses.dataclass
+class _Farewell:
+  """What a process says when it ends before the run does."""
+
+  status: int
+  text: str
+
+
+@contextlib.contextmanager
+def watched(asked: Asked) -> Iterator[None]:
+  """Within it, the failure of a process ends all of them, with its words and its exit status.
+
+  Otherwise they would wait for ever in an operation on arrays that they hold together. So they would for a process that
+  is dead or stuck; then the message names it.
   """
   if jax.process_count() == 1:
     yield
     return
-  client, me = _client(), jax.process_index()
   done = threading.Event()
-  thread = threading.Thread(target=_watch, args=(client, me, done), name="watch", daemon=True)
+  watch = _Watch(asked)
+  thread = threading.Thread(target=watch.run, args=(done,), name="watch", daemon=True)
   thread.start()
   try:
     yield
-    gather("done")
+    gather("the end", None)
   except BaseException as error:
-    if not isinstance(error, (UserError, Terminated, KeyboardInterrupt)):
-      # The death of another process shows here first as an error of an operation; the watch will tell, and end us.
-      thread.join(_SILENCE + 3 * _BEAT)
-    if not isinstance(error, Terminated):
-      with contextlib.suppress(jax.errors.JaxRuntimeError):  # Where the store is gone too, `error` is what to tell.
-        client.key_value_set(f"dca_jax/left/{me}", str(error) or type(error).__name__)
-      time.sleep(2 * _BEAT)  # For the others to hear of it; process 0 takes the store along.
+    if not (isinstance(error, Terminated) and asked.together):
+      if _may_be_an_echo(error):
+        thread.join(_SILENCE + 3 * _BEAT)  # The watch will tell what really happened, and end us.
+      watch.tell(_farewell(error))
     raise
   finally:
     done.set()
     thread.join()
 
 
-def _watch(client, me: int, done: threading.Event) -> None:
-  heard: dict[str, tuple[str, float]] = {}
-  for n in itertools.count():
-    try:
-      client.key_value_set(f"dca_jax/alive/{me}", str(n), allow_overwrite=True)
-      signs = dict(client.key_value_dir_get("dca_jax/alive/"))
-      left = client.key_value_dir_get("dca_jax/left/")
-    except jax.errors.JaxRuntimeError as error:
-      _end(f"process 0, which keeps the others together, is gone ({str(error).splitlines()[0][:200]})")
-    for key, reason in left:
-      if not key.endswith(f"/{me}"):
-        _end(f"process {key.rpartition('/')[2]} has ended: {reason}")
+def _may_be_an_echo(error: BaseException | None) -> bool:
+  """Whether this is how the death of another process shows: as the error of an operation on arrays of both."""
+  while error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def _farewell(error: BaseException) -> _Farewell:
+  me = jax.process_index()
+  if isinstance(error, KeyboardInterrupt):
+    return _Farewell(getattr(error, "status", 130), f"dca-jax: process {me} has ended: {error}")
+  if isinstance(error, UserError):
+    return _Farewell(1, f"dca-jax: error: process {me} has ended: {error}")
+  lines = traceback.format_exception(error)
+  return _Farewell(1, f"{''.join(lines)}dca-jax: process {me} has ended: {lines[-1].strip()}")
+
+
+class _Watch:
+  """What a thread beside the main one does: beats, and listens."""
+
+  def __init__(self, asked: Asked):
+    self._asked, self._client, self._me = asked, _client(), jax.process_index()
+    self._signs: dict[int, tuple[int, float]] = {}
+    """The last sign of each process, and when it was new."""
+    self._places: dict[int, tuple[_Place, float]] = {}
+
+  def run(self, done: threading.Event) -> None:
+    for n in itertools.count():
+      try:
+        self._set("alive", [n, dataclasses.astuple(_place), self._asked.reason])
+        told = self._all("left")
+        alive = self._all("alive")
+      except jax.errors.JaxRuntimeError as error:
+        why = str(error).splitlines()[0][:200]
+        self._end(_Farewell(LOST, f"dca-jax: process 0, which keeps the others together, is gone ({why})"))
+      if told and self._me not in told:
+        self._end(_Farewell(*next(iter(told.values()))))
+      self._judge(alive)
+      if done.wait(_BEAT):
+        return
+
+  def _judge(self, alive: dict[int, Any]) -> None:
+    """Ends this process where another is dead or stuck; passes on what another was asked."""
     now = time.monotonic()
-    for key, sign in signs.items():
-      if heard.get(key, ("", 0.0))[0] != sign:
-        heard[key] = (sign, now)
-      elif now - heard[key][1] > _SILENCE:
-        _end(f"process {key.rpartition('/')[2]} has not been heard of for {_SILENCE:.0f} s")
-    if done.wait(_BEAT):
-      return
+    for process, (n, where, reason) in alive.items():
+      if self._signs.get(process, (-1, now))[0] != n:
+        self._signs[process] = n, now
+      if self._places.get(process, (None, now))[0] != (place := _Place(*where)):
+        self._places[process] = place, now
+      if reason and not self._asked.reason:
+        self._asked.notice(reason)
+    again = "the same command again continues, in every process"
+    for process, (_, heard) in self._signs.items():
+      if now - heard > _SILENCE:
+        text = f"dca-jax: process {process} has not been heard of for {_SILENCE:.0f} s; {again}"
+        self._end(_Farewell(LOST, text))
+    # Those who wait for it are further.
+    waits = {p: now - since - place.seconds for p, (place, since) in self._places.items()}
+    last = min(waits, key=lambda p: (self._places[p][0].meetings, -waits[p]))
+    if waits[last] > _PATIENCE:
+      text = f"dca-jax: process {last} has been at {self._places[last][0].name!r} for {_PATIENCE:.0f} s; {again}"
+      self._end(_Farewell(LOST, text))
+
+  def tell(self, farewell: _Farewell) -> None:
+    """Tells the others why this process ends, and lets them read it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Where the store is gone too.
+      self._set("left", dataclasses.astuple(farewell))
+      if self._me == 0:
+        end = time.monotonic() + _FAREWELL
+        while time.monotonic() < end and self._listening() - self._all("gone").keys():
+          time.sleep(0.1)
+
+  def _listening(self) -> set[int]:
+    """The other processes that live."""
+    now = time.monotonic()
+    return {p for p, (_, heard) in self._signs.items() if p != self._me and now - heard < _SILENCE}
+
+  def _end(self, farewell: _Farewell) -> NoReturn:
+    print(farewell.text, file=sys.stderr)
+    self.tell(farewell)
+    end(farewell.status)
+
+  def _set(self, what: str, value: Any) -> None:
+    self._client.key_value_set(f"dca_jax/{what}/{self._me}", json.dumps(value), allow_overwrite=True)
+
+  def _all(self, what: str) -> dict[int, Any]:
+    found = self._client.key_value_dir_get(f"dca_jax/{what}/")
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
 
-def _end(reason: str) -> NoReturn:
-  print(f"dca-jax: {reason}; the same command again continues, in every process", file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(LOST)
+def end(status: int) -> NoReturn:
+  """Ends this process at once, with all that it has printed; what threads of libraries still do is cut off."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # A full disk, a closed pipe.
+      stream.flush()
+  if _client() and jax.process_index():
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      _client().key_value_set(f"dca_jax/gone/{jax.process_index()}", "true", allow_overwrite=True)
+  os._exit(status)
 
 
 # Arrays.

@@ -7,8 +7,13 @@ that was not. Several processes all run this, each with the problems of its own 
 """
 
 import contextlib
+import dataclasses
 import functools
+import importlib.metadata
 import os
+import sys
+import tempfile
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,18 +37,19 @@ from dca_jax.batch import (
   wait_for_reviews,
   worth_a_review,
 )
-from dca_jax.checkpoint import Checkpoints
-from dca_jax.config import Config, claim_workdir, difference
-from dca_jax.errors import Terminated, UserError
+from dca_jax.checkpoint import Checkpoints, put_aside
+from dca_jax.config import Config, claim_workdir, difference, flatten
+from dca_jax.errors import Terminated, UserError, reason
 from dca_jax.evaluate import evaluate
 from dca_jax.metrics import Reporter, dollars_spent, not_finite
-from dca_jax.notices import notices
+from dca_jax.notices import Stops, notices
 from dca_jax.plan import check_fits
 from dca_jax.policy import Policy, join, pretrained, split
-from dca_jax.processes import fetch, gather, put, watched
+from dca_jax.processes import check_alike, fetch, gather, mark, put, watched
 from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
 from dca_jax.review import Share, Truth, open_reviewer
 from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
+from dca_jax.source import package_digest, source_digest
 from dca_jax.task import TASKS, Task
 from dca_jax.task.tokenizer import end_ids as end_ids_of
 from dca_jax.task.tokenizer import id_count
@@ -62,18 +68,20 @@ def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = Fals
   Raises:
     UserError: bad input, a metric that is not finite, or a checkpoint that cannot be written; nothing that was saved
       is lost.
-    Terminated: SIGTERM came, as it does before a preemption; the step under way was finished and saved.
+    Terminated: the run was asked to stop, by SIGTERM, as before a preemption, or by Ctrl-C. The last step that was
+      finished is saved.
   """
-  with watched():
-    _train(config, workdir, resume, quiet or jax.process_index() > 0)
+  with notices() as stops, watched(stops):
+    _train(config, workdir, resume, quiet or jax.process_index() > 0, stops)
 
 
-def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
+def _train(config: Config, workdir: str, resume: str, quiet: bool, stops: Stops) -> None:
   use_compilation_cache()
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
   policy = Policy(pretrained.resolve(config.policy, id_count(tokenizer)), id_count(tokenizer))
   check_data(config, task, tokenizer, policy.rows)
+  check_alike(alike(config, task, tokenizer))
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, policy.config.width, config.seed) if learned else None
   on = OnDevices(config, policy, tokenizer, head)
@@ -85,10 +93,9 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
 
   truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *a: task.prefix_values(*a))
   canaries = make_canaries(task) if config.reviewer.canary_every and jax.process_index() == 0 else []
-  spent = gather(dollars_spent(growing.folder))[0]  # Process 0 keeps the metrics.
-  share = Share(jax.process_count(), lambda own: sum(gather(own)), spent)
+  spent = gather("spending so far", dollars_spent(growing.folder))[0]  # Process 0 keeps the metrics.
+  share = Share(jax.process_count(), lambda own: sum(gather("spending", own)), spent)
   with (
-    notices() as stop_asked,
     contextlib.closing(growing),
     contextlib.closing(open_reviewer(config.reviewer, truth, growing.reviews, share)) as reviewer,
     Checkpoints(config.checkpoint, folder, config.fixed()) as checkpoints,
@@ -105,9 +112,10 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
       sent = [request for request, ask in zip(requests, asked, strict=True) if ask]
       return Begun(rollout, spans, requests, asked, reviewer.submit(sent, config.reviewer.deadline), uncut)
 
+    restored = checkpoints.restore(on.state, resume)
     start = starting_policy(config, folder, policy, task, tokenizer, on)
     frozen, trained = split(start)
-    done, state = checkpoints.restore(on.state, resume) or (0, on.init_state(copy(trained), put(head, on.everywhere)))
+    done, state = restored or (0, on.init_state(copy(trained), put(head, on.everywhere)))
     whole = functools.partial(join, frozen)
     on_policy = put([np.bool_(False), np.bool_(True)], on.everywhere)
     if not config.learner.reference:
@@ -116,13 +124,23 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
     with Reporter(growing.folder, done, config.steps, quiet) as reporter:
       if jax.process_index() == 0:
         forget_trajectories(folder / "trajectories", done)
-      if not gather(0 in reporter.steps)[0]:
-        reporter.log(
-          0, eval_metrics(evaluate(config.evaluate, on.sampler, task, tokenizer, on.for_sampler(whole(state.params))))
-        )
+
+      def scores(step: int) -> dict[str, float]:
+        """How good the policy is after a step that is to be evaluated."""
+        if step not in (0, config.steps) and not (config.evaluate.every and step % config.evaluate.every == 0):
+          return {}
+        stops.phase("evaluation")
+        params = on.for_sampler(whole(state.params))
+        return eval_metrics(evaluate(config.evaluate, on.sampler, task, tokenizer, params))
+
+      checkpoints.hold(done, state)
+      if not gather("evaluated", done in reporter.evaluated)[0] and (measured := scores(done)):
+        reporter.amend(done, measured)
 
       ahead: Begun | None = None
       for step in range(done + 1, config.steps + 1):
+        checkpoints.hold(step - 1, state)
+        stops.phase("sampling")
         with jax.transfer_guard("disallow"):
           clock = Clock()
           params = on.for_sampler(whole(state.params))
@@ -130,7 +148,6 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
             # This batch was sampled a step ago; after a resume it is sampled anew, by the same policy.
             begun = ahead or begin(step, on.for_sampler(whole(state.behind)))
             ahead = begin(step + 1, params) if step < config.steps else None
-            state = state._replace(behind=copy(state.params))
           else:
             begun = begin(step, params)
           rollout, spans = begun.rollout, begun.spans
@@ -145,7 +162,9 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
             reference = learner.reference_logprobs(
               on.policy, config.rollout.sampling, start, prompts, prompt_lengths, completions
             )
-          reviews = wait_for_reviews(begun, config.reviewer.deadline)
+          stops.phase("reviews", seconds=config.reviewer.deadline)
+          wait = functools.partial(wait_for_reviews, begun, config.reviewer.deadline)
+          reviews = stops.wait(wait, then="values")
           continued = 0
           if config.value.source == "monte_carlo":
             reviews, continued = monte_carlo(
@@ -191,6 +210,10 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
           batch = learner.Batch(
             prompts, prompt_lengths, completions, lengths, trained, advantages.tokens_BxT, behaviour, reference
           )
+          stops.phase("update", at_once=False)  # From here on the step is finished.
+          checkpoints.release()
+          if overlap:
+            state = state._replace(behind=copy(state.params))
           for i in range(config.learner.updates_per_batch):
             # One step behind, the ratio is against the policy that sampled, in every update.
             state, stats, logprobs = on.update(state, batch, on_policy[i == 0 and not overlap], frozen)
@@ -214,8 +237,8 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
         if canaries and step % config.reviewer.canary_every == 0:
           own["review/canary_accuracy"] = canary_accuracy(reviewer, canaries, config.reviewer.deadline)
         mine = tally(config.credit, begun, continued, rewards_B, reviews, values_BxK, host_advantages, own, clock)
-        # The one place in a step where processes hear of each other, beside the arrays.
-        told = gather([mine, reviewer.problem(), stop_asked()])
+        # The one place in a step where processes hear of each other's samples, beside the arrays.
+        told = gather("metrics", [mine, reviewer.problem(), stops.reason])
         measured = merge([Tally(*said) for said, _, _ in told]) | {key: float(x) for key, x in stats.items()}
         if size := task.sizes.get("train"):
           measured["train/epoch"] = step * config.rollout.problems / size
@@ -225,19 +248,21 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool) -> None:
             " learner.max_grad_norm (with a new --workdir), or run again to repeat the steps since then"
           )
         problem = next((problem for _, problem, _ in told if problem), None)
-        stop = next((reason for _, _, reason in told if reason), None)
-        last = bool(problem or stop) or step == config.steps
-        if step == config.steps or (config.evaluate.every and step % config.evaluate.every == 0):
-          scores = evaluate(config.evaluate, on.sampler, task, tokenizer, on.for_sampler(whole(state.params)))
-          measured |= eval_metrics(scores)
+        stop = next((reason for _, _, reason in told if reason), "")
+        asked = stops.agreed(stop) if stop else None
+        try:
+          measured |= {} if asked else scores(step)
+        except Terminated as error:  # Whoever goes on will evaluate.
+          asked = error
+        last = bool(problem or asked) or step == config.steps
         reporter.log(step, measured)
         if checkpoints.due(step, measured, last):
           growing.publish()
           checkpoints.save(step, state, measured, last)
         if problem:
           raise UserError(f"{problem}; {checkpoints.describe()}")
-        if stop:
-          raise Terminated(f"stopped by {stop}; {checkpoints.describe()}")
+        if asked:
+          raise asked
 
 
 def value_key(seed: int, step: int, sharding) -> jax.Array:
@@ -294,7 +319,7 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
   folder = locate(workdir)
   if jax.process_index() == 0:
     claim_workdir(config, workdir, resume)
-  gather("claimed")
+  gather("claimed workdir", None)
   if not (folder / "config.json").exists() or difference(config, (folder / "config.json").read_text()):
     raise UserError(
       f"--workdir={workdir}: process {jax.process_index()} does not find there what process 0 wrote; it must be a"
@@ -305,25 +330,57 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
 
 def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: OnDevices):
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
+  kept = folder / "start"
   with ocp.StandardCheckpointer() as checkpointer:
-    if not all(gather((folder / "start").exists())):
-      if config.policy.pretrained:
-        saved = pretrained.folder(config.policy.pretrained, weights=True)
-        params = pretrained.load(policy, saved, on.param_shardings)
-      else:
-        params = on.init_params(jax.random.key(config.warmstart.seed))
-        limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
-        params = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere)
+    if all(gather("starting policy", kept.exists())):
+      start, damage = None, ""
       try:
-        checkpointer.save(folder / "start", params)
-        checkpointer.wait_until_finished()
-      except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
-        raise UserError(f"could not save {folder / 'start'} ({str(error)[:200]}); make room, then run again") from error
-    return checkpointer.restore(folder / "start", on.start)
+        start = checkpointer.restore(kept, on.start)
+      except Exception as error:  # Damage shows as any of a dozen types.
+        damage = reason(error)
+      if not (damage := next(filter(None, gather("starting policy read", damage)), "")):
+        return start
+      if jax.process_index() == 0:
+        place = put_aside(kept, folder, "start")
+        print(f"warning: {kept} is damaged ({damage}); moved to {place} and made again", file=sys.stderr)
+    mark("starting policy", 3600.0)  # Weights may come from far away.
+    if config.policy.pretrained:
+      saved = pretrained.folder(config.policy.pretrained, weights=True)
+      params = pretrained.load(policy, saved, on.param_shardings)
+    else:
+      params = on.init_params(jax.random.key(config.warmstart.seed))
+      limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
+      params = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere)
+    try:
+      checkpointer.save(kept, params)
+      checkpointer.wait_until_finished()
+    except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
+      raise UserError(f"could not save {kept} ({reason(error)}); make room, then run again") from error
+    return checkpointer.restore(kept, on.start)
+
+
+def alike(config: Config, task: Task, tokenizer) -> dict[str, Any]:
+  """What all processes of a run must share."""
+  settings = {f"setting {key}": value for key, value in flatten(dataclasses.asdict(config)).items()}
+  return {
+    "dca-jax": f"{importlib.metadata.version('dca-jax')} ({package_digest('**/*.py')})",
+    **settings,
+    "the task's code": source_digest(task),
+    "numbers of problems": task.sizes,
+    "tokens": id_count(tokenizer),
+  }
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR already says where."""
-  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+  """Keeps compiled programs between processes, where JAX_COMPILATION_CACHE_DIR or else DCA_JAX_CACHE say."""
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder() / "xla")
+  try:
+    if "://" not in folder:
+      os.makedirs(folder, exist_ok=True)
+      tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    why = "set DCA_JAX_CACHE to a folder that can be written"
+    print(f"warning: compiled programs are not kept: {error}; {why}", file=sys.stderr)
+    folder = ""
+  jax.config.update("jax_compilation_cache_dir", folder or None)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -87,7 +87,9 @@ def monte_carlo(
   order = sorted(range(len(begun)), key=lambda n: -len(begun[n][1]))
   values, generated = np.zeros(len(begun)), 0
   rollout = sampler.config
-  counts = gather(len(begun))  # All processes sample together, as often as the one with most prefixes needs.
+  counts = gather(
+    "prefixes", len(begun)
+  )  # All processes sample together, as often as the one with most prefixes needs.
   before = sum(counts[: jax.process_index()])
   for first in range(0, max(counts), len(spans)):
     batch = np.resize(order[first : first + len(spans)] or [0], len(spans))

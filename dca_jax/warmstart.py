@@ -20,13 +20,14 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from dca_jax.checks import at_least, positive
-from dca_jax.errors import UserError
+from dca_jax.errors import UserError, reason
 from dca_jax.policy import Policy, Sampling, token_logprobs
-from dca_jax.processes import gather, put
+from dca_jax.processes import gather, mark, put
 from dca_jax.rollout import encode_prompts
+from dca_jax.source import package_digest, source_digest
 from dca_jax.task import Problem, Task
 
-_VERSION = 2  # Of the procedure below; raising it makes cached policies stale.
+_SAMPLED = 256  # Demonstrations, spread over all, by which a changed data file shows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class WarmstartConfig:
 
 def cache_folder() -> pathlib.Path:
   """Where warm starts and compiled programs are kept: $DCA_JAX_CACHE, or ~/.cache/dca-jax."""
-  return pathlib.Path(os.environ.get("DCA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "dca-jax").absolute()
+  return pathlib.Path(os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")).absolute()
 
 
 def warm_start(
@@ -68,7 +69,7 @@ def warm_start(
   limits: tuple[int, int],
   everywhere,
 ):
-  """Trains `params` on demonstrations, or loads the result of an earlier run with the same settings.
+  """Trains `params` on demonstrations, or loads the result of an earlier run that did the same.
 
   Args:
     params: freshly initialised; their shardings are kept.
@@ -81,28 +82,52 @@ def warm_start(
   if config.total == 0:
     return params
   sections = map(dataclasses.asdict, (config, task_config, policy.config))
-  settings = json.dumps([_VERSION, *sections, limits, jax.default_backend()])
+  ours = [package_digest("warmstart.py"), package_digest("policy/*.py")]
+  theirs = [source_digest(task), _sample(config, task)]
+  settings = json.dumps([*ours, *theirs, *sections, limits, jax.default_backend()])
   folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
-  abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params)
-  with ocp.StandardCheckpointer() as checkpointer:
-    if all(gather(folder.exists())):
-      try:
-        return checkpointer.restore(folder, abstract)
-      except Exception as error:  # Damage shows as any of a dozen types; the cache can be made again.
-        why = f"is unreadable ({type(error).__name__}); training it again"
-        print(f"the cached warm start {folder} {why}", file=sys.stderr)
-        shutil.rmtree(folder)
-    params = _train(config, task, tokenizer, policy, params, limits, everywhere)
-    if jax.process_count() > 1:
-      return params  # Hosts have caches of their own, and each holds only parts of the parameters.
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
-    checkpointer.save(partial, params)
-    checkpointer.wait_until_finished()
-  try:
-    partial.rename(folder)
-  except OSError:  # Another process finished first, with the same bits.
-    shutil.rmtree(partial)
+  cached = _load(folder, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params))
+  if cached is not None:
+    return cached
+  params = _train(config, task, tokenizer, policy, params, limits, everywhere)
+  if jax.process_count() == 1:  # Otherwise hosts have caches of their own, and each holds only parts of them.
+    _keep(folder, params)
   return params
+
+
+def _sample(config: WarmstartConfig, task: Task) -> list[tuple[str, str]]:
+  """Some of the demonstrations."""
+  every = max(1, config.total * config.batch // _SAMPLED)
+  indices = range(0, config.total * config.batch, every)
+  return [task.demonstration(i, i >= config.clean_steps * config.batch) for i in indices]
+
+
+def _load(folder: pathlib.Path, abstract):
+  """What `_keep` kept, or None."""
+  if not all(gather("cached warm start", os.path.exists(folder))):
+    return None
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(folder, abstract)
+  except Exception as error:  # Damage shows as any of a dozen types; the cache can be made again.
+    why = f"is unreadable ({type(error).__name__}); training it again"
+    print(f"the cached warm start {folder} {why}", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _keep(folder: pathlib.Path, params) -> None:
+  """Puts the parameters into the cache; where that fails the run goes on, as it does not need it."""
+  partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(partial, params)
+      checkpointer.wait_until_finished()
+    partial.rename(folder)
+  except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
+    shutil.rmtree(partial, ignore_errors=True)
+    if not os.path.exists(folder):  # Otherwise another process finished first, with the same bits.
+      print(f"warning: the warm start is not kept for other runs: {reason(error)}", file=sys.stderr)
 
 
 def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere):
@@ -135,6 +160,7 @@ def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, param
     bar = tqdm(range(config.total), "warm start", unit="step", disable=None, leave=False)
     following = pool.submit(make_batch, 0)
     for i in bar:
+      mark("warm start")
       batch = put(following.result(), everywhere)
       following = pool.submit(make_batch, i + 1)
       params, opt_state, value = step(params, opt_state, batch)

@@ -46,10 +46,21 @@ def test_no_file_is_no_lines(workdir):
 def test_a_resumed_run_takes_back_what_was_not_saved(workdir):
   write(workdir, 0, range(6))
   with Reporter(workdir, 3, 10, quiet=True) as reporter:
-    assert reporter.steps == {0, 1, 2, 3}
+    assert reporter.evaluated == set()
     assert steps(workdir) == [0, 1, 2, 3]
   write(workdir, 3, [4, 5, 6])
   assert steps(workdir) == list(range(7))
+
+
+def test_an_evaluation_that_was_cut_off_is_added_to_its_line(workdir):
+  write(workdir, 0, range(4))
+  with Reporter(workdir, 3, 10, quiet=True) as reporter:
+    reporter.amend(3, {"eval/greedy": 0.5})
+    reporter.log(4, {"group/name": 1.0})
+  assert steps(workdir) == [0, 1, 2, 3, 4]
+  assert read_metrics(workdir)[3] == {"step": 3, "group/name": 0.75, "group/other": 1.0, "eval/greedy": 0.5}
+  with Reporter(workdir, 4, 10, quiet=True) as reporter:
+    assert reporter.evaluated == {3}
 
 
 def test_a_line_that_was_not_finished_is_dropped(workdir):
@@ -83,7 +94,9 @@ def test_tensorboard_reads_the_events(workdir):
 
 def test_tensorboard_shows_every_step_once_after_a_resume(workdir):
   write(workdir, 0, range(6))
-  time.sleep(1.1)  # A process has a file of its own, named by the second that it started in.
+  begun = int(time.time())
+  while int(time.time()) == begun:  # A process has a file of its own, named by the second that it started in.
+    time.sleep(0.05)
   write(workdir, 3, [4, 5, 6])
   events = EventAccumulator(str(workdir / "tensorboard")).Reload()
   assert [e.step for e in events.Scalars("group/name")] == list(range(7))

@@ -48,42 +48,77 @@ def metadata(monkeypatch):
   server.server.server_close()
 
 
-def wait_for(noticed) -> str:
-  end = time.monotonic() + 10
-  while not noticed() and time.monotonic() < end:
+def wait_for(stops) -> str:
+  end = time.monotonic() + 300
+  while not stops.reason and time.monotonic() < end:
     time.sleep(0.01)
-  return noticed()
+  return stops.reason
 
 
 @pytest.mark.parametrize(
   ("key", "said"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
 )
 def test_what_google_cloud_announces_is_noticed(key, said, metadata):
-  with notices.notices() as noticed:
+  with notices.notices() as stops:
+    stops.phase("the update", at_once=False)
     time.sleep(0.3)
-    assert noticed() == ""
+    assert stops.reason == ""
     metadata.said[key] = said
-    assert wait_for(noticed) == f"a notice of Google Cloud ({key}: {said})"
+    assert wait_for(stops) == f"a notice of Google Cloud ({key}: {said})"
 
 
 def test_a_server_that_is_not_there_says_nothing(monkeypatch):
   monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
   monkeypatch.setattr(notices, "_EVERY", 0.05)
-  with notices.notices() as noticed:
+  with notices.notices() as stops:
     time.sleep(0.3)
-    assert noticed() == ""
+    assert stops.reason == ""
 
 
-def test_sigterm_is_noticed_and_handed_back_afterwards():
-  before = signal.getsignal(signal.SIGTERM)
-  with notices.notices() as noticed:
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert wait_for(noticed) == "SIGTERM"
-  assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize(
+  ("number", "said", "status"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_a_signal_stops_a_phase_at_once_or_after_it(number, said, status):
+  before = signal.signal(number, signal.default_int_handler)
+  with notices.notices() as stops:
+    stops.phase("the update", at_once=False)
+    os.kill(os.getpid(), number)
+    assert wait_for(stops) == said
+    with pytest.raises(Terminated, match=f"^stopped by {said} ") as asked:
+      stops.phase("the next")
+    assert asked.value.status == status
+  with pytest.raises(Terminated), notices.notices():  # noqa: PT012
+    os.kill(os.getpid(), number)
+    time.sleep(300)
+  assert signal.getsignal(number) == signal.default_int_handler
+  signal.signal(number, before)
+
+
+def test_a_second_ctrl_c_is_what_it_was_before():
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  with pytest.raises(KeyboardInterrupt) as asked, notices.notices() as stops:  # noqa: PT012
+    stops.phase("the update", at_once=False)
+    for _ in range(2):
+      os.kill(os.getpid(), signal.SIGINT)
+      wait_for(stops)
+  assert not isinstance(asked.value, Terminated)
+  signal.signal(signal.SIGINT, before)
+
+
+def test_a_notice_cuts_a_wait_short():
+  with pytest.raises(Terminated), notices.notices() as stops:  # noqa: PT012
+    stops.phase("reviews")
+    threading.Timer(0.05, stops.notice, ["the weather"]).start()
+    stops.wait(lambda: time.sleep(300), then="the next")
 
 
 def test_a_notice_ends_a_run_with_its_step_saved(metadata, tmp_path):
-  metadata.said["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+  def announce():
+    while len(tiny.read_lines(tmp_path)) < 3:
+      time.sleep(0.01)
+    metadata.said["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+
+  threading.Thread(target=announce, daemon=True).start()
   config = tiny.make_config({"steps": 2000, "checkpoint.every": 1000})
   with pytest.raises(Terminated, match=r"stopped by a notice of Google Cloud \(maintenance-event: .* step \d+ is safe"):
     train(config, str(tmp_path), quiet=True)
