@@ -34,7 +34,7 @@ _JOIN = 120.0  # seconds that processes may start apart
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 40.0  # seconds without one, after which a process counts as dead
 _PATIENCE = 1800.0  # seconds that a main thread may stay at one place
-_FAREWELL = 20.0  # seconds that process 0, who keeps the store, waits for the others to have read what ended the run
+_FAREWELL = 60.0  # seconds that process 0, who keeps the store, waits for the others to have read what ended the run
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 
@@ -321,9 +321,10 @@ class _Watch:
           time.sleep(0.1)
 
   def _listening(self) -> set[int]:
-    """The other processes that live."""
+    """The other processes, except those that are dead."""
     now = time.monotonic()
-    return {p for p, (_, heard) in self._signs.items() if p != self._me and now - heard < _SILENCE}
+    dead = {p for p, (_, heard) in self._signs.items() if now - heard > _SILENCE}
+    return set(range(jax.process_count())) - dead - {self._me}
 
   def _end(self, farewell: _Farewell) -> NoReturn:
     print(farewell.text, file=sys.stderr)
