@@ -82,7 +82,7 @@ class Client:
     wallet.budget.add_earlier(self._spender, cache.spent(self._spender))
     self._health = Health(config.min_ok_frac, config.strict)
     self._probe_task: asyncio.Task[list[Review]] | None = None
-    self._probe_began = 0.0
+    self._probe_began = self._answer_seconds = 0.0
     self._per_minute = _limiter(config.requests_per_minute / processes)
     self._tokens = _limiter(config.tokens_per_minute / processes)
     self._thread = threading.Thread(target=self._loop.run_forever, name="reviewer", daemon=True)
@@ -205,17 +205,18 @@ class Client:
   def _probe(self, requests: list[Request], prompt: Prompt, key: str, step: _Step) -> None:
     """Asks one of the questions of a step that does not wait for it, to see whether the server is back.
 
-    One at a time, unless the last has been under way for a quarter of what a call may take: the
-    server may come back while it hangs.
+    The first few of an outage do not wait for each other, because the server may come back while
+    one hangs; later ones leave each other a quarter of the time that a call may take.
     """
     now, most = self._loop.time(), self._config.attempt_seconds
-    hopeful = self._probe_task and not self._probe_task.done() and now < self._probe_began + most / 4
-    if not (step.probed or hopeful) and now >= self._gate.opens:
-      step.probed = True
-      self._probe_began = now
-      own = _Step(now, now + most, is_probe=True)
-      self._probe_task = asyncio.create_task(self._call(requests, prompt, key, own, 0))
-      self._loop.call_later(most, self._probe_task.cancel)
+    alone = self._probe_task is None or self._probe_task.done() or now >= self._probe_began + most / 4
+    if step.probed or now < self._gate.opens or not (alone or self._breaker.probes < 4):
+      return
+    step.probed, self._probe_began = True, now
+    self._breaker.probes += 1
+    own = _Step(now, now + most, is_probe=True)
+    self._probe_task = asyncio.create_task(self._call(requests, prompt, key, own, 0))
+    self._loop.call_later(most, self._probe_task.cancel)
 
   async def _call(self, requests, prompt: Prompt, key: str, step: _Step, again: int) -> list[Review]:
     step.asked += 1
@@ -250,12 +251,13 @@ class Client:
     sent = (prompt.system, prompt.user, json.dumps(prompt.schema))
     most_output = self._config.max_output_tokens or 2048 + 40 * sum(prompt.counts)
     most = sum(len(text.encode()) for text in sent), most_output
-    self._gate.check(step.end)
+    last = step.end - self._answer_seconds  # Who begins later will hardly be answered.
+    self._gate.check(last)
     if self._per_minute:
       await self._per_minute.acquire()
     if self._tokens:
       await self._tokens.acquire(min(most[0] // 3, self._tokens.max_rate))
-    async with self._gate.enter(step.end, first=step.is_probe):
+    async with self._gate.enter(last, first=step.is_probe):
       if self._refused:
         raise CallFailed("client_error", self._refused)
       if self._breaker.open and not step.is_probe:
@@ -280,7 +282,7 @@ class Client:
         if end:
           failed, stated = (end, end.usage) if isinstance(end, CallFailed) else (None, end)
           used = usage(price, stated, most, failed is None or failed.billed)
-          self._learn(failed, step)
+          self._learn(failed, step, began)
         booked = self._wallet.budget.settle(reserved, used.dollars)
         self._cache.settle(booking, booked)
         self._usage += dataclasses.replace(used, dollars=booked)
@@ -302,15 +304,16 @@ class Client:
     except Exception as error:
       return CallFailed("client_error", f"{type(error).__name__}: {error}"[:200], about="settings")
 
-  def _learn(self, failed: CallFailed | None, step: _Step) -> None:
+  def _learn(self, failed: CallFailed | None, step: _Step, began: float) -> None:
     """Hears how a call ended, however it did."""
-    means = meaning(failed)
+    means, took = meaning(failed), self._loop.time() - began
     if means.server == "answered":
       self._breaker.answered()
+      self._answer_seconds = took
     elif means.server == "failed":
       self._breaker.failed()
-    else:
-      self._breaker.cut(step.began)
+    elif 2 * took >= min(self._config.attempt_seconds, step.end - step.began):
+      self._breaker.cut(step.began)  # It had a fair chance.
     if means.load == "fine":
       self._gate.succeeded()
     elif failed and means.load == "too_many":

@@ -97,13 +97,15 @@ class Breaker:
 
   def __init__(self, clock: Callable[[], float], patience: int = 20):
     self._clock, self._patience, self._failures, self._answered = clock, patience, 0, -1.0
+    self.probes = 0
+    """Sent since somebody was answered."""
 
   @property
   def open(self) -> bool:
     return self._failures >= self._patience
 
   def answered(self) -> None:
-    self._failures, self._answered = 0, self._clock()
+    self._failures, self._answered, self.probes = 0, self._clock(), 0
 
   def failed(self) -> None:
     self._failures += 1

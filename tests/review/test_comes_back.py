@@ -105,6 +105,25 @@ def test_an_open_breaker_makes_nobody_wait_and_each_step_sends_one_probe():
     assert virtual.run(client, drive)[0] == {"ok": 64}
 
 
+def test_the_first_probes_of_an_outage_do_not_wait_for_each_other():
+  server = virtual.Server()
+
+  async def drive(step, sleep):
+    for _ in range(2):
+      await open_breaker(server, step)
+      server.mode = never
+      for _ in range(3):
+        await step(8)
+        await sleep(0.01)
+      server.mode = virtual.honest
+      await step(8)
+      await sleep(0.2)
+      assert (await step(8))[0] == {"ok": 8}
+
+  with virtual.opened(server, attempts=1, attempt_seconds=20.0) as client:
+    virtual.run(client, drive)
+
+
 def test_a_probe_that_hangs_makes_room_for_others_but_not_for_many():
   server = virtual.Server()
 
@@ -116,7 +135,7 @@ def test_a_probe_that_hangs_makes_room_for_others_but_not_for_many():
       await sleep(0.5)
     assert server.most_in_flight == 48
     calls = len(server.calls)
-    assert 49 + 9 <= calls <= 49 + 11  # One in five seconds.
+    assert 49 + 12 <= calls <= 49 + 14  # Four at once, then one in five seconds.
     await sleep(5.0)
     server.mode = virtual.honest
     await step(8)
@@ -159,6 +178,36 @@ def test_calls_that_a_deadline_cuts_off_open_the_breaker_only_where_nobody_is_an
     assert await step(96, 3.0) == ({"circuit_open": 96}, 0.0)
 
   with virtual.opened(server) as client:
+    virtual.run(client, drive)
+
+
+@pytest.mark.parametrize(("wait", "status", "waited"), [(9.5, "ok", 9.7), (9.95, "rate_limited", 0.1)])
+def test_a_pause_is_waited_for_only_where_it_leaves_time_for_a_call(wait, status, waited):
+  server, asked = virtual.Server(), CallFailed("rate_limited", "429", again=True, wait=wait)
+
+  async def drive(step, sleep):
+    assert (await step(1))[0] == {"ok": 1}
+    end = server.calls[-1] + 5
+    server.mode = lambda user: asked if server.calls[-1] < end else virtual.honest(user)
+    return await step(4)
+
+  with virtual.opened(server) as client:
+    statuses, took = virtual.run(client, drive)
+  assert statuses == {status: 4}
+  assert took == pytest.approx(waited, abs=0.15)
+
+
+def test_who_was_let_in_just_before_the_deadline_says_nothing_of_the_server():
+  server = virtual.Server(latency=4.9)
+
+  async def drive(step, sleep):
+    for _ in range(3):
+      assert (await step(60))[0] == {"ok": 40, "timeout": 20}
+    server.mode = never  # All of the first twenty have a fair chance.
+    assert (await step(60))[0] == {"timeout": 60}
+    assert (await step(60))[0] == {"circuit_open": 60}
+
+  with virtual.opened(server, concurrency=20) as client:
     virtual.run(client, drive)
 
 
