@@ -106,12 +106,16 @@ def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Ou
   ]
 
 
-def check_data(config: Config, task: Task, tokenizer, rows: int) -> None:
+def check_data(config: Config, task: Task, tokenizer, rows: int) -> dict[str, float]:
   """Reads every problem of a task that has an end: a bad one is found now (UserError), not in the middle of a run.
 
   Args:
     rows: of the policy's embedding.
+
+  Returns:
+    A metric of such a task: the share of the held-out problems to be evaluated that are training problems too.
   """
+  prompts: dict[str, list[str]] = {}
   if min(end_ids(tokenizer)) >= rows:
     ends = f"every end token of the tokenizer {list(end_ids(tokenizer))}"
     raise UserError(
@@ -121,12 +125,17 @@ def check_data(config: Config, task: Task, tokenizer, rows: int) -> None:
     for first in range(0, size, 512):
       problems = [task.problem(split, i) for i in range(first, min(first + 512, size))]
       encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens, rows)
+      prompts.setdefault(split, []).extend("".join(problem.prompt.split()) for problem in problems)
   if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
     raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
   for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
     if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
       where = "rollout.stop or task.thinking_end"
       raise UserError(f"{where}: {string!r} is no text for this tokenizer, but special tokens")
+  if not {"train", "heldout"} <= prompts.keys():
+    return {}
+  trained, heldout = set(prompts["train"]), prompts["heldout"][: config.evaluate.problems]
+  return {"data/heldout_in_training": sum(prompt in trained for prompt in heldout) / len(heldout)}
 
 
 class Begun(NamedTuple):

@@ -17,6 +17,7 @@ from dca_jax.checks import at_least
 from dca_jax.errors import Terminated, UserError, reason
 from dca_jax.learner import TrainState
 from dca_jax.processes import gather
+from dca_jax.workdir import place_aside
 
 _VERSION = "dca-jax"  # Key of a checkpoint's host part: the version that saved it.
 
@@ -233,7 +234,6 @@ class Checkpoints:
 
 def put_aside(path: epath.Path, workdir: epath.Path, name: str) -> epath.Path:
   """Moves what cannot be used to where it is in nobody's way; returns where that is."""
-  names = (workdir / f"aside_{name}{end}" for end in ("", *map("_{}".format, range(99))))
-  place = next(name for name in names if not name.exists())
+  place = place_aside(workdir, name)
   path.rename(place)
   return place

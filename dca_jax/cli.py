@@ -137,8 +137,9 @@ def _train(args, overrides) -> None:
   if jax.process_index() == 0:
     folder = locate(args.workdir)
     metrics = read_metrics(folder)
-    print("\n" + report.text_table(["held-out", "step 0", f"step {metrics[-1]['step']}"], report.score_rows(metrics)))
-    print(f"\nreport: {report.write_report(folder)}")
+    if any("train/accuracy" in row for row in metrics):
+      print("\n" + report.text_table(report.score_header(metrics), report.score_rows(metrics)))
+      print(f"\nreport: {report.write_report(folder)}")
 
 
 def _compare(args, overrides) -> None:
@@ -170,17 +171,10 @@ def _status(args, _) -> None:
 
 
 def _report(args, _) -> None:
-  from dca_jax.config import ConfigError
-  from dca_jax.metrics import read_metrics
   from dca_jax.report import write_report
   from dca_jax.workdir import locate
 
-  folder = locate(args.workdir)
-  if not (folder / "metrics.jsonl").exists():
-    raise ConfigError(f"--workdir={args.workdir} holds no run")
-  if not any("train/accuracy" in line for line in read_metrics(folder)):
-    raise ConfigError(f"--workdir={args.workdir} holds a run that has not finished a step yet")
-  print(f"report: {write_report(folder)}")
+  print(f"report: {write_report(locate(args.workdir))}")
 
 
 def _export(args, _) -> None:

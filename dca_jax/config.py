@@ -313,8 +313,53 @@ def read_recipe(path: str):
 def difference(ours: Config, saved: str) -> list[str]:
   """The keys in which `ours` differs from a saved config.json and that a resumed run may not change."""
   mine, theirs = flatten(json.loads(ours.to_json())), flatten(json.loads(saved))
-  keys = [k for k in {**theirs, **mine} if not _is_free(k, ours)]
-  return [f"{k} was {theirs.get(k)!r} and is now {mine.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+  changes = []
+  for key in {**theirs, **mine}:
+    if key not in mine or key not in theirs:
+      what = f"new in this version ({mine[key]!r} here)" if key in mine else "not known to this version"
+      changes.append(f"{key} is {what} of dca-jax")
+    elif mine[key] != theirs[key]:
+      changes.append(f"{key} was {theirs[key]!r} and is now {mine[key]!r}")
+  return [change for change in changes if not _is_free(change.split()[0], ours)]
+
+
+def read_saved(workdir: str) -> dict[str, Any]:
+  """What the config.json of a run says, section by section; perhaps as another version of the program wrote it.
+
+  Raises:
+    ConfigError: there is no run, or the file is damaged.
+  """
+  path = locate(workdir) / "config.json"
+  if not path.exists():
+    raise ConfigError(f"--workdir={workdir} holds no run")
+  return _read_json(path)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  try:
+    saved = json.loads(path.read_bytes().decode())
+    if not isinstance(saved, dict):
+      raise ValueError("no settings in it")
+  except (ValueError, RecursionError) as error:
+    line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+    raise ConfigError(
+      f"{path}{line} is damaged ({getattr(error, 'msg', error)}); the command that began the run writes it anew"
+    ) from None
+  return saved
+
+
+def saved_config(workdir: str) -> Config:
+  """The Config of a run.
+
+  Raises:
+    ConfigError: there is no run, or its config.json is damaged or that of another version of the program.
+  """
+  saved = read_saved(workdir)
+  try:
+    return build(saved)
+  except ConfigError as error:
+    path = locate(workdir) / "config.json"
+    raise ConfigError(f"{path} is not of this version of dca-jax: {error}") from None
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -366,28 +411,50 @@ def _nearest(key: str, known: list[str]) -> str:
 def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.Path:
   """Makes `workdir` the home of this run, or checks that it already is.
 
+  A config.json that is damaged or gone is written anew where there are checkpoints, which know their settings too.
+
   Raises:
-    ConfigError: it holds a run, and `resume` is `never`; or a run with other settings, or files that are no run; or it
-      cannot be reached.
+    ConfigError: it holds a run, and `resume` is `never`; or a run with other settings or more steps, or files that are
+      no run; or it cannot be reached.
   """
   folder = locate(workdir)
-  saved, wrong = folder / "config.json", ""
   try:
-    if saved.exists():
-      if resume == "never":
-        wrong = "already holds a run, and --resume is never"
-      elif changes := difference(config, saved.read_text()):
-        wrong = f"holds a different run: {changes[0]}"
-    elif folder.exists() and {path.name for path in folder.iterdir()} - {".config.json"}:
-      wrong = "holds files but no config.json, so no run"
+    wrong = _other_run(config, folder, resume)
     if not wrong:
       folder.mkdir(parents=True, exist_ok=True)
-      write_whole(saved, config.to_json())
+      write_whole(folder / "config.json", config.to_json())
+  except ConfigError:
+    raise
   except Exception as error:  # A bucket's client reports with types of its own.
     if not is_remote(folder):
       raise
     reason = f"({type(error).__name__}: {str(error)[:200]}); is there such a bucket, and are you signed in?"
     raise ConfigError(f"--workdir={workdir} cannot be written {reason}") from error
   if wrong:
-    raise ConfigError(f"--workdir={workdir} {wrong}; choose another --workdir")
+    raise ConfigError(f"--workdir={workdir} {wrong}")
   return folder
+
+
+def _other_run(config: Config, folder: epath.Path, resume: str) -> str:
+  """Why the run of `config` cannot go on in `folder`, or begin there; empty if it can."""
+  saved, checkpoints = folder / "config.json", folder / "checkpoints"
+  done = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=0) if checkpoints.exists() else 0
+  elsewhere = "; choose another --workdir"
+  if not saved.exists():
+    if not done:
+      there = folder.exists() and {path.name for path in folder.iterdir()} - {".config.json"}
+      return f"holds files but no config.json, so no run{elsewhere}" if there else ""
+    print(f"warning: {saved} is gone; it is written anew", file=sys.stderr)
+  elif resume == "never":
+    return f"already holds a run, and --resume is never{elsewhere}"
+  else:
+    try:
+      if changes := difference(config, json.dumps(_read_json(saved))):
+        return f"holds a different run: {changes[0]}{elsewhere}"
+    except ConfigError as error:
+      if not done:
+        raise ConfigError(f"{str(error).split(';')[0]}, and no step is saved{elsewhere}") from None
+      print(f"warning: {str(error).split(';')[0]}; it is written anew", file=sys.stderr)
+  if (last := int(resume) if resume.isdigit() else done) > config.steps:
+    return f"holds {last} steps already, more than steps={config.steps}; give as many, or another --workdir"
+  return ""

@@ -1,6 +1,5 @@
 """From a run's checkpoint to an ordinary Hugging Face folder."""
 
-import json
 import logging
 import pathlib
 
@@ -8,7 +7,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
 from dca_jax.errors import UserError
@@ -26,9 +24,7 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
       written.
   """
   folder = locate(workdir)
-  if not (folder / "config.json").exists():
-    raise UserError(f"--workdir={workdir} holds no run")
-  section = config_lib.build(ConfigDict(json.loads((folder / "config.json").read_text()))).policy
+  section = config_lib.saved_config(workdir).policy
   if not section.pretrained:
     raise UserError(f"--workdir={workdir} began from nothing, not from policy.pretrained, whose format export writes")
   if adapters and not section.lora_rank:

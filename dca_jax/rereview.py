@@ -17,7 +17,7 @@ from dca_jax.review.prices import dollars
 from dca_jax.review.prompt import make_prompt
 from dca_jax.review.reviewer import price_of, read_rubric
 from dca_jax.roles import ROLES
-from dca_jax.rollout import Trajectory, read_trajectories
+from dca_jax.rollout import Trajectory, read_trajectories, shards
 from dca_jax.task import TASKS
 from dca_jax.workdir import is_remote, locate
 
@@ -25,10 +25,9 @@ from dca_jax.workdir import is_remote, locate
 def read_folder(folder: str, limit: int) -> list[Trajectory]:
   """The first `limit` trajectories of a run's `trajectories` folder that have been reviewed, or else the first ones."""
   path = locate(folder)
-  shards = sorted({int(p.stem.split("_")[1]) for p in path.glob("step_*.jsonl")}) if path.is_dir() else []
-  if not shards:
+  found = [t for step in shards(path) for t in read_trajectories(path, step)]
+  if not found:
     raise ConfigError(f"--trajectories={folder}: no trajectories there (a run keeps them in WORKDIR/trajectories)")
-  found = [t for step in shards for t in read_trajectories(path, step)]
   return ([t for t in found if t.review == "ok"] or found)[:limit]
 
 
@@ -53,7 +52,7 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   """
   trajectories = read_folder(folder, limit)
   run = locate(folder).parent
-  config = reviewer_config(member, overrides, json.loads((run / "config.json").read_text())["task"])
+  config = reviewer_config(member, overrides, config_lib.read_saved(str(run)).get("task", {}))
   # The task is made only for a reviewer that reads its labels.
   task = functools.cache(lambda: TASKS[config.task.name](config.task))
   truth = Truth(lambda r: task().label_steps(r.problem, r.steps, r.truncated), lambda *a: task().prefix_values(*a))
@@ -113,11 +112,11 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   lines = [f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought not counted"]
   if price:
     each = dollars(price, round(prompt), 0, round(output)) / n
-    run = json.loads((locate(folder).parent / "config.json").read_text())
-    batch = run["rollout"]["problems"] * run["rollout"]["group"]
+    run = config_lib.saved_config(str(locate(folder).parent))
+    batch = run.rollout.problems * run.rollout.group
     lines.append(f"1,000 reviews with {config.model}: about ${1000 * each:.2f}")
     lines.append(
-      f"this run, {run['steps']} steps of {batch} completions, all of them reviewed: about"
-      f" ${run['steps'] * batch * each:,.2f} (with `weighted` credit, groups that all fare alike are skipped)"
+      f"this run, {run.steps} steps of {batch} completions, all of them reviewed: about"
+      f" ${run.steps * batch * each:,.2f} (with `weighted` credit, groups that all fare alike are skipped)"
     )
   return "\n".join(lines)

@@ -80,7 +80,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool, stops: Stops)
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
   policy = Policy(pretrained.resolve(config.policy, id_count(tokenizer)), id_count(tokenizer))
-  check_data(config, task, tokenizer, policy.rows)
+  data = check_data(config, task, tokenizer, policy.rows)
   check_alike(alike(config, task, tokenizer))
   learned, overlap = config.value.source == "learned", bool(config.reviewer.overlap)
   head = init_head(config.value, policy.config.width, config.seed) if learned else None
@@ -131,7 +131,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool, stops: Stops)
           return {}
         stops.phase("evaluation")
         params = on.for_sampler(whole(state.params))
-        return eval_metrics(evaluate(config.evaluate, on.sampler, task, tokenizer, params))
+        return eval_metrics(evaluate(config.evaluate, on.sampler, task, tokenizer, params)) | data
 
       checkpoints.hold(done, state)
       if not gather("evaluated", done in reporter.evaluated)[0] and (measured := scores(done)):

@@ -40,6 +40,12 @@ def write_whole(path: epath.Path, text: str) -> None:
   partial.replace(path)
 
 
+def place_aside(folder, name: str):
+  """A path in `folder` that is free, for what is damaged and goes by that name."""
+  names = (folder / f"aside_{name}{end}" for end in ("", *map("_{}".format, range(99))))
+  return next(path for path in names if not path.exists())
+
+
 class Growing:
   """A local folder for files that are appended to.
 

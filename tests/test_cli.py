@@ -243,13 +243,6 @@ def test_every_checkpoint_damaged(capsys, recipe, run):
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_damaged_line_of_metrics(capsys, recipe, run):
-  lines = (run / "metrics.jsonl").read_text().splitlines()
-  (run / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]) + "\n")
-  said = refused(capsys, "train", f"--config={recipe}", f"--workdir={run}")
-  assert "metrics.jsonl, line 2" in said
-
-
 # Disks.
 
 

@@ -8,8 +8,7 @@ import pytest
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dca_jax.errors import UserError
-from dca_jax.metrics import Reporter, not_finite, read_metrics
+from dca_jax.metrics import Reporter, missing_steps, not_finite, read_metrics
 from dca_jax.record import Tally, merge
 
 
@@ -73,16 +72,57 @@ def test_a_line_that_was_not_finished_is_dropped(workdir):
   assert [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
 
 
-def test_a_damaged_line_in_the_middle_is_named(workdir):
+@pytest.mark.parametrize(
+  "damage",
+  [b'{"step": 1, "gro', b"", b"\0" * 40, b"\xff\xfe", b"[1]", b"7", b'{"group/name": 1.0}', b'{"step": true}',
+   b'{"step": 1, "group/name": "x"}', b'{"step": 1, "group/name": NaN}', b'{"step": -1}', b'{"step": 1.0}',
+   b"[" * 100_000, b'{"step": 1, "x": 1' + b"0" * 5000 + b"}"],
+)  # fmt: skip
+def test_a_damaged_line_in_the_middle_is_named_and_left_out(workdir, capsys, damage):
   write(workdir, 0, range(3))
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  (workdir / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:9], lines[2]]) + "\n")
-  damaged = (workdir / "metrics.jsonl").read_text()
-  for read in (read_metrics, lambda folder: Reporter(folder, 2, 10, quiet=True)):
-    with pytest.raises(UserError) as raised:
-      read(workdir)
-    assert f"{workdir / 'metrics.jsonl'}, line 2" in str(raised.value)
-  assert (workdir / "metrics.jsonl").read_text() == damaged
+  path = workdir / "metrics.jsonl"
+  lines = path.read_bytes().splitlines()
+  damaged = b"\n".join([lines[0], damage, lines[2]]) + b"\n"
+  path.write_bytes(damaged)
+  capsys.readouterr()
+  assert steps(workdir) == [0, 2]
+  (said,) = capsys.readouterr().err.splitlines()
+  assert said.startswith(f"warning: {path}, line 2 is damaged (")
+  assert path.read_bytes() == damaged  # Reading changes nothing.
+  # A run goes on, and what cannot be read is kept.
+  write(workdir, 2, [3])
+  said = capsys.readouterr().err
+  assert f"{path}, line 2 is damaged" in said
+  assert f"{path} does not tell of steps 1" in said
+  assert (workdir / "aside_metrics.jsonl").read_bytes() == damaged
+  assert steps(workdir) == [0, 2, 3]
+  assert not capsys.readouterr().err
+
+
+def test_of_a_step_that_stands_twice_the_last_counts(workdir):
+  (workdir / "metrics.jsonl").write_text(
+    "".join(f'{{"step": {s}, "x": {x}}}\n' for s, x in ((0, 1), (2, 1), (1, 1), (2, 9)))
+  )
+  assert [(row["step"], row["x"]) for row in read_metrics(workdir)] == [(0, 1), (1, 1), (2, 9)]
+
+
+def test_missing_steps_by_hand():
+  def missing(*there):
+    return missing_steps([{"step": step} for step in there])
+
+  assert missing() == missing(0) == missing(0, 1, 2) == ""
+  assert missing(0, 2) == "1"
+  assert missing(2, 6, 7) == "0 to 1, 3 to 5"
+
+
+def test_what_looks_wrong_is_said_once_also_after_a_resume(workdir, capsys):
+  row = {"train/accuracy": 0.1, "train/truncated": 1.0}
+  for start, first, end in ((0, 0, 7), (6, 7, 20)):
+    with Reporter(workdir, start, 20) as reporter:
+      for step in range(first, end):
+        reporter.log(step, row)
+  (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+  assert "step 4: every completion has been cut off" in said
 
 
 def test_tensorboard_reads_the_events(workdir):
@@ -110,6 +150,7 @@ def test_not_finite_names_the_first_bad_metric():
 
 def test_without_quiet_a_step_is_one_line(workdir, capsys):
   names = ["train/reward", "train/accuracy", "train/length", "train/tokens_per_second", "learner/entropy", "learner/kl"]
+  names += ["train/truncated", "train/mixed_groups"]
   names += [f"seconds/{part}" for part in ("sample", "review", "update")]
   with Reporter(workdir, 0, 10) as reporter:
     reporter.log(0, {"eval/greedy": 0.5})
@@ -117,6 +158,7 @@ def test_without_quiet_a_step_is_one_line(workdir, capsys):
   (line,) = capsys.readouterr().out.splitlines()
   assert line.startswith("step  7/10 ")
   assert "reward 0.250" in line
+  assert "mixed 25%  cut 25%" in line
 
 
 def test_what_reviewers_say_is_put_together_over_processes_and_members():

@@ -3,7 +3,13 @@
 from dca_jax.rollout.prompts import encode_prompts
 from dca_jax.rollout.sampler import RolloutConfig, Sampler, Samples, sample
 from dca_jax.rollout.steps import cut, cut_at_stops, step_texts, stop_length
-from dca_jax.rollout.trajectory import Trajectory, forget_trajectories, read_trajectories, write_trajectories
+from dca_jax.rollout.trajectory import (
+  Trajectory,
+  forget_trajectories,
+  read_trajectories,
+  shards,
+  write_trajectories,
+)
 
 __all__ = [
   "RolloutConfig",
@@ -16,6 +22,7 @@ __all__ = [
   "forget_trajectories",
   "read_trajectories",
   "sample",
+  "shards",
   "step_texts",
   "stop_length",
   "write_trajectories",

@@ -1,0 +1,75 @@
+"""What in a run's metrics says that it does not learn, in sentences with the likely cause."""
+
+import collections
+import math
+import statistics
+from collections.abc import Iterator
+
+_SHORT, _LONG = 5, 20  # Steps in a row until it is said: what leaves no doubt, and what may be chance.
+
+
+class Watch:
+  """Reads the rows of metrics.jsonl in order; says each thing once in a run.
+
+  It knows nothing but the rows, so a run that goes on reads the old ones first and does not say them again.
+  """
+
+  def __init__(self) -> None:
+    self._recent: collections.deque[dict[str, float]] = collections.deque(maxlen=_LONG)
+    self._first: list[float] = []
+    self._said: set[str] = set()
+
+  def read(self, row: dict[str, float]) -> list[str]:
+    """What this row adds, as sentences."""
+    new = {kind: said for kind, said in self._seen(row) if kind not in self._said}
+    self._said |= new.keys()
+    return [f"step {row['step']:.0f}: {said}" for said in new.values()]
+
+  def _seen(self, row: dict[str, float]) -> Iterator[tuple[str, str]]:
+    if shared := row.get("data/heldout_in_training"):
+      yield "leak", f"{shared:.0%} of the held-out problems that are evaluated are training problems too; {_LEAK}"
+    if "train/accuracy" not in row or (self._recent and row["step"] == self._recent[-1]["step"]):
+      return
+    self._recent.append(row)
+    if len(self._first) < _LONG:
+      self._first.append(row["train/accuracy"])
+    last = [*self._recent][-_SHORT:]
+    if len(last) == _SHORT and all(m.get("train/truncated") == 1 for m in last):
+      yield "truncated", f"every completion has been cut off for {_SHORT} steps; {_TRUNCATED}"
+    mixed = [m.get("train/mixed_groups", 1.0) for m in last]
+    if len(last) == _SHORT and all(mixed) and all(m.get("learner/grad_norm") == 0 for m in last):
+      yield "gradient", f"the gradient has been 0 for {_SHORT} steps, though groups are mixed; {_GRADIENT}"
+    if len(self._recent) < _LONG:
+      return
+    accuracies = [m["train/accuracy"] for m in self._recent]
+    now, start = statistics.fmean(accuracies), statistics.fmean(self._first)
+    if not any(m.get("train/mixed_groups", 1.0) for m in self._recent):
+      cause = _TOO_EASY if now > 0.5 else _TOO_HARD
+      yield "mixed", f"in no group for {_LONG} steps were some completions better than others; {cause}"
+    noise = math.sqrt((statistics.variance(accuracies) + statistics.variance(self._first)) / _LONG)
+    if start - now > max(5 * noise, 0.02):
+      fell = f"accuracy has been {now:.3f} over the last {_LONG} steps and was {start:.3f} over the first"
+      yield "falling", f"{fell}; {_FALLING}"
+
+
+def findings(rows: list[dict[str, float]]) -> list[str]:
+  """Everything that a run's rows say."""
+  watch = Watch()
+  return [said for row in rows for said in watch.read(row)]
+
+
+_LEAK = "their scores say nothing about new ones: remove them from one side, or hold out by task.heldout_fraction"
+_TRUNCATED = (
+  "raise rollout.max_tokens, or find out in trajectories/ why no answer ends: a chat template that the model does not"
+  " know, an end token that it does not write (rollout.stop)"
+)
+_GRADIENT = "nothing that counts was trained on: look at learner.mask_truncated, credit.* and trajectories/"
+_TOO_EASY = "nearly all are right, so nothing is left to learn here: take harder problems"
+_TOO_HARD = (
+  "none is right: read answers in trajectories/, whether the verifier takes them as they are written, and else take"
+  " easier problems or a larger rollout.group"
+)
+_FALLING = (
+  "lower learner.lr, or, if answers get longer or repeat themselves, mistrust the reviewer: compare with"
+  " credit.scheme=uniform (docs/method.md)"
+)

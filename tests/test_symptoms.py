@@ -1,0 +1,83 @@
+"""What is said of a run that does not learn: each thing once, also across a resume, and nothing of one that does."""
+
+import random
+
+import pytest
+
+from dca_jax.symptoms import Watch, findings
+
+GOOD = {"train/accuracy": 0.5, "train/truncated": 0.1, "train/mixed_groups": 0.5, "learner/grad_norm": 0.3}
+
+
+def rows(steps, **changes):
+  """A row a step; a change is a value, or a function of the step."""
+  changes = {key.replace("__", "/"): value for key, value in changes.items()}
+  made = [{"step": 0, "eval/greedy": 0.5}]
+  for step in range(1, steps + 1):
+    own = {key: value(step) if callable(value) else value for key, value in changes.items()}
+    made.append({"step": step, **GOOD, **own})
+  return made
+
+
+@pytest.mark.parametrize(
+  ("changes", "step", "parts"),
+  [
+    ({"train__truncated": 1.0}, 5, ["every completion has been cut off", "rollout.max_tokens"]),
+    ({"learner__grad_norm": 0.0}, 5, ["the gradient has been 0", "learner.mask_truncated"]),
+    ({"train__mixed_groups": 0.0, "train__accuracy": 0.0}, 20, ["in no group", "none is right", "verifier"]),
+    ({"train__mixed_groups": 0.0, "train__accuracy": 1.0}, 20, ["in no group", "harder problems"]),
+    ({"train__accuracy": lambda step: 0.5 if step <= 30 else 0.2}, None, ["was 0.500 over the first", "learner.lr"]),
+  ],
+)
+def test_what_is_wrong_is_said_once_with_a_cause(changes, step, parts):
+  (said,) = findings(rows(100, **changes))
+  assert all(part in said for part in parts)
+  assert step is None or said.startswith(f"step {step}: ")
+  assert "\n" not in said
+
+
+def test_held_out_problems_that_are_trained_on():
+  given = rows(3)
+  assert not findings(given)
+  given[0]["data/heldout_in_training"] = 0.25
+  (said,) = findings(given)
+  assert "25% of the held-out problems" in said
+
+
+def test_a_run_that_goes_on_does_not_say_it_again():
+  given = rows(60, train__truncated=1.0, train__accuracy=lambda step: 0.5 if step <= 30 else 0.0)
+  said = findings(given)
+  assert len(said) == 2
+  for stop in range(60):
+    watch = Watch()
+    before = [x for row in given[:stop] for x in watch.read(row)]
+    assert before + [x for row in given[stop:] for x in watch.read(row)] == said
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"train__accuracy": lambda step: min(1.0, 0.01 * step)},
+    {"train__accuracy": lambda step: 0.4 + 0.2 * (step % 2)},
+    {"train__truncated": lambda step: 1.0 if step % 5 else 0.9},
+    {"train__mixed_groups": lambda step: 0.0 if step % 20 else 0.1, "train__accuracy": 0.0},
+    # A step without mixed groups has no gradient, which alone means nothing.
+    {"train__mixed_groups": lambda step: step % 2, "learner__grad_norm": lambda step: step % 2},
+  ],
+)
+def test_nothing_is_said_of_a_run_that_learns(changes):
+  assert not findings(rows(100, **changes))
+
+
+def test_noise_is_not_taken_for_a_fall():
+  rng = random.Random(3)
+  for _ in range(20):
+    chance = rng.uniform(0.02, 0.98)
+    # Of 16 problems with completions that are all alike, the noisiest case.
+    drawn = [sum(rng.random() < chance for _ in range(16)) / 16 for _ in range(200)]
+    assert not findings(rows(200, train__accuracy=lambda step, drawn=drawn: drawn[step - 1]))
+
+
+def test_rows_of_another_version_are_no_reason_to_fail():
+  assert not findings([{"step": 0}, *({"step": step, "train/accuracy": 0.5} for step in range(1, 50))])
