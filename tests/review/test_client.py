@@ -329,8 +329,11 @@ def test_two_processes_spend_no_more_than_one_may(tmp_path):
       reviewed(reviewer, requests(40))
       before = reviewer.stats()["review/dollars_spent"]
     spent = []
-    for process, cache in enumerate(caches):
-      with opened(server, cache=cache, share=Share(2, lambda own: before), max_dollars=cap) as reviewer:
+    # The other process's part of each sum: of all spending, of what was forgotten, of this reviewer's.
+    others = ([0.0, 0.0, 0.0], [before, 0.0, before])
+    for process, (cache, theirs) in enumerate(zip(caches, map(iter, others), strict=True)):
+      share = Share(2, lambda own, theirs=theirs: own + next(theirs))
+      with opened(server, cache=cache, share=share, max_dollars=cap) as reviewer:
         assert "budget" in statuses(reviewed(reviewer, requests(100, 1000 * (1 + process))))
         spent.append(reviewer.stats()["review/dollars_spent"])
   assert spent[0] - before == pytest.approx(spent[1], abs=0.0062)
