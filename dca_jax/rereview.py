@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from dca_jax import config as config_lib
 from dca_jax.config import ConfigError
 from dca_jax.report import text_table
-from dca_jax.review import Request, Review, Truth, open_reviewer
+from dca_jax.review import Request, Review, Reviewer, Truth, open_reviewer
 from dca_jax.review.prices import dollars
 from dca_jax.review.prompt import make_prompt
 from dca_jax.review.reviewer import price_of, read_rubric
@@ -58,8 +59,7 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   truth = Truth(lambda r: task().label_steps(r.problem, r.steps, r.truncated), lambda *a: task().prefix_values(*a))
   cache = None if is_remote(run) else pathlib.Path(run / "reviews.sqlite")
   with contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer:
-    # Not hurried as a training step is.
-    reviews = reviewer.submit([*map(request_of, trajectories)], 600.0).result()
+    reviews = review_patiently(reviewer, [*map(request_of, trajectories)], 600.0)
     stats, problem = reviewer.stats(), reviewer.problem()
   reviews = [review.checked(len(t.steps)) for review, t in zip(reviews, trajectories, strict=True)]
   out = run / f"rereview_{member.replace(':', '_').replace('/', '_')}.jsonl"
@@ -73,6 +73,23 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   parts += [f"the reviewer says: {problem}"] if problem else []
   parts += [f"spent: ${stats['review/dollars']:.4f}"] if "review/dollars" in stats else []
   return "\n\n".join([*parts, agreement(trajectories, reviews), f"reviews: {out}"])
+
+
+def review_patiently(
+  reviewer: Reviewer, requests: Sequence[Request], seconds: float, pause: float = 2.0
+) -> list[Review]:
+  """The reviews of `requests`; not hurried as a training step is, it outlasts an outage."""
+  end = time.monotonic() + seconds
+  reviews = reviewer.submit(requests, seconds).result()
+  while (left := end - time.monotonic()) > pause:
+    again = [i for i, review in enumerate(reviews) if review.status == "circuit_open"]
+    if not again:
+      break
+    time.sleep(pause)
+    asked = reviewer.submit([requests[i] for i in again], left - pause).result()
+    for i, review in zip(again, asked, strict=True):
+      reviews[i] = review
+  return reviews
 
 
 def agreement(trajectories: Sequence[Trajectory], reviews: Sequence[Review]) -> str:

@@ -1,5 +1,8 @@
 """`dca-jax review`: stored trajectories read by another reviewer."""
 
+import collections
+import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,8 +14,9 @@ sys.path.append(str(Path(__file__).parent / "review"))
 from fake_server import FakeServer, honest_reply
 
 from dca_jax import cli
-from dca_jax.rereview import agreement
-from dca_jax.review import Review
+from dca_jax.rereview import agreement, review_patiently
+from dca_jax.review import Request, Review, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review.client_config import ClientConfig
 from dca_jax.train import train
 
 
@@ -51,6 +55,20 @@ def test_another_model_is_asked_once(run, capsys, monkeypatch):
     assert cli.main(command) == 0
     assert "spent: $0.0000" in capsys.readouterr().out
     assert len(server.requests) == calls
+
+
+def test_an_outage_is_outlasted(monkeypatch):
+  monkeypatch.setenv("GEMINI_API_KEY", "key")
+  calls = itertools.count()
+  with FakeServer(lambda *_: 503 if next(calls) < 50 else "ok") as server:
+    client = ClientConfig(base_url=server.url, attempts=1)
+    config = ReviewerConfig(name="gemini", client=client)
+    asked = [Request(f"1/{i}", f"problem {i}", ("a;", "b"), True, False) for i in range(100)]
+    with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as reviewer:
+      reviews = review_patiently(reviewer, asked, 60.0, pause=0.05)
+  counts = collections.Counter(review.status for review in reviews)
+  assert counts["server_error"] <= 50
+  assert counts["server_error"] + counts["ok"] == 100
 
 
 def test_estimate_calls_nobody(run, capsys):

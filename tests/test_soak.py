@@ -1,4 +1,4 @@
-"""A run of 200 steps against a server that goes through every fault, a few steps each, in random order."""
+"""A run of 200 steps against a server that goes through every fault in random order."""
 
 import itertools
 import random
@@ -26,7 +26,7 @@ FAULTS = [
 
 
 class Day:
-  """What the server does during each step, and when each step was done, as the run's own metrics say."""
+  """What the server does during each step, and when each was done, as the run's own metrics say."""
 
   def __init__(self, workdir, seed):
     dice = random.Random(seed)

@@ -65,7 +65,7 @@ class Client:
     cache: Cache,
     processes: int,
   ):
-    """`name` tells models and servers apart in the cache; of the limits each of `processes` has its part."""
+    """`name` tells models and servers apart; of the limits each of `processes` has its part."""
     self._config, self._rubric, self._wallet, self._cache = config, rubric, wallet, cache
     self._spender = f"{name}/{config.model}"
     self._name = f"{self._spender}/{config.thinking}/{config.max_output_tokens}"
@@ -99,7 +99,8 @@ class Client:
   def submit(self, requests: Sequence[Request], deadline: float) -> "concurrent.futures.Future[list[Review]]":
     if self._closed:
       return finished([Review("closed")] * len(requests))
-    return asyncio.run_coroutine_threadsafe(self._review(list(requests), self._loop.time() + deadline), self._loop)
+    reviewing = self._review(list(requests), self._loop.time() + deadline)
+    return asyncio.run_coroutine_threadsafe(reviewing, self._loop)
 
   def stats(self) -> dict[str, float]:
     """Shares of statuses, what was spent, and how long calls took, since the last call."""
@@ -203,14 +204,15 @@ class Client:
     return []
 
   def _probe(self, requests: list[Request], prompt: Prompt, key: str, step: _Step) -> None:
-    """Asks one of the questions of a step that does not wait for it, to see whether the server is back.
+    """Asks one of the questions of a step, which does not wait for it: is the server back?
 
     The first few of an outage do not wait for each other, because the server may come back while
     one hangs; later ones leave each other a quarter of the time that a call may take.
     """
     now, most = self._loop.time(), self._config.attempt_seconds
-    alone = self._probe_task is None or self._probe_task.done() or now >= self._probe_began + most / 4
-    if step.probed or now < self._gate.opens or not (alone or self._breaker.probes < 4):
+    under_way = self._probe_task is not None and not self._probe_task.done()
+    wait = under_way and self._breaker.probes >= 4 and now < self._probe_began + most / 4
+    if wait or step.probed or now < self._gate.opens:
       return
     step.probed, self._probe_began = True, now
     self._breaker.probes += 1
@@ -320,7 +322,8 @@ class Client:
       self._gate.too_many(self._backoff(0) if failed.wait is None else failed.wait)
     elif failed and means.load == "shut" and failed.wait:
       self._gate.shut(failed.wait, failed.status)
-      self._health.warn("quota", f"the reviewer's quota is used up ({failed}); uniform credit until it refills")
+      message = f"the reviewer's quota is used up ({failed}); uniform credit until it refills"
+      self._health.warn("quota", message)
     if means.refused == "nothing":
       self._refusals.accepted()
     elif failed and means.refused and self._refusals.refused(means.refused, step.began):

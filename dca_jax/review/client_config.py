@@ -28,7 +28,8 @@ class ClientConfig:
   attempts: int = 4
   attempt_seconds: float = 20.0
   max_dollars: float = 10.0
-  """Spending of the whole run, of all its reviewers and resumptions together; 0 for servers that cost nothing."""
+  """Spending of the whole run, all its reviewers and resumptions together; 0 for servers that cost
+  nothing."""
   on_budget: str = "degrade"
   """When the money is gone: `degrade` to uniform credit, or `stop` the run."""
   prompt_price: float = 0.0
@@ -39,7 +40,8 @@ class ClientConfig:
   min_ok_frac: float = 0.5
   """Below this share of usable reviews, over five steps, there is a warning, and with `strict` an end."""
   strict: bool = False
-  """Whether the run ends where there would be a warning: too few usable reviews, or no call for five steps."""
+  """Whether the run ends where else there is a warning: too few usable reviews, or no call for five
+  steps."""
   repeat_frac: float = 0.0
   """Share of reviews that are asked for a second time, to see how far the model agrees with itself."""
 

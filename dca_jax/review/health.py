@@ -15,7 +15,7 @@ class Meaning(NamedTuple):
   """What one end of a call says."""
 
   server: str
-  """`answered`, `failed`, or `cut`: a deadline of ours came first, which alone says nothing of the server."""
+  """`answered`, `failed`, or `cut`: a deadline came first, which alone says nothing of the server."""
   load: str = ""
   """`fine`; `too_many` calls at once; `shut`: nobody is to call for a while."""
   refused: str = ""
@@ -42,10 +42,11 @@ def meaning(failed: CallFailed | None) -> Meaning:
 
 
 class Refusals:
-  """Tells a text that is refused from settings that are, by all that came since a call was last accepted.
+  """Tells refused texts from wrong settings, by all that came since a call was last accepted.
 
-  Settings that never worked are wrong. Those that have worked are wrong after a minute and several steps without any
-  call that was accepted, because gateways too have bad moments. A text is refused for what it says, so it takes many.
+  Settings that never worked are wrong. Those that have worked are wrong after a minute and several
+  steps without any call that was accepted, because gateways too have bad moments. A text is refused
+  for what it says, so it takes many.
   """
 
   def __init__(self, clock: Callable[[], float]):
@@ -62,7 +63,7 @@ class Refusals:
     self._start_counting()
 
   def refused(self, what: str, step: float) -> bool:
-    """`what` was refused in the step that began at `step`. Returns whether it is the settings that are wrong."""
+    """`what` was refused in the step that began at `step`; whether the settings are wrong."""
     self._first = self._first or self._clock()
     self._counts[what] += 1
     self._steps.add(step)
@@ -95,7 +96,8 @@ class Health:
     asked = sum(n for n, _ in steps)
     share = sum(ok for _, ok in steps) / max(1, asked)
     if len(steps) == _WINDOW and asked and share < self._min_ok_frac:
-      message = f"only {share:.0%} of the last {asked} reviews were usable; what failed gets uniform credit"
+      message = f"only {share:.0%} of the last {asked} reviews were usable"
+      message += "; what failed gets uniform credit"
       if self._strict:
         return f"{message} (reviewer.client.min_ok_frac, strict)"
       self.warn("health", message)

@@ -1,6 +1,7 @@
 """What a client may do: how much at once, how often, for how much money, and when to leave a server alone.
 
-Times are those of the `clock` that each is given. A budget belongs to all reviewers of a run, everything else to one.
+Times are those of the `clock` that each is given. A budget belongs to all reviewers of a run,
+everything else to one.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ from dca_jax.review.types import Share
 
 
 class Gate:
-  """At most `most` calls at once; fewer after the server said that it is too much, and more again as calls succeed."""
+  """At most `most` calls at once; fewer after the server said that it is too much, and more again as
+  calls succeed."""
 
   def __init__(self, most: int, clock: Callable[[], float]):
     self.most, self.allowed, self.busy = most, float(most), 0
@@ -73,7 +75,7 @@ class Gate:
         turn.set_result(None)
 
   def too_many(self, wait: float) -> None:
-    """The server is overloaded: halve, once for a burst of such replies, and shut for `wait` seconds."""
+    """The server is overloaded: halve, once for a burst of such replies, and shut for `wait`."""
     now = self._clock()
     self.shut(wait, "rate_limited")
     self._since = 0
@@ -81,7 +83,7 @@ class Gate:
       self.allowed, self._halved = max(1.0, self.allowed / 2), now + max(wait, 0.5)
 
   def succeeded(self) -> None:
-    """One more with every `allowed` successes, and faster the longer the server does not complain."""
+    """One more for every `allowed` successes; faster the longer nobody complains."""
     self._since += 1
     if self.allowed < self.most:
       self.allowed = min(float(self.most), self.allowed + (1 + self._since / 30) / self.allowed)
@@ -91,8 +93,8 @@ class Gate:
 class Breaker:
   """Open after `patience` calls in a row that nobody answered, until one is answered.
 
-  A call takes nothing from it that it would have to give back, so no end of a call can leave it open for ever: who
-  finds it open sends a probe now and then.
+  A call takes nothing from it that it would have to give back, so no end of a call can leave it open
+  for ever: who finds it open sends a probe now and then.
   """
 
   def __init__(self, clock: Callable[[], float], patience: int = 20):
@@ -117,7 +119,7 @@ class Breaker:
 
 
 class Purse:
-  """Pays for further tries and is filled by successes, so that an outage does not multiply the calls."""
+  """Pays for further tries and is filled by successes: an outage does not multiply the calls."""
 
   def __init__(self) -> None:
     self._tries = 10.0
@@ -138,7 +140,7 @@ class Budget:
   """
 
   def __init__(self, most: float, share: Share):
-    """Of `most`, and of what earlier processes of the run have left of it, this one has its `share`."""
+    """Of `most`, and of what earlier processes have left of it, this one has its `share`."""
     self.cap, self.spent = most / share.processes, 0.0
     self._share, self._spenders = share, set[str]()
     self._reserved: list[float] = []
@@ -146,7 +148,7 @@ class Budget:
     self._waiting: list[concurrent.futures.Future[None]] = []
 
   def add_earlier(self, spender: str, dollars: float) -> None:
-    """Counts what a reviewer has spent before this process began; all processes must do so alike."""
+    """Counts what a reviewer has spent before; all processes must do so alike."""
     by_all = self._share.total(dollars)
     if spender not in self._spenders:
       self._spenders.add(spender)
@@ -167,7 +169,7 @@ class Budget:
       await asyncio.wrap_future(settled)
 
   def settle(self, reserved: float, dollars: float) -> float:
-    """Books `dollars`, or what was reserved where that cannot be true, and returns what was booked."""
+    """Books `dollars`, or what was reserved where that cannot be true; returns what it booked."""
     booked = dollars if 0 <= dollars <= reserved else reserved
     with self._lock:
       self._reserved.remove(reserved)

@@ -22,7 +22,7 @@ class _Several:
       member.close()
 
   def _member_stats(self) -> dict[str, float]:
-    """Of the first member under plain names, of the others with their number; they share one budget."""
+    """Of the first member under plain names, of others with their number; the budget is shared."""
     out: dict[str, float] = {}
     number = 1
     for member in self._members:

@@ -1,4 +1,4 @@
-"""A client whose clock is virtual, so that hours of a bad server pass in a moment and no loaded machine matters."""
+"""A client whose clock is virtual: hours of a bad server pass in a moment, on a loaded machine too."""
 
 import asyncio
 import collections
@@ -64,7 +64,7 @@ class Kept:
 
 
 class Server:
-  """A transport that answers `mode` after `latency` seconds: a Reply, an error to raise, or None for never."""
+  """A transport that answers `mode` after `latency` seconds: a Reply, an error, or None for never."""
 
   def __init__(self, latency=0.1):
     self.mode, self.latency = honest, latency
@@ -111,7 +111,8 @@ def run(client, drive):
   loop, numbers = client._loop, itertools.count()
 
   async def step(count, deadline=10.0):
-    asked = [Request(f"1/{i}", f"problem {i}", ("a;", "b"), True, False) for i in itertools.islice(numbers, count)]
+    own = itertools.islice(numbers, count)
+    asked = [Request(f"1/{i}", f"problem {i}", ("a;", "b"), True, False) for i in own]
     began = loop.time()
     reviews = await asyncio.wrap_future(client.submit(asked, deadline))
     assert len(reviews) == count
