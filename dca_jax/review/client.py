@@ -6,6 +6,7 @@ credit its detail, never the run.
 """
 
 import asyncio
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -85,14 +86,19 @@ class Client:
     self._probe_began = self._answer_seconds = 0.0
     self._per_minute = _limiter(config.requests_per_minute / processes)
     self._tokens = _limiter(config.tokens_per_minute / processes)
-    self._thread = threading.Thread(target=self._loop.run_forever, name="reviewer", daemon=True)
+    self._thread = threading.Thread(target=self._run, name="reviewer", daemon=True)
     self._thread.start()
+    atexit.register(self.close)  # Connections that outlive their loop complain.
 
   def _start_counting(self) -> None:
     self._statuses: collections.Counter[str] = collections.Counter()
     self._usage, self._cached, self._suspicious = Usage(), 0, 0
     self._seconds: list[float] = []
     self._agreed: list[float] = []
+
+  def _run(self) -> None:
+    self._loop.run_forever()
+    self._loop.close()
 
   # What the training thread calls.
 
@@ -137,6 +143,7 @@ class Client:
     if self._closed:
       return
     self._closed = True
+    atexit.unregister(self.close)
 
     async def end():
       await _cancel(asyncio.all_tasks() - {asyncio.current_task()}, 0.2)

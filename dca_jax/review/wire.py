@@ -39,6 +39,8 @@ def connection_failure(error: Exception) -> CallFailed:
   name = type(error).__name__
   if isinstance(error, TimeoutError):
     return CallFailed("timeout", name, again=True, billed=True)
+  if isinstance(error, UnicodeDecodeError):
+    return CallFailed("malformed", "the server's reply is no text", again=True)
   if isinstance(error, aiohttp.InvalidURL):
     return CallFailed("client_error", f"{name}: {error}", about="settings")
   if isinstance(error, (OSError, aiohttp.ClientError)):

@@ -71,6 +71,7 @@ class FakeServer:
 
     class Handler(http.server.BaseHTTPRequestHandler):
       protocol_version = "HTTP/1.1"
+      disable_nagle_algorithm = True
 
       def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
