@@ -83,3 +83,14 @@ def test_a_refused_key_ends_the_run_in_a_sentence(tmp_path):
     train(config(server), str(tmp_path), quiet=True)
   assert SECRET not in str(raised.value)
   assert not [p for p in tmp_path.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
+
+
+def test_a_strict_run_ends_where_the_reviewer_is_not_called_any_more(tmp_path):
+  strict = {"reviewer.client.strict": True, "reviewer.client.min_ok_frac": 0.0, "steps": 12}
+  with (
+    FakeServer(lambda *_: "quota") as server,
+    pytest.raises(UserError, match=r"last 5 steps, and made no call.*step \d+ is safe"),
+  ):
+    train(config(server, **strict), str(tmp_path), quiet=True)
+  waited = [line["seconds/review"] for line in tiny.read_lines(tmp_path)[2:]]
+  assert max(waited) < 20  # Of a deadline of 60.
