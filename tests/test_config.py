@@ -1,9 +1,12 @@
 """Every mistake in a config is found before the first step, and the message names the key."""
 
+import ast
 import dataclasses
 import json
 import operator
 import pathlib
+import re
+import typing
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,6 +14,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
+import dca_jax
 from dca_jax import config as config_lib
 from dca_jax.compare import arm_config
 from dca_jax.config import Config, ConfigError, build, claim_workdir, difference, load
@@ -286,6 +290,27 @@ def test_a_message_shows_the_value_it_complains_of():
 
 
 # The command line's overrides.
+
+
+def keys_of(section):
+  for field in dataclasses.fields(section):
+    yield field.name
+    if dataclasses.is_dataclass(inner := typing.get_type_hints(section)[field.name]):
+      yield from (f"{field.name}.{key}" for key in keys_of(inner))
+
+
+def test_every_key_that_a_message_names_is_one():
+  known = set(keys_of(Config))
+  sections = "|".join({key.partition(".")[0] for key in known if "." in key})
+  named = re.compile(rf"(?<![\w./-])(?:{sections})(?:\.(?!py)[a-z_]+)+(?![\w/(])")
+  found = []
+  for path in pathlib.Path(dca_jax.__file__).parent.rglob("*.py"):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in docs]
+    found += [(path.name, key) for text in texts for key in named.findall(str(text.value))]
+  assert len(found) > 50
+  assert [each for each in found if each[1] not in known] == []
 
 
 def test_overrides_have_the_types_of_their_keys():

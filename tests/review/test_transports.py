@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dca_jax.errors import UserError
-from dca_jax.review import gemini, openai
+from dca_jax.review import Request, Truth, gemini, openai, reviewer
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.keys import struck_out
-from dca_jax.review.transports import CallFailed, http_failure
+from dca_jax.review.transports import CallFailed, Reply, http_failure
 
 KEY = "secret+key/1234567890=abc"
 TRANSPORTS = {"gemini": gemini.Gemini, "openai": openai.OpenAI}
@@ -552,3 +552,27 @@ def test_nothing_is_printed_at_the_end(name, how):
     )
     hang.set()
   assert done.stderr.strip() == ("the disk is full" if how == "raised" else "")
+
+
+def test_another_transport_is_a_class_and_a_line(monkeypatch):
+  class Mine:
+    unread = ("vertex",)
+
+    def __init__(self, config):
+      self._config = config
+
+    async def __call__(self, system, user, schema, max_tokens, seed):
+      step = {"role": "error", "weight": 1}
+      return Reply(json.dumps({"answer_1": {"step_1": step, "step_2": step}}), model=self._config.model)
+
+    async def close(self):
+      pass
+
+  monkeypatch.setitem(reviewer.TRANSPORTS, "mine", Mine)
+  client = ClientConfig(model="m", concurrency=3, max_dollars=0.0)
+  config = reviewer.ReviewerConfig(name="mine", client=client)
+  assert not config.check()
+  assert [key for key in config.unused() if key.startswith("client.")] == ["client.vertex"]
+  with contextlib.closing(reviewer.open_reviewer(config, Truth(None, None), None)) as opened:
+    (review,) = opened.submit([Request("1", "p", ("a", "b"), True, False)], 5.0).result()
+  assert (review.status, review.model, review.roles) == ("ok", "m", ("error", "error"))
