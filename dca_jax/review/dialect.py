@@ -5,6 +5,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dca_jax.review.keys import struck_out
 from dca_jax.review.transports import CallFailed, Reply
 
 
@@ -20,8 +21,9 @@ class Part(NamedTuple):
 class Dialect:
   """How to talk to one server.
 
-  A call whose refusal names a part is made again without it, at once. What then works is kept, but
-  for parts that have worked before: those are refused for one content only.
+  A call whose refusal names a part is made again at once, with that part in another way; one whose
+  refusal names none, with as little as can be sent. What then works is kept, except for parts that
+  have worked before: those are refused for one content only.
   """
 
   def __init__(self, server: str, parts: Mapping[str, Part]):
@@ -40,9 +42,9 @@ class Dialect:
           raise
         if part := self._refused(str(failed), ways):
           ways[part] += 1
-        elif not (bare or self._worked):  # It does not say what; so without all that can go.
+        elif not bare:  # It does not say what, as Gemini where a schema is too large for it.
           bare = True
-          ways |= {name: len(part.ways) - 1 for name, part in self._parts.items() if not part.ways[-1]}
+          ways |= {name: len(p.ways) - 1 for name, p in self._parts.items() if not p.ways[-1]}
         else:
           raise
         continue
@@ -63,5 +65,5 @@ class Dialect:
         self._ways[name] = way
         now = self._parts[name].ways[way]
         instead = f"it is asked with {now}" if now else "it is asked without"
-        print(f"note: {self._server} refuses {name}; {instead}", file=sys.stderr)
+        print(f"note: {struck_out(self._server)} refuses {name}; {instead}", file=sys.stderr)
     self._worked |= set(ways.items())

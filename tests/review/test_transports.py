@@ -15,6 +15,7 @@ import time
 import urllib.parse
 
 import pytest
+from google.auth import exceptions as auth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -439,6 +440,18 @@ def test_a_server_that_does_not_say_what_it_refuses_is_asked_once_with_the_least
     assert [len(body) for body in server.bodies] == [5, 3, 3]
 
 
+@BOTH
+def test_a_schema_that_is_too_large_for_one_content_is_left_out_for_it(name, capsys):
+  """Gemini says no more than this where a schema's values are too many."""
+  bad = b'{"error": {"code": 400, "message": "Request contains an invalid argument."}}'
+  with Responds(lambda i, _: (400, {}, bad) if i == 1 else (200, {}, well(name))) as server:
+    ends = called(name, server.url, 3)
+    assert [end.text for end in ends] == ["{}"] * 3
+    sent = ["schema" in json.dumps(body).lower() for body in server.bodies]
+  assert sent == [True, True, False, True]
+  assert not capsys.readouterr().err
+
+
 def test_what_has_worked_is_refused_for_one_content_only():
   def respond(i, body):
     bad = i in (1, 2) and "response_format" in body
@@ -449,6 +462,27 @@ def test_what_has_worked_is_refused_for_one_content_only():
     assert [end.text for end in ends] == ["{}"] * 3
     types = [(body.get("response_format") or {}).get("type") for body in server.bodies]
   assert types == ["json_schema", "json_schema", "json_object", None, "json_schema"]
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "about"),
+  [
+    (auth.DefaultCredentialsError("none were found"), "client_error", "settings"),
+    (auth.RefreshError("revoked"), "client_error", "settings"),
+    (auth.TransportError("no route", retryable=True), "connection", "server"),
+  ],
+)
+def test_credentials_that_cannot_be_had(error, status, about, monkeypatch):
+  import google.auth
+
+  def default(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(google.auth, "default", default)
+  monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "a-project")
+  (end,) = called("gemini", "http://localhost:1", vertex=True)
+  assert (end.status, end.about, end.billed) == (status, about, False)
+  assert str(error.args[0]) in str(end)
 
 
 def test_a_limit_that_is_too_large_is_no_refusal_of_its_name():
