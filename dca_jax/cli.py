@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
   what = "find the others as a TPU pod, Slurm or Kubernetes say"
   several.add_argument("--distributed", action="store_true", help=what)
   several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens")
-  several.add_argument("--processes", type=int, default=0, help="how many there are")
-  several.add_argument("--process", type=int, default=-1, help="which one this is, from 0")
+  several.add_argument("--processes", type=int, help="how many there are")
+  several.add_argument("--process", type=int, help="which one this is, from 0")
 
   p = command(_compare, "train several arms and draw their curves", True, "where the runs and the figure go")
   what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
 
   p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
-  p.add_argument("--devices", type=int, default=0, help="how many; those of this machine if not given")
+  p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
 
   command(_status, "what a run is doing", False)
   command(_report, "write report.html of a run anew", False)
@@ -125,10 +125,15 @@ def _train(args, overrides) -> None:
   settings = config.load(args.config, overrides)
   if args.resume not in ("auto", "never") and not args.resume.isdigit():
     raise config.ConfigError(f"--resume={args.resume}: must be auto, never, or the number of a saved step")
-  if args.distributed or args.coordinator:
-    if args.coordinator and not 0 <= args.process < args.processes:
-      raise config.ConfigError("--coordinator needs --processes=N and, in each of them, --process=0 to N - 1")
+  given = args.processes is not None and args.process is not None
+  if args.coordinator and not (given and 0 <= args.process < args.processes):
+    raise config.ConfigError("--coordinator needs --processes=N and, in each of them, --process=0 to N - 1")
+  if not args.coordinator and (args.processes, args.process) != (None, None):
+    raise config.ConfigError("--processes and --process need --coordinator=HOST:PORT")
+  if args.coordinator:
     processes.connect(args.coordinator, args.processes, args.process)
+  elif args.distributed:
+    processes.connect()
   try:
     train(settings, args.workdir, args.resume)
   except Terminated:
@@ -147,10 +152,13 @@ def _compare(args, overrides) -> None:
   from dca_jax.compare import compare
 
   arms = [arm for arm in args.arms.split(",") if arm]
-  try:
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-  except ValueError:
-    raise config.ConfigError(f"--seeds={args.seeds}: must be whole numbers, separated by commas") from None
+  seeds = [int(seed) for seed in args.seeds.split(",") if seed.isascii() and seed.isdigit()]
+  if len(seeds) != args.seeds.count(",") + 1 or max(seeds) >= 2**31:
+    raise config.ConfigError(f"--seeds={args.seeds}: must be whole numbers from 0 to 2^31 - 1, separated by commas")
+  for name, values in (("arms", arms), ("seeds", seeds)):
+    if len(set(values)) < len(values):
+      raise config.ConfigError(f"--{name}={getattr(args, name)}: names one of them twice")
+  _between(args, "threshold", 0, 1)
   table = compare(config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides)
   print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
 
@@ -161,7 +169,17 @@ def _plan(args, overrides) -> None:
   from dca_jax import config
   from dca_jax.plan import plan
 
+  if args.devices is not None:
+    _between(args, "devices", 1)
   print(plan(config.load(args.config, overrides), args.devices or jax.device_count()))
+
+
+def _between(args, name: str, least: float, most: float = float("inf")) -> None:
+  from dca_jax.config import ConfigError
+
+  if not least <= getattr(args, name) <= most:
+    must = f"between {least} and {most}" if most < float("inf") else f"at least {least}"
+    raise ConfigError(f"--{name}={getattr(args, name)}: must be {must}")
 
 
 def _status(args, _) -> None:
@@ -186,6 +204,7 @@ def _export(args, _) -> None:
 def _review(args, overrides) -> None:
   from dca_jax import rereview
 
+  _between(args, "limit", 1)
   work = rereview.estimate if args.estimate else rereview.rereview
   print(work(args.trajectories, args.reviewer, args.limit, overrides))
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dca_jax import config as config_lib
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import SCHEMES
-from dca_jax.metrics import read_metrics
+from dca_jax.errors import UserError
+from dca_jax.metrics import missing_steps, read_metrics
 from dca_jax.report import chart, html_table, moving_average, page, running_total, text_table
 from dca_jax.train import train
 from dca_jax.workdir import locate
@@ -49,9 +50,11 @@ def compare(
   runs = {}
   for seed, arm in itertools.product(seeds, arms):
     print(f"\n{arm}, seed {seed}", flush=True)
-    run = folder / arm.replace(":", "_") / f"seed_{seed}"
+    run = folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
     train(configs[arm, seed], str(run))
     runs[arm, seed] = read_metrics(run)
+    if lost := missing_steps(runs[arm, seed]):
+      raise UserError(f"{run}: its metrics.jsonl does not tell of steps {lost}, so nothing can be counted; remove it")
 
   curves, spent = {}, {}
   for what in ("completions", "generated_tokens"):

@@ -27,8 +27,8 @@ pre { background: #f6f7f9; padding: .8rem; overflow: auto; }
 .answer { font-family: ui-monospace, monospace; margin: .6rem 0 1.1rem; }
 .answer, .step { white-space: pre-wrap; overflow-wrap: anywhere; }
 .step { display: inline-block; padding: 0 .3rem; margin: .1rem .15rem .1rem 0; border-radius: .25rem; }
-.step { border: 1px solid #d5d9de; color: #1c2024; } small { color: #3d454d; font-size: .72rem; }
-.wide { overflow-x: auto; }
+.step { border: 1px solid #d5d9de; color: #1c2024; } small { font-size: .72rem; }
+.wide { overflow-x: auto; } .wide svg { max-width: none; }
 """
 PALETTE = ("#5d6671", "#0b7285", "#d9480f", "#6741d9", "#2b8a3e", "#c2255c", "#846800", "#1864ab")
 
@@ -85,17 +85,12 @@ def _curves(trained: list[dict]) -> list[str]:
     rows = [(x, m[key]) for x, m in zip(running_total(trained, "train/completions"), trained, strict=True) if key in m]
     return ([x for x, _ in rows], smooth([y for _, y in rows]))
 
-  small = {
-    "tokens in a completion": "train/length",
-    "entropy (nats)": "learner/entropy",
-    "KL to the start (nats)": "learner/kl",
-  }
-  return [
-    chart(
-      [("accuracy", {"sampled, in training": of("train/accuracy", moving_average)})], "completions sampled", (7.5, 3.2)
-    ),
-    chart([(label, {"": of(key)}) for label, key in small.items()], "completions sampled", (7.5, 2.4)),
-  ]
+  sampled = [("accuracy", {"sampled, in training": of("train/accuracy", moving_average)})]
+  labels = ("tokens in a completion", "entropy (nats)", "KL to the start (nats)")
+  keys = ("train/length", "learner/entropy", "learner/kl")
+  others = [(label, {"": of(key)}) for label, key in zip(labels, keys, strict=True)]
+  charts = [(sampled, (7.5, 3.2)), (others, (7.5, 2.4))]
+  return [f"<div class=wide>{chart(panels, 'completions sampled', size)}</div>" for panels, size in charts]
 
 
 def _seconds(trained: list[dict]) -> list[list[str]]:

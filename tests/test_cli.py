@@ -351,6 +351,20 @@ def test_help_of_the_module():
     assert word in shown.stdout
 
 
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["plan", "--config={recipe}", "--devices=-1"], "--devices=-1: must be at least 1"),
+    (["plan", "--config={recipe}", "--devices=0"], "--devices=0: must be at least 1"),
+    (["review", "--trajectories={run}/trajectories", "--reviewer=oracle", "--limit=0"], "--limit=0: must be at least"),
+    (["export", "--workdir={run}", "--output={run}/model", "--step=-3"], ""),
+  ],
+)
+def test_a_number_out_of_range(capsys, recipe, run, arguments, said):
+  given = [argument.format(recipe=recipe, run=run) for argument in arguments]
+  assert refused(capsys, *given).startswith(f"dca-jax: error: {said}")
+
+
 # Reports.
 
 
@@ -388,6 +402,9 @@ def test_report_takes_no_settings(capsys, run):
     (["--coordinator=localhost:1", "--processes=2", "--process=1"], "--coordinator=localhost:1: nobody answers there"),
     (["--coordinator=localhost", "--processes=2", "--process=1"], "--coordinator=localhost: nobody answers there"),
     (["--coordinator=localhost", "--processes=2", "--process=0"], "--coordinator=localhost: nobody answers there"),
+    (["--processes=0"], "--processes and --process need --coordinator=HOST:PORT"),
+    (["--coordinator=localhost:1", "--processes=0", "--process=0"], "--coordinator needs --processes=N"),
+    (["--resume=-3"], "--resume=-3: must be auto, never, or the number of a saved step"),
     (["--resume=last"], "--resume=last: must be auto, never, or the number of a saved step"),
   ],
 )

@@ -148,6 +148,19 @@ def test_compare_writes_its_page_figure_numbers_and_table(tmp_path, capsys):
   assert {path: path.stat().st_mtime_ns for path in out.rglob("trajectories/*")} == stamps
 
 
+def test_a_run_that_lost_metrics_is_not_counted(tmp_path, capsys):
+  recipe = tiny.write_recipe(tmp_path, {"steps": 2})
+  command = ["compare", f"--config={recipe}", f"--workdir={tmp_path / 'out'}", "--arms=uniform"]
+  assert cli.main(command) == 0
+  path = tmp_path / "out" / "uniform" / "seed_0" / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join([lines[0], lines[2]]) + "\n")
+  capsys.readouterr()
+  assert cli.main(command) == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said.startswith(f"dca-jax: error: {path.parent}: its metrics.jsonl does not tell of steps 1")
+
+
 @pytest.mark.parametrize(
   ("arguments", "part"),
   [
@@ -156,6 +169,12 @@ def test_compare_writes_its_page_figure_numbers_and_table(tmp_path, capsys):
     (["--arms="], "--arms"),
     (["--arms=unifrom"], "--arms"),
     (["--arms=uniform", "--seeds=-1"], "seed"),
+    (["--arms=uniform", "--seeds=1,2,1"], "--seeds=1,2,1: names one of them twice"),
+    (["--arms=uniform", "--seeds=1, 2"], "--seeds"),
+    (["--arms=uniform", f"--seeds={2**31}"], "--seeds"),
+    (["--arms=uniform,weighted,uniform"], "--arms=uniform,weighted,uniform: names one of them twice"),
+    (["--arms=uniform", "--threshold=7"], "--threshold=7.0: must be between 0 and 1"),
+    (["--arms=uniform", "--threshold=nan"], "--threshold=nan"),
     (["--arms=uniform", "--config.stepz=1"], "stepz"),
   ],
 )

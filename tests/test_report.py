@@ -89,6 +89,63 @@ def test_text_of_problems_and_answers_cannot_become_markup(run, tmp_path):
   assert "&lt;script&gt;" in text
 
 
+def rewritten(run, folder, change):
+  """A copy of the run whose trajectories are what `change` makes of them."""
+  copy = epath.Path(shutil.copytree(run, folder / "run"))
+  for step in (1, 3):
+    rows = [change(t) for t in read_trajectories(copy / "trajectories", step)]
+    write_trajectories(copy / "trajectories", step, 0, rows)
+  return copy
+
+
+def test_a_colour_means_the_same_credit_in_every_answer(run, tmp_path):
+  credits = (-1.5, -0.3, 0.0, 0.1, 0.3, 2.0)
+
+  def change(t):
+    """Steps whose credit is that of `credits` in turn, in answers of different advantages."""
+    spans = range(min(len(credits), len(t.tokens)))
+    steps = [{"start": k, "end": k + 1, "text": f"s{k}", "role": "repair"} for k in spans]
+    advantage = 0.01 * (1 + int(t.id.split("/")[2]))
+    return dataclasses.replace(t, steps=steps, credit=[*credits, *[0.0] * 50][: len(t.tokens)], advantage=advantage)
+
+  text = write_report(rewritten(run, tmp_path, change)).read_text()
+  shown = re.findall(r"background:(#\w+)\">s(\d) <small>repair ([^<]+)</small>", text)
+  assert len(shown) > 10
+  colours = {k: {colour for colour, step, _ in shown if step == k} for k in "012345"}
+  assert all(len(own) == 1 for own in colours.values())
+  assert len(set.union(*colours.values())) == 6
+  # The legend has every colour that is used, and the credit stands there as text too.
+  legend = set(re.findall(r"background:(#\w+)\">[^s<]", text))
+  assert set.union(*colours.values()) <= legend
+  assert {said for _, step, said in shown if step == "0"} == {"\u22121.50"}
+
+
+def test_what_a_step_did_can_be_read_without_a_mouse(run):
+  text = write_report(run).read_text()
+  assert "title" not in dict(Page(text).attributes)
+  steps = text.split("class=step")[1:]
+  labelled = [step for step in steps if re.search(r"<small>[a-z (]+\)? [+\u2212]\d\.\d\d</small>", step)]
+  assert len(steps) - len(labelled) == 9  # The legend.
+
+
+def test_a_section_with_nothing_in_it_says_why(run, tmp_path):
+  copy = rewritten(run, tmp_path, lambda t: dataclasses.replace(t, advantage=0.0))
+  assert write_report(copy).read_text().count("The completions of every problem fared alike") == 2
+  (copy / "trajectories" / "step_000001.jsonl").unlink()
+  assert write_report(copy).read_text().count("The trajectories of this step are not in") == 1
+  wins = rewritten(run, tmp_path / "wins", lambda t: dataclasses.replace(t, advantage=0.5, correct=True))
+  assert write_report(wins).read_text().count("none was wrong") == 2
+
+
+def test_what_looks_wrong_is_shown(run, tmp_path):
+  copy = epath.Path(shutil.copytree(run, tmp_path / "run"))
+  assert "What looks wrong" not in write_report(copy).read_text()
+  row = tiny.read_lines(copy)[-1] | {"train/truncated": 1.0}
+  lines = "".join(json.dumps(row | {"step": step}) + "\n" for step in range(4, 10))
+  (copy / "metrics.jsonl").write_text((copy / "metrics.jsonl").read_text() + lines)
+  assert "step 8: every completion has been cut off" in write_report(copy).read_text()
+
+
 def test_writing_it_touches_no_other_file(run):
   before = {path.name for path in run.iterdir()}
   write_report(run)

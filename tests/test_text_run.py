@@ -12,7 +12,7 @@ import words
 
 from dca_jax import mesh
 from dca_jax import train as train_module
-from dca_jax.batch import collect
+from dca_jax.batch import check_data, collect
 from dca_jax.config import ConfigError
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy
@@ -109,6 +109,19 @@ def test_a_run_on_one_file(given, tmp_path):
   data = TASKS["jsonl"](config.task)
   held_out = {data.problem("heldout", i).prompt for i in range(data.sizes["heldout"])}
   assert {t.prompt for t in records} <= {p["question"] for p in words.PROBLEMS} - held_out
+
+
+@pytest.mark.parametrize(("shared", "said"), [(0, 0.0), (1, 0.25), (4, 1.0)])
+def test_held_out_problems_that_are_trained_on_are_counted(given, tmp_path, shared, said):
+  train_path = words.write_jsonl(tmp_path / "train.jsonl", words.PROBLEMS[:8])
+  # White space makes no other question of one.
+  copies = [{**row, "question": f" {row['question']}\n"} for row in words.PROBLEMS[:shared]]
+  heldout = [*copies, *words.PROBLEMS[8 : 12 - shared], words.PROBLEMS[3]]  # The last is not evaluated.
+  task = {"name": "jsonl", "path": train_path, "tokenizer": given["task"]["tokenizer"]}
+  task["heldout_path"] = words.write_jsonl(tmp_path / "heldout.jsonl", heldout)
+  config = tiny.make_config(given | {"task": task, "evaluate.problems": 4})
+  data = TASKS["jsonl"](config.task)
+  assert check_data(config, data, data.tokenizer(), 10_000) == {"data/heldout_in_training": said}
 
 
 def test_a_reviewer_without_labels_reads_the_run_again(run):
