@@ -21,6 +21,7 @@ from dca_jax.review import Request, Reviewer
 from dca_jax.review import Review as HostReview
 from dca_jax.roles import ROLES
 from dca_jax.rollout import Sampler, Samples, cut, cut_at_stops, encode_prompts, step_texts
+from dca_jax.rollout.verify import attempts, neutral, verify
 from dca_jax.task import Outcome, Problem, Task
 from dca_jax.task.tokenizer import end_ids, text_of, token_bytes
 
@@ -34,7 +35,8 @@ class Rollout(NamedTuple):
   samples: Samples
   outcomes: list[Outcome]
   trained_B: np.ndarray
-  """False in groups that `rollout.zero_variance` leaves out, and where `learner.mask_truncated` does."""
+  """False in groups that `rollout.zero_variance` leaves out, where `learner.mask_truncated` does, and
+  where the verifier gave no verdict."""
   sampled: list[Outcome]
   """Of everything sampled for this step, groups that were replaced included."""
   generated: int
@@ -52,7 +54,7 @@ class Group(NamedTuple):
 
   @property
   def mixed(self) -> bool:
-    return len({outcome.reward for outcome in self.outcomes}) > 1
+    return len({outcome.reward for outcome in self.outcomes if outcome.judged}) > 1
 
 
 # Problems that groups are refilled from are counted from here on. No run comes so far with the others, so an epoch of
@@ -78,32 +80,28 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
     prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens, sampler.policy.rows)
     samples = sampler(params, prompts, lengths, numbers, key, config.group)
     samples = cut_at_stops(config.stop, tokenizer, samples)
+    outcomes = verify(task, attempts(tokenizer, problems, samples))
     by_group = [x.reshape(len(own), config.group, *x.shape[1:]) for x in samples]
     for p, problem in enumerate(problems):
       mine = Samples(*(x[p] for x in by_group))
-      sampled.append(Group(problem, prompts[p], lengths[p], mine, verify(task, tokenizer, problem, mine)))
+      judged = neutral(outcomes[p * config.group : (p + 1) * config.group])
+      sampled.append(Group(problem, prompts[p], lengths[p], mine, judged))
     if refill and all(gather("refill", sum(group.mixed for group in sampled) >= len(own))):
       break
   # Mixed groups first, each kind in the order of its problems.
   kept = sorted(sampled, key=lambda group: not group.mixed)[: len(own)] if refill else sampled
   trained = [group.mixed or config.zero_variance == "keep" for group in kept]
+  outcomes = [outcome for group in kept for outcome in group.outcomes]
   return Rollout(
     [group.problem for group in kept],
     np.stack([group.prompt_S for group in kept]),
     np.array([group.prompt_length for group in kept], np.int32),
     Samples(*(np.concatenate(x) for x in zip(*(group.samples for group in kept), strict=True))),
-    [outcome for group in kept for outcome in group.outcomes],
-    np.repeat(trained, config.group),
+    outcomes,
+    np.repeat(trained, config.group) & [outcome.judged for outcome in outcomes],
     [outcome for group in sampled for outcome in group.outcomes],
     sum(int(group.samples.lengths_B.sum()) for group in sampled),
   )
-
-
-def verify(task: Task, tokenizer, problem: Problem, samples: Samples) -> list[Outcome]:
-  return [
-    task.verify(problem, text_of(tokenizer, tokens[:length]), bool(truncated))
-    for tokens, length, truncated in zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
-  ]
 
 
 def check_data(config: Config, task: Task, tokenizer, rows: int) -> dict[str, float]:

@@ -138,7 +138,15 @@ def _labelled(members: str | Sequence[str]) -> list[str]:
 _WARM = ("warmstart.clean_steps", "warmstart.steps")
 
 # Keys that a resumed run may change: they alter what is saved, measured and spent, not what is learnt from.
-_FREE = ("checkpoint.", "evaluate.", "mesh.", "reviewer.canary_every", "reviewer.deadline", "reviewer.client.")
+_FREE = (
+  "checkpoint.",
+  "evaluate.",
+  "mesh.",
+  "reviewer.canary_every",
+  "reviewer.deadline",
+  "reviewer.client.",
+  "task.verifier_seconds",
+)
 # But for these, which decide what is asked.
 _ASKED = ("model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens")
 

@@ -13,8 +13,8 @@ from dca_jax.checks import at_least
 from dca_jax.policy import Sampling
 from dca_jax.processes import gather, put
 from dca_jax.rollout import Sampler, cut_at_stops, encode_prompts
+from dca_jax.rollout.verify import attempts, verify
 from dca_jax.task import Task
-from dca_jax.task.tokenizer import text_of
 
 _GREEDY = Sampling(top_k=1)
 
@@ -58,12 +58,12 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
   def outcomes(sampling: Sampling, count: int):
     """Of each problem's completions which are correct, their final answers and lengths: [problems, count] each."""
     samples = cut_at_stops(sampler.config.stop, tokenizer, sampler(params, *prompts, ids, key, count, sampling))
-    rows = zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
+    made = attempts(tokenizer, problems, samples)
+    verified = zip(made, verify(task, made), samples.lengths_B, strict=True)
     by_problem: dict[int, list] = {}
-    for row, (tokens, length, truncated) in enumerate(rows):
-      text = text_of(tokenizer, tokens[:length])
-      correct = task.verify(problems[row // count], text, bool(truncated)).correct
-      by_problem.setdefault(int(ids[row // count]), []).append((correct, task.final_answer(text), int(length)))
+    for row, ((_, text, _), outcome, length) in enumerate(verified):
+      answer = task.final_answer(text) if task.final_answer else None
+      by_problem.setdefault(int(ids[row // count]), []).append((outcome.correct, answer, int(length)))
     everyone = {int(i): own for part in gather("evaluation", by_problem) for i, own in part.items()}
     return zip(*(zip(*everyone[i], strict=True) for i in range(n)), strict=True)
 
@@ -72,15 +72,17 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
   sampled = np.array(correct, bool)
   length = float(np.mean(lengths))
   passed = [pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]
-  votes = zip(answers, sampled, strict=True)
-  majority = [majority_correct(given[: config.k], right[: config.k].tolist()) for given, right in votes]
-  return {
+  scores = {
     "greedy": interval(greedy[:, 0]),
     "sampled": interval(sampled.mean(1)),
     f"pass@{config.k}": interval(passed),
-    f"maj@{config.k}": interval(majority),
     "length": Estimate(length, length, length),
   }
+  if task.final_answer:
+    votes = zip(answers, sampled, strict=True)
+    majority = [majority_correct(given[: config.k], right[: config.k].tolist()) for given, right in votes]
+    scores[f"maj@{config.k}"] = interval(majority)
+  return scores
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -95,10 +95,17 @@ def tally(
     largest["credit/conservation_error"] = float((spread / np.maximum(1.0, np.abs(mass))).max())
   known = ~np.isnan(values_BxK)
   groups = rewards_B.reshape(len(begun.rollout.problems), -1).tolist()
+
+  def parts(name: str) -> tuple[float, int]:
+    values = [o.parts[name] for o in sampled if name in o.parts]
+    return sum(values), len(values)
+
   means = {
     "train/reward": (sum(o.reward for o in sampled), len(sampled)),
     "train/accuracy": (sum(o.correct for o in sampled), len(sampled)),
     "train/truncated": (sum(o.truncated for o in sampled), len(sampled)),
+    "train/unjudged": (sum(not o.judged for o in sampled), len(sampled)),
+    **{f"verifier/{name}": parts(name) for name in sorted({name for o in sampled for name in o.parts})},
     "train/uncut": (begun.uncut, n),
     "train/length": (samples.lengths_B.sum(), n),
     "train/mixed_groups": (sum(len(set(group)) > 1 for group in groups), len(groups)),
@@ -126,8 +133,8 @@ _ADD_UP = {field.name for field in dataclasses.fields(Usage)} | {"dollars_spent"
 def merge(tallies: Sequence[Tally]) -> dict[str, float]:
   """The metrics of a step over all processes."""
   merged: dict[str, float] = {}
-  for key in tallies[0].means:
-    totals, counts = (sum(x) for x in zip(*(tally.means[key] for tally in tallies), strict=True))
+  for key in dict.fromkeys(key for tally in tallies for key in tally.means):
+    totals, counts = (sum(x) for x in zip(*(tally.means.get(key, (0, 0)) for tally in tallies), strict=True))
     if counts or key not in _LEFT_OUT:
       merged[key] = totals / counts if counts else 0.0
   merged |= {key: sum(tally.sums[key] for tally in tallies) for key in tallies[0].sums}

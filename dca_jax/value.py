@@ -25,6 +25,7 @@ from dca_jax.policy import Policy
 from dca_jax.processes import gather
 from dca_jax.review import Review as HostReview
 from dca_jax.rollout import Sampler, Samples, stop_length
+from dca_jax.rollout.verify import verify
 from dca_jax.task import Problem, Task
 from dca_jax.task.tokenizer import text_of, token_bytes
 
@@ -100,6 +101,7 @@ def monte_carlo(
       prompt = prompts[0][p, : prompts[1][p]]
       lengths[row] = len(prompt) + len(tokens)
       ids[row, : lengths[row]] = np.concatenate([prompt, tokens])
+    tried: list[tuple[Problem, str, bool]] = []
     answers = sampler(params, ids, lengths, before + batch, key, config.continuations)
     for row, n in enumerate(order[first : first + len(spans)]):
       p, tokens = begun[n]
@@ -108,9 +110,10 @@ def monte_carlo(
         whole = np.concatenate([tokens, answers.tokens_BxT[a, : min(length, room)]])
         stop = stop_length(rollout.stop, token_bytes(tokenizer, whole)) if rollout.stop else None
         truncated = stop is None and (bool(answers.truncated_B[a]) or length > room)
-        outcome = task.verify(problems[p], text_of(tokenizer, whole[:stop]), truncated)
-        values[n] += outcome.reward / config.continuations
+        tried.append((problems[p], text_of(tokenizer, whole[:stop]), truncated))
         generated += min(length, room)
+    for a, outcome in enumerate(verify(task, tried)):
+      values[order[first + a // config.continuations]] += outcome.reward / config.continuations
   return [HostReview("ok", values=tuple(values[own].tolist())) for own in places], generated
 
 

@@ -14,7 +14,7 @@ from dca_jax import mesh
 from dca_jax import train as train_module
 from dca_jax.batch import check_data, collect
 from dca_jax.config import ConfigError
-from dca_jax.errors import UserError
+from dca_jax.errors import Terminated, UserError
 from dca_jax.policy import Policy
 from dca_jax.rereview import rereview
 from dca_jax.rollout import Sampler, read_trajectories
@@ -129,6 +129,83 @@ def test_a_reviewer_without_labels_reads_the_run_again(run):
   assert "32 completions: 32 ok" in rereview(str(workdir / "trajectories"), "lexical", 100, [])
   with pytest.raises(ConfigError, match=r"reviewer\.name: asks oracle, which reads step labels"):
     rereview(str(workdir / "trajectories"), "oracle", 100, [])
+
+
+OWN = """
+import os, pathlib, signal, time
+
+def crashing(row, completion):
+  kind = len(completion) % 3
+  if kind == 0:
+    os._exit(1)
+  return {"reward": kind - 1, "length": len(completion)}
+
+def fatal(row, completion):
+  os._exit(1)
+
+def stopping(row, completion):
+  asked = pathlib.Path(__file__).with_name("asked")
+  if row["question"].startswith("Tom has 1") and not asked.exists():
+    asked.touch()
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+  return len(completion) % 2
+"""
+
+
+@pytest.fixture
+def with_own(given, tmp_path, monkeypatch):
+  """The settings with a verifier of the user's; many completions end, so that it is asked."""
+  (tmp_path / "run_verifier.py").write_text(OWN)
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def with_own(function, **changes):
+    return tiny.make_config(
+      given | {"rollout.stop": tuple("aeinost"), "task.verifier": f"run_verifier:{function}"} | changes
+    )
+
+  return with_own
+
+
+def test_a_verifier_that_crashes_on_some_completions_keeps_them_out_of_training(with_own, tmp_path):
+  config = with_own("crashing", **{"evaluate.every": 1})
+  for workdir, steps in (("whole", 2), ("resumed", 1), ("resumed", 2)):
+    train(dataclasses.replace(config, steps=steps), str(tmp_path / workdir), quiet=True)
+  tiny.assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+  for line in tiny.read_lines(tmp_path / "whole")[1:]:
+    records = list(read_trajectories(tmp_path / "whole" / "trajectories", line["step"]))
+    groups: dict[int, list] = {}
+    for t in records:
+      groups.setdefault(t.problem, []).append(t)
+    unjudged = [t for t in records if not t.judged]
+    assert unjudged
+    assert line["train/unjudged"] == len(unjudged) / len(records)
+    lengths = [t.parts["length"] for t in records if t.parts]
+    assert line["verifier/length"] == pytest.approx(np.mean(lengths))
+    assert not any(t.trained or t.correct for t in unjudged)
+    assert all(t.advantage == pytest.approx(0, abs=1e-6) for t in unjudged)
+    for group in groups.values():  # The baseline is what the others make it.
+      mean = np.mean([t.reward for t in group if t.judged] or [0.0])
+      for t in group:
+        assert t.advantage == pytest.approx(4 / 3 * (t.reward - mean), abs=1e-6)
+  first = tiny.read_lines(tmp_path / "whole")[0]
+  assert "eval/pass@2" in first
+  assert not any("maj@" in key for key in first)
+
+
+def test_a_verifier_that_never_gives_a_verdict_ends_the_run_with_a_sentence(with_own, tmp_path):
+  with pytest.raises(
+    UserError, match=r"run_verifier:fatal: no verdict on 16 completions in a row: it ended its process"
+  ):
+    train(with_own("fatal"), str(tmp_path / "run"), quiet=True)
+
+
+def test_sigterm_is_served_while_a_verifier_hangs(with_own, tmp_path):
+  config = with_own("stopping", **{"task.verifier_seconds": 2.0})
+  with pytest.raises(Terminated, match="stopped by SIGTERM"):
+    train(config, str(tmp_path / "run"), quiet=True)
+  train(config, str(tmp_path / "run"), quiet=True)
+  assert [line["step"] for line in tiny.read_lines(tmp_path / "run")] == [0, 1, 2]
 
 
 def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):

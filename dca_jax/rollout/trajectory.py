@@ -38,6 +38,9 @@ class Trajectory:
   """The completion's own, before credit moved it."""
   credit: list[float]
   """Token advantages."""
+  judged: bool = True
+  parts: dict[str, float] = dataclasses.field(default_factory=dict)
+  """See `Outcome`."""
 
 
 def write_trajectories(folder: epath.Path, step: int, process: int, trajectories: Iterable[Trajectory]) -> None:

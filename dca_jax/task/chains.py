@@ -84,7 +84,7 @@ class _Parsed(NamedTuple):
 class Chains:
   """The task; see the module's text."""
 
-  step_end, step_limits = ";", (0, 0)
+  step_end, step_limits, concurrency = ";", (0, 0), 1
 
   def __init__(self, config: ChainsConfig):
     self.config, self.sizes = config, dict[str, int]()

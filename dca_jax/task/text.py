@@ -8,7 +8,7 @@ import functools
 import hashlib
 import importlib
 import json
-import pkgutil
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +18,7 @@ from etils import epath
 
 from dca_jax import patterns
 from dca_jax.errors import UserError
+from dca_jax.task.judge import Judge, Verdict, VerifierError
 from dca_jax.task.tokenizer import load_tokenizer
 from dca_jax.task.types import Outcome, Problem
 from dca_jax.task.verifiers import VERIFIERS, reference
@@ -35,6 +36,9 @@ _CALENDAR = "".join(
   f"|replace('%{code}', '{_TODAY.strftime(f'%{code}')}')" for code in ("-d", "-m", *"aAbBcdeFHIjmMpSTuUVwWxXyY%")
 )
 _CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_CALENDAR} }}}}{{% endmacro %}}\n"
+
+
+_MEND = "mend it, then run again to go on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +61,12 @@ class TextConfig:
   answer: str = "answer"
   """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
   verifier: str = "number"
-  """`number`, `exact` or `choice` (see `verifiers`), or your own, MODULE:FUNCTION: called with (question, completion,
-  reference answer) it returns whether the completion is right, or a number from 0 to 1, of which only 1 counts as
-  correct. If it raises, the run stops and can go on later. Truncated completions are wrong; it never sees them."""
+  """`number`, `exact` or `choice` (see `verifiers`), or your own, MODULE:FUNCTION: called with the row of
+  the data set and the completion it gives a reward from 0 to 1, of which only 1 counts as correct, or a
+  dict with a `reward` and further numbers (see `judge`). If it raises, the run stops and can go on later.
+  Truncated completions are wrong; it never sees them."""
+  verifier_seconds: float = 10.0
+  """How long your own may take for a completion, which is otherwise not trained on."""
   thinking_end: str = ""
   """Such as `</think>`: the verifier reads only what follows the last one, and nothing where there is none."""
   format: str = ""
@@ -94,6 +101,7 @@ class TextConfig:
       "heldout_fraction": (not 0 <= self.heldout_fraction < 1, "must be above 0 and below 1"),
       "heldout_split": (self.heldout_split == self.split, "must differ from task.split"),
       "verifier": (not known, f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"),
+      "verifier_seconds": (not 0 < self.verifier_seconds <= 3600, "must be positive and at most 3600"),
       "format": (bool(self.format) != (self.format_weight > 0), "must be given where format_weight is, and only there"),
       "format_weight": (not 0 <= self.format_weight < 1, "must be at least 0 and below 1"),
       "steps": (typo, f"must be one of {', '.join(STEPS)}, or a regular expression"),
@@ -106,6 +114,8 @@ class TextConfig:
   def unused(self) -> dict[str, str]:
     tfds, jsonl = ("dataset", "data_dir", "split", "heldout_split"), ("path", "heldout_path", "heldout_fraction")
     unused = dict.fromkeys(tfds if self.name == "jsonl" else jsonl, f"task.name is '{self.name}'")
+    if self.verifier in VERIFIERS:
+      unused["verifier_seconds"] = f"task.verifier '{self.verifier}' needs no limit"
     if not self.chat_template:
       unused |= dict.fromkeys(("system_prompt", "template_kwargs"), "task.chat_template is False")
     return unused
@@ -118,9 +128,11 @@ class Text:
     self.config = config
     self.step_end = STEPS.get(config.steps, config.steps)
     self.step_limits = config.min_step_chars, config.max_steps
-    self._parse = VERIFIERS.get(config.verifier)
-    self._final = self._parse or VERIFIERS["exact"]
-    self._judge = (lambda _, text, answer: self._final(text) == answer) if self._parse else _import(config.verifier)
+    own = config.verifier not in VERIFIERS
+    self.concurrency = min(8, os.cpu_count() or 1) if own else 1
+    self._judge = Judge(config.verifier, config.verifier_seconds, self.concurrency) if own else None
+    votes = self._judge is None or self._judge.has_final_answer
+    self.final_answer = self._final_answer if votes else None
     read, key = (_read_jsonl, "path") if config.name == "jsonl" else (_open_tfds, "split")
     train = read(config, key)
     self._rows = {"train": train, "heldout": train if config.heldout_fraction else read(config, f"heldout_{key}")}
@@ -150,12 +162,12 @@ class Text:
     row = self._numbers[split][row]
     here = where(row)
     question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
-    if self._parse:
+    if self._judge is None:
       final = reference(self.config.verifier, answer)
       if final is None:
         raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
       answer = final
-    return Problem(index, question, answer, self._render(question))
+    return Problem(index, question, answer, self._render(question), _plain(rows[row]) if self._judge else {})
 
   def _hold_out(self, rows: Sequence, where: Callable[[int], str]) -> dict[str, list[int]]:
     """The numbers of each split's rows, where `task.heldout_fraction` splits them."""
@@ -174,22 +186,33 @@ class Text:
     if truncated:
       return Outcome(0.0, False, True)
     text, weight = self._after_thinking(completion), self.config.format_weight
+    verdict: Verdict | None
+    if self._judge is None:
+      verdict = Verdict(float(VERIFIERS[self.config.verifier](text) == problem.answer), {})
+    else:
+      try:
+        verdict = self._judge.verify(problem.row, text)
+      except VerifierError as error:
+        where = f"question {problem.prompt[:60]!r} (problem {problem.id})"
+        raise UserError(f"task.verifier {self.config.verifier}, {where}: {error}; {_MEND}") from None
+    if verdict is None:
+      return Outcome(0.0, False, False, judged=False)
     try:
-      score = float(self._judge(problem.prompt, text, problem.answer))
-      if not 0 <= score <= 1:
-        raise ValueError(f"it gave {score}, which is not from 0 to 1")
-    except Exception as error:  # A function of the user's may raise anything.
-      where = f"task.verifier {self.config.verifier}, question {problem.prompt[:60]!r}"
-      raise UserError(f"{where}: {type(error).__name__}: {error}; mend it, then run again to go on") from error
-    try:
-      formed = weight and patterns.fullmatch(self.config.format, completion.strip())
+      formed = bool(weight) and patterns.fullmatch(self.config.format, completion.strip())
     except TimeoutError:
       patterns.warn_slow("task.format", self.config.format, "then counts as not formed")
       formed = False
-    return Outcome((1 - weight) * score + weight * formed, score == 1, False)
+    reward = (1 - weight) * verdict.reward + weight * formed
+    return Outcome(reward, verdict.reward == 1, False, parts=verdict.parts)
 
-  def final_answer(self, completion: str) -> str | None:
-    return self._final(self._after_thinking(completion))
+  def _final_answer(self, completion: str) -> str | None:
+    text = self._after_thinking(completion)
+    if self._judge is None:
+      return VERIFIERS[self.config.verifier](text)
+    try:
+      return self._judge.final_answer(text)
+    except VerifierError as error:
+      raise UserError(f"task.verifier {self.config.verifier}, final_answer: {error}; {_MEND}") from None
 
   def _after_thinking(self, completion: str) -> str:
     end = self.config.thinking_end
@@ -225,11 +248,10 @@ class Text:
       raise UserError(f"task.chat_template or task.template_kwargs: the template fails ({error})") from None
 
 
-def _import(name: str) -> Callable:
-  try:
-    return pkgutil.resolve_name(name)
-  except Exception as error:  # The module may raise anything.
-    raise UserError(f"task.verifier: cannot import {name} ({error}); its folder must be on PYTHONPATH") from None
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+  """A row as plain Python values, which TFDS gives as bytes and arrays."""
+  plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
+  return {k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in plain.items()}
 
 
 def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], str]]:

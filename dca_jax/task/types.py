@@ -1,8 +1,8 @@
 """What a task gives to the rest of the program."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 SPLITS = ("train", "heldout", "demonstrations")
 
@@ -16,6 +16,8 @@ class Problem:
   answer: str
   rendered: str = ""
   """What the policy reads, where it is not the prompt itself: the prompt in a chat template."""
+  row: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, repr=False)
+  """The row of the data set, for a verifier of the user's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Outcome:
   reward: float
   correct: bool
   truncated: bool
+  judged: bool = True
+  """False where the verifier gave no verdict; such a completion is not trained on."""
+  parts: dict[str, float] = dataclasses.field(default_factory=dict)
+  """Numbers that the verifier reports beside the reward, by name."""
 
 
 class Task(Protocol):
@@ -48,11 +54,13 @@ class Task(Protocol):
     """A prompt and a worked solution for the warm start; right throughout unless `mistakes` are allowed."""
     ...
 
+  concurrency: int
+  """How many threads may call `verify` at once."""
+
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome: ...
 
-  def final_answer(self, completion: str) -> str | None:
-    """The answer that a completion gives, for majority votes; None where it gives none."""
-    ...
+  final_answer: Callable[[str], str | None] | None
+  """Gives the answer of a completion, for majority votes, or None where it gives none; None if nothing can tell."""
 
   def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
     """The true role of every step (see `roles.ROLES`); what the oracle reviewer reads."""

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import re
+import subprocess
 import sys
+import time
 
 import pytest
 import words
@@ -11,6 +15,7 @@ import words
 from dca_jax import patterns
 from dca_jax.errors import UserError
 from dca_jax.rollout import cut
+from dca_jax.rollout.verify import verify
 from dca_jax.task import Outcome, Text, TextConfig
 
 N = len(words.PROBLEMS)
@@ -408,19 +413,79 @@ def test_a_format_that_takes_for_ever_is_not_met_and_says_so(make, monkeypatch, 
   assert r"task.format: '(?:[a-z]|[a-z][a-z])+\\d\\.' took over 0.05 s on a completion" in capsys.readouterr().err
 
 
+# A verifier of one's own.
+
+OWN = """
+import json, os, sys, time
+
+calls = 0
+
+def half(row, completion):
+  return 0.5
+
+def same(row, completion):
+  return completion in row["answer"]
+
+def given(row, completion):
+  assert json.loads(completion) == row, row
+  return True
+
+def parts(row, completion):
+  return {"reward": 0.25, "tests": 3, "style": completion == "neat"}
+
+def first_word(row, completion):
+  return completion.split()[0] == row["answer"].split()[0]
+
+first_word.final_answer = lambda completion: completion.split()[0] if completion.split() else None
+
+def counts(row, completion):
+  global calls
+  calls += 1
+  return calls / 100
+
+def odd(row, completion):
+  print("printed", completion)
+  if completion == "hang":
+    time.sleep(60)
+  if completion == "spin":
+    sum(range(10**12))  # Holds the lock of the interpreter, so no thread of the process gets a word in.
+  if completion == "exit":
+    os._exit(3)
+  if completion == "crash":
+    import ctypes
+    ctypes.string_at(0)
+  return completion == "right"
+
+def broken(row, completion):
+  return 1 / 0
+
+def quits(row, completion):
+  sys.exit("enough")
+
+def double(row, completion):
+  return 2
+
+def nothing(row, completion):
+  return float("nan")
+
+def endless(row, completion):
+  return {"reward": 1, "length": float("inf")}
+
+def nameless(row, completion):
+  return {"tests": 1}
+
+def old(question, completion, reference):
+  return True
+
+number = 3
+"""
+
+
 @pytest.fixture
 def own(make, tmp_path, monkeypatch):
-  (tmp_path / "own_verifier.py").write_text(
-    "seen = []\n"
-    "def half(question, completion, reference):\n  seen.append((question, completion, reference))\n  return 0.5\n"
-    "def same(question, completion, reference):\n  return completion in reference\n"
-    "def broken(question, completion, reference):\n  return 1 / 0\n"
-    "def double(question, completion, reference):\n  return 2\n"
-    "def nothing(question, completion, reference):\n  return float('nan')\n"
-  )
+  (tmp_path / "own_verifier.py").write_text(OWN)
   monkeypatch.syspath_prepend(tmp_path)
-  yield lambda name, **changes: make(verifier=f"own_verifier:{name}", **changes)
-  sys.modules.pop("own_verifier", None)
+  return lambda function, **changes: make(verifier=f"own_verifier:{function}", **changes)
 
 
 def test_a_function_of_ones_own(own):
@@ -429,13 +494,83 @@ def test_a_function_of_ones_own(own):
   assert problem.answer == words.PROBLEMS[0]["answer"]
   assert task.verify(problem, "x</think> y", False) == Outcome(0.5, False, False)
   assert task.verify(problem, "x</think> y", True) == Outcome(0.0, False, True)
-  assert sys.modules["own_verifier"].seen == [(problem.prompt, " y", problem.answer)]
   assert own("same").verify(problem, "#### 2", False) == Outcome(1.0, True, False)
   assert own("same").verify(problem, "#### 3", False) == Outcome(0.0, False, False)
+  assert "own_verifier" not in sys.modules  # It is called in other processes alone.
+
+
+def test_it_gets_the_whole_row(own, tmp_path):
+  row = {"question": "1?", "answer": "1", "level": 3, "tests": ["a", None, {"b": 0.5}]}
+  path = tmp_path / "rows.jsonl"
+  path.write_text(json.dumps(row) + "\n")
+  task = own("given", path=str(path))
+  assert task.verify(task.problem("train", 0), json.dumps(row), False).correct
+
+
+def test_it_gets_a_row_of_tfds_as_plain_values(own, tmp_path_factory):
+  data_dir = words.build_gsm8k(tmp_path_factory.mktemp("tfds"))
+  task = own("given", name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="")
+  problem = task.problem("heldout", 0)
+  assert task.verify(problem, json.dumps(dict(problem.row)), False).correct
+  assert set(problem.row) == {"question", "answer", "annotation", "short_answer"}
+
+
+def test_a_reward_may_have_named_parts(own):
+  task = own("parts", format=".*", format_weight=0.5)
+  outcome = task.verify(task.problem("heldout", 0), "neat", False)
+  assert outcome == Outcome(0.625, False, False, parts={"tests": 3.0, "style": 1.0})
+
+
+def test_final_answers_are_the_verifiers_own_or_there_are_none(own):
+  task = own("first_word", thinking_end="</think>")
+  assert task.final_answer("so</think> 4 apples") == "4"
+  assert task.final_answer("so</think>") is None
+  assert own("half").final_answer is None
+
+
+@pytest.mark.parametrize("completion", ["hang", "spin", "exit", "crash"])
+def test_one_that_hangs_or_crashes_gives_no_verdict_and_the_next_one_is_fresh(own, capfd, completion):
+  task = own("odd", verifier_seconds=2.0 if completion in ("hang", "spin") else 60.0)
+  problem = task.problem("heldout", 0)
+  assert task.verify(problem, "right", False) == Outcome(1.0, True, False)
+  assert task.verify(problem, completion, False) == Outcome(0.0, False, False, judged=False)
+  assert task.verify(problem, "right", False) == Outcome(1.0, True, False)
+  said = {"hang": "took over 2 s", "spin": "took over 2 s", "exit": "exit status 3", "crash": "SIGSEGV"}[completion]
+  warning = capfd.readouterr().err
+  assert f"warning: task.verifier own_verifier:odd {said}" in warning or f"ended its process ({said})" in warning
+  assert "such ones are not trained on (train/unjudged)" in warning
+
+
+def test_one_that_never_gives_a_verdict_ends_the_run(own):
+  task = own("odd")
+  problem = task.problem("heldout", 0)
+  assert not any(task.verify(problem, "exit", False).judged for _ in range(15))
+  said = r"own_verifier:odd: no verdict on 16 completions in a row: it ended its process"
+  with pytest.raises(UserError, match=said):
+    task.verify(problem, "exit", False)
+
+
+def test_many_are_verified_at_once_and_their_outcomes_keep_their_order(own):
+  task = own("same")
+  attempts = [(task.problem("train", i), f"#### {j}", i % 5 == 0) for i in range(N) for j in range(2, 6)]
+  outcomes = verify(task, attempts)
+  assert [o.correct for o in outcomes] == [not cut and text in p.answer for p, text, cut in attempts]
+  broken = own("broken")
+  with pytest.raises(UserError, match="ZeroDivisionError"):
+    verify(broken, attempts)
 
 
 @pytest.mark.parametrize(
-  ("name", "said"), [("broken", "ZeroDivisionError"), ("double", "it gave 2"), ("nothing", "nan")]
+  ("name", "said"),
+  [
+    ("broken", r"ZeroDivisionError: division by zero \(.*own_verifier\.py, line \d+\)"),
+    ("quits", "SystemExit: enough"),
+    ("double", "it gave 2"),
+    ("nothing", "nan"),
+    ("endless", "a part that is not finite"),
+    ("nameless", "has no 'reward'"),
+    ("old", r"old\(\) missing 1 required positional argument: 'reference'"),
+  ],
 )
 def test_a_function_that_fails_stops_the_run_with_a_sentence(own, name, said):
   task = own(name)
@@ -443,10 +578,44 @@ def test_a_function_that_fails_stops_the_run_with_a_sentence(own, name, said):
     task.verify(task.problem("heldout", 0), "2", False)
 
 
-@pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function"])
+@pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "sys:maxsize"])
 def test_a_function_that_does_not_exist(make, name):
   with pytest.raises(UserError, match=rf"task\.verifier: cannot import {name} .*PYTHONPATH"):
     make(verifier=name)
+
+
+@pytest.mark.parametrize("completion", ["right", "spin"])
+def test_no_verifier_outlives_the_run(tmp_path, completion):
+  """Not even where the run is killed while a call hangs."""
+  (tmp_path / "own_verifier.py").write_text(OWN)
+  program = (
+    "import sys, threading, time\n"
+    "from dca_jax.task.judge import Judge\n"
+    "judge = Judge('own_verifier:odd', 0.5, 1)\n"
+    "print(judge._idle.queue[0]._process.pid, flush=True)\n"
+    f"threading.Thread(target=judge.verify, args=({{}}, {completion!r}), daemon=True).start()\n"
+    "time.sleep(0.2)\nprint('asked', flush=True)\ntime.sleep(60)\n"
+  )
+  path = os.pathsep.join([str(tmp_path), str(pathlib.Path(patterns.__file__).parents[1])])
+  run = subprocess.Popen(
+    [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+  )
+  worker = int(run.stdout.readline())
+  while run.stdout.readline() != "asked\n":
+    pass
+  run.kill()
+  run.wait()
+  deadline = time.monotonic() + 60
+  while pathlib.Path(f"/proc/{worker}").exists() and _state(worker) != "Z":
+    assert time.monotonic() < deadline, "the verifier's process is still there"
+    time.sleep(0.05)
+
+
+def _state(process: int) -> str:
+  try:
+    return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+  except OSError:
+    return "Z"
 
 
 # Steps.

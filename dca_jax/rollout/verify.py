@@ -1,0 +1,38 @@
+"""Verifying completions: the one place where a task's verifier is called."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from dca_jax.rollout.sampler import Samples
+from dca_jax.task import Outcome, Problem, Task
+from dca_jax.task.tokenizer import text_of
+
+
+def verify(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Outcome]:
+  """The outcome of each attempt: a problem, a completion, and whether that was truncated."""
+  if task.concurrency == 1:
+    return [task.verify(*attempt) for attempt in attempts]
+  pool = ThreadPoolExecutor(task.concurrency)
+  try:
+    return list(pool.map(lambda attempt: task.verify(*attempt), attempts))
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def attempts(tokenizer, problems: Sequence[Problem], samples: Samples) -> list[tuple[Problem, str, bool]]:
+  """What `verify` takes, of samples on the host: each problem has equally many, one after another."""
+  each = len(samples.lengths_B) // len(problems)
+  rows = zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
+  return [
+    (problems[i // each], text_of(tokenizer, tokens[:length]), bool(truncated))
+    for i, (tokens, length, truncated) in enumerate(rows)
+  ]
+
+
+def neutral(group: list[Outcome]) -> list[Outcome]:
+  """A group in which completions without a verdict have the mean reward of the others."""
+  rewards = [outcome.reward for outcome in group if outcome.judged]
+  mean = statistics.fmean(rewards) if rewards else 0.0
+  return [outcome if outcome.judged else dataclasses.replace(outcome, reward=mean) for outcome in group]
