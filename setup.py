@@ -15,7 +15,7 @@ setup(
   packages=find_packages(include=["dca_jax", "dca_jax.*"]),
   install_requires=[
     "absl-py",
-    "aiohttp>=3.10",
+    "aiohttp>=3.12",
     "aiolimiter>=1.2",
     "array_record",
     "etils[epath]",

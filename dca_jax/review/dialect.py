@@ -33,30 +33,28 @@ class Dialect:
 
   async def call(self, send: Callable[[dict[str, Any]], Awaitable[Reply]]) -> Reply:
     """The reply to what `send` sends, which is given a way for every part."""
-    ways, bare = dict(self._ways), False
+    ways = dict(self._ways)
     while True:
       try:
         reply = await send({name: self._parts[name].ways[way] for name, way in ways.items()})
       except CallFailed as failed:
         if failed.status != "client_error" or failed.about != "content":
           raise
-        if part := self._refused(str(failed), ways):
-          ways[part] += 1
-        elif not bare:  # It does not say what, as Gemini where a schema is too large for it.
-          bare = True
-          ways |= {name: len(p.ways) - 1 for name, p in self._parts.items() if not p.ways[-1]}
-        else:
+        other = self._otherwise(str(failed), ways)
+        if other == ways:
           raise
+        ways = other
         continue
       self._learn(ways)
       return reply
 
-  def _refused(self, message: str, ways: dict[str, int]) -> str | None:
+  def _otherwise(self, refusal: str, ways: dict[str, int]) -> dict[str, int]:
     for name, part in self._parts.items():
-      more = ways[name] + 1 < len(part.ways)
-      if more and re.search(part.name, message, re.IGNORECASE):
-        return name
-    return None
+      if ways[name] + 1 < len(part.ways) and re.search(part.name, refusal, re.IGNORECASE):
+        return ways | {name: ways[name] + 1}
+    # It does not say what, as Gemini where a schema is too large for it.
+    last = {name: len(part.ways) - 1 for name, part in self._parts.items() if not part.ways[-1]}
+    return ways | last
 
   def _learn(self, ways: dict[str, int]) -> None:
     for name, way in ways.items():

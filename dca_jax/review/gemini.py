@@ -1,4 +1,4 @@
-"""Gemini through google-genai: a key from the environment, or Google Cloud with ambient credentials."""
+"""Gemini through google-genai: with a key, or through Google Cloud with ambient credentials."""
 
 import math
 import os
@@ -10,7 +10,15 @@ from dca_jax.errors import UserError
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.dialect import Dialect, Part
 from dca_jax.review.keys import key_from_environment
-from dca_jax.review.transports import CallFailed, Reply, object_with, part_of, tokens
+from dca_jax.review.transports import (
+  CallFailed,
+  Reply,
+  ended_early,
+  object_with,
+  part_of,
+  stated,
+  tokens,
+)
 from dca_jax.review.wire import close, connection_failure, only_answers
 
 _LEAST_SECONDS = 10
@@ -18,7 +26,7 @@ _LEAST_SECONDS = 10
 
 
 class Gemini:
-  """The SDK makes the request and finds the credentials; the connections and the reading are ours."""
+  """The SDK makes requests and finds credentials; connections and reading are ours."""
 
   def __init__(self, config: ClientConfig):
     import google.genai  # Takes a second, which is not spent within the event loop.
@@ -27,9 +35,15 @@ class Gemini:
     self._config = config
     self._key = None if config.vertex else key_from_environment("GOOGLE_API_KEY", "GEMINI_API_KEY")
     if config.vertex and not os.environ.get("GOOGLE_CLOUD_PROJECT"):
-      raise UserError("reviewer.client.vertex: set GOOGLE_CLOUD_PROJECT (and GOOGLE_CLOUD_LOCATION) in the environment")
+      raise UserError(
+        "reviewer.client.vertex: there is no project; set GOOGLE_CLOUD_PROJECT"
+        " (and GOOGLE_CLOUD_LOCATION) in the environment"
+      )
     if not config.vertex and not self._key:
-      raise UserError("reviewer.name 'gemini': no key; set GEMINI_API_KEY in the environment (aistudio.google.com)")
+      raise UserError(
+        "reviewer.name 'gemini': there is no key; set GEMINI_API_KEY in the environment"
+        " (a key is had at aistudio.google.com)"
+      )
     self._client: google.genai.Client | None = None
     self._session: aiohttp.ClientSession | None = None
     parts = {
@@ -123,16 +137,15 @@ def read_reply(text: str, model: str) -> Reply:
     thought,
     version if isinstance(version, str) else model,
   )
-  if reply.output_tokens is None and reply.prompt_tokens is not None and not part_of(candidate, "content"):
+  if answered is None and reply.prompt_tokens is not None and not part_of(candidate, "content"):
     reply = reply._replace(output_tokens=thought)  # Nothing was written, so nothing is stated.
-  used = None if reply.prompt_tokens is None or reply.output_tokens is None else reply
-  finish = part_of(candidate, "finishReason")
+  used, finish = stated(reply), part_of(candidate, "finishReason")
   if finish in ("MAX_TOKENS", "CONTINUATION"):
-    raise CallFailed("truncated", "the reply ended early", False, None, True, used, "content")
+    raise ended_early("truncated", "the model ran out of tokens", used)
   if blocked := part_of(answer, "promptFeedback", "blockReason"):
-    raise CallFailed("blocked", f"the prompt was refused: {blocked}", False, None, True, used, "content")
+    raise ended_early("blocked", f"the prompt was refused: {blocked}", used)
   if finish not in (None, "STOP", "FINISH_REASON_UNSPECIFIED"):
-    raise CallFailed("blocked", f"the model stopped: {finish}", False, None, True, used, "content")
+    raise ended_early("blocked", f"the model stopped: {finish}", used)
   parts = part_of(candidate, "content", "parts")
   if not isinstance(parts, list):
     raise CallFailed("malformed", "the reply has no text", True, usage=used, billed=bool(used))

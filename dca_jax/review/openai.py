@@ -7,8 +7,20 @@ import aiohttp
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.dialect import Dialect, Part
 from dca_jax.review.keys import key_from_environment
-from dca_jax.review.transports import CallFailed, Reply, http_failure, object_with, part_of, tokens
+from dca_jax.review.transports import (
+  CallFailed,
+  Reply,
+  ended_early,
+  http_failure,
+  object_with,
+  part_of,
+  stated,
+  tokens,
+)
 from dca_jax.review.wire import close, connection_failure, only_answers
+
+# Of a limit's name; its value too can be refused, as too large.
+_NO_SUCH = "(?:un(?:supported|known|recogni|expected)|extra|not (?:a|support|permit|recogni))"
 
 
 class OpenAI:
@@ -22,9 +34,10 @@ class OpenAI:
     self._model, self._thinking = config.model, config.thinking
     self._key, self._connections = key_from_environment("OPENAI_API_KEY"), config.concurrency
     self._session: aiohttp.ClientSession | None = None
+    limits, forms = ("max_tokens", "max_completion_tokens"), ("json_schema", "json_object", False)
     parts = {
-      "max_tokens": Part(("max_tokens", "max_completion_tokens"), "max_completion_tokens|max_tokens.*support"),
-      "response_format": Part(("json_schema", "json_object", False), "response.?format|schema|json.?object|grammar"),
+      "max_tokens": Part(limits, f"{limits[1]}|max_tokens.*{_NO_SUCH}|{_NO_SUCH}.*max_tokens"),
+      "response_format": Part(forms, "response.?format|schema|json.?object|grammar"),
       "seed": Part((True, False), r"\bseed\b"),
     }
     if self._thinking:
@@ -85,14 +98,14 @@ def read_reply(text: str, model: str) -> Reply:
     tokens(part_of(usage, "completion_tokens_details", "reasoning_tokens")) or 0,
     version if isinstance(version, str) else model,
   )
-  used = None if reply.prompt_tokens is None or reply.output_tokens is None else reply
+  used = stated(reply)
   if error := part_of(choice, "error"):
     raise http_failure(500, {"error": error}, {})
   content = _text(part_of(said, "content"))
   if finish == "length":
-    raise CallFailed("truncated", "the reply ended early", False, None, True, used, "content")
+    raise ended_early("truncated", "the model ran out of tokens", used)
   if finish == "content_filter" or (part_of(said, "refusal") and not content):
-    raise CallFailed("blocked", "the model refused", False, None, True, used, "content")
+    raise ended_early("blocked", "the model refused", used)
   if not isinstance(said, dict):
     raise CallFailed("malformed", "the reply has no message", True, usage=used, billed=bool(used))
   thought = _text(said.get("reasoning_content")) or _text(said.get("reasoning"))

@@ -57,14 +57,26 @@ class CallFailed(Exception):
 
 
 class Transport(Protocol):
-  async def __call__(self, system: str, user: str, schema: dict[str, Any], max_tokens: int, seed: int) -> Reply:
+  async def __call__(
+    self,
+    system: str,
+    user: str,
+    schema: dict[str, Any],
+    max_tokens: int,
+    seed: int,
+  ) -> Reply:
     """Raises CallFailed, and nothing else, where there is no reply."""
     ...
 
   async def close(self) -> None: ...
 
 
-def http_failure(code: int, body: Any, headers: Mapping[str, str], sent: Iterable[str] = ()) -> CallFailed:
+def http_failure(
+  code: int,
+  body: Any,
+  headers: Mapping[str, str],
+  sent: Iterable[str] = (),
+) -> CallFailed:
   """What a status and its body mean; `body` is JSON if it could be read as such, else text.
 
   Whatever was `sent` as a key does not come back in the message.
@@ -112,12 +124,21 @@ def asked_wait(headers: Mapping[str, str], body: Any) -> float | None:
     return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
   if said := re.search(r"try again in ([0-9.dhms]{1,20})", str(error.get("message"))):
     return _seconds(said[1].rstrip("."))
-  waits = [
-    _seconds(value)
-    for name, value in lower.items()
-    if name.startswith("x-ratelimit-reset-") and lower.get(name.replace("reset", "remaining")) == "0"
-  ]
+  limits = ("requests", "tokens")
+  used_up = [limit for limit in limits if lower.get(f"x-ratelimit-remaining-{limit}") == "0"]
+  waits = [_seconds(lower.get(f"x-ratelimit-reset-{limit}", "")) for limit in used_up]
   return max((wait for wait in waits if wait is not None), default=None)
+
+
+def ended_early(status: str, message: str, used: Reply | None) -> CallFailed:
+  """A reply that was cut off or filtered, which has been paid for."""
+  return CallFailed(status, message, billed=True, usage=used, about="content")
+
+
+def stated(reply: Reply) -> Reply | None:
+  """The usage that goes with a failure; None where the server did not state it."""
+  known = reply.prompt_tokens is not None and reply.output_tokens is not None
+  return reply if known else None
 
 
 def tokens(value: Any) -> int | None:
@@ -169,10 +190,8 @@ def object_with(text: str, *parts: str) -> dict[str, Any]:
 def _over_a_limit(message: str, error: dict[str, Any], headers: Mapping[str, str]) -> CallFailed:
   """A moment's overload, or a quota that takes longer than minutes to refill."""
   now, wait = time.time(), asked_wait(headers, {"error": error})
-  quotas = [
-    str(part_of(violation, "quotaId")) for entry in _details(error) for violation in _list(entry.get("violations"))
-  ]
-  if any("PerDay" in quota for quota in quotas):
+  violations = [each for entry in _details(error) for each in _list(entry.get("violations"))]
+  if any("PerDay" in str(part_of(each, "quotaId")) for each in violations):
     # Google's days begin at midnight in California; in summer that is an hour sooner than this.
     until = ((now - 8 * 3600) // 86400 + 1) * 86400 + 8 * 3600
     return CallFailed("quota", message, True, until - now, until=until)

@@ -11,7 +11,10 @@ _MOST_BYTES = 8 * 2**20
 _KEY_HEADERS = ("Authorization", "x-goog-api-key")
 
 
-async def only_answers(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+async def only_answers(
+  request: aiohttp.ClientRequest,
+  handler: aiohttp.ClientHandlerType,
+) -> aiohttp.ClientResponse:
   """Reads the response to one request; a redirect is a failure like every status but 200."""
   response = await handler(request)
   body = bytearray()

