@@ -288,7 +288,7 @@ class Client:
         end = await self._ask(prompt, most[1], attempt, step.end - began)
       finally:
         used = Usage()
-        if end:
+        if end is not None:
           failed, stated = (end, end.usage) if isinstance(end, CallFailed) else (None, end)
           used = usage(price, stated, most, failed is None or failed.billed)
           self._learn(failed, step, began)
@@ -318,12 +318,12 @@ class Client:
     means, took = meaning(failed), self._loop.time() - began
     if means.server == "answered":
       self._breaker.answered()
-      self._answer_seconds = took
     elif means.server == "failed":
       self._breaker.failed()
     elif 2 * took >= min(self._config.attempt_seconds, step.end - step.began):
       self._breaker.cut(step.began)  # It had a fair chance.
     if means.load == "fine":
+      self._answer_seconds = took
       self._gate.succeeded()
     elif failed and means.load == "too_many":
       self._gate.too_many(self._backoff(0) if failed.wait is None else failed.wait)
