@@ -53,7 +53,7 @@ class Batch:
       self.samples = Samples(tokens, lengths, np.zeros(len(texts), bool), np.zeros((len(texts), T), np.float32))
     else:
       self.samples = jax.device_get(self.draw(group, key=0))
-    self.spans, _ = cut_steps(self.samples, TOKENIZER, TASK)
+    self.spans, _, _ = cut_steps(self.samples, TOKENIZER, TASK)
 
   def draw(self, group, key):
     return sample(
