@@ -23,7 +23,7 @@ from dca_jax.evaluate import EvaluateConfig
 from dca_jax.learner import LearnerConfig
 from dca_jax.mesh import MeshConfig
 from dca_jax.policy import PolicyConfig
-from dca_jax.review import TRANSPORTS, ReviewerConfig
+from dca_jax.review import ReviewerConfig
 from dca_jax.review.builtin import LABELLED
 from dca_jax.rollout import RolloutConfig
 from dca_jax.task import CONFIGS, ChainsConfig, TextConfig
@@ -66,8 +66,7 @@ class Config:
     reviewed = self.reviewer.name != "none" or self.value.source != "reviewer"
     if self.reviewer.overlap and self.learner.loss != "ppo":
       bad["learner.loss"] = "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
-    language_models = [m for m in self.reviewer.members if m.partition(":")[0] in TRANSPORTS]
-    if self.credit.scheme == "potential" and self.value.source == "reviewer" and language_models:
+    if self.credit.scheme == "potential" and self.value.source == "reviewer" and self.reviewer.models:
       bad["reviewer.name"] = "gives no prefix values, which credit.scheme 'potential' reads; see the value section"
     if self.credit.scheme != "uniform" and not reviewed:
       bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
@@ -144,6 +143,7 @@ _FREE = (
   "mesh.",
   "reviewer.canary_every",
   "reviewer.deadline",
+  "reviewer.required",
   "reviewer.client.",
   "task.verifier_seconds",
 )

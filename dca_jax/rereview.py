@@ -60,16 +60,20 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   cache = None if is_remote(run) else pathlib.Path(run / "reviews.sqlite")
   with contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer:
     reviews = review_patiently(reviewer, [*map(request_of, trajectories)], 600.0)
-    stats, problem = reviewer.stats(), reviewer.problem()
+    stats, problem, failures = reviewer.stats(), reviewer.problem(), reviewer.failures()
   reviews = [review.checked(len(t.steps)) for review, t in zip(reviews, trajectories, strict=True)]
+  counted = collections.Counter(review.status for review in reviews)
+  statuses = ", ".join(f"{n} {status}" for status, n in counted.most_common())
+  if not counted["ok"]:
+    raise ConfigError(f"no usable review of {len(reviews)} ({statuses})" + (f": {failures}" if failures else ""))
   out = run / f"rereview_{member.replace(':', '_').replace('/', '_')}.jsonl"
   lines = [
     {"id": t.id, "review": r.status, "roles": r.roles, "weights": r.weights, "model": r.model}
     for t, r in zip(trajectories, reviews, strict=True)
   ]
   out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  statuses = collections.Counter(review.status for review in reviews)
-  parts = [f"{len(reviews)} completions: " + ", ".join(f"{n} {status}" for status, n in statuses.most_common())]
+  parts = [f"{len(reviews)} completions: {statuses}"]
+  parts += [f"failed: {failures}"] if counted["ok"] < len(reviews) and failures else []
   parts += [f"the reviewer says: {problem}"] if problem else []
   parts += [f"spent: ${stats['review/dollars']:.4f}"] if "review/dollars" in stats else []
   return "\n\n".join([*parts, agreement(trajectories, reviews), f"reviews: {out}"])

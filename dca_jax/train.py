@@ -45,9 +45,9 @@ from dca_jax.metrics import Reporter, dollars_spent, not_finite
 from dca_jax.notices import Stops, notices
 from dca_jax.plan import check_fits
 from dca_jax.policy import Policy, join, pretrained, split
-from dca_jax.processes import check_alike, fetch, gather, mark, put, watched
+from dca_jax.processes import agree, check_alike, fetch, gather, mark, put, watched
 from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
-from dca_jax.review import Share, Truth, open_reviewer
+from dca_jax.review import Reviewer, Share, Trial, Truth, open_reviewer
 from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
 from dca_jax.source import package_digest, source_digest
 from dca_jax.task import TASKS, Task
@@ -56,6 +56,8 @@ from dca_jax.task.tokenizer import id_count
 from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.warmstart import cache_folder, warm_start
 from dca_jax.workdir import Growing, locate
+
+_TRIAL_SECONDS = 60.0  # in which a reviewer that is overloaded or down for a moment may come back
 
 
 def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = False) -> None:
@@ -93,11 +95,9 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool, stops: Stops)
 
   truth = Truth(lambda r: task.label_steps(r.problem, r.steps, r.truncated), lambda *a: task.prefix_values(*a))
   canaries = make_canaries(task) if config.reviewer.canary_every and jax.process_index() == 0 else []
-  spent = gather("spending so far", dollars_spent(growing.folder))[0]  # Process 0 keeps the metrics.
-  share = Share(jax.process_count(), lambda own: sum(gather("spending", own)), spent)
   with (
     contextlib.closing(growing),
-    contextlib.closing(open_reviewer(config.reviewer, truth, growing.reviews, share)) as reviewer,
+    contextlib.closing(tried_reviewer(config, truth, growing, quiet)) as reviewer,
     Checkpoints(config.checkpoint, folder, config.fixed()) as checkpoints,
   ):
 
@@ -326,6 +326,37 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
       " bucket or a folder that all hosts share, and all processes need the same settings"
     )
   return folder
+
+
+def tried_reviewer(config: Config, truth: Truth, growing: Growing, quiet: bool) -> Reviewer:
+  """The run's reviewer, after one real question to every language model in it: nothing costs device time yet.
+
+  Raises:
+    UserError: it cannot be opened, or one is `required` and gave no usable review.
+  """
+  spent = agree("spending so far", dollars_spent(growing.folder))  # Process 0 keeps the metrics.
+  share = Share(jax.process_count(), lambda own: sum(gather("spending", own)), spent)
+  reviewer = open_reviewer(config.reviewer, truth, growing.reviews, share)
+  try:
+    if config.reviewer.models:
+      trial = Trial()
+      finished = (growing.workdir / "checkpoints" / str(config.steps)).exists()
+      if jax.process_index() == 0 and not finished:
+        trial = reviewer.trial(_TRIAL_SECONDS)
+      said, wrong = agree("first question", trial)
+      if wrong and config.reviewer.required:
+        raise UserError(
+          f"no usable review from {wrong}. Correct reviewer.client (base_url, model) or the key, or start the server;"
+          " reviewer.required=false begins all the same"
+        )
+      if wrong and not quiet:
+        print(f"warning: no usable review from {wrong}; what fails gets uniform credit", file=sys.stderr)
+      if said and not quiet:
+        print(said, flush=True)
+  except BaseException:
+    reviewer.close()
+    raise
+  return reviewer
 
 
 def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: OnDevices):

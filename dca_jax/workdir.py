@@ -54,7 +54,7 @@ class Growing:
   """
 
   def __init__(self, workdir: epath.Path):
-    self._workdir, process = workdir, jax.process_index()
+    self.workdir, process = workdir, jax.process_index()
     self._published: dict[pathlib.Path, int] = {}
     self._remote = is_remote(workdir)
     reviews = f"reviews_{process}.sqlite" if process else "reviews.sqlite"
@@ -73,13 +73,13 @@ class Growing:
     """Takes over what processes paid for that the run does not have any more."""
     for process in itertools.count(jax.process_count()):
       name = f"reviews_{process}.sqlite"
-      if not (self._workdir / name).exists():
+      if not (self.workdir / name).exists():
         break
       if self._remote:
-        (self.folder / name).write_bytes((self._workdir / name).read_bytes())
+        (self.folder / name).write_bytes((self.workdir / name).read_bytes())
       with contextlib.closing(Cache(self.reviews)) as cache:
         cache.take_over(self.folder / name, same=False)
-      for path in self._workdir.glob(f"{name}*"):  # Its journal too.
+      for path in self.workdir.glob(f"{name}*"):  # Its journal too.
         path.unlink()
 
   def publish(self) -> None:
@@ -88,11 +88,11 @@ class Growing:
       return
     if self.reviews.exists():
       _snapshot(self.reviews, self.folder / "snapshot")
-      (self._workdir / self.reviews.name).write_bytes((self.folder / "snapshot").read_bytes())
+      (self.workdir / self.reviews.name).write_bytes((self.folder / "snapshot").read_bytes())
     if jax.process_index() == 0:
       for path in (self.folder / "metrics.jsonl", *self.folder.glob("t*/*")):  # TensorBoard's events, the tokenizer.
         if (stamp := path.stat().st_mtime_ns) != self._published.get(path):
-          place = self._workdir / path.relative_to(self.folder)
+          place = self.workdir / path.relative_to(self.folder)
           place.parent.mkdir(parents=True, exist_ok=True)
           place.write_bytes(path.read_bytes())
           self._published[path] = stamp

@@ -2,7 +2,7 @@
 
 from dca_jax.review.builtin import REVIEWERS, Truth
 from dca_jax.review.reviewer import TRANSPORTS, ReviewerConfig, open_reviewer
-from dca_jax.review.types import Request, Review, Reviewer, Share
+from dca_jax.review.types import Request, Review, Reviewer, Share, Trial
 
 __all__ = [
   "REVIEWERS",
@@ -12,6 +12,7 @@ __all__ = [
   "Reviewer",
   "ReviewerConfig",
   "Share",
+  "Trial",
   "Truth",
   "open_reviewer",
 ]

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import operator
 import random
 import statistics
 import threading
@@ -29,7 +30,8 @@ from dca_jax.review.limits import Breaker, Budget, Gate, Purse
 from dca_jax.review.prices import Price, dollars, usage
 from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply
 from dca_jax.review.transports import CallFailed, Reply, Transport
-from dca_jax.review.types import Request, Review, Usage, finished
+from dca_jax.review.trial import CHANCE, PASSING, PLANTED, PLANTED_ROLES, TRIES
+from dca_jax.review.types import Request, Review, Trial, Usage, finished
 
 
 class Wallet(NamedTuple):
@@ -81,7 +83,7 @@ class Client:
     self._gate, self._breaker = Gate(-(-config.concurrency // processes), clock), Breaker(clock)
     self._purse, self._refusals = Purse(), Refusals(clock)
     wallet.budget.add_earlier(self._spender, cache.spent(self._spender))
-    self._health = Health(config.min_ok_frac, config.strict)
+    self._health = Health(config.min_ok_frac, config.strict, config.where)
     self._probe_task: asyncio.Task[list[Review]] | None = None
     self._probe_began = self._answer_seconds = 0.0
     self._per_minute = _limiter(config.requests_per_minute / processes)
@@ -137,6 +139,14 @@ class Client:
     if self._broke and self._config.on_budget == "stop":
       return f"reviewer.client.max_dollars: ${self._config.max_dollars:g} are spent"
     return self._health.problem()
+
+  def trial(self, seconds: float) -> Trial:
+    if self._closed:
+      return Trial()
+    return asyncio.run_coroutine_threadsafe(self._trial(self._loop.time() + seconds), self._loop).result()
+
+  def failures(self) -> str:
+    return self._health.failures()
 
   def close(self) -> None:
     """Ends what is under way, at once; what was sent counts as spent."""
@@ -210,6 +220,30 @@ class Client:
         return _reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
     return []
 
+  async def _trial(self, end: float) -> Trial:
+    """Asks until there is a review, the time is up, or another try would not help."""
+    prompt, began, spent = make_prompt(self._rubric, [PLANTED]), self._loop.time(), self._usage.dollars
+    key = hashlib.sha256(f"{self._name}/trial".encode()).hexdigest()
+    where, chances = self._config.where, 0
+    for again in itertools.count():
+      step = _Step(began, end, is_probe=True)
+      (review,) = await self._call([PLANTED], prompt, key, step, again)
+      if review.status in ("ok", "suspicious"):
+        seconds, cost = self._loop.time() - began, self._usage.dollars - spent
+        known = sum(map(operator.eq, review.roles, PLANTED_ROLES))
+        return Trial(
+          f"{review.model or self._config.model} at {where} reviewed a planted answer in {seconds:.1f} s"
+          f" for ${cost:.4f}: {known} of {len(PLANTED_ROLES)} roles as expected"
+        )
+      chances += review.status in CHANCE
+      hopeful = review.status in PASSING or (review.status in CHANCE and chances < TRIES)
+      if not hopeful or (left := end - self._loop.time()) <= 0:
+        break
+      await asyncio.sleep(min(left, 0.1 * 2 ** min(again, 5)))
+    if review.status == "budget":  # No fault of the server: the run goes on without reviews, or ends.
+      return Trial(f"{where} was not asked: reviewer.client.max_dollars are spent")
+    return Trial(wrong=self._health.failures())
+
   def _probe(self, requests: list[Request], prompt: Prompt, key: str, step: _Step) -> None:
     """Asks one of the questions of a step, which does not wait for it: is the server back?
 
@@ -244,6 +278,7 @@ class Client:
         return reviews
       except CallFailed as failed:
         status, means = failed.status, meaning(failed)
+        self._health.failed(failed)
         malformed += status == "malformed"
         if not failed.again or malformed == 2 or (means.charged and not self._purse.pay()):
           break

@@ -1,6 +1,7 @@
 """The `reviewer.client` section: how a language model is called."""
 
 import dataclasses
+import urllib.parse
 
 from dca_jax.checks import at_least, between, one_of, positive
 
@@ -45,10 +46,19 @@ class ClientConfig:
   repeat_frac: float = 0.0
   """Share of reviews that are asked for a second time, to see how far the model agrees with itself."""
 
+  @property
+  def where(self) -> str:
+    """The server's name and port, for people; an address may hold a password."""
+    google = "aiplatform.googleapis.com" if self.vertex else "generativelanguage.googleapis.com"
+    return urllib.parse.urlsplit(self.base_url).netloc.rpartition("@")[2] or google
+
   def check(self) -> dict[str, str]:
     amounts = ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price")
     bad = at_least(1, self, "concurrency", "attempts") | at_least(0, self, *amounts, "max_output_tokens")
     bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(self, "attempt_seconds", most=600)
+    address = urllib.parse.urlsplit(self.base_url)
+    if self.base_url and not (address.scheme in ("http", "https") and address.hostname):
+      bad["base_url"] = "must begin with http:// or https:// and name a server, such as http://localhost:8000/v1"
     bad |= one_of(self, "thinking", "minimal", "low", "medium", "high", "")
     return bad | one_of(self, "on_budget", "degrade", "stop")
 

@@ -76,8 +76,10 @@ class Refusals:
 class Health:
   """How the last steps fared, and what the run is told of it."""
 
-  def __init__(self, min_ok_frac: float, strict: bool):
-    self._min_ok_frac, self._strict = min_ok_frac, strict
+  def __init__(self, min_ok_frac: float, strict: bool, where: str = "the server"):
+    """`where` is the server, for people."""
+    self._min_ok_frac, self._strict, self._where = min_ok_frac, strict, where
+    self._reasons: dict[str, str] = {}
     self._steps: collections.deque[tuple[int, int]] = collections.deque(maxlen=_WINDOW)
     self._told: set[str] = set()
     self._calls = self.uncalled_steps = 0
@@ -89,6 +91,21 @@ class Health:
     if asked:
       self.uncalled_steps = 0 if calls > self._calls else self.uncalled_steps + 1
     self._calls = calls
+    for status, n in collections.Counter(review.status for review in reviews).items():
+      if why := self._reasons.get(status):
+        self.warn(status, f"{n} of {len(reviews)} reviews failed at {self._where} ({why})")
+
+  def failed(self, failed: CallFailed) -> None:
+    """Remembers why, the last that failed so last; that a deadline of ours came says least."""
+    if self._reasons and failed.about == "deadline":
+      return
+    self._reasons.pop(failed.status, None)
+    self._reasons[failed.status] = f"{failed.status}: {failed}"
+
+  def failures(self) -> str:
+    """Who failed and how last; empty where nothing did."""
+    last = next(reversed(self._reasons.values()), "")
+    return f"{self._where} ({last})" if last else ""
 
   def problem(self) -> str | None:
     """Why a strict run should end; a run that is not is warned, once of each."""
@@ -98,6 +115,7 @@ class Health:
     if len(steps) == _WINDOW and asked and share < self._min_ok_frac:
       message = f"only {share:.0%} of the last {asked} reviews were usable"
       message += "; what failed gets uniform credit"
+      message += f"; last failure: {last}" if (last := self.failures()) else ""
       if self._strict:
         return f"{message} (reviewer.client.min_ok_frac, strict)"
       self.warn("health", message)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from dca_jax.review.types import Request, Review, Reviewer
+from dca_jax.review.types import Request, Review, Reviewer, Trial
 
 
 class _Several:
@@ -16,6 +16,13 @@ class _Several:
 
   def problem(self) -> str | None:
     return next((problem for member in self._members if (problem := member.problem())), None)
+
+  def trial(self, seconds: float) -> Trial:
+    trials = [member.trial(seconds) for member in self._members]
+    return Trial(*("; ".join(filter(None, texts)) for texts in zip(*trials, strict=True)))
+
+  def failures(self) -> str:
+    return "; ".join(filter(None, (member.failures() for member in self._members)))
 
   def close(self) -> None:
     for member in self._members:

@@ -61,6 +61,9 @@ class ReviewerConfig:
   overlap: int = 0
   """0: a batch is trained on before the next is sampled. 1: the next is sampled while the reviewer reads, so training
   runs one batch behind the policy that samples (learner.loss must be `ppo`, whose ratio accounts for it)."""
+  required: bool = True
+  """Language models: whether the run ends at its start where one of them gives no usable review to a first question,
+  or only says so and begins."""
   canary_every: int = 0
   """Steps between reviews of demonstrations whose labels are known; 0 never asks."""
   client: ClientConfig = ClientConfig()
@@ -70,6 +73,11 @@ class ReviewerConfig:
     """Every reviewer that is asked, as NAME or NAME:MODEL."""
     first = self.panel if self.name == "panel" else (self.name,)
     return (*first, self.escalate) if self.escalate else first
+
+  @property
+  def models(self) -> tuple[str, ...]:
+    """The members that are language models."""
+    return tuple(member for member in self.members if member.partition(":")[0] in TRANSPORTS)
 
   def check(self) -> dict[str, str]:
     names = (*REVIEWERS, *TRANSPORTS)
@@ -96,6 +104,8 @@ class ReviewerConfig:
     everything = {field.name for field in dataclasses.fields(ClientConfig)}
     unread = [set(getattr(TRANSPORTS[name], "unread", ())) for name in names if name in TRANSPORTS]
     unused += [f"client.{key}" for key in sorted(everything.intersection(*unread))]
+    if not self.models:
+      unused.append("required")
     return dict.fromkeys(unused, f"reviewer.name is '{self.name}'")
 
 
@@ -105,8 +115,7 @@ def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | No
   Raises:
     UserError: there is no key, no price for a cap in dollars, no rubric, or `cache` cannot be used.
   """
-  models = any(member.partition(":")[0] in TRANSPORTS for member in config.members)
-  kept = Cache(cache) if models else None  # One for all members: it may have to begin a new file.
+  kept = Cache(cache) if config.models else None  # One for all members: it may have to begin a new file.
   budget = Budget(config.client.max_dollars or math.inf, share)
   if kept is not None:  # A damaged or deleted file has forgotten what others still know.
     missing = max(0.0, share.spent - share.total(kept.total()))

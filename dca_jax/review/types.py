@@ -80,6 +80,15 @@ class Share(NamedTuple):
   """Dollars that the run is known to have spent, whatever the caches still know of it."""
 
 
+class Trial(NamedTuple):
+  """How a first question went; both are empty for reviewers that are asked none."""
+
+  said: str = ""
+  """What came, and what it cost."""
+  wrong: str = ""
+  """Who gave no usable review, and why."""
+
+
 class Reviewer(Protocol):
   def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
     """One review per request, in order, always, within `deadline` seconds; failure is a status, never an exception."""
@@ -92,6 +101,14 @@ class Reviewer(Protocol):
   def problem(self) -> str | None:
     """Why the run should end at this step, or None."""
     return None
+
+  def trial(self, seconds: float) -> Trial:
+    """Asks a question whose answer is known, whatever the cache has; for reviewers that may not be there."""
+    return Trial()
+
+  def failures(self) -> str:
+    """Who failed and how, of late; empty where nobody did."""
+    return ""
 
   def close(self) -> None:
     """Ends what is under way."""

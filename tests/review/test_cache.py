@@ -101,7 +101,7 @@ def test_what_cannot_be_booked_is_not_called_and_the_run_goes_on(trouble, tmp_pa
       assert spent(reviewer) == pytest.approx(65 * COST)
     assert booked(path) == pytest.approx(65 * COST)
     errors = capfd.readouterr().err
-    assert errors.count("warning:") == 1
+    assert errors.count("reviews.sqlite cannot be used") == 1
     assert "Traceback" not in errors
     with opened(server, path) as reviewer:
       assert all(review.cached for review in reviewer.submit(requests(60, 100), 20.0).result(22.0))
