@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from dca_jax.review.keys import struck_out
 
+_MONTH = 31 * 86400.0
+"""What is longer is no delay that a server means."""
+
 
 class Reply(NamedTuple):
   text: str | None
@@ -51,9 +54,13 @@ class CallFailed(Exception):
     about: str = "server",
     until: float | None = None,
   ):
-    super().__init__(struck_out(message)[:400])
+    super().__init__()
+    self._message = message
     self.status, self.again, self.wait, self.billed = status, again, wait, billed
     self.usage, self.about, self.until = usage, about, until
+
+  def __str__(self) -> str:
+    return struck_out(self._message)[:400]
 
 
 class Transport(Protocol):
@@ -121,7 +128,8 @@ def asked_wait(headers: Mapping[str, str], body: Any) -> float | None:
   if (seconds := _seconds(after)) is not None:
     return seconds
   with contextlib.suppress(TypeError, ValueError, OverflowError):
-    return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+    wait = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
+    return max(0.0, wait) if wait < _MONTH else None
   if said := re.search(r"try again in ([0-9.dhms]{1,20})", str(error.get("message"))):
     return _seconds(said[1].rstrip("."))
   limits = ("requests", "tokens")
@@ -240,12 +248,12 @@ def _list(value: Any) -> list[Any]:
 
 
 def _seconds(text: str) -> float | None:
-  """`7`, `3.5s`, `120ms` or `1h2m3s`; None for what is no delay, and for what exceeds a month."""
+  """`7`, `3.5s`, `120ms` or `1h2m3s`; None for what is no delay."""
   text, units = text.strip(), {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
   found = re.findall(r"([\d.]+)(ms|[smhd]?)", text)
   if not found or "".join(number + unit for number, unit in found) != text.removeprefix("-"):
     return None
   with contextlib.suppress(ValueError):
     total = sum(float(number) * units[unit] for number, unit in found)
-    return 0.0 if text.startswith("-") else total if total < 31 * 86400 else None
+    return 0.0 if text.startswith("-") else total if total < _MONTH else None
   return None

@@ -51,6 +51,7 @@ def retry_info(delay):
     ({"retry-after": "1e300"}, None, None),
     ({}, {"error": None}, None),
     ({}, {"error": "busy"}, None),
+    ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, None, None),
     ({"retry-after": "soon"}, None, None),
     ({"retry-after": "nan"}, None, None),
     ({}, retry_info("soon"), None),
