@@ -58,7 +58,7 @@ class Gemini:
     from google.genai import types
 
     config = self._config
-    self._session = aiohttp.ClientSession(
+    self._session = self._session or aiohttp.ClientSession(
       connector=aiohttp.TCPConnector(limit=2 * config.concurrency),
       trust_env=True,
       middlewares=(only_answers,),

@@ -18,11 +18,15 @@ async def only_answers(
   """Reads the response to one request; a redirect is a failure like every status but 200."""
   response = await handler(request)
   body = bytearray()
-  async for chunk in response.content.iter_any():
-    body += chunk
-    if len(body) > _MOST_BYTES:
-      response.close()
-      raise CallFailed("malformed", "the server's reply exceeds 8 MiB", again=True)
+  try:
+    async for chunk in response.content.iter_any():
+      body += chunk
+      if len(body) > _MOST_BYTES:
+        raise CallFailed("malformed", "the server's reply exceeds 8 MiB", again=True)
+  except (CallFailed, aiohttp.ClientError):
+    response.close()
+    if response.status == 200:
+      raise
   response._body = bytes(body)  # What `read` keeps, which has no limit.
   if response.status == 200:
     return response
