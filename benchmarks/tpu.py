@@ -73,10 +73,10 @@ def main() -> None:
   same = mesh.replicated(sampling)
   params = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   params = laid_out(params, mesh.param_shardings(sampling, policy))
-  ids = jax.ShapeDtypeStruct((p,), jnp.uint32)
-  prompts = spread((batch.prompts_PxS, batch.prompt_lengths_P, ids), sampling)
+  ids, numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p,), (p, r.group)))
+  *prompts, numbers = spread((batch.prompts_PxS, batch.prompt_lengths_P, ids, numbers), sampling)
   key = on(same, jax.random.key(0).dtype)
-  drawn = dict(sampling=r.sampling, group=r.group, max_tokens=t)
+  drawn = dict(numbers_PxG=numbers, sampling=r.sampling, max_tokens=t)
   lowered = sample.lower(writing, params, *prompts, key, on(same, jnp.int32, 1), **drawn)
   report("sample", lowered, planned.parameters + sum(planned.sampling.values()))
 

@@ -78,7 +78,7 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
     numbers = first + own
     problems = [task.problem("train", (seed << 32) + int(n)) for n in numbers]
     prompts, lengths = encode_prompts(tokenizer, problems, config.max_prompt_tokens, sampler.policy.rows)
-    samples = sampler(params, prompts, lengths, numbers, key, config.group)
+    samples = sampler(params, prompts, lengths, numbers, key, np.arange(config.group))
     samples = cut_at_stops(config.stop, tokenizer, samples)
     outcomes = verify(task, attempts(tokenizer, problems, samples))
     by_group = [x.reshape(len(own), config.group, *x.shape[1:]) for x in samples]

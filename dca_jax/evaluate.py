@@ -10,13 +10,10 @@ import jax
 import numpy as np
 
 from dca_jax.checks import at_least
-from dca_jax.policy import Sampling
 from dca_jax.processes import gather, put
-from dca_jax.rollout import Sampler, cut_at_stops, encode_prompts
+from dca_jax.rollout import GREEDY, Sampler, cut_at_stops, encode_prompts
 from dca_jax.rollout.verify import attempts, verify
 from dca_jax.task import Task
-
-_GREEDY = Sampling(top_k=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +23,8 @@ class EvaluateConfig:
   problems: int = 256
   """Held-out problems."""
   samples: int = 8
-  """Completions sampled for each, at rollout.temperature."""
+  """Completions sampled for each, at rollout.temperature. With the greedy one they are drawn in groups of
+  rollout.group, so one less than a multiple of that wastes nothing."""
   k: int = 4
   """For pass@k and maj@k."""
   every: int = 0
@@ -45,44 +43,61 @@ class Estimate(typing.NamedTuple):
   high: float
 
 
+class Answer(typing.NamedTuple):
+  """What became of one completion."""
+
+  correct: bool
+  final: str | None
+  length: int
+
+
 def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[str, Estimate]:
   """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
-  n = config.problems
-  key = jax.jit(jax.random.key)(put(np.uint32(0), sampler.end_ids_E.sharding))
-  # The last rows may be there only so that every device has as many.
-  shards = sampler.rows.num_devices // sampler.rows.mesh.shape["tensor"]
-  ids = sampler.own(-(-n // shards) * shards)
-  problems = [task.problem("heldout", int(i) % n) for i in ids]
-  prompts = encode_prompts(tokenizer, problems, sampler.config.max_prompt_tokens, sampler.policy.rows)
-
-  def outcomes(sampling: Sampling, count: int):
-    """Of each problem's completions which are correct, their final answers and lengths: [problems, count] each."""
-    samples = cut_at_stops(sampler.config.stop, tokenizer, sampler(params, *prompts, ids, key, count, sampling))
-    made = attempts(tokenizer, problems, samples)
-    verified = zip(made, verify(task, made), samples.lengths_B, strict=True)
-    by_problem: dict[int, list] = {}
-    for row, ((_, text, _), outcome, length) in enumerate(verified):
-      answer = task.final_answer(text) if task.final_answer else None
-      by_problem.setdefault(int(ids[row // count]), []).append((outcome.correct, answer, int(length)))
-    everyone = {int(i): own for part in gather("evaluation", by_problem) for i, own in part.items()}
-    return zip(*(zip(*everyone[i], strict=True) for i in range(n)), strict=True)
-
-  greedy = np.array(next(outcomes(_GREEDY, 1)), float)
-  correct, answers, lengths = (list(x) for x in outcomes(sampler.config.sampling, config.samples))
-  sampled = np.array(correct, bool)
-  length = float(np.mean(lengths))
-  passed = [pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]
+  answers = answer(config, sampler, task, tokenizer, params)
+  problems, samples = range(config.problems), range(config.samples)
+  greedy = [answers[i, GREEDY].correct for i in problems]
+  sampled = np.array([[answers[i, g].correct for g in samples] for i in problems])
+  length = float(np.mean([answers[i, g].length for i in problems for g in samples]))
   scores = {
-    "greedy": interval(greedy[:, 0]),
+    "greedy": interval(greedy),
     "sampled": interval(sampled.mean(1)),
-    f"pass@{config.k}": interval(passed),
+    f"pass@{config.k}": interval([pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]),
     "length": Estimate(length, length, length),
   }
   if task.final_answer:
-    votes = zip(answers, sampled, strict=True)
-    majority = [majority_correct(given[: config.k], right[: config.k].tolist()) for given, right in votes]
+    voted = [[answers[i, g] for g in range(config.k)] for i in problems]
+    majority = [majority_correct([a.final for a in own], [a.correct for a in own]) for own in voted]
     scores[f"maj@{config.k}"] = interval(majority)
   return scores
+
+
+def answer(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[tuple[int, int], Answer]:
+  """The greedy answer and the sampled ones to every problem, by problem and number of the sample.
+
+  They are drawn in batches of training's shape, by the program and in the memory that training needs anyway.
+  """
+  rollout, everywhere = sampler.config, sampler.end_ids_E.sharding
+  numbers = [GREEDY, *range(config.samples)]
+  numbers += [GREEDY] * (-len(numbers) % rollout.group)
+  groups = [(i, g) for i in range(config.problems) for g in range(0, len(numbers), rollout.group)]
+  key, mine = jax.jit(jax.random.key)(put(np.uint32(0), everywhere)), sampler.own(rollout.problems)
+  own: dict[tuple[int, int], Answer] = {}
+  for first in range(0, len(groups), rollout.problems):
+    batch = [groups[(first + int(row)) % len(groups)] for row in mine]  # The last one begins again, to be full.
+    problems = [task.problem("heldout", i) for i, _ in batch]
+    prompts = encode_prompts(tokenizer, problems, rollout.max_prompt_tokens, sampler.policy.rows)
+    wanted_PxG = np.array([numbers[g : g + rollout.group] for _, g in batch])
+    samples = sampler(params, *prompts, [i for i, _ in batch], key, wanted_PxG)
+    samples = cut_at_stops(rollout.stop, tokenizer, samples)
+    made = attempts(tokenizer, problems, samples)
+    places = [(i, int(number)) for (i, _), row in zip(batch, wanted_PxG, strict=True) for number in row]
+    new = {place: row for row, place in enumerate(places) if place not in own}
+    outcomes = verify(task, [made[row] for row in new.values()])
+    for (place, row), outcome in zip(new.items(), outcomes, strict=True):
+      final = task.final_answer(made[row][1]) if task.final_answer else None
+      own[place] = Answer(outcome.correct, final, int(samples.lengths_B[row]))
+  everyone = [told for part in gather("evaluation", [[*place, *own[place]] for place in own]) for told in part]
+  return {(i, number): Answer(*told) for i, number, *told in everyone}
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

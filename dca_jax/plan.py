@@ -59,14 +59,18 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
 
   problems, item = rows(sampler), jnp.dtype(c.dtype).itemsize
   heads = c.kv_heads // sampler.shape["tensor"]
-  positions = problems * (rollout.max_prompt_tokens + rollout.group * rollout.max_tokens)
+  # Evaluation draws batches of the same shape; continuations have answers begun as their prompts.
+  prompts, length, group = problems, rollout.max_prompt_tokens, rollout.group
+  if config.value.source == "monte_carlo":
+    prompts, length, group = problems * group, length + rollout.max_tokens, config.value.continuations
+  positions = prompts * (length + group * rollout.max_tokens)
   read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   copied = config.mesh.sampler or c.kept != c.dtype
   sampling = {
     "parameters as the sampler has them": _bytes(read, mesh.param_shardings(sampler, policy)) if copied else 0,
     "layers, taken apart": _bytes(read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]),
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
-    "logits of one token": 3 * 4 * problems * rollout.group * policy.rows,
+    "logits of one token": 3 * 4 * prompts * group * policy.rows,
   }
   micro_batch = rows(devices) // config.learner.micro_batches
   tokens = micro_batch * rollout.group * rollout.max_tokens

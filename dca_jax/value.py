@@ -102,7 +102,7 @@ def monte_carlo(
       lengths[row] = len(prompt) + len(tokens)
       ids[row, : lengths[row]] = np.concatenate([prompt, tokens])
     tried: list[tuple[Problem, str, bool]] = []
-    answers = sampler(params, ids, lengths, before + batch, key, config.continuations)
+    answers = sampler(params, ids, lengths, before + batch, key, np.arange(config.continuations))
     for row, n in enumerate(order[first : first + len(spans)]):
       p, tokens = begun[n]
       for a in range(row * config.continuations, (row + 1) * config.continuations):

@@ -59,14 +59,21 @@ def test_remat_keeps_less():
   assert kept[0] > 1.5 * kept[1] > 3 * kept[2] > 0
 
 
-def test_sampling_takes_about_what_is_planned():
-  config, ours = planned({})
+@pytest.mark.parametrize("continuations", [0, 6])
+def test_sampling_takes_about_what_is_planned(continuations):
+  """Evaluation draws batches of training's shape; continuations have answers that were begun as their prompts."""
+  values = {"credit.scheme": "potential", "value.source": "monte_carlo", "value.continuations": continuations}
+  config, ours = planned(values if continuations else {})
   policy, r = Policy(config.policy, VOCAB), config.rollout
-  prompts, lengths = batch_shapes(config, r.problems)[:2]
-  shapes = mesh.param_shapes(policy), prompts, lengths, jax.ShapeDtypeStruct((r.problems,), jnp.uint32)
+  p, s, g = r.problems, r.max_prompt_tokens, r.group
+  if continuations:
+    p, s, g = p * g, s + r.max_tokens, continuations
+  prompts, lengths, ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p, s), (p,), (p,)))
+  shapes = mesh.param_shapes(policy), prompts, lengths, ids
   key, ends = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1,), jnp.int32)
-  draw = functools.partial(sample, policy, sampling=r.sampling, group=r.group, max_tokens=r.max_tokens)
-  theirs = jax.jit(draw).lower(*shapes, key, ends).compile().memory_analysis()
+  draw = functools.partial(sample, policy, sampling=r.sampling, max_tokens=r.max_tokens)
+  numbers = jax.ShapeDtypeStruct((p, g), jnp.int32)
+  theirs = jax.jit(draw).lower(*shapes, key, ends, numbers_PxG=numbers).compile().memory_analysis()
   assert 0.5 < sum(ours.sampling.values()) / theirs.temp_size_in_bytes < 2
 
 

@@ -64,7 +64,7 @@ class Batch:
       jax.random.key(key),
       END_IDS,
       sampling=CONFIG.rollout.sampling,
-      group=group,
+      numbers_PxG=np.tile(np.arange(group), (len(self.problems), 1)),
       max_tokens=T,
     )
 
@@ -139,7 +139,7 @@ def test_what_is_generated_is_counted_and_judged_by_the_task():
       jax.random.key(9),
       END_IDS,
       sampling=CONFIG.rollout.sampling,
-      group=4,
+      numbers_PxG=np.tile(np.arange(4), (2, 1)),
       max_tokens=T,
     )
   )
@@ -156,9 +156,9 @@ class Fake:
     self.text = ("b0;" * T)[: length - 3] + f"#{batch.problems[0].answer}$"
     self.truncated, self.seen = truncated, []
 
-  def __call__(self, policy, params, ids, lengths, numbers, key, end_ids, *, group, max_tokens, **_):
+  def __call__(self, policy, params, ids, lengths, numbers, key, end_ids, *, numbers_PxG, max_tokens, **_):
     self.seen += [tuple(row[:n]) for row, n in zip(np.asarray(ids).tolist(), np.asarray(lengths), strict=True)]
-    b = len(lengths) * group
+    b = numbers_PxG.size
     tokens = np.zeros((b, max_tokens), np.int32)
     tokens[:, : len(self.text)] = TOKENIZER(self.text, add_special_tokens=False)["input_ids"]
     return Samples(

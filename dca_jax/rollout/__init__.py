@@ -1,7 +1,7 @@
 """Rollouts: prompts in, sampled completions cut into steps out."""
 
 from dca_jax.rollout.prompts import encode_prompts
-from dca_jax.rollout.sampler import RolloutConfig, Sampler, Samples, sample
+from dca_jax.rollout.sampler import GREEDY, RolloutConfig, Sampler, Samples, sample
 from dca_jax.rollout.steps import cut, cut_at_stops, step_texts, stop_length
 from dca_jax.rollout.trajectory import (
   Trajectory,
@@ -12,6 +12,7 @@ from dca_jax.rollout.trajectory import (
 )
 
 __all__ = [
+  "GREEDY",
   "RolloutConfig",
   "Sampler",
   "Samples",

@@ -73,7 +73,11 @@ class Samples(typing.NamedTuple):
   """Log-probability of each token under the distribution that it was drawn from."""
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "sampling", "group", "max_tokens"))
+GREEDY = -1
+"""The number of a sample that takes the likeliest token each time."""
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "sampling", "max_tokens"))
 def sample(
   policy: Policy,
   params,
@@ -83,19 +87,23 @@ def sample(
   key: jax.Array,
   end_ids_E: jax.Array,
   *,
+  numbers_PxG: jax.Array,
   sampling: Sampling,
-  group: int,
   max_tokens: int,
 ) -> Samples:
-  """Draws `group` completions of each prompt.
+  """Draws G completions of each prompt.
 
-  The noise of token t of sample g of a problem is `key` folded with (problem id, g, t), so a sample depends neither on
-  its place in the batch nor on its neighbours. Prompts are run once each; the loop stops when every row has ended.
+  The noise of token t of sample number g of a problem is `key` folded with (problem id, g, t), so a sample depends
+  neither on its place in the batch nor on its neighbours; number `GREEDY` has none. Prompts are run once each; the loop
+  stops when every row has ended.
   """
-  keys_B = jax.vmap(lambda i: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, i), g))(jnp.arange(group)))(
-    problem_ids_P
-  ).reshape(-1)
-  rows = keys_B.shape[0]
+
+  def sample_key(i, g):
+    return jax.random.fold_in(jax.random.fold_in(key, i), g)
+
+  keys_B = jax.vmap(jax.vmap(sample_key, (None, 0)))(problem_ids_P, numbers_PxG).reshape(-1)
+  greedy_Bx1 = numbers_PxG.reshape(-1, 1) == GREEDY
+  rows, group = keys_B.shape[0], numbers_PxG.shape[1]
   last_PxD, cache, step = policy.decoder(params, prompts_PxS, prompt_lengths_P, group, max_tokens)
 
   class Carry(typing.NamedTuple):
@@ -110,7 +118,7 @@ def sample(
   def body(c: Carry) -> Carry:
     logits_BxV = sampling_logits(c.hidden_BxD, policy.head(params), sampling)
     noise_BxV = jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, c.t), logits_BxV.shape[1:]))(keys_B)
-    token_B = jnp.argmax(logits_BxV + noise_BxV, -1).astype(jnp.int32)
+    token_B = jnp.argmax(logits_BxV + jnp.where(greedy_Bx1, 0.0, noise_BxV), -1).astype(jnp.int32)
     logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxV), token_B[:, None], 1)[:, 0]
     hidden_BxD, cache = step(c.cache, c.t, token_B)
     return Carry(
@@ -149,18 +157,19 @@ class Sampler(typing.NamedTuple):
     """Which of a batch of `problems` this process samples."""
     return own_rows(self.rows, problems)
 
-  def __call__(
-    self, params, prompts_PxS, lengths_P, ids_P, key, group: int, sampling: Sampling | None = None
-  ) -> Samples:
-    arrays = put((prompts_PxS, lengths_P, np.asarray(ids_P, np.uint32)), self.rows)
+  def __call__(self, params, prompts_PxS, lengths_P, ids_P, key, numbers: np.ndarray) -> Samples:
+    """`numbers` of the samples wanted, [G] of every problem or [P, G]; see `sample`."""
+    numbers_PxG = np.broadcast_to(numbers, (len(lengths_P), numbers.shape[-1]))
+    given = (prompts_PxS, lengths_P, np.asarray(ids_P, np.uint32), np.asarray(numbers_PxG, np.int32))
+    *arrays, numbers_PxG = put(given, self.rows)
     samples = sample(
       self.policy,
       params,
       *arrays,
       key,
       self.end_ids_E,
-      sampling=sampling or self.config.sampling,
-      group=group,
+      numbers_PxG=numbers_PxG,
+      sampling=self.config.sampling,
       max_tokens=self.config.max_tokens,
     )
     return fetch(samples, self.rows)

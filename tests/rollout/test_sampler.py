@@ -13,7 +13,7 @@ import scipy.stats
 from dca_jax.batch import step_key
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
-from dca_jax.rollout import encode_prompts, sample
+from dca_jax.rollout import GREEDY, encode_prompts, sample
 from dca_jax.task import TASKS, Problem
 from dca_jax.task.chains import ChainsConfig
 
@@ -44,7 +44,7 @@ def ends(*ids):
   return jnp.array([*ids, *[-1] * (VOCAB - len(ids))], jnp.int32)
 
 
-def draw(params, prompts, *, ids=IDS, key=KEY, end_ids=(), sampling=None, group=G):
+def draw(params, prompts, *, ids=IDS, key=KEY, end_ids=(), sampling=None, group=G, numbers=None):
   tokens, lengths = prompts
   out = sample(
     POLICY,
@@ -55,7 +55,7 @@ def draw(params, prompts, *, ids=IDS, key=KEY, end_ids=(), sampling=None, group=
     key,
     ends(*end_ids),
     sampling=sampling or Sampling(),
-    group=group,
+    numbers_PxG=np.tile(np.arange(group), (len(lengths), 1)) if numbers is None else numbers,
     max_tokens=T,
   )
   return jax.tree.map(np.asarray, out)
@@ -105,6 +105,16 @@ def test_samples_and_tokens_have_noise_of_their_own(params, prompts):
   np.testing.assert_allclose(flat.logprobs_BxT, -np.log(VOCAB), rtol=1e-5)
   assert len({tuple(row) for row in flat.tokens_BxT.tolist()}) == P * G
   assert all(len(set(row)) > 2 for row in flat.tokens_BxT.tolist())
+
+
+def test_a_sample_is_named_by_its_number(params, prompts, free):
+  """And one of them takes the likeliest token each time, as a sampler does that is cut to one."""
+  again = draw(params, prompts, numbers=np.tile([1, GREEDY], (P, 1)))
+  likeliest = draw(params, prompts, sampling=Sampling(top_k=1))
+  for field in ("tokens_BxT", "lengths_B", "truncated_B"):
+    np.testing.assert_array_equal(getattr(again, field)[::2], getattr(free, field)[1::2])
+    np.testing.assert_array_equal(getattr(again, field)[1::2], getattr(likeliest, field)[1::2])
+  assert (again.logprobs_BxT[1::2] < 0).any()  # Under the distribution that is sampled, not under one that is certain.
 
 
 def test_place_in_the_batch_does_not_matter(params, prompts, free):
