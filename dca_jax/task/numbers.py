@@ -79,7 +79,7 @@ _TRANSLATED = str.maketrans(
 _SPELLINGS = (
   (r"[\u00bc-\u00be\u2150-\u215e]", lambda m: r"\frac{{{}}}{{{}}}".format(*_vulgar(m[0]))),
   (r"[\u00b2\u00b3\u00b9\u2070-\u207e]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
-  (r"[\u2080-\u208e]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+  (r"[\u2080-\u208e]+", r"\\index "),
   (r"\\!", ""),
   # Thousands, by what is never between two numbers.
   (r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
@@ -89,29 +89,40 @@ _SPELLINGS = (
 # Thousands by plain spaces, where a group by itself would be no number.
 _SPACED = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?: \d{3}){2,}+(?![.,]?\d)")
 
-_TOKEN = re.compile(
-  r""" (?P<space>(?:[^\S\n]|~|\\[
-  ,;:()\[\]]|\\q?quad(?![A-Za-z])|<<[^<>\n]*>>|</?[A-Za-z][\w-]*\s?/?>|`)+) | (?P<line>\n|\\\\) |
-  (?P<unit>\\?[$%€£¥₹₽₩₪₫]|°|\^\s?(?:\{\s?)?(?:\\circ(?![A-Za-z])|°)(?:\s?\})?|\\degree(?![A-Za-z]))
-  | (?P<repeating>\d+\.\d*\\(?:overline|bar)\s?\{\s?\d+\s?\}) |
-  (?P<number>(?:\d+(?:(?:[.,']|\{,\})\d+)*|(?<!\d)\.\d+)(?:[eE][-+]?\d{1,3}(?!\w|\.\d))?) |
-  (?P<absolute>\|[-+]?\d+(?:\.\d+)?\|(?!\d)) | (?P<fraction>\\[dtc]?frac(?![A-Za-z])) |
-  (?P<power>(?<=\w)\*\*(?=[\w({-])|\^) |
-  (?P<times>\*(?!\*)|\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d\s}])[xX](?=\s?10\s?(?:\^|\*\*))) |
-  (?P<markup>\*\*+|(?<![^\W_])_+|_+(?![^\W_]|\{)) | (?P<open>\\?[{]|[(\[]) | (?P<close>\\?[}]|[)\]])
-  |
-  (?P<upright>\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|sf|tt)|mbox|operatorname\*?)(?![A-Za-z])\s*)
-  | (?P<wrapper>\\(?:boxed|fbox|underline|math(?:bf|it)|(?:display|text)style)(?![A-Za-z])\s*) |
-  (?P<comparison><=|>=|!=|=/=|[<>≤≥≠≡∈∉≪≫∝]
-  |\\(?:not\s?(?:=|\\\w+)|leq?|geq?|neq?|lt|gt|leqslant|geqslant|ll|gg|equiv|in|notin|propto)(?![A-Za-z]))
-  | (?P<arrow>[-=]+>|[→⇒⟹∴]|\\(?:to|[rR]ightarrow|[lL]ongrightarrow|implies|therefore)(?![A-Za-z]))
-  | (?P<relation>:?=+|≈|\\(?:approx|simeq|sim|cong)(?![A-Za-z])) |
-  (?P<name>[A-Za-z\u00c0-\u024f]+\d\w*) |
-  (?P<word>[A-Za-z\u00c0-\u024f]+(?:'[A-Za-z]+)?(?:\s?\^\s?(?:\{\s?[-+]?\d\s?\}|[-+]?\d(?!\d)))?) |
-  (?P<foreign>[^\W\d_A-Za-z\u00c0-\u024f]+) | (?P<command>\\[A-Za-z]+) | (?P<other>[\s\S]) """,
-  re.VERBOSE,
-)
-_POWER_OF_UNIT = re.compile(r"\s?\^\s?(?:\{\s?[-+]?\d\s?\}|\d(?!\d))")
+_END = r"(?![A-Za-z])"  # Of a LaTeX command.
+_LETTER = r"[A-Za-z\u00c0-\u024f]"
+_TOKENS = {
+  "space": (
+    rf"(?:[^\S\n]|~|\\[ ,;:()\[\]]|\\q?quad{_END}"
+    r"|<<[^<>\n]*>>|</?[A-Za-z][\w-]*\s?/?>|`)+"  # GSM8K's calculator, and tags.
+  ),
+  "line": r"\n|\\\\",
+  "unit": rf"\\?[$%€£¥₹₽₩₪₫]|°|\^\s?(?:\{{\s?)?(?:\\circ{_END}|°)(?:\s?\}})?|\\degree{_END}",
+  "repeating": r"\d+\.\d*\\(?:overline|bar)\s?\{\s?\d+\s?\}",
+  "number": r"(?:\d+(?:(?:[.,']|\{,\})\d+)*|(?<![\d.])\.\d+)(?:[eE][-+]?\d{1,3}(?!\w|\.\d))?",
+  "absolute": r"\|[-+]?\d+(?:\.\d+)?\|(?!\d)",
+  "fraction": rf"\\[dtc]?frac{_END}",
+  "power": r"(?<=\w)\*\*(?=[\w({-])|\^",
+  "times": rf"\*(?!\*)|\\(?:times|cdot|ast){_END}|(?<=[\d\s}}])[xX](?=\s?10\s?(?:\^|\*\*))",
+  "markup": r"\*\*+|(?<![^\W_])_+|_+(?![^\W_]|\{)",
+  "open": r"\\?[{]|[(\[]",
+  "close": r"\\?[}]|[)\]]",
+  "upright": (rf"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|sf|tt)|mbox|operatorname\*?){_END}\s*"),
+  "wrapper": rf"\\(?:boxed|fbox|underline|math(?:bf|it)|(?:display|text)style){_END}\s*",
+  "comparison": (
+    r"<=|>=|!=|=/=|[<>≤≥≠≡∈∉≪≫∝]|\\not\s?(?:=|\\\w+)"
+    rf"|\\(?:leq?|geq?|neq?|lt|gt|leqslant|geqslant|ll|gg|equiv|in|notin|propto){_END}"
+  ),
+  "arrow": rf"[-=]+>|[→⇒⟹∴]|\\(?:to|[rR]ightarrow|[lL]ongrightarrow|implies|therefore){_END}",
+  "relation": rf":?=+|≈|\\(?:approx|simeq|sim|cong){_END}",
+  "name": rf"{_LETTER}+\d\w*(?:[.,]\d+)*",
+  "word": rf"{_LETTER}+(?:'[A-Za-z]+)?(?:\s?\^\s?(?:\{{\s?[-+]?\d\s?\}}|[-+]?\d(?![.,]?\d)))?",
+  "foreign": r"[^\W\d_A-Za-z\u00c0-\u024f]+",
+  "command": r"\\[A-Za-z]+",
+  "other": r"[\s\S]",
+}
+_TOKEN = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _TOKENS.items()))
+_POWER_OF_UNIT = re.compile(r"\s?\^\s?(?:\{\s?[-+]?\d\s?\}|\d(?![.,]?\d))")
 
 _NUMERALS = (
   re.compile(r"\d+(?:(?:\.|\{,\})\d+)?|\.\d+"),
@@ -182,7 +193,8 @@ def _kind(group: str, said: str, before: _Token | None, upright: bool, after: st
   if group == "word":
     return WORD if upright or _is_word(said, before, after) else OTHER
   if group == "foreign":
-    variable = len(said) == 1 and ("\u0370" <= said <= "\u03ff" or said in "хХуУ")
+    greek = "\u0370" <= said[0] <= "\u03ff" and len(said) < 3
+    variable = greek or said in tuple("хХуУ")
     return OTHER if variable else WORD
   if group != "other":
     return group if group in (LINE, RELATION, COMPARISON) else _PARTS.get(group, MARK)

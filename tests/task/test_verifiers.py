@@ -65,7 +65,7 @@ def test_a_decimal_means_the_same_in_every_spelling(value):
 
 SCIENTIFIC = ["{m}e{e}", "{m}E{e}", "{m}\\times10^{{{e}}}", "{m} \\cdot 10^{{{e}}}", "{m}×10^{e}", "{m} x 10^{e}"]
 SCIENTIFIC += ["{m}X10^{e}", "{m}*10^{e}", "{m}·10^({e})", "{m} * 10**{e}", "{m}×10{superscript}"]
-SCIENTIFIC += ["$ {m} \\times 10^{{ {e} }} $"]
+SCIENTIFIC += ["{m} \\times 10^{{ {e} }}"]
 
 
 @given(
