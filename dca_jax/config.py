@@ -15,6 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from dca_jax import hold
 from dca_jax.checkpoint import CheckpointConfig
 from dca_jax.checks import at_least, between
 from dca_jax.credit import CreditConfig
@@ -450,14 +451,18 @@ def _other_run(config: Config, folder: epath.Path, resume: str) -> str:
   elsewhere = "; choose another --workdir"
   if not saved.exists():
     if not done:
-      there = folder.exists() and {path.name for path in folder.iterdir()} - {".config.json"}
+      there = folder.exists() and {path.name for path in folder.iterdir()} - {".config.json", hold.NAME}
       return f"holds files but no config.json, so no run{elsewhere}" if there else ""
     print(f"warning: {saved} is gone; it is written anew", file=sys.stderr)
   elif resume == "never":
     return f"already holds a run, and --resume is never{elsewhere}"
   else:
     try:
-      if changes := difference(config, json.dumps(_read_json(saved))):
+      changes = difference(config, json.dumps(_read_json(saved)))
+      if not any((folder / name).exists() for name in ("start", "checkpoints", "metrics.jsonl")):
+        # A reviewer that could not be reached ended it before it began.
+        changes = [change for change in changes if not change.startswith("reviewer.")]
+      if changes:
         return f"holds a different run: {changes[0]}{elsewhere}"
     except ConfigError as error:
       if not done:

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +42,7 @@ from dca_jax.checkpoint import Checkpoints, put_aside
 from dca_jax.config import Config, claim_workdir, difference, flatten
 from dca_jax.errors import Terminated, UserError, reason
 from dca_jax.evaluate import evaluate
+from dca_jax.hold import held
 from dca_jax.metrics import Reporter, dollars_spent, not_finite
 from dca_jax.notices import Stops, notices
 from dca_jax.plan import check_fits
@@ -68,16 +70,20 @@ def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = Fals
     resume: `auto` goes on from the newest checkpoint, a number from that of a step; `never` refuses to.
 
   Raises:
-    UserError: bad input, a metric that is not finite, or a checkpoint that cannot be written; nothing that was saved
-      is lost.
+    UserError: bad input, another run in `workdir`, a metric that is not finite, or a checkpoint that cannot be
+      written; nothing that was saved is lost.
     Terminated: the run was asked to stop, by SIGTERM, as before a preemption, or by Ctrl-C. The last step that was
       finished is saved.
   """
-  with notices() as stops, watched(stops):
-    _train(config, workdir, resume, quiet or jax.process_index() > 0, stops)
+  first = jax.process_index() == 0
+  hold = held(locate(workdir)) if first else contextlib.nullcontext(lambda: None)
+  with notices() as stops, watched(stops), hold as check_held:
+    _train(config, workdir, resume, quiet or not first, stops, check_held)
 
 
-def _train(config: Config, workdir: str, resume: str, quiet: bool, stops: Stops) -> None:
+def _train(
+  config: Config, workdir: str, resume: str, quiet: bool, stops: Stops, check_held: Callable[[], None]
+) -> None:
   use_compilation_cache()
   task: Task = TASKS[config.task.name](config.task)
   tokenizer = task.tokenizer()
@@ -210,6 +216,7 @@ def _train(config: Config, workdir: str, resume: str, quiet: bool, stops: Stops)
           batch = learner.Batch(
             prompts, prompt_lengths, completions, lengths, trained, advantages.tokens_BxT, behaviour, reference
           )
+          check_held()
           stops.phase("update", at_once=False)  # From here on the step is finished.
           checkpoints.release()
           if overlap:
