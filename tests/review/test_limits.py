@@ -131,6 +131,25 @@ def test_as_many_as_are_allowed_go_in_and_the_others_in_their_order():
   on_virtual_time(drive)
 
 
+def test_nobody_is_woken_in_vain():
+  async def drive(clock):
+    gate = Gate(2, clock)
+
+    async def call(seconds):
+      async with gate.enter(2000):
+        await asyncio.sleep(seconds)
+
+    tasks = [asyncio.create_task(call(seconds)) for seconds in (1, 10, 10, 10, 10)]
+    await asyncio.sleep(0.5)
+    waiting = list(gate._waiting)
+    await asyncio.sleep(4.5)
+    assert gate.busy == 2
+    assert list(gate._waiting) == waiting[1:]
+    await asyncio.gather(*tasks)
+
+  on_virtual_time(drive)
+
+
 def test_who_goes_first_needs_no_place_and_takes_none():
   async def drive(clock):
     gate = Gate(1, clock)
