@@ -87,7 +87,7 @@ def test_samples_to_wants_a_whole_window():
 
 
 def curves(*lengths):
-  return [([length / 2, length], [0.0, 0.0]) for length in lengths]
+  return [([length / 4, length / 2, length], [0.0] * 3) for length in lengths]
 
 
 def test_ratio_of_medians():
@@ -96,6 +96,7 @@ def test_ratio_of_medians():
 
 def test_ratio_says_when_seeds_do_not_overlap():
   assert ratio([100.0, 200.0], [50.0, 60.0], curves(500, 500)) == "2.73 (seeds apart)"
+  assert ratio([100.0, 200.0], [50.0, 100.0], curves(500, 500)) == "2.00"  # One as slow as the other's fastest.
   assert ratio([100.0], [50.0], curves(500)) == "2.00"  # One seed shows nothing.
 
 

@@ -398,6 +398,13 @@ JSONL = ["--config.task.name=jsonl", "--config.task.path=a.jsonl", "--config.tas
     (GEMMA, ["--config.policy.lora_rank=0"], 1, "policy.lora_alpha"),
     (GEMMA, JSONL, 1, "task.dataset"),
     (
+      QUICKSTART,
+      ["--config.task.name=tfds", "--config.task.dataset=d", "--config.task.tokenizer=t"],
+      1,
+      "task.misconceptions, task.wrong_high, task.wrong_low, reviewer.name, warmstart.clean_steps, warmstart.steps,"
+      " credit.scheme",
+    ),
+    (
       GEMMA,
       ["--config.task.name=chains", "--config.reviewer.name=oracle"],
       2,
@@ -508,6 +515,19 @@ def test_the_fixed_keys_change_with_what_is_learnt_and_with_nothing_else():
     assert tiny.make_config({key: value}).fixed() != base.fixed(), key
   for key, value in {"checkpoint.every": 9, "checkpoint.keep": 9, "evaluate.every": 2, "mesh.fsdp": 2}.items():
     assert tiny.make_config({key: value}).fixed() == base.fixed(), key
+
+
+def test_which_keys_a_resumed_run_may_change():
+  fixed = Config().fixed()
+  every = config_lib.flatten(dataclasses.asdict(Config()))
+  free = [key for key in every if key not in fixed]
+  assert [key for key in free if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "mesh")] == ["steps"]
+  assert not [key for key in fixed if key.split(".")[0] in ("checkpoint", "evaluate", "mesh")]
+  # What is asked of whom is fixed; how long, how often and for how much is not.
+  ours = {"name", "flip", "step", "seed", "panel", "combine", "escalate", "sample_frac", "overlap"}
+  asked = {"model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens"}
+  reviewer = {key for key in fixed if key.startswith("reviewer.")}
+  assert reviewer == {f"reviewer.{key}" for key in ours} | {f"reviewer.client.{key}" for key in asked}
 
 
 def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them():

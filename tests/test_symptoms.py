@@ -62,6 +62,7 @@ def test_a_run_that_goes_on_does_not_say_it_again():
     {"train__accuracy": lambda step: 0.4 + 0.2 * (step % 2)},
     {"train__truncated": lambda step: 1.0 if step % 5 else 0.9},
     {"train__mixed_groups": lambda step: 0.0 if step % 20 else 0.1, "train__accuracy": 0.0},
+    {"train__accuracy": lambda step: 0.5 if step <= 30 else 0.485},
     # A step without mixed groups has no gradient, which alone means nothing.
     {"train__mixed_groups": lambda step: step % 2, "learner__grad_norm": lambda step: step % 2},
   ],
@@ -77,6 +78,23 @@ def test_noise_is_not_taken_for_a_fall():
     # Of 16 problems with completions that are all alike, the noisiest case.
     drawn = [sum(rng.random() < chance for _ in range(16)) / 16 for _ in range(200)]
     assert not findings(rows(200, train__accuracy=lambda step, drawn=drawn: drawn[step - 1]))
+
+
+def test_a_fall_is_seen_through_the_noise():
+  rng = random.Random(1)
+  drawn = [sum(rng.random() < (0.5 if step < 40 else 0.2) for _ in range(16)) / 16 for step in range(100)]
+  (said,) = findings(rows(100, train__accuracy=lambda step: drawn[step - 1]))
+  assert "was 0.5" in said
+
+
+def test_groups_that_fare_alike_explain_a_gradient_of_zero():
+  assert not findings(rows(15, train__mixed_groups=0.0, learner__grad_norm=0.0))
+
+
+def test_a_row_that_is_amended_counts_once():
+  watch = Watch()
+  given = rows(4, train__truncated=1.0)
+  assert not [said for row in given for _ in range(2) for said in watch.read(row)]
 
 
 def test_rows_of_another_version_are_no_reason_to_fail():
