@@ -32,6 +32,11 @@ def test_numbers_are_read_as_a_careful_human_reads_them_or_not_at_all():
     assert number(case["text"]) == (None if case.get("declined") else case["human"]), case
 
 
+def test_a_numeral_of_a_hundred_digits_is_read_and_a_longer_one_is_none():
+  assert number("#### " + "7" * 100) == "7" * 100
+  assert number("#### " + "7" * 101) is None
+
+
 FRAMES = [
   "{}",
   "#### {}",
@@ -206,6 +211,7 @@ def test_boxes_hold_braces_of_any_depth(depth):
   ("text", "answers"),
   [
     ("\\boxed{\\frac{1}{2}", [None, None, None]),  # Never closed.
+    ("It is 7, so \\fbox{7", [None, None, None]),
     ("3 + 4 = 7\n#### ", [None, None, None]),
     ("3 + 4 = 7\n#### seven", [None, "seven", None]),
     ("It is 7 \\boxed{}", [None, None, None]),
