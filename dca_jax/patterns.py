@@ -1,4 +1,5 @@
-"""Regular expressions of a user's, with a limit on their time: on some texts some of them would take for ever."""
+"""Regular expressions of a user's, with a limit on their time: on some texts some of them would
+take for ever."""
 
 import functools
 import sys
@@ -7,7 +8,8 @@ from collections.abc import Iterator
 import regex
 
 SECONDS = 1.0
-"""Of processor time for one text. What a policy writes takes a sound pattern less than a thousandth of that."""
+"""Of processor time for one text. What a policy writes takes a sound pattern less than a thousandth
+of that."""
 
 
 def mistake(pattern: str) -> str:
@@ -25,7 +27,8 @@ def finditer(pattern: str, text: str) -> Iterator[regex.Match[str]]:
 
 
 def fullmatch(pattern: str, text: str) -> bool:
-  """Whether the whole text matches (`.` matches line ends too); raises a TimeoutError when it takes too long."""
+  """Whether the whole text matches (`.` matches line ends too); raises a TimeoutError when it takes
+  too long."""
   return regex.fullmatch(pattern, text, regex.DOTALL, timeout=SECONDS, concurrent=True) is not None
 
 

@@ -22,7 +22,8 @@ def verify(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Ou
 
 
 def attempts(tokenizer, problems: Sequence[Problem], samples: Samples) -> list[tuple[Problem, str, bool]]:
-  """What `verify` takes, of samples on the host: each problem has equally many, one after another."""
+  """What `verify` takes, of samples on the host: each problem has equally many, one after
+  another."""
   each = len(samples.lengths_B) // len(problems)
   rows = zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
   return [
@@ -35,4 +36,4 @@ def neutral(group: list[Outcome]) -> list[Outcome]:
   """A group in which completions without a verdict have the mean reward of the others."""
   rewards = [outcome.reward for outcome in group if outcome.judged]
   mean = statistics.fmean(rewards) if rewards else 0.0
-  return [outcome if outcome.judged else dataclasses.replace(outcome, reward=mean) for outcome in group]
+  return [o if o.judged else dataclasses.replace(o, reward=mean) for o in group]

@@ -1,8 +1,9 @@
-"""A user's verifier: called in processes of its own, so that one that hangs or crashes harms no more than one verdict.
+"""A user's verifier: called in processes of its own, so that one that hangs or crashes harms no
+more than one verdict.
 
-A verifier is a function of (row of the data set, completion) that gives whether the completion is right, a reward from
-0 to 1, or a dict with a `reward` and further named numbers. It may have an attribute `final_answer`, a function of the
-completion, whose answers majority votes are counted of.
+A verifier is a function of (row of the data set, completion) that gives whether the completion is
+right, a reward from 0 to 1, or a dict with a `reward` and further named numbers. It may have an
+attribute `final_answer`, a function of the completion, whose answers majority votes are counted of.
 """
 
 import contextlib
@@ -39,10 +40,10 @@ class VerifierError(Exception):
 
 
 class Judge:
-  """Calls the verifier MODULE:ATTRIBUTE in `workers` processes; its methods may be called from as many threads.
+  """Calls the verifier MODULE:ATTRIBUTE in `workers` processes; its methods may be called from as
+  many threads.
 
-  Raises:
-    UserError: it cannot be imported.
+  Raises: UserError: it cannot be imported.
   """
 
   def __init__(self, name: str, seconds: float, workers: int):
@@ -83,7 +84,7 @@ class Judge:
       return worker.call(function, arguments, self._seconds)
     except VerifierError:
       raise
-    except BaseException:  # What it will still answer would be taken for the answer to the next call.
+    except BaseException:  # A late answer would be taken for that to the next call.
       if worker:
         worker.stop()
       worker = None
@@ -97,8 +98,8 @@ class Judge:
       warn, self._warned = not self._warned, True
     if self._unanswered >= _ALL:
       raise UserError(
-        f"task.verifier {self.name}: no verdict on {_ALL} completions in a row: it {reason} on the last one;"
-        " mend it or set a larger task.verifier_seconds, then run again to go on"
+        f"task.verifier {self.name}: no verdict on {_ALL} completions in a row: it {reason} on the"
+        " last one; mend it or set a larger task.verifier_seconds, then run again to go on"
       )
     if warn:
       print(
@@ -112,8 +113,9 @@ class _Worker:
 
   def __init__(self, name: str, seconds: float):
     self._connection, theirs = Pipe()
-    # Not multiprocessing: that would run the user's script again, and import JAX. In a session of its own, Ctrl-C is
-    # not for it, and what it starts is ended with it. Its JAX, if it has one, must not take this process's devices.
+    # Not multiprocessing, which would run the user's script again, and import JAX. In a session of
+    # its own, Ctrl-C is not for it, and what it starts is ended with it. Its JAX, if it has one,
+    # must not take this process's devices.
     self._process = subprocess.Popen(
       [sys.executable, "-P", str(_WORKER), str(theirs.fileno())],
       stdin=subprocess.DEVNULL,

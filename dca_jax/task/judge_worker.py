@@ -1,4 +1,5 @@
-"""A process that runs a user's verifier for `judge.Judge`; started by path, so that it imports nothing of ours."""
+"""A process that runs a user's verifier for `judge.Judge`; started by path, so that it imports
+nothing of ours."""
 
 import faulthandler
 import math
@@ -12,9 +13,10 @@ from multiprocessing.connection import Connection
 
 
 def main(connection: Connection) -> None:
-  """Answers the requests (function, arguments) that come, in order, until the other end is closed."""
+  """Answers the requests (function, arguments) that come, in order, until the other end is
+  closed."""
   requests: queue.SimpleQueue[tuple[str, tuple]] = queue.SimpleQueue()
-  # The verifier has the main thread, where signals and their alarms work; this one notices when nobody asks any more.
+  # The verifier has the main thread, where alarms work; this one notices when nobody asks any more.
   threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
   _, (name, sys.path[:], seconds) = requests.get()
   try:
@@ -28,7 +30,7 @@ def main(connection: Connection) -> None:
   devnull = os.open(os.devnull, os.O_WRONLY)
   while True:
     function, arguments = requests.get()
-    # Whoever asked ends this process after `seconds`; should it be gone, nobody else would end a call that hangs.
+    # Whoever asked ends this process after `seconds`; a call that hangs may not outlive them.
     faulthandler.dump_traceback_later(2 * seconds + 5, exit=True, file=devnull)
     try:
       connection.send(("ok", _answer(verifier, function, arguments)))
@@ -65,7 +67,7 @@ def _answer(verifier, function: str, arguments: tuple):
 
 def _describe(error: BaseException) -> str:
   """The last line of a traceback, and where in the user's code it came from."""
-  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+  frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
   where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
   return f"{type(error).__name__}: {error}"[:500] + where
 

@@ -78,7 +78,7 @@ _TRANSLATED = str.maketrans(
 )
 _SPELLINGS = (
   (r"[\u00bc-\u00be\u2150-\u215e]", lambda m: r"\frac{{{}}}{{{}}}".format(*_vulgar(m[0]))),
-  (r"[\u00b2\u00b3\u00b9\u2070-\u207e]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+  (r"[\u00b2\u00b3\u00b9\u2070-\u207e]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}"),
   (r"[\u2080-\u208e]+", r"\\index "),
   (r"\\!", ""),
   # Thousands, by what is never between two numbers.
@@ -146,7 +146,8 @@ def read(text: str) -> list[Item]:
 
 def _joins(neighbour: list[Item], words: re.Pattern[str]) -> bool:
   """Whether what stands beside a value makes it a part of something else."""
-  return any(x.kind == COMPARISON or (x.kind == WORD and words.fullmatch(x.text)) for x in neighbour)
+  kinds = [item.kind for item in neighbour if item.kind != WORD or words.fullmatch(item.text)]
+  return COMPARISON in kinds or WORD in kinds
 
 
 def _vulgar(character: str) -> tuple[int, int]:
@@ -301,7 +302,9 @@ class _Reader:
     k = len(items) - 1
     while k >= 0 and (items[k].kind == WORD or items[k].text == "."):
       k -= 1
-    if k < 0 or items[k].kind not in (VALUE, EXPRESSION) or i not in self.closing or self.tokens[i].text == "{":
+    if k < 0 or items[k].kind not in (VALUE, EXPRESSION):
+      return False
+    if i not in self.closing or self.tokens[i].text == "{":
       return False
     if _ALTERNATIVE.fullmatch(self.tokens[i + 1].text):
       items[k] = items[k]._replace(kind=EXPRESSION)
@@ -323,7 +326,8 @@ class _Reader:
         parts.append(_Part(FRACTION, "", value))
       elif token.kind == OPEN:
         end = self.closing.get(i)
-        if end is None or (self.prose[end] > self.prose[i] and not (parts and parts[-1].kind == OTHER)):
+        called = parts and parts[-1].kind == OTHER
+        if end is None or (self.prose[end] > self.prose[i] and not called):
           break
         parts.append(_Part(GROUP, "", self.group(i)))
         i = end + 1
@@ -350,7 +354,8 @@ class _Reader:
     if not self.tokens[i + 1].spaced:
       latin = before and before.kind == WORD and before.text[-1] < "\u0250"
       return not latin or self.tokens[i].spaced
-    return before is None or before.kind in (RELATION, OPEN)  # On a line of text it may be a bullet or a dash.
+    # On a line of text it may be a bullet or a dash.
+    return before is None or before.kind in (RELATION, OPEN)
 
   def group(self, i: int) -> Fraction | None:
     """The value of what the bracket at token i holds, if that is a number and nothing else."""

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from dca_jax.task import numbers
-from dca_jax.task.numbers import COMPARISON, DIGIT, EXPRESSION, LINE, MARK, RELATION, VALUE, WORD, Item
+from dca_jax.task.numbers import COMPARISON, EXPRESSION, LINE, MARK, RELATION, VALUE, WORD, Item
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -73,7 +73,8 @@ def _marked(text: str, wanted: str) -> list[tuple[int, Statement]]:
     before = found.pop()[1].text if found and "\n" not in text[last:start] else held
     found.append((start, Statement(held if before == held else f"{before}, {held}", True)))
     last = end
-  for m in _HASH.finditer(text):  # A line with words at its beginning is a heading, unless nothing follows it.
+  # A line with words at its beginning is a heading, unless nothing follows it.
+  for m in _HASH.finditer(text):
     ends = m.end() == len(text.rstrip())
     if re.match(rf"\W*{wanted}", m[1]) or (ends and re.search(wanted, m[1])):
       found.append((m.start(), Statement(m[1], True)))
@@ -83,8 +84,10 @@ def _marked(text: str, wanted: str) -> list[tuple[int, Statement]]:
 def _stated(text: str, wanted: str, extent: re.Pattern[str]) -> Statement | None:
   """The last answer that the text states; `wanted` is what it must hold."""
   found = _marked(text, wanted)
-  slots = [(m.start(), extent.match(text, m.end())) for m in _CUE.finditer(text)]
-  found += [(start, Statement(slot[0], False)) for start, slot in slots if slot and re.search(wanted, slot[0])]
+  for m in _CUE.finditer(text):
+    slot = extent.match(text, m.end())
+    if slot and re.search(wanted, slot[0]):
+      found.append((m.start(), Statement(slot[0], False)))
   return max(found)[1] if found else None
 
 
@@ -111,7 +114,7 @@ def number(text: str) -> str | None:
   (see `numbers`). A text that states no answer gives its last number, unless that is the end of a
   list.
   """
-  stated = _stated(text, DIGIT, _SENTENCE)
+  stated = _stated(text, numbers.DIGIT, _SENTENCE)
   if stated is None:
     value = _last(numbers.read(_end(text)))
   elif len(stated.text) > _LONGEST:
@@ -128,7 +131,7 @@ _LONGEST = 1000  # Characters of a statement that is read for a number.
 
 def _end(text: str) -> str:
   """The line of a text that holds its last digit, and what stands around it."""
-  found = re.search(DIGIT, text[::-1])
+  found = re.search(numbers.DIGIT, text[::-1])
   place = len(text) - found.start() if found else 0
   return "\n" + text[max(0, place - _LONGEST) : place + _LONGEST] if found else ""
 
@@ -145,13 +148,14 @@ def _leading(items: list[Item]) -> Fraction | None:
   rest = items[first + 1 :]
   further = _next(rest, (VALUE, EXPRESSION))
   between = [item.text.lower() for item in rest[:further] if item.kind == WORD]
-  explained = further is None or (bool(_EXPLAINS.intersection(between)) and between[-1] not in _LIST)
-  return items[first].value if explained else None
+  explained = bool(_EXPLAINS.intersection(between)) and between[-1] not in _LIST
+  return items[first].value if further is None or explained else None
 
 
 def _single(items: list[Item]) -> Fraction | None:
   """The one value that a statement gives, after the last equals sign if there is any."""
-  if any(item.kind == COMPARISON or (item.kind == WORD and _NEGATIVE.fullmatch(item.text)) for item in items):
+  denied = any(item.kind == WORD and _NEGATIVE.fullmatch(item.text) for item in items)
+  if denied or any(item.kind == COMPARISON for item in items):
     return None
   sides: list[list[Item]] = [[]]
   for item in items:
@@ -165,9 +169,9 @@ def _single(items: list[Item]) -> Fraction | None:
     return None
   for side in labels:  # Names and calculations, and nothing that gives another value.
     listed = any(item.kind == WORD and item.text.lower() in _LIST for item in side)
-    calculated = any(item.kind == EXPRESSION or item.text in ("+", "-", "*", "/") for item in side) and not listed
+    calculated = any(item.kind == EXPRESSION or item.text in ("+", "-", "*", "/") for item in side)
     others = {item.value for item in side if item.kind in (VALUE, EXPRESSION)} - values
-    if others and not calculated:
+    if others and (listed or not calculated):
       return None
   return values.pop()
 
@@ -179,7 +183,8 @@ def _last(items: list[Item]) -> Fraction | None:
   if not numeric or items[numeric[-1]].kind == EXPRESSION:
     return None
   *before, last = numeric
-  if before and items[before[-1]] != items[last] and _listed(items[before[-1]], items[before[-1] + 1 : last]):
+  previous = before[-1] if before else last
+  if items[previous] != items[last] and _listed(items[previous], items[previous + 1 : last]):
     return None
   for item in reversed(items[:last]):
     if item.kind in (VALUE, EXPRESSION, LINE) or item.text in (".", ","):

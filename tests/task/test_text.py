@@ -234,6 +234,9 @@ def test_one_way_to_hold_out(changes, said):
     ([{"question": "1?", "answer": "1 or 2"}], "line 1: .*'number' finds no answer"),
     ([{"question": "1?", "answer": "3 cats and 2 dogs"}], "line 1: .*'number' finds no answer"),
     ([{"question": "1?", "answer": "We get 3 + 4 = 7.\n#### 7 or 8"}], "line 1: .*'number' finds no answer"),
+    ([{"question": "1?", "answer": "\\frac{\\sqrt{2}}{2}"}], "line 1: .*'number' finds no answer"),
+    ([{"question": "1?", "answer": "So 3 x + 2, \\boxed{2x+3}"}], "line 1: .*'number' finds no answer"),
+    ([{"question": "1?", "answer": "It is 7, \\boxed{\\frac{1}{2}"}], "line 1: .*'number' finds no answer"),
   ],
 )
 def test_bad_rows(with_rows, rows, said):
