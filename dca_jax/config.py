@@ -215,16 +215,16 @@ def _parsed(arguments: Sequence[str], task: str) -> dict[str, Any]:
   return {key: said[key] for key in keys}
 
 
-def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The layers' keys together, a later layer's first, and what of earlier ones was left out for it."""
-  settings: dict[str, Any] = {}
-  left_out: dict[str, Any] = {}
-  for layer in layers:
-    kept = layer.keys() | _moot(settings)  # What was in vain before is a mistake, which is not hidden.
-    left_out = {key: value for key, value in left_out.items() if key not in layer}
-    settings = settings | layer
-    while moot := _moot(settings) & settings.keys() - kept:
-      left_out |= {key: settings.pop(key) for key in sorted(moot)}
+def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+  """The layers' keys together, a later layer's first, and the keys of earlier ones that were left out for it."""
+  *earlier, last = layers
+  # What was in vain before is a mistake, which is not hidden.
+  kept = last.keys() | (_moot(_settled(earlier)[0]) if earlier else set())
+  settings = {key: value for layer in layers for key, value in layer.items()}
+  left_out: list[str] = []
+  while moot := sorted(_moot(settings) & settings.keys() - kept):
+    left_out += moot
+    settings = {key: value for key, value in settings.items() if key not in moot}
   return settings, left_out
 
 
@@ -238,13 +238,13 @@ def _moot(settings: dict[str, Any]) -> set[str]:
   return config.gives_way() | _unused(config).keys()
 
 
-def _causes(layers: Sequence[dict[str, Any]], left_out: dict[str, Any]) -> str:
+def _causes(layers: Sequence[dict[str, Any]], left_out: Sequence[str]) -> str:
   """The overrides without which less would be left out; all, where no single one decides."""
   said = {key: value for layer in layers[1:] for key, value in layer.items() if key not in left_out}
 
   def decides(key: str) -> bool:
     without = [{k: v for k, v in layer.items() if k != key} for layer in layers[1:]]
-    return not left_out.keys() <= _settled([layers[0], *without])[1].keys()
+    return not set(left_out) <= set(_settled([layers[0], *without])[1])
 
   causes = {key: value for key, value in said.items() if decides(key)} or said
   return " ".join(f"--config.{key}={value}" for key, value in causes.items())
@@ -257,14 +257,15 @@ def _from_flat(settings: dict[str, Any]) -> Config:
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-  nested: dict[str, Any] = {}
+  """The sections of flat settings; the opposite of `flatten`."""
+  sections: dict[str, Any] = {}
   for key, value in flat.items():
-    *sections, name = key.split(".")
-    place = nested
-    for section in sections:
+    *path, name = key.split(".")
+    place = sections
+    for section in path:
       place = place.setdefault(section, {})
     place[name] = value
-  return nested
+  return sections
 
 
 def _check(config: Config) -> None:

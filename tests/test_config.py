@@ -452,6 +452,10 @@ def test_what_a_later_level_says_again_counts(capsys):
     recipe, ["--config.reviewer.name=oracle"], ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.2"]
   )
   assert (config.reviewer.name, config.reviewer.flip) == ("noisy", 0.2)
+  # Also of what a level between would have left out.
+  for between in (["--config.credit.scheme=uniform"], ["--config.reviewer.name=none"]):
+    after = ["--config.credit.scheme=weighted", *["--config.reviewer.name=noisy"] * (between[0].endswith("none"))]
+    assert build(recipe, between, after) == build(recipe)
   assert not capsys.readouterr().err
 
 
