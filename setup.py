@@ -55,5 +55,5 @@ setup(
       "tensorboard",
     ],
   },
-  entry_points={"console_scripts": ["dca-jax=dca_jax.cli:run"]},
+  entry_points={"console_scripts": ["dca-jax=dca_jax.commands.cli:run"]},
 )

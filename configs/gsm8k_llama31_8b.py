@@ -7,7 +7,7 @@ the 32 GB of a v6e; compiled for a v6e-16 the update takes 13.5 beside the refer
 beside 7.5 that stay. Arithmetic and memory alone take 4.8 s a step, so expect 200 steps to take 15 to 60 minutes, or
 longer where the reviewer is slower than that:
 
-    python benchmarks/tpu.py --config=configs/gsm8k_llama31_8b.py --topology=v6e:4x4
+    python evidence/benchmarks/tpu.py --config=configs/gsm8k_llama31_8b.py --topology=v6e:4x4
 
 If half of the 512 completions of a step get a review (`weighted` credit needs none where a group fares alike), of 1,200
 prompt and 400 output tokens, 200 steps cost about $70 at the table price of the reviewer; `reviewer.client.max_dollars`

@@ -7,7 +7,7 @@ each chip, of its 16 GB; compiled for a v5e the update takes 6.1 (11.8) beside t
 sampling 4.7 (8.6). Arithmetic and memory alone take 3.1 s (6.5) a step, so expect 200 steps to take 10 to 30 minutes
 (20 to 60), or longer where the reviewer is slower than that:
 
-    python benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
+    python evidence/benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
 
 If half of the 256 completions of a step get a review (`weighted` credit needs none where a group fares alike), of 1,200
 prompt and 400 output tokens, 200 steps cost about $35 at the table price of the reviewer; `reviewer.client.max_dollars`

@@ -1,3 +1,3 @@
-from dca_jax.cli import run
+from dca_jax.commands.cli import run
 
 run()

@@ -16,21 +16,21 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from dca_jax import hold
-from dca_jax.checkpoint import CheckpointConfig
 from dca_jax.checks import at_least, between
 from dca_jax.credit import CreditConfig
+from dca_jax.devices.mesh import MeshConfig
 from dca_jax.errors import UserError
-from dca_jax.evaluate import EvaluateConfig
 from dca_jax.learner import LearnerConfig
-from dca_jax.mesh import MeshConfig
+from dca_jax.learner.supervised import WarmstartConfig
 from dca_jax.policy import PolicyConfig
 from dca_jax.review import ReviewerConfig
 from dca_jax.review.builtin import LABELLED
 from dca_jax.rollout import RolloutConfig
-from dca_jax.task import CONFIGS, ChainsConfig, TextConfig
-from dca_jax.value import ValueConfig
-from dca_jax.warmstart import WarmstartConfig
-from dca_jax.workdir import is_remote, locate, write_whole
+from dca_jax.rollout.evaluate import EvaluateConfig
+from dca_jax.rollout.prefixes import ValueConfig
+from dca_jax.store.checkpoints import CheckpointConfig
+from dca_jax.store.workdir import is_remote, locate, write_whole
+from dca_jax.tasks import CONFIGS, ChainsConfig, TextConfig
 
 
 class ConfigError(UserError):

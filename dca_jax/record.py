@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dca_jax.batch import Advantages, Begun
 from dca_jax.credit import CreditConfig
-from dca_jax.evaluate import Estimate
+from dca_jax.episode import ROLES
 from dca_jax.review import Review as HostReview
 from dca_jax.review.types import Usage
-from dca_jax.roles import ROLES
 from dca_jax.rollout import Trajectory
+from dca_jax.rollout.collect import Advantages, Begun
+from dca_jax.rollout.evaluate import Estimate
 
 
 def trajectories(begun: Begun, reviews: list[HostReview], values_BxK, advantages: Advantages):

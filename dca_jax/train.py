@@ -23,8 +23,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dca_jax import learner, mesh
-from dca_jax.batch import (
+from dca_jax import learner
+from dca_jax.commands.plan import check_fits
+from dca_jax.config import Config, claim_workdir, difference, flatten
+from dca_jax.devices import mesh
+from dca_jax.devices.preemption import Stops, notices
+from dca_jax.devices.processes import agree, check_alike, fetch, gather, mark, put, watched
+from dca_jax.errors import Terminated, UserError, reason
+from dca_jax.hold import held
+from dca_jax.learner.supervised import cache_folder, warm_start
+from dca_jax.policy import Policy, join, pretrained, split
+from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
+from dca_jax.review import Reviewer, Share, Trial, Truth, open_reviewer
+from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
+from dca_jax.rollout.collect import (
   Begun,
   assign_credit,
   canary_accuracy,
@@ -38,26 +50,15 @@ from dca_jax.batch import (
   wait_for_reviews,
   worth_a_review,
 )
-from dca_jax.checkpoint import Checkpoints, put_aside
-from dca_jax.config import Config, claim_workdir, difference, flatten
-from dca_jax.errors import Terminated, UserError, reason
-from dca_jax.evaluate import evaluate
-from dca_jax.hold import held
-from dca_jax.metrics import Reporter, dollars_spent, not_finite
-from dca_jax.notices import Stops, notices
-from dca_jax.plan import check_fits
-from dca_jax.policy import Policy, join, pretrained, split
-from dca_jax.processes import agree, check_alike, fetch, gather, mark, put, watched
-from dca_jax.record import Clock, Tally, eval_metrics, merge, tally, trajectories
-from dca_jax.review import Reviewer, Share, Trial, Truth, open_reviewer
-from dca_jax.rollout import Sampler, forget_trajectories, write_trajectories
+from dca_jax.rollout.evaluate import evaluate
+from dca_jax.rollout.prefixes import fit_head, init_head, learned_values, monte_carlo
 from dca_jax.source import package_digest, source_digest
-from dca_jax.task import TASKS, Task
-from dca_jax.task.tokenizer import end_ids as end_ids_of
-from dca_jax.task.tokenizer import id_count
-from dca_jax.value import fit_head, init_head, learned_values, monte_carlo
-from dca_jax.warmstart import cache_folder, warm_start
-from dca_jax.workdir import Growing, locate
+from dca_jax.store.checkpoints import Checkpoints, put_aside
+from dca_jax.store.metrics import Reporter, dollars_spent, not_finite
+from dca_jax.store.workdir import Growing, locate
+from dca_jax.tasks import TASKS, Task
+from dca_jax.tasks.tokenizer import end_ids as end_ids_of
+from dca_jax.tasks.tokenizer import id_count
 
 _TRIAL_SECONDS = 60.0  # in which a reviewer that is overloaded or down for a moment may come back
 

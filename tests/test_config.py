@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import dca_jax
 from dca_jax import config as config_lib
-from dca_jax.compare import arm_config
+from dca_jax.commands.compare import arm_config
 from dca_jax.config import Config, ConfigError, build, claim_workdir, difference, load
 from dca_jax.errors import UserError
 

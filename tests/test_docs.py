@@ -7,9 +7,10 @@ import shlex
 
 import pytest
 
-from dca_jax import cli, config
-from dca_jax.compare import arm_config
-from dca_jax.rereview import reviewer_config
+from dca_jax import config
+from dca_jax.commands import cli
+from dca_jax.commands.compare import arm_config
+from dca_jax.commands.review import reviewer_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

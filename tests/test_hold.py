@@ -15,7 +15,8 @@ import pytest
 import tiny
 from etils import epath
 
-from dca_jax import cli, hold
+from dca_jax import hold
+from dca_jax.commands import cli
 from dca_jax.errors import UserError
 
 ROOT = str(pathlib.Path(hold.__file__).parents[1])

@@ -7,8 +7,8 @@ import time
 import pytest
 import tiny
 
-from dca_jax import cli
-from dca_jax.task import CONFIGS, TASKS, Chains, ChainsConfig
+from dca_jax.commands import cli
+from dca_jax.tasks import CONFIGS, TASKS, Chains, ChainsConfig
 from dca_jax.train import train
 
 

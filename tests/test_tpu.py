@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from dca_jax import mesh
-from dca_jax.mesh import MeshConfig
+from dca_jax.devices import mesh
+from dca_jax.devices.mesh import MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 

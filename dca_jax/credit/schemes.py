@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dca_jax.checks import at_least, between, one_of
-from dca_jax.roles import ROLES
+from dca_jax.episode import ROLES
 
 
 @dataclasses.dataclass(frozen=True)

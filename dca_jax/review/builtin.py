@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from dca_jax.episode import ROLES
 from dca_jax.review.types import Request, Review, Reviewer, finished
-from dca_jax.roles import ROLES
 
 # What helps becomes wrong; what is wrong or needless becomes helpful.
 _OPPOSITE = dict.fromkeys(ROLES, "necessary") | dict.fromkeys(("necessary", "repair", "inherits"), "error")

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from dca_jax.episode import ROLES
 from dca_jax.review.types import Request
-from dca_jax.roles import ROLES
 
 MAX_STEPS = 120
 """More steps than this are shown with their tail merged into the last."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
-from dca_jax.roles import ROLES
+from dca_jax.episode import ROLES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dca_jax.rollout.prompts import encode_prompts
 from dca_jax.rollout.sampler import GREEDY, RolloutConfig, Sampler, Samples, sample
 from dca_jax.rollout.steps import cut, cut_at_stops, step_texts, stop_length
-from dca_jax.rollout.trajectory import (
+from dca_jax.store.trajectories import (
   Trajectory,
   forget_trajectories,
   read_trajectories,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dca_jax.errors import UserError
-from dca_jax.task import Problem
+from dca_jax.tasks import Problem
 
 
 def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dca_jax.checks import at_least, one_of, positive
+from dca_jax.devices.processes import fetch, own_rows, put
 from dca_jax.policy import Policy, Sampling, sampling_logits
-from dca_jax.processes import fetch, own_rows, put
 
 
 @dataclasses.dataclass(frozen=True)

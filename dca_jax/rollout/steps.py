@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dca_jax import patterns
 from dca_jax.rollout.sampler import Samples
-from dca_jax.task.tokenizer import token_bytes
+from dca_jax.tasks.tokenizer import token_bytes
 
 
 def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -> list[tuple[int, int]]:

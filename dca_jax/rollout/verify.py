@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from dca_jax.rollout.sampler import Samples
-from dca_jax.task import Outcome, Problem, Task
-from dca_jax.task.tokenizer import text_of
+from dca_jax.tasks import Outcome, Problem, Task
+from dca_jax.tasks.tokenizer import text_of
 
 
 def verify(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Outcome]:

@@ -36,10 +36,10 @@ from test_schemes import (
 )
 
 from dca_jax.credit import CreditConfig, Review
-from dca_jax.lab import tree
+from dca_jax.episode import ROLES
 from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
-from dca_jax.roles import ROLES
-from dca_jax.task import Chains, ChainsConfig
+from dca_jax.tasks import Chains, ChainsConfig
+from evidence.lab import tree
 
 RTG, CAPO = CreditConfig(scheme="return_to_go"), CreditConfig(scheme="capo")
 SAFE, OWN = CreditConfig(scheme="potential"), CreditConfig(scheme="potential", discount=0.0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dca_jax.credit import SCHEMES, CreditConfig, Review, RoleTable, group_advantages, token_advantages
-from dca_jax.roles import ROLES
+from dca_jax.episode import ROLES
 
 # One shape for nearly everything, so that a config is compiled once.
 P, G, T, K = 3, 4, 24, 6

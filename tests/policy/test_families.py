@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dca_jax.devices.mesh import MeshConfig, make_mesh, state_shardings
 from dca_jax.learner import LearnerConfig, make_optimizer
-from dca_jax.mesh import MeshConfig, make_mesh, state_shardings
 from dca_jax.policy import Policy, PolicyConfig, Sampling, sampling_logits
 from dca_jax.policy.pretrained import load, resolve
 

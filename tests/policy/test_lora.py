@@ -19,11 +19,11 @@ from test_pretrained import tensors
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "review"))
 from fake_server import FakeServer, honest_reply
 
-from dca_jax.cli import main
+from dca_jax.commands.cli import main
+from dca_jax.commands.export import export, read_params
 from dca_jax.config import ConfigError
+from dca_jax.devices.mesh import MeshConfig, make_mesh, param_shardings
 from dca_jax.errors import UserError
-from dca_jax.export import export, read_params
-from dca_jax.mesh import MeshConfig, make_mesh, param_shardings
 from dca_jax.policy import Policy, PolicyConfig, join, merge, pretrained, sampling_logits, split
 from dca_jax.policy.logprobs import Sampling
 from dca_jax.train import train

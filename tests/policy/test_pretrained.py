@@ -16,11 +16,11 @@ import tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from dca_jax.commands.export import export
 from dca_jax.config import ConfigError
+from dca_jax.devices.mesh import MeshConfig, make_mesh, state_shardings
 from dca_jax.errors import UserError
-from dca_jax.export import export
 from dca_jax.learner import LearnerConfig, make_optimizer
-from dca_jax.mesh import MeshConfig, make_mesh, state_shardings
 from dca_jax.policy import Head, Policy, PolicyConfig, Sampling, pretrained, sampling_logits
 from dca_jax.policy.families import from_json
 from dca_jax.train import train

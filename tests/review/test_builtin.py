@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from dca_jax.episode import ROLES
 from dca_jax.review import REVIEWERS, Request, Review, ReviewerConfig, Truth, open_reviewer
-from dca_jax.roles import ROLES
-from dca_jax.task import Chains, ChainsConfig
+from dca_jax.tasks import Chains, ChainsConfig
 
 TASK = Chains(ChainsConfig(lines=4))
 PROMPT = "+3a*2b-4c+1d?cm7n3;"

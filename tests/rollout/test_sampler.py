@@ -10,12 +10,12 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from dca_jax.batch import step_key
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.rollout import GREEDY, encode_prompts, sample
-from dca_jax.task import TASKS, Problem
-from dca_jax.task.chains import ChainsConfig
+from dca_jax.rollout.collect import step_key
+from dca_jax.tasks import TASKS, Problem
+from dca_jax.tasks.chains import ChainsConfig
 
 VOCAB = 20
 P, G, T = 4, 2, 8

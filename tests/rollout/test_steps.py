@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dca_jax import patterns
-from dca_jax.batch import cut_steps
 from dca_jax.errors import UserError
 from dca_jax.rollout import Samples, cut
-from dca_jax.task.text import STEPS
-from dca_jax.task.tokenizer import load_tokenizer
+from dca_jax.rollout.collect import cut_steps
+from dca_jax.tasks.text import STEPS
+from dca_jax.tasks.tokenizer import load_tokenizer
 
 PIECES = st.lists(st.text("ab;\n ", max_size=4).map(str.encode), max_size=12)
 

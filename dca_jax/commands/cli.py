@@ -1,0 +1,221 @@
+"""`dca-jax train | compare | plan | status | report | export | review | lab`."""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns its exit status."""
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It would say on every start that there is no PyTorch.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  args, overrides = parser().parse_known_args(argv)
+  from dca_jax.errors import Terminated, UserError
+
+  try:
+    if not args.settings and overrides:
+      raise UserError(f"cannot read the argument {overrides[0]!r}")
+    args.run(args, overrides)
+    return 0
+  except UserError as error:
+    print(f"dca-jax: error: {error}", file=sys.stderr)
+  except Terminated as error:
+    print(f"dca-jax: {error}", file=sys.stderr)
+    return error.status
+  except OSError as error:
+    where = error.filename or getattr(args, "workdir", "")
+    print(f"dca-jax: error: {where}: {error.strerror or error}; what was saved before is intact", file=sys.stderr)
+  except KeyboardInterrupt:
+    print("\ndca-jax: interrupted; what was saved before is intact", file=sys.stderr)
+    return 130
+  return 1
+
+
+def parser() -> argparse.ArgumentParser:
+  what = "Reinforcement learning with Deliberative Credit Assignment."
+  top = argparse.ArgumentParser(prog="dca-jax", description=what)
+  commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(run, what: str, settings: bool, workdir: str | None = "") -> argparse.ArgumentParser:
+    """The parser of a command that `run` carries out; `settings` where it reads `--config.section.key=value`."""
+    epilog = "any setting can be overridden: --config.section.key=value" if settings else None
+    p = commands.add_parser(run.__name__[1:], help=what, epilog=epilog, allow_abbrev=False)
+    p.set_defaults(run=run, settings=settings)
+    if run in (_train, _compare, _plan):
+      p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
+    if workdir is not None:
+      p.add_argument("--workdir", required=True, help=workdir or None)
+    return p
+
+  where = "where the run lives; the same command again continues it"
+  p = command(_train, "train a policy, or continue a run", True, where)
+  p.add_argument("--resume", default="auto", help="auto, never, or the number of a saved step to go back to")
+  several = p.add_argument_group("several processes, each with the same command")
+  what = "find the others as a TPU pod, Slurm or Kubernetes say"
+  several.add_argument("--distributed", action="store_true", help=what)
+  several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens")
+  several.add_argument("--processes", type=int, help="how many there are")
+  several.add_argument("--process", type=int, help="which one this is, from 0")
+
+  p = command(_compare, "train several arms and draw their curves", True, "where the runs and the figure go")
+  what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
+  p.add_argument("--arms", required=True, help=what)
+  p.add_argument("--seeds", default="0", help="numbers, by commas")
+  p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
+
+  p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
+  p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
+
+  command(_status, "what a run is doing", False)
+  command(_report, "write report.html of a run anew", False)
+
+  p = command(_export, "write a run's policy as a Hugging Face folder", False)
+  p.add_argument("--output", required=True, help="the folder to make")
+  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
+  p.add_argument("--adapters", action="store_true", help="LoRA's adapters alone, for peft; else they are merged")
+
+  p = command(_review, "have stored trajectories read by another reviewer", True, workdir=None)
+  p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
+  p.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite")
+  p.add_argument("--limit", type=int, default=200, help="completions to read")
+  p.add_argument("--estimate", action="store_true", help="only say what it would cost")
+
+  what = "every credit scheme on a policy small enough to be exact, in half a minute"
+  command(_lab, what, False, "where the figures and the numbers go")
+  return top
+
+
+def run() -> NoReturn:
+  """The program: `main`, and the end of the process."""
+  for number in (signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, _end_now)
+  try:
+    status = main()
+  except Exception:
+    traceback.print_exc()
+    status = 1
+  if not status:
+    sys.exit(0)
+  from dca_jax.devices.processes import end
+
+  end(status)  # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
+
+
+def _end_now(number: int, frame) -> NoReturn:
+  """What a signal does where no run minds it; every file is written whole, so a process may end anywhere."""
+  name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+  os.write(2, f"\ndca-jax: ended by {name}; what was saved before is intact\n".encode())
+  os._exit(128 + number)
+
+
+def _train(args, overrides) -> None:
+  import jax
+
+  from dca_jax import config
+  from dca_jax.commands import report
+  from dca_jax.devices import processes
+  from dca_jax.errors import Terminated
+  from dca_jax.store.metrics import read_metrics
+  from dca_jax.store.workdir import locate
+  from dca_jax.train import train
+
+  settings = config.load(args.config, overrides)
+  if args.resume not in ("auto", "never") and not args.resume.isdigit():
+    raise config.ConfigError(f"--resume={args.resume}: must be auto, never, or the number of a saved step")
+  given = args.processes is not None and args.process is not None
+  if args.coordinator and not (given and 0 <= args.process < args.processes):
+    raise config.ConfigError("--coordinator needs --processes=N and, in each of them, --process=0 to N - 1")
+  if not args.coordinator and (args.processes, args.process) != (None, None):
+    raise config.ConfigError("--processes and --process need --coordinator=HOST:PORT")
+  if args.coordinator:
+    processes.connect(args.coordinator, args.processes, args.process)
+  elif args.distributed:
+    processes.connect()
+  try:
+    train(settings, args.workdir, args.resume)
+  except Terminated:
+    processes.leave()
+    raise
+  if jax.process_index() == 0:
+    folder = locate(args.workdir)
+    metrics = read_metrics(folder)
+    if any("train/accuracy" in row for row in metrics):
+      print("\n" + report.text_table(report.score_header(metrics), report.score_rows(metrics)))
+      print(f"\nreport: {report.write_report(folder)}")
+
+
+def _compare(args, overrides) -> None:
+  from dca_jax import config
+  from dca_jax.commands.compare import compare
+
+  arms = [arm for arm in args.arms.split(",") if arm]
+  seeds = [int(seed) for seed in args.seeds.split(",") if seed.isascii() and seed.isdigit()]
+  if len(seeds) != args.seeds.count(",") + 1 or max(seeds) >= 2**31:
+    raise config.ConfigError(f"--seeds={args.seeds}: must be whole numbers from 0 to 2^31 - 1, separated by commas")
+  for name, values in (("arms", arms), ("seeds", seeds)):
+    if len(set(values)) < len(values):
+      raise config.ConfigError(f"--{name}={getattr(args, name)}: names one of them twice")
+  _between(args, "threshold", 0, 1)
+  table = compare(config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides)
+  print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
+
+
+def _plan(args, overrides) -> None:
+  import jax
+
+  from dca_jax import config
+  from dca_jax.commands.plan import plan
+
+  if args.devices is not None:
+    _between(args, "devices", 1)
+  print(plan(config.load(args.config, overrides), args.devices or jax.device_count()))
+
+
+def _between(args, name: str, least: float, most: float = float("inf")) -> None:
+  from dca_jax.config import ConfigError
+
+  if not least <= getattr(args, name) <= most:
+    must = f"between {least} and {most}" if most < float("inf") else f"at least {least}"
+    raise ConfigError(f"--{name}={getattr(args, name)}: must be {must}")
+
+
+def _status(args, _) -> None:
+  from dca_jax.commands.status import status
+
+  print(status(args.workdir))
+
+
+def _report(args, _) -> None:
+  from dca_jax.commands.report import write_report
+  from dca_jax.store.workdir import locate
+
+  print(f"report: {write_report(locate(args.workdir))}")
+
+
+def _export(args, _) -> None:
+  from dca_jax.commands.export import export
+
+  print(export(args.workdir, args.output, args.step, args.adapters))
+
+
+def _review(args, overrides) -> None:
+  from dca_jax.commands import review as rereview
+
+  _between(args, "limit", 1)
+  work = rereview.estimate if args.estimate else rereview.rereview
+  print(work(args.trajectories, args.reviewer, args.limit, overrides))
+
+
+def _lab(args, _) -> None:
+  from dca_jax.store.workdir import locate
+  from evidence import lab
+
+  folder = locate(args.workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  print(lab.run(folder))
+  print(f"\nfigures: {folder / 'lab.png'} and drift.png; numbers: lab.json")

@@ -1,0 +1,115 @@
+"""Arms against each other: the same problems, the same start, several seeds."""
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+
+from dca_jax import config as config_lib
+from dca_jax.commands.report import chart, html_table, moving_average, page, running_total, text_table
+from dca_jax.config import Config, ConfigError
+from dca_jax.credit import SCHEMES
+from dca_jax.errors import UserError
+from dca_jax.store.metrics import missing_steps, read_metrics
+from dca_jax.store.workdir import locate
+from dca_jax.train import train
+
+
+def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
+  """The config of one arm.
+
+  An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to settings), followed by
+  any number of `:section.key=value`. It goes before `overrides`, those of the command line, as they go before the
+  recipe: what an arm cannot use of theirs, such as a reviewer where credit is uniform, is left out.
+  """
+  name, *settings = arm.split(":")
+  arms = getattr(recipe, "ARMS", {})
+  if name not in (known := {**arms, **SCHEMES}):
+    raise ConfigError(f"--arms: no arm {name!r}; known are {', '.join(known)}")
+  scheme = {"credit.scheme": name} if name in SCHEMES else {}
+  named = [f"--config.{key}={value}" for key, value in {**scheme, **arms.get(name, {})}.items()]
+  typed = [f"--config.{setting}" for setting in settings]
+  return config_lib.build(recipe.get_config(), overrides, named, [*typed, f"--config.seed={seed}"])
+
+
+def compare(
+  recipe, arms: Sequence[str], seeds: Sequence[int], threshold: float, workdir: str, overrides: Sequence[str]
+) -> str:
+  """Trains every arm with every seed and writes compare.png, compare.html and compare.json; run again, it resumes.
+
+  Returns:
+    The table, as text.
+  """
+  if not arms:
+    raise ConfigError("--arms: name at least one")
+  of_arm = {arm: arm_config(recipe, arm, seeds[0], overrides) for arm in arms}
+  configs = {(arm, seed): dataclasses.replace(of_arm[arm], seed=seed) for arm in arms for seed in seeds}
+  folder = locate(workdir)
+  runs = {}
+  for seed, arm in itertools.product(seeds, arms):
+    print(f"\n{arm}, seed {seed}", flush=True)
+    run = folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
+    train(configs[arm, seed], str(run))
+    runs[arm, seed] = read_metrics(run)
+    if lost := missing_steps(runs[arm, seed]):
+      raise UserError(f"{run}: its metrics.jsonl does not tell of steps {lost}, so nothing can be counted; remove it")
+
+  curves, spent = {}, {}
+  for what in ("completions", "generated_tokens"):
+    curves[what] = {arm: [_curve(runs[arm, seed], f"train/{what}") for seed in seeds] for arm in arms}
+    spent[what] = {arm: [samples_to(x, y, threshold) for x, y in own] for arm, own in curves[what].items()}
+  rows = []
+  for arm in arms:
+    row = [arm, f"{configs[arm, seeds[0]].learner.lr:g}"]
+    for what, unit, sign in (("completions", 1, ""), ("generated_tokens", 1000, "k")):
+      row.append(" ".join("never" if n is None else f"{n / unit:,.0f}{sign}" for n in spent[what][arm]))
+      row.append(ratio(spent[what][arms[0]], spent[what][arm], curves[what][arms[0]]))
+    for score, digits in (("sampled", 3), ("greedy", 3), ("length", 1)):
+      row.append(" ".join(f"{runs[arm, seed][-1][f'eval/{score}']:.{digits}f}" for seed in seeds))
+    rows.append(row)
+  versus = f"{arms[0]} / arm"
+  header = ["arm", "lr", f"completions to {threshold:g}", versus, f"tokens to {threshold:g}", versus]
+  header += ["sampled at the end", "greedy", "length"]
+  panels = [("accuracy", curves["completions"])]
+  size = (6.4 if len(arms) < 5 else 8.0, 3.6)
+  (folder / "compare.png").write_bytes(chart(panels, "completions sampled", size, "png"))
+  note = (
+    f"Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed ({', '.join(map(str, seeds))}). "
+    f"Completions, and tokens generated, until that mean reaches {threshold:g}, a number a seed; ratios of medians. "
+    "The tokens include continuations sampled for prefix values, and no reviewer's. "
+    "At the end: held-out problems."
+  )
+  body = [chart(panels, "completions sampled", size), f"<p class=note>{note}</p>", html_table(header, rows)]
+  (folder / "compare.html").write_text(page(f"dca-jax: {', '.join(arms)}", body))
+  result = {"threshold": threshold, "seeds": list(seeds), "curves": curves["completions"]}
+  result |= {"completions_to_threshold": spent["completions"], "tokens_to_threshold": spent["generated_tokens"]}
+  (folder / "compare.json").write_text(json.dumps(result) + "\n")
+  return text_table(header, rows)
+
+
+def _curve(metrics: list[dict], spent: str) -> tuple[list[float], list[float]]:
+  """What of the metric `spent` had been spent after each step, and the accuracy by then, mean of five steps."""
+  trained = [m for m in metrics if "train/accuracy" in m]
+  return running_total(trained, spent), moving_average([m["train/accuracy"] for m in trained])
+
+
+def samples_to(x: list[float], y: list[float], threshold: float) -> float | None:
+  """What was spent when the mean of five steps first reached `threshold`; None where it never does."""
+  return next((n for i, (n, a) in enumerate(zip(x, y, strict=True)) if a >= threshold and i >= 4), None)
+
+
+def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str:
+  """Median of the first arm over the median of this one, and whether the seeds overlap.
+
+  A run that never arrived counts as its whole length, so the ratio is then a lower bound, marked by a sign.
+  """
+  arrived = [n for n in arm if n is not None]
+  if len(arrived) < len(arm):
+    return "-"
+  known = [n or x[-1] for n, (x, _) in zip(base, base_curves, strict=True)]
+  endless = statistics.median(n or math.inf for n in base)
+  bound = "≥ " if endless != statistics.median(known) else ""
+  apart = " (seeds apart)" if min(known) > max(arrived) and len(arm) > 1 else ""
+  return f"{bound}{statistics.median(known) / statistics.median(arrived):.2f}{apart}"

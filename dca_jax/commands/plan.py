@@ -1,0 +1,173 @@
+"""How much memory a run takes on each device, from shapes alone: nothing is allocated, no device is needed."""
+
+import collections
+import math
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dca_jax import learner
+from dca_jax.config import Config
+from dca_jax.devices import mesh
+from dca_jax.errors import UserError
+from dca_jax.policy import Policy, join, pretrained, split
+from dca_jax.policy.logprobs import CHUNK_LOGITS
+from dca_jax.tasks import TASKS
+from dca_jax.tasks.tokenizer import id_count
+
+_CHIPS = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB of each chip's memory, docs.cloud.google.com/tpu/docs
+_FREE = 0.1  # Part of a device's memory that is left to programs and to fragmentation.
+
+
+class Memory(NamedTuple):
+  """Bytes on each device."""
+
+  parameters: int
+  optimizer: int
+  copies: int
+  """The reference policy, and the policy one step behind."""
+  sampling: dict[str, int]
+  updating: dict[str, int]
+
+  @property
+  def resident(self) -> int:
+    return self.parameters + self.optimizer + self.copies
+
+  @property
+  def peak(self) -> int:
+    return self.resident + max(sum(self.sampling.values()), sum(self.updating.values()))
+
+
+def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.AnyMesh) -> Memory:
+  """What a run of `config` takes on each device of a mesh.
+
+  What stays is exact. Activations are what the backward pass of one micro-batch keeps, as JAX traces it, counted as if
+  `tensor` did not divide them; XLA may need less, and buffers of its own beside.
+  """
+  c, rollout = policy.config, config.rollout
+  optimizer = learner.make_optimizer(config.learner, config.steps)
+  whole = mesh.param_shapes(policy)
+  shapes = jax.eval_shape(lambda p: learner.init_state(optimizer, p), split(whole)[1])
+  shardings = mesh.state_shardings(devices, policy, optimizer)
+  parameters, trained = _bytes(whole, mesh.param_shardings(devices, policy)), _bytes(shapes.params, shardings.params)
+  moments = _bytes(shapes.opt_state, shardings.opt_state)
+  copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * trained
+
+  def rows(on) -> int:
+    return rollout.problems // (on.shape["data"] * on.shape["fsdp"])
+
+  problems, item = rows(sampler), jnp.dtype(c.dtype).itemsize
+  heads = c.kv_heads // sampler.shape["tensor"]
+  # Evaluation draws batches of the same shape; continuations have answers begun as their prompts.
+  prompts, length, group = problems, rollout.max_prompt_tokens, rollout.group
+  if config.value.source == "monte_carlo":
+    prompts, length, group = problems * group, length + rollout.max_tokens, config.value.continuations
+  positions = prompts * (length + group * rollout.max_tokens)
+  read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
+  copied = config.mesh.sampler or c.kept != c.dtype
+  sampling = {
+    "parameters as the sampler has them": _bytes(read, mesh.param_shardings(sampler, policy)) if copied else 0,
+    "layers, taken apart": _bytes(read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]),
+    "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
+    "logits of one token": 3 * 4 * prompts * group * policy.rows,
+  }
+  micro_batch = rows(devices) // config.learner.micro_batches
+  tokens = micro_batch * rollout.group * rollout.max_tokens
+  updating = {
+    "gradients": moments // 2 + trained,  # Of all micro-batches so far, in float32, and of this one.
+    "activations of a micro-batch": _saved(config, policy, micro_batch),
+    "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
+  }
+  return Memory(parameters, moments, copies, sampling, updating)
+
+
+def _bytes(shapes, shardings) -> int:
+  leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+  return sum(_size(sharding.shard_shape(a.shape), a.dtype) for a, sharding in leaves)
+
+
+def _size(shape, dtype) -> int:
+  return jnp.dtype(dtype).itemsize * math.prod(shape)
+
+
+def _saved(config: Config, policy: Policy, problems: int) -> int:
+  """Bytes that the backward pass of a micro-batch of `problems` keeps from the forward pass."""
+  batch, params = batch_shapes(config, problems), mesh.param_shapes(policy)
+
+  def kept(params, batch):
+    frozen, trained = split(params)
+
+    def loss(trained):
+      sampling, whole = config.rollout.sampling, join(frozen, trained)
+      return learner.loss_sums(policy, config.learner, sampling, whole, batch, jnp.bool_(True))[0]
+
+    return jax.vjp(loss, trained)[1]
+
+  def count(tree):
+    return collections.Counter((a.shape, a.dtype) for a in jax.tree.leaves(tree))
+
+  # What has the shape of a parameter is one, which stays anyway.
+  extra = count(jax.eval_shape(kept, params, batch)) - count(params)
+  return sum(n * _size(*array) for array, n in extra.items())
+
+
+def batch_shapes(config: Config, problems: int) -> learner.Batch:
+  """Shapes of what an update reads, without a reference policy."""
+  rows, t = problems * config.rollout.group, config.rollout.max_tokens
+
+  def array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  tokens, floats = array(jnp.int32, rows, t), array(jnp.float32, rows, t)
+  prompts, lengths = array(jnp.int32, problems, config.rollout.max_prompt_tokens), array(jnp.int32, problems)
+  return learner.Batch(prompts, lengths, tokens, array(jnp.int32, rows), array(jnp.bool_, rows), floats, floats, None)
+
+
+def plan(config: Config, devices: int) -> str:
+  """A table of the memory on each of so many devices, and which chips it fits.
+
+  Raises:
+    UserError: the mesh does not fit so many devices, or the policy or the batch does not divide over it.
+  """
+  # A model's config.json has the size of its vocabulary, so neither its tokenizer nor the data are needed.
+  known = pretrained.resolve(config.policy, 0)
+  policy = Policy(known, known.vocab_size or id_count(TASKS[config.task.name](config.task).tokenizer()))
+  training, sampling = mesh.abstract_meshes(config.mesh, devices)
+  mesh.check_rows(training, sampling, config.rollout.problems, config.learner.micro_batches)
+  m = memory(config, policy, training, sampling)
+  count = sum(_size(a.shape, jnp.int8) for a in jax.tree.leaves(mesh.param_shapes(policy)))
+  layout = ", ".join(f"{axis} {n}" for axis, n in training.shape.items())
+  unit, name = (2**30, "GiB") if m.peak > 2**30 else (2**20, "MiB")
+  lines = [f"{count:,} parameters; {name} on each of {devices} device(s) ({layout})", ""]
+  stays = {"parameters": m.parameters, "optimizer": m.optimizer, "copies of the policy": m.copies}
+  for title, part in (("", stays), ("while sampling:", m.sampling), ("while updating:", m.updating)):
+    lines += [title] if title else []
+    lines += [f"  {what:36}{size / unit:10.2f}" for what, size in part.items() if size]
+  lines += [f"  {'at most':36}{m.peak / unit:10.2f}", ""]
+  local, size = _local()
+  for chip, room in {**{chip: gb * 1e9 for chip, gb in _CHIPS.items()}, local: size}.items():
+    verdict = "fits" if m.peak < (1 - _FREE) * room else "does not fit"
+    lines.append(f"{chip}, {room / 2**30:.1f} GiB: {verdict}")
+  return "\n".join(lines)
+
+
+def check_fits(arrays) -> None:
+  """Raises UserError where what stays in memory alone, given as shapes with shardings, is more than a device has."""
+  needed = _bytes(arrays, jax.tree.map(lambda a: a.sharding, arrays))
+  name, room = _local()
+  if needed > room:
+    raise UserError(
+      f"parameters and optimizer take {needed / 2**30:.1f} GiB on each device, and {name} has {room / 2**30:.1f};"
+      " raise mesh.fsdp, or see `dca-jax plan`"
+    )
+
+
+def _local() -> tuple[str, float]:
+  """A name for the devices of this process, and the bytes that each has."""
+  device = jax.local_devices()[0]
+  if stats := device.memory_stats():
+    return f"a {device.device_kind} of this machine", stats["bytes_limit"]
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return "a CPU device of this machine", memory / jax.local_device_count()

@@ -1,0 +1,184 @@
+"""The device mesh, and where every array lives on it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dca_jax.devices.processes import own_rows
+from dca_jax.errors import UserError
+from dca_jax.learner import TrainState
+from dca_jax.policy import Policy, split
+from dca_jax.policy.sharding import AXES, AnyMesh, rules
+
+_TYPES = (AxisType.Auto,) * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """The `mesh` section: devices along each axis; -1 takes the rest."""
+
+  data: int = -1
+  """Copies of the parameters, each with its own part of the batch."""
+  fsdp: int = 1
+  """Parts of the parameters; these devices share the batch too."""
+  tensor: int = 1
+  """Parts of each matrix product."""
+  sampler: tuple[int, ...] = ()
+  """The same three while sampling, such as (-1, 1, 1); the parameters are laid out so once a step. Empty: as above."""
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    return self.data, self.fsdp, self.tensor
+
+  def check(self) -> dict[str, str]:
+    named = dict(zip(AXES, self.sizes, strict=True))
+    bad = {key: "must be positive, or -1 for the rest" for key, n in named.items() if n == 0 or n < -1}
+    if self.sizes.count(-1) > 1:
+      bad["data"] = "only one axis of the mesh can be -1"
+    if len(self.sampler) not in (0, 3) or any(n == 0 or n < -1 for n in self.sampler) or self.sampler.count(-1) > 1:
+      bad["sampler"] = "must be empty, or (data, fsdp, tensor), each positive, or one of them -1 for the rest"
+    return bad
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
+  """The mesh for training, of all devices unless given some. Raises UserError where they do not fill it."""
+  devices = devices or jax.devices()
+  shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, len(devices))
+  order = device_order(shape, devices)
+  # In both layouts a process then has the same rows.
+  return Mesh(by_process(order) if config.sampler else order, AXES, axis_types=_TYPES)
+
+
+def sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
+  """The mesh for sampling, of the same devices; raises UserError where they do not fill it."""
+  if not config.sampler:
+    return mesh
+  return Mesh(mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)), AXES, axis_types=_TYPES)
+
+
+def abstract_meshes(config: MeshConfig, devices: int) -> tuple[AbstractMesh, AbstractMesh]:
+  """The meshes for training and for sampling of devices that need not exist."""
+  shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, devices)
+  sampler = _fill("mesh.sampler", config.sampler, devices) if config.sampler else shape
+  return AbstractMesh(shape, AXES), AbstractMesh(sampler, AXES)
+
+
+def _fill(name: str, sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
+  fixed = int(np.prod([n for n in sizes if n > 0]))
+  shape = tuple(devices // fixed if n == -1 else n for n in sizes)
+  if np.prod(shape) != devices:
+    raise UserError(f"{name} = {' x '.join(map(str, sizes))} does not fit {devices} device(s)")
+  return shape
+
+
+def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
+  """`devices` in the shape of the mesh, neighbours in it close to each other.
+
+  Between slices of a pod the network is slow, so only one axis goes across them: `data`, or else `fsdp`.
+  """
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  across = next((axis for axis in (0, 1) if shape[axis] % slices == 0), None)
+  if across is None:
+    raise UserError(f"neither mesh.data = {shape[0]} nor mesh.fsdp = {shape[1]} is a multiple of the {slices} slices")
+  within, between = list(shape), [1, 1, 1]
+  within[across], between[across] = shape[across] // slices, slices
+  return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+
+
+def by_process(order: np.ndarray) -> np.ndarray:
+  """Devices in the same order, but for those of one process, which follow each other."""
+  processes = list(dict.fromkeys(device.process_index for device in order.flat))
+  return np.array(sorted(order.flat, key=lambda device: processes.index(device.process_index))).reshape(order.shape)
+
+
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+  """Rows over all data-parallel devices."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def check_rows(mesh: AnyMesh, sampler: AnyMesh, problems: int, micro_batches: int) -> None:
+  """Raises UserError where problems do not spread evenly, or a process would train on others than it samples."""
+  for where, devices, count, keys in (
+    ("mesh.data x mesh.fsdp", mesh, problems // micro_batches, "rollout.problems / learner.micro_batches"),
+    ("mesh.sampler", sampler, problems, "rollout.problems"),
+  ):
+    shards = devices.shape["data"] * devices.shape["fsdp"]
+    if count % shards:
+      raise UserError(f"{keys} = {count} does not divide over the {shards} devices of {where}")
+  if sampler == mesh or isinstance(mesh, AbstractMesh):
+    return
+  if own_rows(batch_sharding(mesh), problems).tolist() != own_rows(batch_sharding(sampler), problems).tolist():
+    raise UserError("mesh.sampler would give a process other problems than it trains on; set it nearer to the mesh")
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def state_shardings(
+  mesh: AnyMesh,
+  policy: Policy,
+  optimizer: optax.GradientTransformation,
+  value_head=None,
+  behind: bool = False,
+) -> TrainState:
+  """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
+
+  A jitted `optimizer.init` would replicate the moments, so they are named here.
+  """
+  params = split(param_shardings(mesh, policy))[1]
+  opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, split(param_shapes(policy))[1]),
+    params,
+    transform_non_params=lambda _: replicated(mesh),
+  )
+  head = jax.tree.map(lambda _: replicated(mesh), value_head)
+  return TrainState(params, opt_state, head, params if behind else None)
+
+
+def param_shapes(policy: Policy):
+  return nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
+
+
+def param_shardings(mesh: AnyMesh, policy: Policy):
+  """The sharding of every parameter.
+
+  Raises:
+    UserError: a parameter does not divide over an axis of the mesh.
+  """
+  boxed = jax.eval_shape(policy.init_params, jax.random.key(0))
+  params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), rules(mesh, policy.rows))
+  for (path, param), sharding in zip(jax.tree.leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(params), strict=True):
+    for size, axis in zip(param.shape, sharding.spec, strict=False):
+      if isinstance(axis, str) and size % mesh.shape[axis]:
+        name = ".".join(key.key for key in path)
+        raise UserError(
+          f"mesh.{axis} = {mesh.shape[axis]} does not divide {size}, a side of the policy's {name} {param.shape};"
+          f" set mesh.{axis} to a divisor, or change the policy section"
+        )
+  return params
+
+
+def sampler_params(policy: Policy, params):
+  """Parameters as sampling reads them, in the type of its products; norms work in float32."""
+  return jax.tree.map_with_path(lambda path, x: x if path[-1].key == "scale" else x.astype(policy.config.dtype), params)
+
+
+def relay(mesh: Mesh, sampler: Mesh, policy: Policy) -> Callable:
+  """A function that makes `sampler_params` and lays them out for sampling; it copies nothing where nothing changes."""
+  if sampler == mesh and policy.config.kept == policy.config.dtype:
+    return lambda params: params
+  return jax.jit(functools.partial(sampler_params, policy), out_shardings=param_shardings(sampler, policy))

@@ -1,0 +1,197 @@
+"""Supervised start on worked solutions, for a policy that begins from nothing."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import uuid
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from dca_jax.checks import at_least, positive
+from dca_jax.devices.processes import gather, mark, put
+from dca_jax.errors import UserError, reason
+from dca_jax.policy import Policy, Sampling, token_logprobs
+from dca_jax.rollout import encode_prompts
+from dca_jax.source import package_digest, source_digest
+from dca_jax.tasks import Problem, Task
+
+_SAMPLED = 256  # Demonstrations, spread over all, by which a changed data file shows.
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmstartConfig:
+  """The `warmstart` section."""
+
+  clean_steps: int = 400
+  """Steps on right solutions first, from which the procedure is learnt faster."""
+  steps: int = 100
+  """Steps on solutions with mistakes after that; 0 and no clean_steps starts from random weights."""
+  batch: int = 32
+  lr: float = 6e-3
+  seed: int = 0
+  """Of the initial weights."""
+
+  def check(self) -> dict[str, str]:
+    return at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch") | positive(self, "lr")
+
+  def unused(self) -> dict[str, str]:
+    return {} if self.total else dict.fromkeys(("batch", "lr"), "there are no warm-start steps")
+
+  @property
+  def total(self) -> int:
+    return self.clean_steps + self.steps
+
+
+def cache_folder() -> pathlib.Path:
+  """Where warm starts and compiled programs are kept: $DCA_JAX_CACHE, or ~/.cache/dca-jax."""
+  return pathlib.Path(os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")).absolute()
+
+
+def warm_start(
+  config: WarmstartConfig,
+  task: Task,
+  task_config,
+  tokenizer,
+  policy: Policy,
+  params,
+  limits: tuple[int, int],
+  everywhere,
+):
+  """Trains `params` on demonstrations, or loads the result of an earlier run that did the same.
+
+  Args:
+    params: freshly initialised; their shardings are kept.
+    limits: most prompt tokens and most completion tokens.
+    everywhere: the sharding of what every device has.
+
+  Returns:
+    The trained parameters.
+  """
+  if config.total == 0:
+    return params
+  sections = map(dataclasses.asdict, (config, task_config, policy.config))
+  ours = [package_digest("warmstart.py"), package_digest("policy/*.py")]
+  theirs = [source_digest(task), _sample(config, task)]
+  settings = json.dumps([*ours, *theirs, *sections, limits, jax.default_backend()])
+  folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+  cached = _load(folder, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params))
+  if cached is not None:
+    return cached
+  params = _train(config, task, tokenizer, policy, params, limits, everywhere)
+  if jax.process_count() == 1:  # Otherwise hosts have caches of their own, and each holds only parts of them.
+    _keep(folder, params)
+  return params
+
+
+def _sample(config: WarmstartConfig, task: Task) -> list[tuple[str, str]]:
+  """Some of the demonstrations."""
+  every = max(1, config.total * config.batch // _SAMPLED)
+  indices = range(0, config.total * config.batch, every)
+  return [task.demonstration(i, i >= config.clean_steps * config.batch) for i in indices]
+
+
+def _load(folder: pathlib.Path, abstract):
+  """What `_keep` kept, or None."""
+  if not all(gather("cached warm start", os.path.exists(folder))):
+    return None
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(folder, abstract)
+  except Exception as error:  # Damage shows as any of a dozen types; the cache can be made again.
+    why = f"is unreadable ({type(error).__name__}); training it again"
+    print(f"the cached warm start {folder} {why}", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _keep(folder: pathlib.Path, params) -> None:
+  """Puts the parameters into the cache; where that fails the run goes on, as it does not need it."""
+  partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(partial, params)
+      checkpointer.wait_until_finished()
+    partial.rename(folder)
+  except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
+    shutil.rmtree(partial, ignore_errors=True)
+    if not os.path.exists(folder):  # Otherwise another process finished first, with the same bits.
+      print(f"warning: the warm start is not kept for other runs: {reason(error)}", file=sys.stderr)
+
+
+def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere):
+  lr, total = config.lr, config.total
+  schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(20, total // 2), total, lr * 0.1)
+  # Muon (Jordan et al. 2024) learns the procedure in far fewer steps than Adam, which moves what is no matrix;
+  # `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one learning rate serves both.
+  muon = optax.contrib.muon(schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+  def loss(params, prompts_BxS, prompt_lengths_B, completions_BxT, lengths_B):
+    hidden = policy.completion_hidden(params, prompts_BxS, prompt_lengths_B, completions_BxT)
+    logp, _ = token_logprobs(hidden, policy.head(params), completions_BxT, Sampling())
+    mask = jnp.arange(completions_BxT.shape[1]) < lengths_B[:, None]
+    return -jnp.where(mask, logp, 0.0).sum() / mask.sum()
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, opt_state, batch):
+    value, grads = jax.value_and_grad(loss)(params, *batch)
+    changes, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, changes), opt_state, value
+
+  def make_batch(i: int):
+    indices = range(i * config.batch, (i + 1) * config.batch)
+    return _encode(task, tokenizer, indices, i >= config.clean_steps, limits, policy.rows)
+
+  opt_state = optimizer.init(params)
+  # The next batch is made while the device works on this one.
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    bar = tqdm(range(config.total), "warm start", unit="step", disable=None, leave=False)
+    following = pool.submit(make_batch, 0)
+    for i in bar:
+      mark("warm start")
+      batch = put(following.result(), everywhere)
+      following = pool.submit(make_batch, i + 1)
+      params, opt_state, value = step(params, opt_state, batch)
+      if i % 50 == 0 or i == config.total - 1:
+        tqdm.write(f"warm start {i + 1}/{config.total}  loss {float(value):.3f}", file=sys.stdout)
+        sys.stdout.flush()
+  return params
+
+
+def _contracted_axes(params):
+  """For each weight matrix of the policy, which axes are contracted and which are made; None for everything else."""
+
+  def axes(path, x):
+    if path[-1].key != "kernel":
+      return None
+    inputs = 2 if path[-2].key == "o" else 1
+    matrix = tuple(range(1, x.ndim))  # Axis 0 counts the layers.
+    return optax.contrib.MuonDimensionNumbers(matrix[:inputs], matrix[inputs:])
+
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int], rows: int):
+  """Demonstrations as prompts [B, S], prompt lengths [B], completions [B, T] and their lengths [B]."""
+  pairs = [task.demonstration(i, mistakes) for i in indices]
+  problems = [Problem(i, prompt, "") for i, (prompt, _) in zip(indices, pairs, strict=True)]
+  prompts = encode_prompts(tokenizer, problems, limits[0], rows)
+  ids_B = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
+  completions = np.zeros((len(pairs), limits[1]), np.int32)
+  for row, ids, i in zip(completions, ids_B, indices, strict=True):
+    if len(ids) > limits[1]:
+      raise UserError(f"demonstration {i} has {len(ids)} tokens; rollout.max_tokens allows {limits[1]}: raise it")
+    row[: len(ids)] = ids
+  return *prompts, completions, np.array([len(ids) for ids in ids_B], np.int32)

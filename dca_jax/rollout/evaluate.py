@@ -1,0 +1,127 @@
+"""How good a policy is on held-out problems: greedy and sampled accuracy, pass@k and maj@k, with intervals."""
+
+import dataclasses
+import math
+import statistics
+import typing
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from dca_jax.checks import at_least
+from dca_jax.devices.processes import gather, put
+from dca_jax.rollout import GREEDY, Sampler, cut_at_stops, encode_prompts
+from dca_jax.rollout.verify import attempts, verify
+from dca_jax.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """The `evaluate` section."""
+
+  problems: int = 256
+  """Held-out problems."""
+  samples: int = 8
+  """Completions sampled for each, at rollout.temperature. With the greedy one they are drawn in groups of
+  rollout.group, so one less than a multiple of that wastes nothing."""
+  k: int = 4
+  """For pass@k and maj@k."""
+  every: int = 0
+  """Training steps between evaluations; the first policy and the last are evaluated in any case."""
+
+  def check(self) -> dict[str, str]:
+    bad = at_least(1, self, "problems", "samples", "k") | at_least(0, self, "every")
+    return bad | ({"k": f"must not exceed evaluate.samples ({self.samples})"} if self.k > self.samples else {})
+
+
+class Estimate(typing.NamedTuple):
+  """A mean over problems with its 95 % interval."""
+
+  value: float
+  low: float
+  high: float
+
+
+class Answer(typing.NamedTuple):
+  """What became of one completion."""
+
+  correct: bool
+  final: str | None
+  length: int
+
+
+def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[str, Estimate]:
+  """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
+  answers = answer(config, sampler, task, tokenizer, params)
+  problems, samples = range(config.problems), range(config.samples)
+  greedy = [answers[i, GREEDY].correct for i in problems]
+  sampled = np.array([[answers[i, g].correct for g in samples] for i in problems])
+  length = float(np.mean([answers[i, g].length for i in problems for g in samples]))
+  scores = {
+    "greedy": interval(greedy),
+    "sampled": interval(sampled.mean(1)),
+    f"pass@{config.k}": interval([pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]),
+    "length": Estimate(length, length, length),
+  }
+  if task.final_answer:
+    voted = [[answers[i, g] for g in range(config.k)] for i in problems]
+    majority = [majority_correct([a.final for a in own], [a.correct for a in own]) for own in voted]
+    scores[f"maj@{config.k}"] = interval(majority)
+  return scores
+
+
+def answer(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[tuple[int, int], Answer]:
+  """The greedy answer and the sampled ones to every problem, by problem and number of the sample.
+
+  They are drawn in batches of training's shape, by the program and in the memory that training needs anyway.
+  """
+  rollout, everywhere = sampler.config, sampler.end_ids_E.sharding
+  numbers = [GREEDY, *range(config.samples)]
+  numbers += [GREEDY] * (-len(numbers) % rollout.group)
+  groups = [(i, g) for i in range(config.problems) for g in range(0, len(numbers), rollout.group)]
+  key, mine = jax.jit(jax.random.key)(put(np.uint32(0), everywhere)), sampler.own(rollout.problems)
+  own: dict[tuple[int, int], Answer] = {}
+  for first in range(0, len(groups), rollout.problems):
+    batch = [groups[(first + int(row)) % len(groups)] for row in mine]  # The last one begins again, to be full.
+    problems = [task.problem("heldout", i) for i, _ in batch]
+    prompts = encode_prompts(tokenizer, problems, rollout.max_prompt_tokens, sampler.policy.rows)
+    wanted_PxG = np.array([numbers[g : g + rollout.group] for _, g in batch])
+    samples = sampler(params, *prompts, [i for i, _ in batch], key, wanted_PxG)
+    samples = cut_at_stops(rollout.stop, tokenizer, samples)
+    made = attempts(tokenizer, problems, samples)
+    places = [(i, int(number)) for (i, _), row in zip(batch, wanted_PxG, strict=True) for number in row]
+    new = {place: row for row, place in enumerate(places) if place not in own}
+    outcomes = verify(task, [made[row] for row in new.values()])
+    for (place, row), outcome in zip(new.items(), outcomes, strict=True):
+      final = task.final_answer(made[row][1]) if task.final_answer else None
+      own[place] = Answer(outcome.correct, final, int(samples.lengths_B[row]))
+  everyone = [told for part in gather("evaluation", [[*place, *own[place]] for place in own]) for told in part]
+  return {(i, number): Answer(*told) for i, number, *told in everyone}
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+  """Chance that k of the n samples, drawn without replacement, hold a correct one (Chen et al. 2021, eq. 1)."""
+  return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority_correct(answers: Sequence[str | None], correct: list[bool]) -> float:
+  """Whether the most frequent answer is correct; among equally frequent ones, the share that is."""
+  best = statistics.multimode(a for a in answers if a is not None)
+  right = {a for a, ok in zip(answers, correct, strict=True) if ok}
+  return sum(a in right for a in best) / max(1, len(best))
+
+
+def interval(per_problem) -> Estimate:
+  """Wilson's 95 % interval for the mean of numbers in [0, 1], one per problem.
+
+  Problems, not samples, are independent, so the sample size is the number of independent coin flips that would have the
+  observed variance between problems (Korn and Graubard 1998). Unlike a bootstrap it has a width when all are right.
+  """
+  x = np.asarray(per_problem, float)
+  n, p, z = len(x), float(x.mean()), 1.96
+  variance = float(x.var(ddof=1)) if n > 1 else 0.0
+  size = max(n, p * (1 - p) / (variance / n)) if variance > 0 else n
+  centre, spread = p + z * z / (2 * size), z * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size))
+  scale = 1 + z * z / size
+  return Estimate(p, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))

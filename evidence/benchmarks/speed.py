@@ -1,0 +1,99 @@
+"""Speed of the quickstart's training step on this machine.
+
+    python evidence/benchmarks/speed.py
+
+Prints, for 16 problems x 8 completions x 48 tokens: the seconds of a whole training step and of its parts; the update
+with each prompt computed once per group against once per completion (alternated, best and median of the rounds); and
+the seconds from starting the process to the end of the first training step, with compiled programs and warm start
+cached.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dca_jax import config as config_lib
+from dca_jax import learner
+from dca_jax.policy import Policy
+
+RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py")
+ROUNDS = 15
+
+
+def run(workdir: str, steps: int) -> tuple[float, list[dict]]:
+  """Seconds until the first step's metrics were on disk, and all metrics, of a training run in a process of its own."""
+  command = [sys.executable, "-m", "dca_jax", "train", f"--config={RECIPE}", f"--workdir={workdir}"]
+  command += [f"--config.steps={steps}", "--config.evaluate.problems=2", f"--config.checkpoint.every={steps}"]
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  start = time.perf_counter()
+  process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+  while not (path.exists() and '"step": 1,' in path.read_text()):
+    if process.poll() is not None:
+      raise SystemExit(f"the run failed: {' '.join(command)}")
+    time.sleep(0.02)
+  first = time.perf_counter() - start
+  process.wait()
+  return first, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def update_seconds() -> dict[str, list[float]]:
+  """Seconds of an update, the prompt shared by the group and repeated for every completion."""
+  config = config_lib.load(RECIPE)
+  policy = Policy(config.policy, 31)
+  optimizer = learner.make_optimizer(config.learner, 1)
+  problems, group, s, t = config.rollout.problems, config.rollout.group, config.rollout.max_prompt_tokens, 48
+  rng = np.random.default_rng(0)
+  rows = problems * group
+  completions = rng.integers(0, 31, (rows, t), dtype=np.int32)
+  rest = completions, np.full(rows, t, np.int32), np.ones(rows, bool), rng.normal(size=(rows, t)).astype(np.float32)
+  rest = *rest, np.zeros((rows, t), np.float32), None
+  prompts = rng.integers(0, 31, (problems, s), dtype=np.int32)
+  repeated = np.repeat(prompts, group, 0)
+  batches = {
+    "shared": (group, learner.Batch(prompts, np.full(problems, s, np.int32), *rest)),
+    "plain": (1, learner.Batch(repeated, np.full(rows, s, np.int32), *rest)),
+  }
+
+  params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(0))
+  seconds: dict[str, list[float]] = {name: [] for name in batches}
+  for round_ in range(ROUNDS + 1):
+    for name, (size, batch) in batches.items():
+      state = learner.init_state(optimizer, jax.tree.map(jnp.copy, params))
+      jax.block_until_ready(state)
+      start = time.perf_counter()
+      args = policy, config.learner, optimizer, config.rollout.sampling, size, state, batch, np.bool_(True)
+      jax.block_until_ready(learner.update(*args))
+      if round_:  # The first compiles.
+        seconds[name].append(time.perf_counter() - start)
+  return seconds
+
+
+def main() -> None:
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  with tempfile.TemporaryDirectory() as folder:
+    run(f"{folder}/cold", 2)  # Fills the caches.
+    first, metrics = run(f"{folder}/warm", 30)
+  steps = metrics[3:]  # From the third step on.
+  for key in ("sample", "review", "update", "step"):
+    values = [m[f"seconds/{key}"] for m in steps]
+    print(f"{key:7} {statistics.median(values):.3f} s median, {min(values):.3f} s best of {len(values)} steps")
+  print(f"process start to the end of the first step: {first:.1f} s")
+  seconds = update_seconds()
+  for name, values in seconds.items():
+    print(f"update, prompts {name}: {statistics.median(values):.3f} s median, {min(values):.3f} s best of {ROUNDS}")
+  ratio = [p / s for s, p in zip(seconds["shared"], seconds["plain"], strict=True)]
+  print(f"plain / shared: {statistics.median(ratio):.2f} median of {ROUNDS} alternated rounds")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,107 @@
+"""Compiles a recipe's two programs for TPUs that are not there, and prints the memory they take by XLA's own account,
+and the least time that arithmetic and memory allow; real steps take longer, often twice as long.
+
+    pip install libtpu  # the version that jax's `tpu` extra names
+    python evidence/benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
+
+Needs no weights, only the model's config.json (a folder with just that will do as policy.pretrained). The device count
+is that of the topology; --devices takes the first ones. The compiler refuses a program that does not fit a chip.
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # Or libtpu asks the network for them.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from dca_jax import config as config_lib
+from dca_jax import learner
+from dca_jax.commands.plan import batch_shapes, memory
+from dca_jax.devices import mesh
+from dca_jax.policy import Policy, pretrained, split
+from dca_jax.rollout.sampler import sample
+from dca_jax.tasks import TASKS
+from dca_jax.tasks.tokenizer import id_count
+
+# Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
+PEAKS = {"v5e": (197e12, 0.82e12), "v6e": (918e12, 1.64e12), "v5p": (459e12, 2.77e12)}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:4x4, v5p:2x2x4")
+  parser.add_argument("--devices", type=int)
+  arguments, overrides = parser.parse_known_args()
+  chips = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[: arguments.devices]
+  config = config_lib.load(arguments.config, overrides)
+  training = mesh.make_mesh(config.mesh, chips)
+  sampling = mesh.sampler_mesh(config.mesh, training)
+  known = pretrained.resolve(config.policy, 0)
+  policy = Policy(known, known.vocab_size or id_count(TASKS[config.task.name](config.task).tokenizer()))
+  planned = memory(config, policy, training, sampling)
+
+  def on(sharding, dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def laid_out(shapes, shardings):
+    return jax.tree.map(lambda a, s: on(s, a.dtype, *a.shape), shapes, shardings)
+
+  def spread(shapes, mesh_of):
+    return jax.tree.map(lambda a: on(mesh.batch_sharding(mesh_of), a.dtype, *a.shape), shapes)
+
+  r, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
+  p, b, t = r.problems, r.problems * r.group, r.max_tokens
+
+  whole, learning, writing = mesh.param_shapes(policy), policy.clone(mesh=training), policy.clone(mesh=sampling)
+  state = jax.eval_shape(lambda params: learner.init_state(optimizer, params), split(whole)[1])
+  state = laid_out(state, mesh.state_shardings(training, policy, optimizer))
+  batch = batch_shapes(config, p)
+  batch = batch._replace(reference_BxT=batch.logprobs_BxT if config.learner.reference else None)
+  frozen = split(laid_out(whole, mesh.param_shardings(training, policy)))[0]
+  static = learning, config.learner, optimizer, r.sampling, r.group
+  updating = learner.update.lower(
+    *static, state, spread(batch, training), on(mesh.replicated(training), jnp.bool_), frozen or None
+  )
+  report("update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values()))
+
+  same = mesh.replicated(sampling)
+  params = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
+  params = laid_out(params, mesh.param_shardings(sampling, policy))
+  ids, numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p,), (p, r.group)))
+  *prompts, numbers = spread((batch.prompts_PxS, batch.prompt_lengths_P, ids, numbers), sampling)
+  key = on(same, jax.random.key(0).dtype)
+  drawn = dict(numbers_PxG=numbers, sampling=r.sampling, max_tokens=t)
+  lowered = sample.lower(writing, params, *prompts, key, on(same, jnp.int32, 1), **drawn)
+  report("sample", lowered, planned.parameters + sum(planned.sampling.values()))
+
+  # Times by the roofline.
+  peak, bandwidth = PEAKS[arguments.topology.split(":")[0]]
+  weights = sum(x.size for x in jax.tree.leaves(whole["blocks"])) + policy.rows * known.width
+  forward = 2 * weights * (b * t + p * r.max_prompt_tokens)
+  passes = (2 if known.lora_rank else 3) + (known.remat == "layers") + config.learner.reference
+  held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+  cache = planned.sampling["keys and values"] * (r.max_prompt_tokens + b // p * t / 2)
+  cache /= r.max_prompt_tokens + b // p * t
+  sampled, updated = t * (held + cache) / bandwidth, passes * forward / peak / len(chips)
+  print(f"a step takes at least {sampled:.1f} s to sample {t} tokens a row, and {updated:.1f} s to update")
+
+
+def report(name: str, lowered, planned: int) -> None:
+  begun = time.perf_counter()
+  m, unit = lowered.compile().memory_analysis(), 2**30
+  print(
+    f"{name}: {m.peak_memory_in_bytes / unit:.2f} GiB on each chip, planned {planned / unit:.2f};"
+    f" compiled in {time.perf_counter() - begun:.0f} s",
+    flush=True,
+  )
+
+
+if __name__ == "__main__":
+  main()

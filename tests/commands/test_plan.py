@@ -1,0 +1,118 @@
+"""The memory that is planned, against what XLA says it takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from dca_jax import learner
+from dca_jax.commands.plan import batch_shapes, check_fits, memory, plan
+from dca_jax.devices import mesh
+from dca_jax.errors import UserError
+from dca_jax.policy import Policy
+from dca_jax.rollout.sampler import sample
+
+VOCAB = 300
+CHANGES = {
+  "policy.width": 128,
+  "policy.depth": 4,
+  "policy.heads": 4,
+  "policy.kv_heads": 2,
+  "policy.head_dim": 32,
+  "policy.mlp": 384,
+  "rollout.problems": 8,
+  "rollout.group": 4,
+  "rollout.max_tokens": 96,
+  "rollout.max_prompt_tokens": 32,
+  "learner.micro_batches": 2,
+}
+
+
+def planned(changes, devices=1):
+  config = tiny.make_config({**CHANGES, **changes})
+  return config, memory(config, Policy(config.policy, VOCAB), *mesh.abstract_meshes(config.mesh, devices))
+
+
+@pytest.mark.parametrize("changes", [{}, {"learner.micro_batches": 1}, {"policy.dtype": "bfloat16"}], ids=str)
+def test_the_update_takes_about_what_is_planned(changes):
+  config, ours = planned(changes)
+  policy, optimizer = Policy(config.policy, VOCAB), learner.make_optimizer(config.learner, config.steps)
+  state = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
+  update = functools.partial(
+    learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
+  )
+  compiled = (
+    jax.jit(update)
+    .lower(state, batch_shapes(config, config.rollout.problems), jax.ShapeDtypeStruct((), bool))
+    .compile()
+  )
+  theirs = compiled.memory_analysis()
+  assert ours.parameters + ours.optimizer == pytest.approx(theirs.output_size_in_bytes, rel=0.05)
+  assert 0.5 < sum(ours.updating.values()) / theirs.temp_size_in_bytes < 2
+
+
+def test_remat_keeps_less():
+  kept = [
+    planned({"policy.remat": r})[1].updating["activations of a micro-batch"] for r in ("all", "projections", "layers")
+  ]
+  assert kept[0] > 1.5 * kept[1] > 3 * kept[2] > 0
+
+
+@pytest.mark.parametrize("continuations", [0, 6])
+def test_sampling_takes_about_what_is_planned(continuations):
+  """Evaluation draws batches of training's shape; continuations have answers that were begun as their prompts."""
+  values = {"credit.scheme": "potential", "value.source": "monte_carlo", "value.continuations": continuations}
+  config, ours = planned(values if continuations else {})
+  policy, r = Policy(config.policy, VOCAB), config.rollout
+  p, s, g = r.problems, r.max_prompt_tokens, r.group
+  if continuations:
+    p, s, g = p * g, s + r.max_tokens, continuations
+  prompts, lengths, ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p, s), (p,), (p,)))
+  shapes = mesh.param_shapes(policy), prompts, lengths, ids
+  key, ends = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1,), jnp.int32)
+  draw = functools.partial(sample, policy, sampling=r.sampling, max_tokens=r.max_tokens)
+  numbers = jax.ShapeDtypeStruct((p, g), jnp.int32)
+  theirs = jax.jit(draw).lower(*shapes, key, ends, numbers_PxG=numbers).compile().memory_analysis()
+  assert 0.5 < sum(ours.sampling.values()) / theirs.temp_size_in_bytes < 2
+
+
+def test_devices_share_what_the_mesh_says():
+  _, one = planned({})
+  _, fsdp = planned({"mesh.fsdp": 4, "mesh.data": 1}, 4)
+  assert fsdp.parameters == pytest.approx(one.parameters / 4, rel=0.01)
+  assert fsdp.optimizer == pytest.approx(one.optimizer / 4, rel=0.01)
+  assert fsdp.sampling["keys and values"] == one.sampling["keys and values"] // 4
+  _, data = planned({"mesh.data": 4}, 4)
+  assert data.parameters == one.parameters
+  assert data.updating["activations of a micro-batch"] < one.updating["activations of a micro-batch"] / 3
+  _, apart = planned({"mesh.fsdp": 4, "mesh.data": 1, "mesh.sampler": (4, 1, 1)}, 4)
+  assert apart.sampling["parameters as the sampler has them"] == one.parameters
+
+
+def test_copies_of_the_policy_count():
+  _, alone = planned({"learner.reference": False})
+  _, both = planned(
+    {"reviewer.name": "oracle", "credit.scheme": "weighted", "reviewer.overlap": 1, "learner.loss": "ppo"}
+  )
+  assert (alone.copies, both.copies) == (0, 2 * alone.parameters)
+
+
+def test_a_plan_says_which_chips_it_fits():
+  small = plan(tiny.make_config(CHANGES), 1)
+  assert "v5e, 14.9 GiB: fits" in small
+  large = {"policy.width": 4096, "policy.depth": 32, "policy.mlp": 16384, "policy.head_dim": 128, "policy.heads": 32}
+  said = plan(tiny.make_config({**CHANGES, **large, "mesh.fsdp": 4, "mesh.data": 1}), 4)
+  assert "v5e, 14.9 GiB: does not fit" in said
+  assert "v5p, 88.5 GiB: fits" in said
+
+
+def test_a_policy_that_cannot_fit_is_refused():
+  config = tiny.make_config({**CHANGES, "policy.width": 16384, "policy.mlp": 65536, "policy.depth": 64})
+  policy, optimizer = Policy(config.policy, VOCAB), learner.make_optimizer(config.learner, config.steps)
+  state = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
+  shardings = mesh.state_shardings(mesh.make_mesh(config.mesh), policy, optimizer)
+  state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+  with pytest.raises(UserError, match=r"take \d+\.\d GiB on each device, .* raise mesh\.fsdp"):
+    check_fits(state)

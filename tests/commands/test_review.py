@@ -1,0 +1,106 @@
+"""`dca-jax review`: stored trajectories read by another reviewer."""
+
+import collections
+import contextlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+sys.path.append(str(Path(__file__).parent / "review"))
+from fake_server import FakeServer, honest_reply
+
+from dca_jax.commands import cli
+from dca_jax.commands.review import agreement, review_patiently
+from dca_jax.review import Request, Review, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review.client_config import ClientConfig
+from dca_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  changes = {"credit.scheme": "signed", "reviewer.name": "oracle"}
+  train(tiny.make_config(changes), str(workdir), quiet=True)
+  return workdir
+
+
+def test_the_oracle_agrees_with_itself_and_the_noisy_one_less(run, capsys):
+  for name, least, most in (("oracle", 1.0, 1.0), ("noisy", 0.5, 0.85)):
+    assert cli.main(["review", f"--trajectories={run}/trajectories", f"--reviewer={name}"]) == 0
+    out = capsys.readouterr().out
+    count = int(out.split()[0])
+    assert f"{count} completions: {count} ok" in out
+    assert 30 < count <= 48  # Completions of a single step were not reviewed.
+    assert least <= float(out.split("same role in ")[1].split()[0]) <= most
+    lines = [json.loads(line) for line in (run / f"rereview_{name}.jsonl").read_text().splitlines()]
+    assert len(lines) == count
+    assert all(line["review"] == "ok" for line in lines)
+
+
+def test_another_model_is_asked_once(run, capsys, monkeypatch):
+  monkeypatch.setenv("GEMINI_API_KEY", "key")
+  with FakeServer(reply=lambda data: honest_reply(data, role="redundant")) as server:
+    command = ["review", f"--trajectories={run}/trajectories", "--reviewer=gemini:gemini-3.5-flash", "--limit=20"]
+    command += [f"--config.reviewer.client.base_url={server.url}"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "20 completions: 20 ok" in out
+    assert "spent: $0.0" in out
+    calls = len(server.requests)
+    assert 0 < calls <= 20
+    assert cli.main(command) == 0
+    assert "spent: $0.0000" in capsys.readouterr().out
+    assert len(server.requests) == calls
+
+
+def test_an_outage_is_outlasted(monkeypatch):
+  monkeypatch.setenv("GEMINI_API_KEY", "key")
+  calls = itertools.count()
+  with FakeServer(lambda *_: 503 if next(calls) < 50 else "ok") as server:
+    client = ClientConfig(base_url=server.url, attempts=1)
+    config = ReviewerConfig(name="gemini", client=client)
+    asked = [Request(f"1/{i}", f"problem {i}", ("a;", "b"), True, False) for i in range(100)]
+    with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as reviewer:
+      reviews = review_patiently(reviewer, asked, 60.0, pause=0.05)
+  counts = collections.Counter(review.status for review in reviews)
+  assert counts["server_error"] <= 50
+  assert counts["server_error"] + counts["ok"] == 100
+
+
+def test_estimate_calls_nobody(run, capsys):
+  command = ["review", f"--trajectories={run}/trajectories", "--reviewer=gemini:gemini-3.5-flash-lite", "--estimate"]
+  assert cli.main(command) == 0
+  out = capsys.readouterr().out
+  assert "1,000 reviews with gemini-3.5-flash-lite: about $" in out
+  assert "3 steps of 16 completions" in out
+
+
+def test_agreement_by_hand(run):
+  class Stored:
+    steps = ({"role": "error"}, {"role": "necessary"}, {"role": "necessary"}, {"text": "not reviewed"})
+
+  same = Review("ok", ("error", "necessary", "necessary", "error"), (1.0,) * 4)
+  assert "same role in 1.000 of 3 steps; kappa 1.000" in agreement([Stored()], [same])
+  blind = Review("ok", ("necessary",) * 4, (1.0,) * 4)
+  assert "same role in 0.667 of 3 steps; kappa 0.000" in agreement([Stored()], [blind])
+  assert agreement([Stored()], [Review("timeout")]) == "no step was reviewed both times"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "part"),
+  [
+    (["--trajectories=/nowhere", "--reviewer=oracle"], "no trajectories"),
+    (["--trajectories={}/trajectories", "--reviewer=oracel"], "oracel"),
+    (["--trajectories={}/trajectories", "--reviewer=openai:m"], "base_url"),
+    (["--trajectories={}/trajectories", "--reviewer=oracle", "--config.reviewer.clint=1"], "reviewer.clint"),
+  ],
+)
+def test_mistakes_end_in_one_line(run, capsys, arguments, part):
+  assert cli.main(["review", *(a.format(run) for a in arguments)]) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("dca-jax: error: ")
+  assert part in line

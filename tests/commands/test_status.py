@@ -1,0 +1,44 @@
+"""`dca-jax status`."""
+
+import os
+import time
+
+import pytest
+import tiny
+
+from dca_jax.commands import cli
+from dca_jax.train import train
+
+
+def test_status_of_a_run_under_way_and_of_a_finished_one(tmp_path, capsys):
+  train(
+    tiny.make_config({"steps": 3, "credit.scheme": "weighted", "reviewer.name": "oracle"}), str(tmp_path), quiet=True
+  )
+  assert cli.main(["status", f"--workdir={tmp_path}"]) == 0
+  out = capsys.readouterr().out
+  assert "chains: weighted credit, reviewer oracle, seed 0" in out
+  assert "step 3 of 3" in out
+  assert ": finished" in out
+  assert "checkpoints: 2, 3" in out
+  assert "spent" not in out
+
+  config = (tmp_path / "config.json").read_text()
+  (tmp_path / "config.json").write_text(config.replace('"steps": 3', '"steps": 1003', 1))
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "train/acc')  # A line that is being written.
+  os.utime(tmp_path / "metrics.jsonl", (time.time() - 3600,) * 2)
+  assert cli.main(["status", f"--workdir={tmp_path}"]) == 0
+  out = capsys.readouterr().out
+  assert "step 3 of 1003, written 1:00:0" in out
+  assert "to go" in out
+
+
+@pytest.mark.parametrize("there", [[], ["config.json"]])
+def test_status_of_what_is_no_run_yet(there, tmp_path, capsys):
+  if there:
+    (tmp_path / "config.json").write_text(tiny.make_config().to_json())
+    assert cli.main(["status", f"--workdir={tmp_path}"]) == 0
+    assert "no step is finished yet" in capsys.readouterr().out
+  else:
+    assert cli.main(["status", f"--workdir={tmp_path}"]) == 1
+    assert "holds no run" in capsys.readouterr().err

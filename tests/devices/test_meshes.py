@@ -1,0 +1,243 @@
+"""Whole runs do not depend on the mesh, nor on how many processes hold it, nor on a process that is killed.
+
+Eight devices in a process of their own, and four in each of two, against one.
+"""
+
+import hashlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.experimental import multihost_utils
+
+from dca_jax import learner
+from dca_jax.devices import mesh, processes
+from dca_jax.policy import Policy
+from dca_jax.rollout import read_trajectories
+from dca_jax.store.checkpoints import Checkpoints
+from dca_jax.store.workdir import locate
+from dca_jax.tasks import TASKS
+from dca_jax.train import train
+
+STEPS = 10
+COMMON = {"steps": STEPS, "policy.kv_heads": 2, "rollout.problems": 8, "rollout.group": 2, "checkpoint.every": 5}
+VALUES = {"credit.scheme": "potential", "credit.discount": 0.5}
+WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.sample_frac": 0.5}
+RUNS = {
+  "learned": ({**VALUES, "value.source": "learned", "rollout.zero_variance": "refill"}, {"mesh.data": 8}),
+  "monte_carlo": ({**VALUES, "value.source": "monte_carlo", "steps": 3}, {"mesh.data": 1, "mesh.fsdp": 8}),
+  "overlap": (
+    {**WEIGHTED, "reviewer.overlap": 1, "learner.loss": "ppo"},
+    {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sampler": (-1, 1, 1)},
+  ),
+}
+IN_TWO_PROCESSES = ("overlap", "monte_carlo")
+LONG = {**COMMON, "steps": 24, "credit.scheme": "weighted", "reviewer.name": "oracle", "checkpoint.every": 10}
+
+
+def config_of(name: str, changes=()):
+  return tiny.make_config({**COMMON, **RUNS[name][0], **dict(changes)})
+
+
+def run_all(folder: pathlib.Path, names) -> None:
+  for name in names:
+    train(config_of(name, RUNS[name][1]), str(folder / name), quiet=True)
+
+
+def digest_of_state(workdir: pathlib.Path) -> str:
+  """Restores the newest checkpoint onto the devices that there are, and says what it holds."""
+  config = config_of("overlap", {"mesh.fsdp": min(2, jax.device_count())})
+  devices = mesh.make_mesh(config.mesh)
+  policy = Policy(config.policy, len(TASKS["chains"](config.task).tokenizer()))
+  optimizer = learner.make_optimizer(config.learner, config.steps)
+  params = mesh.param_shapes(policy)
+  shapes = jax.eval_shape(lambda params: learner.init_state(optimizer, params, behind=params), params)
+  shardings = mesh.state_shardings(devices, policy, optimizer, behind=True)
+  abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+  with Checkpoints(config.checkpoint, locate(str(workdir)), config.fixed()) as checkpoints:
+    step, state = checkpoints.restore(abstract, "auto")
+  whole = multihost_utils.process_allgather(state, tiled=True)
+  return f"{step} {digest(jax.tree.leaves(whole))}"
+
+
+def digest(arrays) -> str:
+  return hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in arrays)).hexdigest()
+
+
+def environment(devices: int) -> dict[str, str]:
+  paths = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+  return os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": os.pathsep.join(paths),
+  }
+
+
+def start(devices: int, *command: str) -> subprocess.Popen:
+  return subprocess.Popen(
+    [sys.executable, *command], env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def end(process: subprocess.Popen) -> str:
+  out, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors[-3000:]
+  return out.splitlines()[-1] if out else ""  # Before it, the library that connects processes says that it did.
+
+
+def both(*arguments: str) -> list[subprocess.Popen]:
+  """This file in two processes of four devices each."""
+  port = str(tiny.free_port())
+  return [start(4, __file__, *arguments, port, str(i)) for i in range(2)]
+
+
+def pair(recipe: str, workdir: pathlib.Path) -> list[subprocess.Popen]:
+  """The command line in two processes of one device each, which is quicker."""
+  several = [f"--coordinator=localhost:{tiny.free_port()}", "--processes=2"]
+  command = ["-m", "dca_jax", "train", f"--config={recipe}", f"--workdir={workdir}", *several]
+  return [start(1, *command, f"--process={i}") for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+  # The warm start is made here first: on eight devices its parameters would be rounded differently.
+  train(config_of("overlap", {"steps": 1}), str(tmp_path_factory.mktemp("first") / "run"), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, warm):
+  """The workdir of a run on eight devices, by its name."""
+  folder = tmp_path_factory.mktemp("eight")
+
+  def workdir(name: str) -> pathlib.Path:
+    if not (folder / name).exists():
+      end(start(8, __file__, str(folder), name))
+    return folder / name
+
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, warm):
+  """The workdirs of some of them in two processes."""
+  folder = tmp_path_factory.mktemp("two")
+  for process in both(str(folder), ",".join(IN_TWO_PROCESSES)):
+    end(process)
+  return folder
+
+
+def assert_same_course(ours: pathlib.Path, theirs: pathlib.Path) -> None:
+  assert [line["step"] for line in tiny.read_lines(ours)] == list(range(len(tiny.read_lines(theirs))))
+  tokens = [[t.tokens for t in read_trajectories(w / "trajectories", 1)] for w in (ours, theirs)]
+  assert tokens[0] == tokens[1]
+  for mine, other in zip(tiny.read_lines(ours), tiny.read_lines(theirs), strict=True):
+    assert mine.keys() == other.keys()
+    for key in mine:
+      if not key.startswith("seconds/") and key != "train/tokens_per_second":
+        assert mine[key] == pytest.approx(other[key], abs=1e-5, rel=1e-4), (mine["step"], key)
+
+
+@pytest.mark.parametrize(
+  "name", ["overlap", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "monte_carlo"))]
+)
+def test_a_run_on_eight_devices_is_the_run_on_one(name, eight, tmp_path):
+  train(config_of(name), str(tmp_path), quiet=True)
+  assert_same_course(eight(name), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_TWO_PROCESSES)
+def test_a_run_in_two_processes_is_the_run_in_one(name, two, eight):
+  assert_same_course(two / name, eight(name))
+  assert {path.name for path in (two / name).iterdir()} == {path.name for path in (eight(name)).iterdir()}
+
+
+def test_a_checkpoint_holds_the_same_on_four_devices_and_in_two_processes(eight):
+  workdir = eight("overlap")
+  others = [start(4, __file__, str(workdir), "digest"), *both(str(workdir), "digest")]
+  said = {digest_of_state(workdir), *map(end, others)}
+  assert len(said) == 1
+  assert said.pop().split()[0] == str(STEPS)
+
+
+def test_a_run_goes_on_with_fewer_devices(eight, tmp_path):
+  changes = {**COMMON, **RUNS["overlap"][0], "steps": STEPS + 1}
+  train(tiny.make_config(changes), str(eight("overlap")), quiet=True)
+  train(tiny.make_config(changes), str(tmp_path), quiet=True)
+  ours, theirs = tiny.read_lines(eight("overlap"))[-1], tiny.read_lines(tmp_path)[-1]
+  assert ours["step"] == STEPS + 1
+  assert ours["learner/policy_loss"] == pytest.approx(theirs["learner/policy_loss"], abs=1e-5)
+
+
+# Processes that end.
+
+
+def wait_for_step(step: int, workdir: pathlib.Path, running: list[subprocess.Popen]) -> None:
+  tiny.wait_until(lambda: any(line["step"] >= step for line in tiny.read_lines(workdir)), running[0])
+
+
+@pytest.mark.slow
+def test_a_pair_that_is_stopped_and_loses_a_process_is_the_uninterrupted_pair(tmp_path, warm):
+  recipe, run = tiny.write_recipe(tmp_path, LONG), tmp_path / "run"
+  for process in pair(recipe, tmp_path / "whole"):
+    end(process)
+
+  # SIGTERM to one of them: both save the same step.
+  running = pair(recipe, run)
+  wait_for_step(6, run, running)
+  running[1].send_signal(signal.SIGTERM)
+  said = [process.communicate(timeout=120)[1].strip().splitlines()[-1] for process in running]
+  assert [process.returncode for process in running] == [143, 143]
+  last = tiny.read_lines(run)[-1]["step"]
+  assert 6 <= last <= 9
+  assert said[0] == said[1]
+  assert said[0].startswith(f"dca-jax: stopped by SIGTERM; step {last} is safe in ")
+
+  # SIGKILL to one of them: the other says so and ends. (Where it is process 0, JAX ends the other at once.)
+  running = pair(recipe, run)
+  wait_for_step(15, run, running)
+  running[1].kill()
+  began = time.monotonic()
+  _, errors = running[0].communicate(timeout=90)
+  assert time.monotonic() - began < 60
+  running[1].communicate()
+  assert running[0].returncode == processes.LOST
+  last = errors.strip().splitlines()[-1]
+  assert last.startswith("dca-jax: process 1 has not been heard of for 40 s; the same command again continues")
+
+  for process in pair(recipe, run):
+    end(process)
+  assert len(tiny.read_lines(run)) == LONG["steps"] + 1
+  tiny.assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_mistake_ends_all_processes_with_its_words(tmp_path):
+  recipe = tiny.write_recipe(tmp_path, LONG)
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "letter.txt").write_text("dear")
+  running = pair(recipe, tmp_path / "run")
+  errors = [process.communicate(timeout=120)[1].strip().splitlines()[-1] for process in running]
+  assert [process.returncode for process in running] == [1, 1]
+  assert errors[0].startswith("dca-jax: error: --workdir=")
+  assert errors[1].startswith("dca-jax: error: process 0 has ended: --workdir=")
+  assert [path.name for path in (tmp_path / "run").iterdir()] == ["letter.txt"]
+
+
+def main(folder: str, names: str, port: str = "", process: str = "") -> None:
+  if port:
+    processes.connect(f"localhost:{port}", 2, int(process))
+  if names == "digest":
+    print(digest_of_state(pathlib.Path(folder)))
+  else:
+    run_all(pathlib.Path(folder), names.split(","))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

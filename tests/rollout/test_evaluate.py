@@ -1,0 +1,205 @@
+"""The numbers that an evaluation reports, and the batches that it draws."""
+
+import itertools
+import types
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from dca_jax.devices import mesh
+from dca_jax.policy import Policy
+from dca_jax.rollout import GREEDY, RolloutConfig, Sampler, Samples, sample
+from dca_jax.rollout.collect import step_key
+from dca_jax.rollout.evaluate import Estimate, EvaluateConfig, answer, evaluate, interval, majority_correct, pass_at_k
+from dca_jax.tasks import Chains
+from dca_jax.tasks.types import Outcome, Problem
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
+  for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
+    subsets = list(itertools.combinations([i < correct for i in range(n)], k))
+    assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_majority():
+  assert majority_correct(["3", "3", "5"], [True, True, False]) == 1.0
+  assert majority_correct(["5", "3", "5"], [False, True, False]) == 0.0
+  # Among equally frequent answers the share that is correct, in any order.
+  assert majority_correct(["3", "5"], [True, False]) == 0.5
+  assert majority_correct(["5", "3"], [False, True]) == 0.5
+  assert majority_correct(["3", "5", "7", "5", "3", "7", "1"], [True] + [False] * 3 + [True] + [False] * 2) == 1 / 3
+  # No answer is not an answer: it cannot win, however frequent.
+  assert majority_correct([None, None, "3"], [False, False, True]) == 1.0
+  assert majority_correct([None, None], [False, False]) == 0.0
+  assert majority_correct([], []) == 0.0
+
+
+def test_majority_of_one_is_accuracy():
+  for given, ok in (("3", True), ("5", False), (None, False)):
+    assert majority_correct([given], [ok]) == float(ok)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 256, 1000])
+def test_interval_contains_the_mean_and_stays_within_0_and_1(n):
+  rng = np.random.default_rng(n)
+  for x in (np.zeros(n), np.ones(n), np.full(n, 0.5), rng.random(n), rng.integers(2, size=n), rng.random(n) ** 20):
+    e = interval(x)
+    assert e.value == pytest.approx(x.mean())
+    assert 0 <= e.low <= e.value + 1e-12
+    assert e.value - 1e-12 <= e.high <= 1
+    assert e.high > e.low
+
+
+def test_interval_has_a_width_when_all_are_right_or_all_wrong():
+  # Wilson's bound, n / (n + z^2): with 20 successes of 20 about 84 %.
+  assert interval([True] * 20).low == pytest.approx(20 / (20 + 1.96**2))
+  assert interval([False] * 20).high == pytest.approx(1.96**2 / (20 + 1.96**2))
+
+
+def test_interval_of_coin_flips_is_wilsons():
+  n, right = 50, 40
+  p, z = right / n, 1.96
+  e = interval([1] * right + [0] * (n - right))
+  # The bounds are the p0 at which the score test just rejects: |p - p0| = z * sqrt(p0 (1 - p0) / n).
+  for bound in (e.low, e.high):
+    assert abs(p - bound) == pytest.approx(z * np.sqrt(bound * (1 - bound) / n))
+
+
+def test_interval_shrinks_with_problems_and_with_samples():
+  rng = np.random.default_rng(0)
+  data = rng.integers(2, size=32)
+  widths = [e.high - e.low for e in (interval(np.tile(data, k)) for k in (1, 4, 16))]
+  assert widths[0] > 1.8 * widths[1] > 3 * widths[2]
+  # Means of several samples vary less than single ones around the same accuracy.
+  one, eight = (interval(rng.binomial(s, 0.5, 200) / s) for s in (1, 8))
+  assert eight.high - eight.low < 0.5 * (one.high - one.low)
+
+
+@pytest.mark.parametrize("x", [[0.25, 0.5, 0.75, 0.5, 0.25], [0, 1, 1, 0.5, 1], [0.9, 1, 1], [0.125]], ids=str)
+def test_interval_is_wilsons_for_as_many_coins_as_vary_as_much(x):
+  n, p = len(x), sum(x) / len(x)
+  of_the_mean = sum((y - p) ** 2 for y in x) / (n - 1) / n if n > 1 else 0
+  coins = max(n, p * (1 - p) / of_the_mean) if of_the_mean else n
+  e = interval(x)
+  for bound in (e.low, e.high):
+    assert abs(p - bound) == pytest.approx(1.96 * np.sqrt(bound * (1 - bound) / coins))
+
+
+@pytest.mark.parametrize(
+  ("problems", "alpha", "beta", "samples"),
+  [(256, 2.0, 2.0, 1), (256, 0.5, 0.5, 8), (64, 1.0, 3.0, 8), (64, 18.0, 2.0, 4), (32, 2.0, 2.0, 1)],
+)
+def test_interval_covers_the_truth_95_times_in_100(problems, alpha, beta, samples):
+  """Problems differ in difficulty (a beta distribution); each is sampled a few times."""
+  rng = np.random.default_rng(1)
+  runs = 3000
+  x = rng.binomial(samples, rng.beta(alpha, beta, (runs, problems))) / samples
+  truth = alpha / (alpha + beta)
+  covered = np.mean([e.low <= truth <= e.high for e in map(interval, x)])
+  assert 0.93 < covered < 0.975  # The standard error of this share is 0.4 %.
+
+
+def test_config_finds_impossible_values():
+  assert EvaluateConfig().check() == {}
+  assert set(EvaluateConfig(problems=0, samples=2, k=3, every=-1).check()) == {"problems", "k", "every"}
+
+
+# Where the numbers come from.
+
+
+class Known:
+  """Stands where the sampler does, and writes an answer that its problem and the sample's number decide."""
+
+  end_ids_E = jax.device_put(np.array([9], np.int32))
+  policy = types.SimpleNamespace(rows=100)
+
+  def __init__(self, **changes):
+    self.config = RolloutConfig(max_prompt_tokens=1, max_tokens=3, **changes)
+    self.shapes: set = set()
+
+  def own(self, count):
+    return np.arange(count)
+
+  def __call__(self, params, prompts, lengths, ids, key, numbers):
+    self.shapes.add(numbers.shape)
+    rows = [written(i, g) for i, own in zip(ids, numbers.tolist(), strict=True) for g in own]
+    tokens = np.array([row + [9] * (3 - len(row)) for row in rows])
+    return Samples(tokens, np.array([len(row) for row in rows]), np.zeros(len(rows), bool), np.zeros(tokens.shape))
+
+
+def written(problem: int, number: int) -> list[int]:
+  """Two possible answers and none, of one to three tokens."""
+  dice = np.random.default_rng([problem, number + 1])
+  return [int(dice.integers(3)), *[7] * int(dice.integers(3))]
+
+
+class Parity:
+  """Right is 1; the answer 2 is none. Nothing is judged twice."""
+
+  concurrency = 1
+
+  def __init__(self):
+    self.judged = 0
+
+  def problem(self, split, index):
+    assert split == "heldout"
+    return Problem(index, "p", "1")
+
+  def verify(self, problem, completion, truncated):
+    self.judged += 1
+    return Outcome(float(completion[0] == "1"), completion[0] == "1", truncated)
+
+  def final_answer(self, completion):
+    return None if completion[0] == "2" else completion[0]
+
+
+def letters(texts, add_special_tokens):
+  return {"input_ids": [[0] for _ in texts]}
+
+
+@pytest.mark.parametrize(("problems", "group"), [(1, 2), (4, 2), (3, 5), (2, 6), (16, 8)])
+def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, problems, group):
+  monkeypatch.setattr("dca_jax.rollout.verify.text_of", lambda _, tokens: "".join(map(str, tokens)))
+  sampler, config, task = Known(problems=problems, group=group), EvaluateConfig(problems=7, samples=5, k=3), Parity()
+  got = evaluate(config, sampler, task, letters, None)
+  assert task.judged == 7 * 6
+  assert sampler.shapes == {(problems, group)}  # Training's, always: there is one program, and memory for it.
+  first = {(i, g): written(i, g) for i in range(7) for g in (GREEDY, *range(5))}
+  right = np.array([[first[i, g][0] == 1 for g in range(5)] for i in range(7)])
+  assert got["greedy"] == interval([first[i, GREEDY][0] == 1 for i in range(7)])
+  assert got["sampled"] == interval(right.mean(1))
+  chosen = list(itertools.combinations(range(5), 3))
+  passed = [np.mean([right[i, list(c)].any() for c in chosen]) for i in range(7)]
+  assert got["pass@3"].value == pytest.approx(np.mean(passed))
+  majority = []
+  for i in range(7):
+    ones, zeros = (sum(first[i, g][0] == x for g in range(3)) for x in (1, 0))
+    majority.append(1.0 if ones > zeros else 0.5 if ones == zeros > 0 else 0.0)
+  assert got["maj@3"] == interval(majority)
+  length = np.mean([len(first[i, g]) for i in range(7) for g in range(5)])
+  assert got["length"] == Estimate(length, length, length)
+
+
+def test_the_program_of_training_answers_and_no_batch_decides_what():
+  config = tiny.make_config({"evaluate.problems": 5, "evaluate.samples": 3})
+  task = Chains(config.task)
+  tokenizer = task.tokenizer()
+  policy, devices = Policy(config.policy, len(tokenizer)), mesh.make_mesh(config.mesh)
+  params = nn.unbox(jax.jit(policy.init_params)(jax.random.key(0)))
+  ends = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
+  told = []
+  for changes in ({}, {"rollout.problems": 2}):
+    rollout = tiny.make_config(changes).rollout
+    sampler = Sampler(policy, rollout, ends, mesh.batch_sharding(devices))
+    prompts = np.ones((rollout.problems, 16), np.int32), np.ones(rollout.problems, np.int32)
+    key = step_key(0, 1, ends.sharding)
+    sampler(params, *prompts, np.arange(rollout.problems), key, np.arange(rollout.group))
+    compiled = sample._cache_size()
+    told.append(answer(config.evaluate, sampler, task, tokenizer, params))
+    assert sample._cache_size() == compiled
+  assert told[0] == told[1]
+  assert told[0].keys() == set(itertools.product(range(5), (GREEDY, 0, 1, 2)))
