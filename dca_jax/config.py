@@ -1,36 +1,37 @@
 """A run's settings: typed sections made from a ConfigDict, every mistake found before the first step."""
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
 import operator
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from dca_jax import hold
 from dca_jax.checks import at_least, between
-from dca_jax.credit import CreditConfig
+from dca_jax.credit import SCHEMES, Scheme, Uniform
 from dca_jax.devices.mesh import MeshConfig
+from dca_jax.doors import find, nearest
 from dca_jax.errors import UserError
 from dca_jax.learner import LearnerConfig
 from dca_jax.learner.supervised import WarmstartConfig
+from dca_jax.learner.values import VALUES
 from dca_jax.policy import PolicyConfig
 from dca_jax.review import ReviewerConfig
 from dca_jax.review.builtin import LABELLED
 from dca_jax.rollout import RolloutConfig
 from dca_jax.rollout.evaluate import EvaluateConfig
-from dca_jax.rollout.prefixes import ValueConfig
+from dca_jax.rollout.prefixes import FromReviewer, Values
+from dca_jax.store import hold
 from dca_jax.store.checkpoints import CheckpointConfig
 from dca_jax.store.workdir import is_remote, locate, write_whole
-from dca_jax.tasks import CONFIGS, ChainsConfig, TextConfig
+from dca_jax.tasks import TASKS, ChainsConfig, TaskConfig
 
 
 class ConfigError(UserError):
@@ -45,13 +46,13 @@ class Config:
   """Decides the problems and the noise of every step."""
   steps: int = 100
   """Training steps: batches sampled, reviewed and trained on."""
-  task: ChainsConfig | TextConfig = ChainsConfig()
+  task: TaskConfig = ChainsConfig()
   policy: PolicyConfig = PolicyConfig()
   warmstart: WarmstartConfig = WarmstartConfig()
   rollout: RolloutConfig = RolloutConfig()
   reviewer: ReviewerConfig = ReviewerConfig()
-  value: ValueConfig = ValueConfig()
-  credit: CreditConfig = CreditConfig()
+  value: Values = FromReviewer()
+  credit: Scheme = Uniform()
   learner: LearnerConfig = LearnerConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
@@ -64,33 +65,43 @@ class Config:
       bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = "must be 0 with policy.pretrained"
     if self.rollout.problems % self.learner.micro_batches:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
-    reviewed = self.reviewer.name != "none" or self.value.source != "reviewer"
     if self.reviewer.overlap and self.learner.loss != "ppo":
       bad["learner.loss"] = "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
-    if self.credit.scheme == "potential" and self.value.source == "reviewer" and self.reviewer.models:
-      bad["reviewer.name"] = "gives no prefix values, which credit.scheme 'potential' reads; see the value section"
-    if self.credit.scheme != "uniform" and not reviewed:
+    if self._asks_for_values and self.reviewer.models:
+      bad["reviewer.name"] = (
+        f"gives no prefix values, which credit.scheme '{self.credit.scheme}' reads; see the value section"
+      )
+    if self._lacks_reviews:
       bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
-    if isinstance(self.task, TextConfig):
-      if not self.task.tokenizer:
-        bad["task.tokenizer"] = "must be given, because policy.pretrained is not"
-      if readers := _labelled(self.reviewer.members):
-        bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+    if "labels" not in self.task.offers and (readers := _labelled(self.reviewer.members)):
+      bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+    if "demonstrations" not in self.task.offers:
       for key in (*_WARM, "reviewer.canary_every"):
         if operator.attrgetter(key)(self):
           bad[key] = f"must be 0, because task '{self.task.name}' has no demonstrations"
     return bad
 
+  @property
+  def _asks_for_values(self) -> bool:
+    """Whether the scheme reads values that the reviewer gives."""
+    return "values" in self.credit.reads and self.value.from_reviewer
+
+  @property
+  def _lacks_reviews(self) -> bool:
+    """Whether the scheme reads what nobody says."""
+    says = self.reviewer.name != "none" or not self.value.from_reviewer
+    return bool(self.credit.reads) and not says
+
   def unused(self) -> dict[str, str]:
-    unused = {}
+    unused, scheme = {}, f"credit.scheme is '{self.credit.scheme}'"
     if self.policy.pretrained:
       unused["warmstart.seed"] = "policy.pretrained is set, so no weights are drawn"
-    if self.credit.scheme != "potential":
-      unused["value.source"] = f"credit.scheme is '{self.credit.scheme}', which reads no values"
-    if self.credit.scheme == "uniform":
-      unused["reviewer.name"] = "credit.scheme is 'uniform', which reads no review"
-    elif self.value.source != "reviewer":
-      unused["reviewer.name"] = f"credit.scheme is 'potential' and value.source '{self.value.source}'"
+    if "values" not in self.credit.reads:
+      unused["value.source"] = f"{scheme}, which reads no values"
+    if not self.credit.reads:
+      unused["reviewer.name"] = f"{scheme}, which reads no review"
+    elif "roles" not in self.credit.reads and not self.value.from_reviewer:
+      unused["reviewer.name"] = f"{scheme} and value.source '{self.value.source}'"
     if self.learner.loss == "ppo" and self.learner.updates_per_batch == 1 and not self.reviewer.overlap:
       # With one update on a fresh batch the ratio is exactly 1, so its clip never acts.
       why = "learner.updates_per_batch is 1 and reviewer.overlap 0"
@@ -99,25 +110,22 @@ class Config:
 
   def implied(self) -> dict[str, Any]:
     """What other settings decide of the keys that nobody set."""
-    values: dict[str, Any] = {}
-    if isinstance(self.task, TextConfig):
-      values["task.tokenizer"] = self.policy.pretrained
-    if isinstance(self.task, TextConfig) or self.policy.pretrained:
+    values = {f"task.{key}": value for key, value in self.task.implied(self.policy.pretrained).items()}
+    if "demonstrations" not in self.task.offers or self.policy.pretrained:
       values |= {"warmstart.clean_steps": 0, "warmstart.steps": 0}
     return values
 
   def gives_way(self) -> set[str]:
     """Keys at odds with another one, which are left out where the other was said later."""
-    gives = set()
-    text = isinstance(self.task, TextConfig)
-    if text or self.policy.pretrained:
+    gives, offers = set(), self.task.offers
+    if "demonstrations" not in offers or self.policy.pretrained:
       gives |= {key for key in _WARM if operator.attrgetter(key)(self)}
-    if text and self.reviewer.canary_every:
+    if "demonstrations" not in offers and self.reviewer.canary_every:
       gives.add("reviewer.canary_every")
-    for key in ("name", "panel", "escalate") if text else ():
+    for key in ("name", "panel", "escalate") if "labels" not in offers else ():
       if _labelled(getattr(self.reviewer, key)):
         gives.add(f"reviewer.{key}" if key == "escalate" else "reviewer.name")
-    if self.reviewer.name == "none" and self.value.source == "reviewer" and self.credit.scheme != "uniform":
+    if self._lacks_reviews:
       gives.add("credit.scheme")
     return gives
 
@@ -169,10 +177,9 @@ def build(given: ConfigDict, *overrides: Sequence[str]) -> Config:
     ConfigError: a key is unknown, has the wrong type or an impossible value, or differs from its default without having
       any effect.
   """
-  layers, task = [_written(given)], ChainsConfig.name
+  layers = [_written(given)]
   for arguments in overrides:
-    task = layers[-1].get("task.name", task)
-    layers.append(_parsed(arguments, task))
+    layers.append(_parsed(arguments, {k: v for layer in layers for k, v in layer.items()}))
   settings, left_out = _settled(layers)
   config = _from_flat(settings)
   _check(config)
@@ -189,16 +196,24 @@ def _written(given) -> dict[str, Any]:
   return {key: operator.attrgetter(key)(sound) for key in flatten(ConfigDict(given).to_dict())}
 
 
-def _parsed(arguments: Sequence[str], task: str) -> dict[str, Any]:
-  """The keys that `--config.section.key=value` arguments set, flat, with values of the right types."""
-  names = [a.partition("=")[2] for a in arguments if a.startswith("--config.task.name=")]
-  full = dataclasses.asdict(_section(Config(), {"task": {"name": (names or [task])[-1]}}, ""))
+def _parsed(arguments: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
+  """The keys that `--config.section.key=value` arguments set, flat, with values of the right types.
+
+  Args:
+    said: the keys that were set before, of which the choices decide which keys there are.
+  """
+  chosen = _chosen(said)
+  for argument in arguments:
+    key, equals, value = argument.removeprefix("--config.").partition("=")
+    if equals and key in CHOICES:
+      chosen[key] = value
+  full = dataclasses.asdict(_section(Config(), nested(chosen), ""))
   known, keys = flatten(full), []
   for argument in arguments:
     key = argument.split("=")[0].removeprefix("--config.")
     if argument.startswith("--config."):
       if key not in known:
-        raise ConfigError(f"{key}: no such key{_nearest(key, list(known))}")
+        raise ConfigError(f"{key}: no such key{nearest(key, list(known))}")
       keys.append(key)
   typed = ConfigDict(full)
   values, argv = flags.FlagValues(), ["dca-jax", *arguments]
@@ -230,9 +245,8 @@ def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str
 
 def _moot(settings: dict[str, Any]) -> set[str]:
   """Keys without effect beside the others, or that contradict them."""
-  kind = CONFIGS.get(settings.get("task.name", ChainsConfig.name), ChainsConfig)
-  fields = {f"task.{field.name}" for field in dataclasses.fields(kind)}
-  if foreign := {key for key in settings if key.startswith("task.") and key not in fields}:
+  fields = flatten(dataclasses.asdict(_section(Config(), nested(_chosen(settings)), "")))
+  if foreign := {key for key in settings if key.startswith(_CHOSEN) and key not in fields}:
     return foreign
   config = _from_flat(settings)
   return config.gives_way() | _unused(config).keys()
@@ -291,7 +305,7 @@ def _differs(config: Config, key: str) -> bool:
 
 
 def _defaults(config: Config) -> Config:
-  return Config(task=type(config.task)())
+  return Config(**{key.partition(".")[0]: type(getattr(config, key.partition(".")[0]))() for key in CHOICES})
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -379,6 +393,47 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+class Choice(NamedTuple):
+  """A section whose keys depend on what is chosen in it."""
+
+  base: type
+  """What every choice extends: a frozen dataclass."""
+  known: Mapping[str, type]
+  """The built-in choices by their names."""
+
+
+# By the key that chooses. What is no built-in name is MODULE:CLASS or path/to/file.py:CLASS.
+CHOICES = {
+  "task.name": Choice(TaskConfig, TASKS),
+  "credit.scheme": Choice(Scheme, SCHEMES),
+  "value.source": Choice(Values, VALUES),
+}
+_CHOSEN = tuple(key.partition(".")[0] + "." for key in CHOICES)
+
+
+def _chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: settings[key] for key in CHOICES if key in settings}
+
+
+def _choice(section: str, default, given):
+  """The section that `given` chooses, with its defaults; `default` where it says nothing."""
+  key = next((key for key in CHOICES if key.startswith(f"{section}.")), None)
+  if key is None or (name := given.get(key.partition(".")[2])) is None:
+    return default
+  base, known = CHOICES[key]
+  if not isinstance(name, str) or not (name in known or ":" in name):
+    raise ConfigError(f"{key}: must be one of {', '.join(known)}, or MODULE:CLASS, not {name!r}")
+  try:
+    kind = known[name] if name in known else find(name, key)
+  except ConfigError:
+    raise
+  except UserError as error:
+    raise ConfigError(str(error)) from error.__cause__
+  if not (isinstance(kind, type) and issubclass(kind, base) and dataclasses.is_dataclass(kind)):
+    raise ConfigError(f"{key}: {name} must be a frozen dataclass that extends {base.__module__}.{base.__name__}")
+  return kind(**{key.partition(".")[2]: name})
+
+
 def _section(defaults, given, prefix: str):
   """The dataclass `defaults` with the values of `given`, a mapping of what differs."""
   if not isinstance(given, (ConfigDict, dict)):
@@ -387,12 +442,10 @@ def _section(defaults, given, prefix: str):
   values = {}
   for key, value in given.items():
     if key not in known:
-      raise ConfigError(f"{prefix}{key}: no such key{_nearest(prefix + key, [prefix + name for name in known])}")
+      raise ConfigError(f"{prefix}{key}: no such key{nearest(prefix + key, [prefix + name for name in known])}")
     default = getattr(defaults, key)
-    if isinstance(default, ChainsConfig) and isinstance(value, (ConfigDict, dict)):
-      if (name := value.get("name", default.name)) not in [*CONFIGS]:
-        raise ConfigError(f"task.name: must be one of {', '.join(CONFIGS)}, not {name!r}")
-      default = CONFIGS[name]()  # The keys of this section depend on its name.
+    if not prefix and isinstance(value, (ConfigDict, dict)):
+      default = _choice(key, default, value)
     if dataclasses.is_dataclass(default):
       values[key] = _section(default, value, f"{prefix}{key}.")
       continue
@@ -411,11 +464,6 @@ def _sections(section, prefix: str):
     if dataclasses.is_dataclass(getattr(section, field.name)):
       yield from _sections(getattr(section, field.name), f"{prefix}{field.name}.")
   yield prefix, section  # Last, so that its checks can rely on sound values below.
-
-
-def _nearest(key: str, known: list[str]) -> str:
-  near = difflib.get_close_matches(key, known, 1, 0.5)
-  return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
 def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.Path:

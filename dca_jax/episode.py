@@ -1,3 +1,185 @@
-"""The six roles that a step can play in an answer: the vocabulary that tasks, reviewers and credit share."""
+"""The one value that flows: what happened in one attempt at a problem."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 ROLES = ("necessary", "redundant", "irrelevant", "error", "inherits", "repair")
+"""What a step can do in an episode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A prompt, its reference answer, and an id that is unique within its split."""
+
+  id: int
+  prompt: str
+  answer: str
+  rendered: str = ""
+  """What the policy reads, where it is not the prompt itself: the prompt in a chat template."""
+  row: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, repr=False)
+  """The row of the data set, for a verifier of the user's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What the verifier says of an episode: `reward` in [0, 1]; `truncated` when it ran out of
+  tokens."""
+
+  reward: float
+  correct: bool
+  truncated: bool
+  judged: bool = True
+  """False where the verifier gave no verdict; such an episode is not trained on."""
+  parts: dict[str, float] = dataclasses.field(default_factory=dict)
+  """Numbers that the verifier reports beside the reward, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Review:
+  """What a reviewer says of each step; where `status` is not `ok` nothing, and credit is uniform."""
+
+  status: str
+  roles: tuple[str, ...] = ()
+  weights: tuple[float, ...] = ()
+  values: tuple[float, ...] = ()
+  """The chance of success before each step is written, told without a look at the rest; what
+  `potential` credit reads. A reviewer gives roles with weights, or values, or both."""
+  sure: bool = True
+  suspicious: bool = False
+  """The reviewer says that the answer speaks to it. Only counted: whatever hung on it, the answer
+  could bring about."""
+  model: str = ""
+  """The model that said so, as its provider names the version."""
+  cached: bool = False
+  """Whether it came from the cache, and cost nothing."""
+
+  def checked(self, steps: int) -> "Review":
+    """This review, or one of status `invalid` where it does not fit an episode of so many steps."""
+    fits = {len(self.roles), len(self.values)} <= {0, steps}
+    fits = fits and len(self.weights) == len(self.roles)
+    says = self.roles or self.values
+    if self.status != "ok" or (fits and says and set(self.roles) <= set(ROLES)):
+      return self
+    return Review("invalid")
+
+
+class Segment(NamedTuple):
+  """Tokens that one side wrote: the policy (`sampled`), or its environment."""
+
+  tokens: np.ndarray
+  sampled: bool
+  logprobs: np.ndarray
+  """Of each token under the policy that sampled it; anything for what was given."""
+
+
+class Step(NamedTuple):
+  """A span of sampled tokens, counted from the end of the prompt; it never crosses a segment."""
+
+  start: int
+  end: int
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+  """One attempt. What is not known at the beginning is filled in as it goes through a training
+  step."""
+
+  id: str
+  """`step/problem/sample`: the same after a resume."""
+  problem: Problem
+  segments: tuple[Segment, ...]
+  """What follows the prompt."""
+  outcome: Outcome
+  steps: tuple[Step, ...] = ()
+  """They partition the sampled tokens."""
+  trained: bool = True
+  review: Review = Review("none")
+  values: Sequence[float] = ()
+  """Of the prefixes before each step, as credit read them; not a number where there is none."""
+  advantage: float = 0.0
+  """The episode's own, before credit moved it."""
+  credit: Sequence[float] = ()
+  """The advantage of every token."""
+
+  @property
+  def tokens(self) -> list[int]:
+    return [token for segment in self.segments for token in segment.tokens.tolist()]
+
+  @property
+  def text(self) -> str:
+    return "".join(step.text for step in self.steps)
+
+  def to_json(self) -> dict[str, Any]:
+    """A line of a run's trajectories. `given` are the spans of tokens that were not sampled."""
+    return {
+      "id": self.id,
+      "problem": self.problem.id,
+      "prompt": self.problem.prompt,
+      "answer": self.problem.answer,
+      "tokens": self.tokens,
+      "given": [[s, e] for s, e, sampled in self._spans() if not sampled],
+      "steps": [self._step_to_json(k) for k in range(len(self.steps))],
+      **dataclasses.asdict(self.outcome),
+      "review": self.review.status,
+      "model": self.review.model,
+      "trained": self.trained,
+      "advantage": self.advantage,
+      "credit": list(self.credit),
+    }
+
+  def _spans(self) -> Iterator[tuple[int, int, bool]]:
+    end = 0
+    for segment in self.segments:
+      start, end = end, end + len(segment.tokens)
+      yield start, end, segment.sampled
+
+  def _step_to_json(self, k: int) -> dict[str, Any]:
+    line: dict[str, Any] = self.steps[k]._asdict()
+    if self.review.roles:
+      line |= {"role": self.review.roles[k], "weight": self.review.weights[k]}
+    if len(self.values) and not math.isnan(self.values[k]):
+      line["value"] = self.values[k]
+    return line
+
+  @classmethod
+  def from_json(cls, line: dict[str, Any]) -> "Episode":
+    """The inverse of `to_json`, but for log-probabilities, which are not kept.
+
+    Raises:
+      KeyError, TypeError: it is no such line.
+    """
+    outcome = Outcome(**{field.name: line[field.name] for field in dataclasses.fields(Outcome)})
+    steps, told = line["steps"], all("role" in step for step in line["steps"])
+    review = Review(
+      line["review"],
+      tuple(step["role"] for step in steps) if told else (),
+      tuple(step["weight"] for step in steps) if told else (),
+      model=line["model"],
+    )
+    return cls(
+      line["id"],
+      Problem(line["problem"], line["prompt"], line["answer"]),
+      tuple(_segments(line["tokens"], line["given"])),
+      outcome,
+      tuple(Step(step["start"], step["end"], step["text"]) for step in steps),
+      line["trained"],
+      review,
+      tuple(step.get("value", math.nan) for step in steps),
+      line["advantage"],
+      tuple(line["credit"]),
+    )
+
+
+def _segments(tokens: list[int], given: list[list[int]]) -> Iterator[Segment]:
+  """Segments of tokens, of which the spans `given` were not sampled."""
+  edges = sorted({0, len(tokens), *(edge for span in given for edge in span)})
+  starts = {start for start, _ in given}
+  for start, end in itertools.pairwise(edges):
+    own = np.array(tokens[start:end], np.int32)
+    yield Segment(own, start not in starts, np.zeros(len(own), np.float32))

@@ -17,8 +17,8 @@ from dca_jax.devices import mesh
 from dca_jax.errors import Terminated, UserError
 from dca_jax.policy import Policy
 from dca_jax.rollout import Sampler, read_trajectories
-from dca_jax.rollout.collect import check_data, collect
-from dca_jax.tasks import TASKS
+from dca_jax.rollout.collect import collect
+from dca_jax.run import check_data
 from dca_jax.tasks.tokenizer import end_ids, text_of, token_bytes
 from dca_jax.train import train
 
@@ -71,7 +71,7 @@ def test_a_run_on_free_text(run):
   assert len({t.prompt for t in records}) == 8  # No problem comes twice in an epoch.
   assert {t.prompt for t in records} < asked
   assert all(t.answer.isdigit() for t in records)
-  tokenizer = TASKS["tfds"](config.task).tokenizer()
+  tokenizer = config.task.open().tokenizer()
   ends = end_ids(tokenizer)
   assert ends == (1, 2)
   several = 0
@@ -106,7 +106,7 @@ def test_a_run_on_one_file(given, tmp_path):
     train(dataclasses.replace(config, steps=steps), str(tmp_path / workdir), quiet=True)
   tiny.assert_same_run(tmp_path / "whole", tmp_path / "resumed")
   records = [t for step in (1, 2) for t in read_trajectories(tmp_path / "whole" / "trajectories", step)]
-  data = TASKS["jsonl"](config.task)
+  data = config.task.open()
   held_out = {data.problem("heldout", i).prompt for i in range(data.sizes["heldout"])}
   assert {t.prompt for t in records} <= {p["question"] for p in words.PROBLEMS} - held_out
 
@@ -120,7 +120,7 @@ def test_held_out_problems_that_are_trained_on_are_counted(given, tmp_path, shar
   task = {"name": "jsonl", "path": train_path, "tokenizer": given["task"]["tokenizer"]}
   task["heldout_path"] = words.write_jsonl(tmp_path / "heldout.jsonl", heldout)
   config = tiny.make_config(given | {"task": task, "evaluate.problems": 4})
-  data = TASKS["jsonl"](config.task)
+  data = config.task.open()
   assert check_data(config, data, data.tokenizer(), 10_000) == {"data/heldout_in_training": said}
 
 
@@ -210,7 +210,7 @@ def test_sigterm_is_served_while_a_verifier_hangs(with_own, tmp_path):
 
 def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
   config = tiny.make_config(given)
-  task = TASKS[config.task.name](config.task)
+  task = config.task.open()
   tokenizer = task.tokenizer()
   policy = Policy(config.policy, len(tokenizer))
   devices = mesh.make_mesh(config.mesh)

@@ -20,7 +20,6 @@ from dca_jax.policy import Head, Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
 from dca_jax.rollout import Sampler, read_trajectories
 from dca_jax.rollout.collect import collect
-from dca_jax.tasks import TASKS
 from dca_jax.train import train
 
 WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
@@ -246,7 +245,7 @@ def test_with_reviews_weighted_is_not_uniform(weighted_run, uniform_run):
 def collector(changes):
   """`collect` as a function of step and seed, on randomly initialised parameters."""
   config = tiny.make_config(changes)
-  task = TASKS[config.task.name](config.task)
+  task = config.task.open()
   tokenizer = task.tokenizer()
   policy = Policy(config.policy, len(tokenizer))
   devices = mesh.make_mesh(config.mesh)
@@ -346,7 +345,7 @@ def test_tokens_that_are_cut_leave_the_gradient_finite(cut, weight):
 
 
 def test_trajectories_describe_the_completions(weighted_run):
-  tokenizer = TASKS["chains"](tiny.make_config().task).tokenizer()
+  tokenizer = tiny.make_config().task.open().tokenizer()
   for step in (1, 2, 3):
     rows = records(weighted_run, step)
     assert [t.id.split("/")[0] for t in rows] == [str(step)] * 16

@@ -1,8 +1,6 @@
 """How much memory a run takes on each device, from shapes alone: nothing is allocated, no device is needed."""
 
 import collections
-import math
-import os
 from typing import NamedTuple
 
 import jax
@@ -11,10 +9,9 @@ import jax.numpy as jnp
 from dca_jax import learner
 from dca_jax.config import Config
 from dca_jax.devices import mesh
-from dca_jax.errors import UserError
+from dca_jax.devices.memory import bytes_of, local_memory, size_of
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.policy.logprobs import CHUNK_LOGITS
-from dca_jax.tasks import TASKS
 from dca_jax.tasks.tokenizer import id_count
 
 _CHIPS = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB of each chip's memory, docs.cloud.google.com/tpu/docs
@@ -51,8 +48,9 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   whole = mesh.param_shapes(policy)
   shapes = jax.eval_shape(lambda p: learner.init_state(optimizer, p), split(whole)[1])
   shardings = mesh.state_shardings(devices, policy, optimizer)
-  parameters, trained = _bytes(whole, mesh.param_shardings(devices, policy)), _bytes(shapes.params, shardings.params)
-  moments = _bytes(shapes.opt_state, shardings.opt_state)
+  parameters = bytes_of(whole, mesh.param_shardings(devices, policy))
+  trained = bytes_of(shapes.params, shardings.params)
+  moments = bytes_of(shapes.opt_state, shardings.opt_state)
   copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * trained
 
   def rows(on) -> int:
@@ -62,14 +60,14 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   heads = c.kv_heads // sampler.shape["tensor"]
   # Evaluation draws batches of the same shape; continuations have answers begun as their prompts.
   prompts, length, group = problems, rollout.max_prompt_tokens, rollout.group
-  if config.value.source == "monte_carlo":
-    prompts, length, group = problems * group, length + rollout.max_tokens, config.value.continuations
+  if further := config.value.answers:
+    prompts, length, group = problems * group, length + rollout.max_tokens, further
   positions = prompts * (length + group * rollout.max_tokens)
   read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   copied = config.mesh.sampler or c.kept != c.dtype
   sampling = {
-    "parameters as the sampler has them": _bytes(read, mesh.param_shardings(sampler, policy)) if copied else 0,
-    "layers, taken apart": _bytes(read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]),
+    "parameters as the sampler has them": bytes_of(read, mesh.param_shardings(sampler, policy)) if copied else 0,
+    "layers, taken apart": bytes_of(read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]),
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
     "logits of one token": 3 * 4 * prompts * group * policy.rows,
   }
@@ -81,15 +79,6 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
     "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
   }
   return Memory(parameters, moments, copies, sampling, updating)
-
-
-def _bytes(shapes, shardings) -> int:
-  leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-  return sum(_size(sharding.shard_shape(a.shape), a.dtype) for a, sharding in leaves)
-
-
-def _size(shape, dtype) -> int:
-  return jnp.dtype(dtype).itemsize * math.prod(shape)
 
 
 def _saved(config: Config, policy: Policy, problems: int) -> int:
@@ -110,7 +99,7 @@ def _saved(config: Config, policy: Policy, problems: int) -> int:
 
   # What has the shape of a parameter is one, which stays anyway.
   extra = count(jax.eval_shape(kept, params, batch)) - count(params)
-  return sum(n * _size(*array) for array, n in extra.items())
+  return sum(n * size_of(*array) for array, n in extra.items())
 
 
 def batch_shapes(config: Config, problems: int) -> learner.Batch:
@@ -121,8 +110,10 @@ def batch_shapes(config: Config, problems: int) -> learner.Batch:
     return jax.ShapeDtypeStruct(shape, dtype)
 
   tokens, floats = array(jnp.int32, rows, t), array(jnp.float32, rows, t)
-  prompts, lengths = array(jnp.int32, problems, config.rollout.max_prompt_tokens), array(jnp.int32, problems)
-  return learner.Batch(prompts, lengths, tokens, array(jnp.int32, rows), array(jnp.bool_, rows), floats, floats, None)
+  prompts = array(jnp.int32, problems, config.rollout.max_prompt_tokens)
+  sampled, trained = array(jnp.bool_, rows, t), array(jnp.bool_, rows)
+  lengths = array(jnp.int32, problems)
+  return learner.Batch(prompts, lengths, tokens, sampled, trained, floats, None, floats)
 
 
 def plan(config: Config, devices: int) -> str:
@@ -133,11 +124,11 @@ def plan(config: Config, devices: int) -> str:
   """
   # A model's config.json has the size of its vocabulary, so neither its tokenizer nor the data are needed.
   known = pretrained.resolve(config.policy, 0)
-  policy = Policy(known, known.vocab_size or id_count(TASKS[config.task.name](config.task).tokenizer()))
+  policy = Policy(known, known.vocab_size or id_count(config.task.open().tokenizer()))
   training, sampling = mesh.abstract_meshes(config.mesh, devices)
   mesh.check_rows(training, sampling, config.rollout.problems, config.learner.micro_batches)
   m = memory(config, policy, training, sampling)
-  count = sum(_size(a.shape, jnp.int8) for a in jax.tree.leaves(mesh.param_shapes(policy)))
+  count = sum(size_of(a.shape, jnp.int8) for a in jax.tree.leaves(mesh.param_shapes(policy)))
   layout = ", ".join(f"{axis} {n}" for axis, n in training.shape.items())
   unit, name = (2**30, "GiB") if m.peak > 2**30 else (2**20, "MiB")
   lines = [f"{count:,} parameters; {name} on each of {devices} device(s) ({layout})", ""]
@@ -146,28 +137,8 @@ def plan(config: Config, devices: int) -> str:
     lines += [title] if title else []
     lines += [f"  {what:36}{size / unit:10.2f}" for what, size in part.items() if size]
   lines += [f"  {'at most':36}{m.peak / unit:10.2f}", ""]
-  local, size = _local()
+  local, size = local_memory()
   for chip, room in {**{chip: gb * 1e9 for chip, gb in _CHIPS.items()}, local: size}.items():
     verdict = "fits" if m.peak < (1 - _FREE) * room else "does not fit"
     lines.append(f"{chip}, {room / 2**30:.1f} GiB: {verdict}")
   return "\n".join(lines)
-
-
-def check_fits(arrays) -> None:
-  """Raises UserError where what stays in memory alone, given as shapes with shardings, is more than a device has."""
-  needed = _bytes(arrays, jax.tree.map(lambda a: a.sharding, arrays))
-  name, room = _local()
-  if needed > room:
-    raise UserError(
-      f"parameters and optimizer take {needed / 2**30:.1f} GiB on each device, and {name} has {room / 2**30:.1f};"
-      " raise mesh.fsdp, or see `dca-jax plan`"
-    )
-
-
-def _local() -> tuple[str, float]:
-  """A name for the devices of this process, and the bytes that each has."""
-  device = jax.local_devices()[0]
-  if stats := device.memory_stats():
-    return f"a {device.device_kind} of this machine", stats["bytes_limit"]
-  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return "a CPU device of this machine", memory / jax.local_device_count()

@@ -13,9 +13,10 @@ from typing import Any
 from etils import epath
 
 from dca_jax.config import ConfigError, flatten, read_saved
-from dca_jax.rollout import Trajectory, read_trajectories
+from dca_jax.episode import Episode
 from dca_jax.store.metrics import missing_steps, read_metrics
-from dca_jax.symptoms import findings
+from dca_jax.store.symptoms import findings
+from dca_jax.store.trajectories import read_trajectories
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -220,7 +221,7 @@ def _examples(workdir: epath.Path, trained: list[dict]) -> list[str]:
       why = "The completions of every problem fared alike, so credit moved nothing." if kept else ""
       parts.append(_note(why or f"The trajectories of this step are not in {workdir / 'trajectories'}."))
     for correct in (True, False) if told else ():
-      by_problem = {t.problem: t for t in told if t.correct == correct}
+      by_problem = {t.problem.id: t for t in told if t.outcome.correct == correct}
       parts += map(_example, [*by_problem.values()][:2])
       if not by_problem:
         parts.append(
@@ -246,17 +247,17 @@ def _legend() -> list[tuple[str, str]]:
   return [*minus[::-1], (_GREENS[0], f"under {_BOUNDS[0]:g} either way"), *plus]
 
 
-def _example(t: Trajectory) -> str:
+def _example(e: Episode) -> str:
   steps = ""
-  for s in t.steps:
-    credit = statistics.fmean(t.credit[s["start"] : s["end"]] or [0.0])
-    role = s.get("role", f"no review ({t.review})")
+  for k, step in enumerate(e.steps):
+    credit = statistics.fmean(e.credit[step.start : step.end] or [0.0])
+    role = e.review.roles[k] if e.review.roles else f"no review ({e.review.status})"
     label = html.escape(f"{role} {credit:+.2f}".replace("-", "\u2212"))
-    steps += (
-      f'<span class=step style="background:{_shade(credit)}">{html.escape(s["text"])} <small>{label}</small></span>'
-    )
-  verdict = "correct" if t.correct else "truncated" if t.truncated else f"wrong, the answer is {t.answer}"
+    shown = f"{html.escape(step.text)} <small>{label}</small>"
+    steps += f'<span class=step style="background:{_shade(credit)}">{shown}</span>'
+  truncated = "truncated" if e.outcome.truncated else f"wrong, the answer is {e.problem.answer}"
+  verdict = "correct" if e.outcome.correct else truncated
   return (
-    f"<div class=answer>{html.escape(t.prompt)}<br>{steps or '(no step)'}<br>"
-    f"<span class=note>{html.escape(verdict)}; advantage {t.advantage:+.3f}</span></div>"
+    f"<div class=answer>{html.escape(e.problem.prompt)}<br>{steps or '(no step)'}<br>"
+    f"<span class=note>{html.escape(verdict)}; advantage {e.advantage:+.3f}</span></div>"
   )

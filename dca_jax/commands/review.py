@@ -13,27 +13,22 @@ from ml_collections import ConfigDict
 from dca_jax import config as config_lib
 from dca_jax.commands.report import text_table
 from dca_jax.config import ConfigError
-from dca_jax.episode import ROLES
+from dca_jax.episode import ROLES, Episode
 from dca_jax.review import Request, Review, Reviewer, Truth, open_reviewer
 from dca_jax.review.prices import dollars
 from dca_jax.review.prompt import make_prompt
 from dca_jax.review.reviewer import price_of, read_rubric
-from dca_jax.rollout import Trajectory, read_trajectories, shards
+from dca_jax.store.trajectories import read_trajectories, shards
 from dca_jax.store.workdir import is_remote, locate
-from dca_jax.tasks import TASKS
 
 
-def read_folder(folder: str, limit: int) -> list[Trajectory]:
+def read_folder(folder: str, limit: int) -> list[Episode]:
   """The first `limit` trajectories of a run's `trajectories` folder that have been reviewed, or else the first ones."""
   path = locate(folder)
   found = [t for step in shards(path) for t in read_trajectories(path, step)]
   if not found:
     raise ConfigError(f"--trajectories={folder}: no trajectories there (a run keeps them in WORKDIR/trajectories)")
-  return ([t for t in found if t.review == "ok"] or found)[:limit]
-
-
-def request_of(t: Trajectory) -> Request:
-  return Request(t.id, t.prompt, tuple(step["text"] for step in t.steps), t.correct, t.truncated)
+  return ([t for t in found if t.review.status == "ok"] or found)[:limit]
 
 
 def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config_lib.Config:
@@ -55,11 +50,11 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   run = locate(folder).parent
   config = reviewer_config(member, overrides, config_lib.read_saved(str(run)).get("task", {}))
   # The task is made only for a reviewer that reads its labels.
-  task = functools.cache(lambda: TASKS[config.task.name](config.task))
-  truth = Truth(lambda r: task().label_steps(r.problem, r.steps, r.truncated), lambda *a: task().prefix_values(*a))
+  task = functools.cache(config.task.open)
+  truth = Truth(lambda r: Truth.of(task()).labels(r), lambda *a: Truth.of(task()).values(*a))
   cache = None if is_remote(run) else pathlib.Path(run / "reviews.sqlite")
   with contextlib.closing(open_reviewer(config.reviewer, truth, cache)) as reviewer:
-    reviews = review_patiently(reviewer, [*map(request_of, trajectories)], 600.0)
+    reviews = review_patiently(reviewer, [*map(Request.of, trajectories)], 600.0)
     stats, problem, failures = reviewer.stats(), reviewer.problem(), reviewer.failures()
   reviews = [review.checked(len(t.steps)) for review, t in zip(reviews, trajectories, strict=True)]
   counted = collections.Counter(review.status for review in reviews)
@@ -96,13 +91,12 @@ def review_patiently(
   return reviews
 
 
-def agreement(trajectories: Sequence[Trajectory], reviews: Sequence[Review]) -> str:
+def agreement(trajectories: Sequence[Episode], reviews: Sequence[Review]) -> str:
   """How the stored roles and the new ones compare, step by step: share, Cohen's kappa (1960), and the table."""
   pairs = [
-    (step["role"], role)
+    pair
     for t, review in zip(trajectories, reviews, strict=True)
-    for step, role in zip(t.steps, review.roles, strict=False)
-    if "role" in step
+    for pair in zip(t.review.roles, review.roles, strict=False)
   ]
   if not pairs:
     return "no step was reviewed both times"
@@ -126,7 +120,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   config = reviewer_config(member, overrides, {}).reviewer.client
   price = price_of(config)
   trajectories = read_folder(folder, limit)
-  prompts = [make_prompt(read_rubric(config), [request_of(t)]) for t in trajectories]
+  prompts = [make_prompt(read_rubric(config), [Request.of(t)]) for t in trajectories]
   prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user) / 2 for p in prompts)
   output = sum(30 + 25 * sum(p.counts) for p in prompts)
   n = len(trajectories)

@@ -1,5 +1,41 @@
-"""Credit assignment: outcomes and reviews in, token advantages out. Pure functions on arrays that run under jit."""
+"""Credit assignment: from outcomes and reviews to token advantages."""
 
-from dca_jax.credit.schemes import SCHEMES, CreditConfig, Given, Review, RoleTable, group_advantages, token_advantages
+from dca_jax.credit.scheme import (
+  Advantages,
+  Array,
+  Given,
+  ReviewArrays,
+  Scheme,
+  assign_credit,
+  group_advantages,
+  token_advantages,
+)
+from dca_jax.credit.schemes import (
+  SCHEMES,
+  Capo,
+  Potential,
+  ReturnToGo,
+  RoleTable,
+  Signed,
+  Uniform,
+  Weighted,
+)
 
-__all__ = ["SCHEMES", "CreditConfig", "Given", "Review", "RoleTable", "group_advantages", "token_advantages"]
+__all__ = [
+  "SCHEMES",
+  "Advantages",
+  "Array",
+  "Capo",
+  "Given",
+  "Potential",
+  "ReturnToGo",
+  "ReviewArrays",
+  "RoleTable",
+  "Scheme",
+  "Signed",
+  "Uniform",
+  "Weighted",
+  "assign_credit",
+  "group_advantages",
+  "token_advantages",
+]

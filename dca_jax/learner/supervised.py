@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import sys
 import uuid
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from dca_jax.errors import UserError, reason
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.rollout import encode_prompts
 from dca_jax.source import package_digest, source_digest
-from dca_jax.tasks import Problem, Task
+from dca_jax.tasks import Demonstrated, Problem, Task
 
 _SAMPLED = 256  # Demonstrations, spread over all, by which a changed data file shows.
 
@@ -99,7 +100,7 @@ def _sample(config: WarmstartConfig, task: Task) -> list[tuple[str, str]]:
   """Some of the demonstrations."""
   every = max(1, config.total * config.batch // _SAMPLED)
   indices = range(0, config.total * config.batch, every)
-  return [task.demonstration(i, i >= config.clean_steps * config.batch) for i in indices]
+  return [cast(Demonstrated, task).demonstration(i, i >= config.clean_steps * config.batch) for i in indices]
 
 
 def _load(folder: pathlib.Path, abstract):
@@ -185,7 +186,7 @@ def _contracted_axes(params):
 
 def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int], rows: int):
   """Demonstrations as prompts [B, S], prompt lengths [B], completions [B, T] and their lengths [B]."""
-  pairs = [task.demonstration(i, mistakes) for i in indices]
+  pairs = [cast(Demonstrated, task).demonstration(i, mistakes) for i in indices]
   problems = [Problem(i, prompt, "") for i, (prompt, _) in zip(indices, pairs, strict=True)]
   prompts = encode_prompts(tokenizer, problems, limits[0], rows)
   ids_B = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]

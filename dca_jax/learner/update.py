@@ -1,7 +1,4 @@
-"""The policy-gradient loss and the jitted update.
-
-Everything is a sum over tokens, divided once, at the end, over all micro-batches.
-"""
+"""The jitted update: the gradient of the loss, summed over micro-batches, and an optimizer step."""
 
 import functools
 import typing
@@ -10,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dca_jax.learner.loss import Batch, Sums, loss_sums
 from dca_jax.learner.optimizer import LearnerConfig
 from dca_jax.policy import Policy, Sampling, join, token_logprobs
 
@@ -23,87 +21,6 @@ class TrainState(typing.NamedTuple):
   value_head: typing.Any = None
   behind: typing.Any = None
   """The parameters one step ago, where batches are sampled one step ahead."""
-
-
-class Batch(typing.NamedTuple):
-  """What an update reads, B = P * G rows; row p * G + g is completion g of prompt p."""
-
-  prompts_PxS: jax.Array
-  prompt_lengths_P: jax.Array
-  completions_BxT: jax.Array
-  lengths_B: jax.Array
-  trained_B: jax.Array
-  """Rows that count; the others add nothing to any sum."""
-  advantages_BxT: jax.Array
-  logprobs_BxT: jax.Array
-  """Under the policy that sampled."""
-  reference_BxT: jax.Array | None
-  """Log-probabilities under the reference policy, where there is one."""
-
-
-class Sums(typing.NamedTuple):
-  """Sums over trained tokens; divided by `tokens` they are means."""
-
-  tokens: jax.Array
-  policy_loss: jax.Array
-  entropy: jax.Array
-  kl: jax.Array
-  clipped: jax.Array
-  ratio: jax.Array
-  sampler_error: jax.Array
-  """Largest |learner - sampler| log-probability; a maximum, not a sum."""
-
-
-_FAR = 10.0
-
-
-def expm1_bounded(x: jax.Array) -> jax.Array:
-  """exp(x) - 1, continued beyond `_FAR` as a straight line, so that neither it nor its gradient overflows.
-
-  A policy writes tokens that are e^10 times likelier under another less than once in e^10, so little is changed.
-  """
-  near = jnp.minimum(x, _FAR)
-  return jnp.expm1(near) + jnp.exp(near) * (x - near)
-
-
-def loss_sums(
-  policy: Policy, config: LearnerConfig, sampling: Sampling, params, batch: Batch, on_policy: jax.Array
-) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
-  """The loss summed over tokens, not yet divided, with what it is made of.
-
-  Args:
-    on_policy: true at the first update on a batch. There the old log-probabilities are the new ones with the gradient
-      stopped, so that the ratio is exactly 1 and not 1 to within the sampler's rounding.
-
-  Returns:
-    The sum to minimise, the other sums, and the log-probabilities [B, T], which are the old ones of a later update.
-  """
-  hidden = policy.completion_hidden(params, batch.prompts_PxS, batch.prompt_lengths_P, batch.completions_BxT)
-  logp, entropy = token_logprobs(hidden, policy.head(params), batch.completions_BxT, sampling)
-  t = batch.completions_BxT.shape[1]
-  mask = (jnp.arange(t) < batch.lengths_B[:, None]) & batch.trained_B[:, None]
-
-  def total(x):
-    return jnp.where(mask, x, 0.0).sum()
-
-  old = jnp.where(on_policy, jax.lax.stop_gradient(logp), batch.logprobs_BxT)
-  ratio = 1 + expm1_bounded(jnp.where(mask, logp - old, 0.0))
-  clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-  if config.loss == "ppo":
-    objective = jnp.minimum(ratio * batch.advantages_BxT, clipped * batch.advantages_BxT)
-  else:
-    objective = logp * batch.advantages_BxT
-  loss = -total(objective) - config.entropy * total(entropy)
-  kl = jnp.float32(0)
-  if batch.reference_BxT is not None:
-    gap = jnp.where(mask, batch.reference_BxT - logp, 0.0)
-    kl = total(expm1_bounded(gap) - gap)
-    if config.kl:  # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
-      loss += config.kl * kl
-  error = jnp.where(mask & on_policy, jnp.abs(logp - batch.logprobs_BxT), 0.0).max()
-  acts = clipped * batch.advantages_BxT < ratio * batch.advantages_BxT
-  sums = Sums(total(1.0), -total(objective), total(entropy), kl, total(1.0 * acts), total(ratio), error)
-  return loss, (jax.lax.stop_gradient(sums), jax.lax.stop_gradient(logp))
 
 
 def init_state(optimizer: optax.GradientTransformation, params, value_head=None, behind=None) -> TrainState:
@@ -153,7 +70,7 @@ def update(
     The new state, metrics (scalars), and the log-probabilities [B, T] before the update.
   """
   n = config.micro_batches
-  rows = batch.completions_BxT.shape[0]
+  rows = batch.tokens_BxT.shape[0]
   problems = rows // group
 
   def split(x):
@@ -184,7 +101,7 @@ def update(
   (grads, sums), logp_nxBxT = jax.lax.scan(accumulate, zero, jax.tree.map(split, batch))
 
   count = jnp.maximum(sums.tokens, 1.0)
-  divisor = jnp.float32(batch.completions_BxT.size) if config.normalizer == "constant" else count
+  divisor = jnp.float32(batch.tokens_BxT.size) if config.normalizer == "constant" else count
   grads = jax.tree.map(lambda g: g / divisor, grads)
   changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
   metrics = {
@@ -207,8 +124,8 @@ def update(
 
 @functools.partial(jax.jit, static_argnames=("policy", "sampling"))
 def reference_logprobs(
-  policy: Policy, sampling: Sampling, params, prompts_PxS, prompt_lengths_P, completions_BxT
+  policy: Policy, sampling: Sampling, params, prompts_PxS, prompt_lengths_P, tokens_BxT
 ) -> jax.Array:
-  """Log-probabilities [B, T] of completions under another set of parameters."""
-  hidden = policy.completion_hidden(params, prompts_PxS, prompt_lengths_P, completions_BxT)
-  return token_logprobs(hidden, policy.head(params), completions_BxT, sampling)[0]
+  """Log-probabilities [B, T] of tokens under another set of parameters."""
+  hidden = policy.completion_hidden(params, prompts_PxS, prompt_lengths_P, tokens_BxT)
+  return token_logprobs(hidden, policy.head(params), tokens_BxT, sampling)[0]

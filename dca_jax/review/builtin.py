@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dca_jax.episode import ROLES
 from dca_jax.review.types import Request, Review, Reviewer, finished
@@ -24,6 +24,14 @@ class Truth(NamedTuple):
   """The true roles of a request's steps."""
   values: Callable[[str, Sequence[Sequence[str]]], Sequence[Sequence[float]]]
   """From a prompt and the steps of its completions to the values of their prefixes (see `task.Task.prefix_values`)."""
+
+  @classmethod
+  def of(cls, task: Any) -> "Truth":
+    """That of a task which offers labels and values; asked of another one, it fails."""
+    return cls(
+      lambda request: task.label_steps(request.problem, request.steps, request.truncated),
+      lambda problem, completions: task.prefix_values(problem, completions),
+    )
 
 
 class Dice(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
-from dca_jax.episode import ROLES
+from dca_jax.episode import Episode, Review
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,12 @@ class Request:
   steps: tuple[str, ...]
   correct: bool
   truncated: bool
+
+  @classmethod
+  def of(cls, episode: Episode) -> "Request":
+    texts = tuple(step.text for step in episode.steps)
+    outcome = episode.outcome
+    return cls(episode.id, episode.problem.prompt, texts, outcome.correct, outcome.truncated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,33 +40,6 @@ class Usage:
 
   def __add__(self, other: "Usage") -> "Usage":
     return Usage(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Review:
-  """What a reviewer says of each step; where `status` is not `ok` nothing, and credit is uniform."""
-
-  status: str
-  roles: tuple[str, ...] = ()
-  weights: tuple[float, ...] = ()
-  values: tuple[float, ...] = ()
-  """The chance of success before each step is written, told without a look at the rest; what `potential` credit reads.
-  A reviewer gives roles with weights, or values, or both."""
-  sure: bool = True
-  suspicious: bool = False
-  """The reviewer says that the answer speaks to it. Only counted: whatever hung on it, the answer
-  could bring about."""
-  model: str = ""
-  """The model that said so, as its provider names the version."""
-  cached: bool = False
-  """Whether it came from the cache, and cost nothing."""
-
-  def checked(self, steps: int) -> "Review":
-    """This review, or one of status `invalid` where it does not fit an answer of so many steps."""
-    fits = {len(self.roles), len(self.values)} <= {0, steps} and len(self.weights) == len(self.roles)
-    if self.status != "ok" or (fits and (self.roles or self.values) and set(self.roles) <= set(ROLES)):
-      return self
-    return Review("invalid")
 
 
 def finished(reviews: list[Review]) -> "Future[list[Review]]":

@@ -1,30 +1,25 @@
-"""Rollouts: prompts in, sampled completions cut into steps out."""
+"""Rollouts: prompts in, verified episodes that are cut into steps out."""
 
+from dca_jax.rollout.collect import Rollout, collect, step_key
+from dca_jax.rollout.prefixes import Continues, Values
 from dca_jax.rollout.prompts import encode_prompts
 from dca_jax.rollout.sampler import GREEDY, RolloutConfig, Sampler, Samples, sample
 from dca_jax.rollout.steps import cut, cut_at_stops, step_texts, stop_length
-from dca_jax.store.trajectories import (
-  Trajectory,
-  forget_trajectories,
-  read_trajectories,
-  shards,
-  write_trajectories,
-)
 
 __all__ = [
   "GREEDY",
+  "Continues",
+  "Rollout",
   "RolloutConfig",
   "Sampler",
   "Samples",
-  "Trajectory",
+  "Values",
+  "collect",
   "cut",
   "cut_at_stops",
   "encode_prompts",
-  "forget_trajectories",
-  "read_trajectories",
   "sample",
-  "shards",
+  "step_key",
   "step_texts",
   "stop_length",
-  "write_trajectories",
 ]

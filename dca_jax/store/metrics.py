@@ -15,8 +15,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from dca_jax.store.symptoms import Watch
 from dca_jax.store.workdir import place_aside, write_whole
-from dca_jax.symptoms import Watch
 
 
 class Reporter(contextlib.AbstractContextManager):

@@ -2,9 +2,33 @@
 
 from dca_jax.tasks.chains import Chains, ChainsConfig
 from dca_jax.tasks.text import Text, TextConfig
-from dca_jax.tasks.types import Outcome, Problem, Task
+from dca_jax.tasks.types import (
+  Demonstrated,
+  Labelled,
+  Outcome,
+  Problem,
+  Task,
+  TaskConfig,
+  Valued,
+)
 
-TASKS: dict[str, type] = {"chains": Chains, "tfds": Text, "jsonl": Text}
-CONFIGS = {"chains": ChainsConfig, "tfds": TextConfig, "jsonl": TextConfig}
+TASKS: dict[str, type[TaskConfig]] = {
+  "chains": ChainsConfig,
+  "tfds": TextConfig,
+  "jsonl": TextConfig,
+}
 
-__all__ = ["CONFIGS", "TASKS", "Chains", "ChainsConfig", "Outcome", "Problem", "Task", "Text", "TextConfig"]
+__all__ = [
+  "TASKS",
+  "Chains",
+  "ChainsConfig",
+  "Demonstrated",
+  "Labelled",
+  "Outcome",
+  "Problem",
+  "Task",
+  "TaskConfig",
+  "Text",
+  "TextConfig",
+  "Valued",
+]

@@ -20,12 +20,12 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from dca_jax.checks import between, one_of
-from dca_jax.tasks.types import SPLITS, Outcome, Problem
+from dca_jax.tasks.types import SPLITS, Outcome, Problem, TaskConfig
 
 _OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 _SYMBOLS = "".join(_OPERATIONS)
@@ -37,7 +37,7 @@ _ANSWER = re.compile(r"#(\d)\$\Z")
 
 
 @dataclasses.dataclass(frozen=True)
-class ChainsConfig:
+class ChainsConfig(TaskConfig):
   """The `task` section for `chains`."""
 
   name: str = "chains"
@@ -57,6 +57,11 @@ class ChainsConfig:
   wrong_low: float = 0.3
   wrong_high: float = 0.7
   """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high]; under `slips` a demonstration's."""
+
+  offers: ClassVar[tuple[str, ...]] = ("labels", "values", "demonstrations")
+
+  def open(self) -> "Chains":
+    return Chains(self)
 
   def check(self) -> dict[str, str]:
     bad = between(0, 1, self, "repeat", "drop", "misconceptions", "wrong_low", "wrong_high")

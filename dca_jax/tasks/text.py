@@ -20,7 +20,7 @@ from dca_jax import patterns
 from dca_jax.errors import UserError
 from dca_jax.tasks.judge import Judge, Verdict, VerifierError
 from dca_jax.tasks.tokenizer import load_tokenizer
-from dca_jax.tasks.types import Outcome, Problem
+from dca_jax.tasks.types import Outcome, Problem, TaskConfig
 from dca_jax.tasks.verifiers import VERIFIERS, reference
 
 STEPS = {
@@ -42,7 +42,7 @@ _MEND = "mend it, then run again to go on"
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class TextConfig(TaskConfig):
   """The `task` section for `tfds` and `jsonl`."""
 
   name: str = "tfds"
@@ -89,6 +89,12 @@ class TextConfig:
   """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`. A template that asks
   for today's date is always told 26 July 2024, which is Llama's own where it knows none."""
 
+  def open(self) -> "Text":
+    return Text(self)
+
+  def implied(self, pretrained: str) -> dict[str, Any]:
+    return {"tokenizer": pretrained}
+
   def check(self) -> dict[str, str]:
     known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
     # A lone word is a slip; nobody ends steps with one.
@@ -107,6 +113,7 @@ class TextConfig:
       "steps": (typo, f"must be one of {', '.join(STEPS)}, or a regular expression"),
       "max_steps": (self.max_steps < 1, "must be at least 1"),
       "prompt": ("{question}" not in self.prompt, "must hold {question}"),
+      "tokenizer": (not self.tokenizer, "must be given, because policy.pretrained is not"),
     }
     bad = {key: why for key, (wrong, why) in rules.items() if wrong}
     return bad | {key: why for key in ("format", "steps") if (why := patterns.mistake(getattr(self, key)))}

@@ -2,74 +2,92 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
+
+from dca_jax.episode import Outcome, Problem
 
 SPLITS = ("train", "heldout", "demonstrations")
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-  """A prompt, its reference answer, and an id that is unique within its split."""
+class TaskConfig:
+  """The `task` section. A task extends it with settings of its own, and is opened once in a run; a
+  task that has nothing to open has the methods of `Task` itself."""
 
-  id: int
-  prompt: str
-  answer: str
-  rendered: str = ""
-  """What the policy reads, where it is not the prompt itself: the prompt in a chat template."""
-  row: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, repr=False)
-  """The row of the data set, for a verifier of the user's."""
+  name: str = ""
+  """`chains`, `tfds` or `jsonl`; or your own, MODULE:CLASS."""
 
+  offers: ClassVar[tuple[str, ...]] = ()
+  """Which of the optional parts of `Task` it has: `labels` (`label_steps`), `values`
+  (`prefix_values`), `demonstrations` (`demonstration`)."""
+  step_end: ClassVar[str] = "\n"
+  step_limits: ClassVar[tuple[int, int]] = (0, 0)
+  sizes: ClassVar[Mapping[str, int]] = {}
+  concurrency: ClassVar[int] = 1
+  final_answer: ClassVar[Callable[[str], str | None] | None] = None
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What the verifier says of one completion: `reward` in [0, 1]; `truncated` when it ran out of tokens."""
+  def open(self) -> "Task":
+    """Raises UserError where its data, tokenizer or verifier cannot be had."""
+    return cast(Task, self)
 
-  reward: float
-  correct: bool
-  truncated: bool
-  judged: bool = True
-  """False where the verifier gave no verdict; such a completion is not trained on."""
-  parts: dict[str, float] = dataclasses.field(default_factory=dict)
-  """Numbers that the verifier reports beside the reward, by name."""
+  def implied(self, pretrained: str) -> dict[str, Any]:
+    """What `policy.pretrained` decides of its keys, where nobody set them."""
+    return {}
 
 
 class Task(Protocol):
-  """Stateless: everything it returns is a function of its arguments, its config and its data. Free text has no
-  `demonstration`, `label_steps` and `prefix_values`; configs that need them are refused."""
+  """Stateless: everything it returns is a function of its arguments, its config and its data."""
 
-  step_end: str
-  """Regular expression; a step of a completion ends where a match ends."""
-  step_limits: tuple[int, int]
-  """Fewest characters of a step and most steps; see `rollout.cut`."""
-  sizes: dict[str, int]
-  """How many problems a split has; one that is not named here has no end."""
+  @property
+  def step_end(self) -> str:
+    """Regular expression; a step of a completion ends where a match ends."""
 
-  def tokenizer(self):
+  @property
+  def step_limits(self) -> tuple[int, int]:
+    """Fewest characters of a step and most steps; see `rollout.cut`."""
+
+  @property
+  def sizes(self) -> Mapping[str, int]:
+    """How many problems a split has; one that is not named here has no end."""
+
+  def tokenizer(self) -> Any:
     """A `transformers` fast tokenizer whose `eos_token` ends a completion."""
-    ...
 
   def problem(self, split: str, index: int) -> Problem: ...
 
-  def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
-    """A prompt and a worked solution for the warm start; right throughout unless `mistakes` are allowed."""
-    ...
-
-  concurrency: int
-  """How many threads may call `verify` at once."""
+  @property
+  def concurrency(self) -> int:
+    """How many threads may call `verify` at once."""
 
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome: ...
 
-  final_answer: Callable[[str], str | None] | None
-  """Gives the answer of a completion, for majority votes, or None where it gives none; None if nothing can tell."""
+  @property
+  def final_answer(self) -> Callable[[str], str | None] | None:
+    """Gives the answer of a completion, for majority votes, or None where it gives none; None if
+    nothing can tell."""
+
+
+class Labelled(Task, Protocol):
+  """A task that `offers` labels."""
 
   def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
-    """The true role of every step (see `roles.ROLES`); what the oracle reviewer reads."""
-    ...
+    """The true role of every step (see `episode.ROLES`); what the oracle reviewer reads."""
+
+
+class Valued(Task, Protocol):
+  """A task that `offers` values."""
 
   def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
-    """For each completion (its steps) of one prompt, the chance of success in [0, 1] before each step is written.
+    """For each completion (its steps) of one prompt, the chance of success in [0, 1] before each
+    step is written.
 
-    A value reads the steps before it and, to learn how able the policy is, the *other* completions; never the rest of
-    its own.
+    What is said of a prefix may depend on the other completions, but not on the rest of its own.
     """
-    ...
+
+
+class Demonstrated(Task, Protocol):
+  """A task that `offers` demonstrations."""
+
+  def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
+    """A prompt and a worked solution for the warm start; right throughout unless `mistakes` are
+    allowed."""

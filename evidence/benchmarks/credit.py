@@ -18,23 +18,21 @@ import numpy as np
 
 from dca_jax import config as config_lib
 from dca_jax import learner
-from dca_jax.credit import SCHEMES, CreditConfig
+from dca_jax.credit import SCHEMES, ReviewArrays, assign_credit
 from dca_jax.episode import ROLES
 from dca_jax.policy import Policy
 from dca_jax.review import Review
-from dca_jax.rollout.collect import assign_credit, review_arrays
 
-RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py")
+RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
 GROUP, B, T, STEP = 8, 1024, 1024, 16
 ROUNDS = 5
 
 
-def reviews_and_spans() -> tuple[list[Review], list[list[tuple[int, int]]]]:
-  """Each completion has 64 steps of 16 tokens, all reviewed."""
+def made_up_reviews() -> list[Review]:
+  """Each episode has 64 steps of 16 tokens, all reviewed."""
   dice = random.Random(0)
-  spans = [[(start, start + STEP) for start in range(0, T, STEP)]] * B
   n = T // STEP
-  reviews = [
+  return [
     Review(
       "ok",
       tuple(dice.choices(ROLES, k=n)),
@@ -43,16 +41,16 @@ def reviews_and_spans() -> tuple[list[Review], list[list[tuple[int, int]]]]:
     )
     for _ in range(B)
   ]
-  return reviews, spans
 
 
 def credit_seconds() -> dict[str, tuple[float, float]]:
   """For each scheme the median seconds of the arrays on the host and of the rest."""
-  reviews, spans = reviews_and_spans()
+  reviews = made_up_reviews()
+  step_ids = np.broadcast_to(np.arange(T, dtype=np.int32) // STEP, (B, T))
   rng = np.random.default_rng(0)
   outcomes = (
     rng.integers(0, 2, (B // GROUP, GROUP)).astype(np.float32),
-    np.full(B, T, np.int32),
+    np.ones((B, T), bool),
     np.zeros(B, bool),
   )
   seconds = {}
@@ -60,9 +58,9 @@ def credit_seconds() -> dict[str, tuple[float, float]]:
     host, device = [], []
     for round_ in range(ROUNDS + 1):
       start = time.perf_counter()
-      arrays = review_arrays(reviews, spans, T)
+      arrays = ReviewArrays.of(reviews, step_ids)
       middle = time.perf_counter()
-      jax.block_until_ready(assign_credit(CreditConfig(scheme=scheme), *jax.device_put((*outcomes, arrays))))
+      jax.block_until_ready(assign_credit(SCHEMES[scheme](), *jax.device_put((*outcomes, arrays))))
       if round_:  # The first compiles.
         host.append(middle - start)
         device.append(time.perf_counter() - middle)
@@ -81,11 +79,11 @@ def update_seconds() -> float:
     prompts,
     np.full(B // GROUP, 43, np.int32),
     rng.integers(0, 31, (B, T), dtype=np.int32),
-    np.full(B, T, np.int32),
+    np.ones((B, T), bool),
     np.ones(B, bool),
-    rng.normal(size=(B, T)).astype(np.float32),
     np.zeros((B, T), np.float32),
     None,
+    rng.normal(size=(B, T)).astype(np.float32),
   )
   params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(0))
   state = learner.init_state(optimizer, params)

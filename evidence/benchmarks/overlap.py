@@ -18,7 +18,7 @@ from dca_jax import config as config_lib
 from dca_jax import train as train_module
 from dca_jax.review.builtin import Builtin, Dice
 
-RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py")
+RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
 ROUNDS, STEPS, SKIP = 4, 16, 4
 
 

@@ -17,7 +17,7 @@ from dca_jax import config as config_lib
 from dca_jax.store.checkpoints import Checkpoints
 from dca_jax.train import train
 
-RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py")
+RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
 STEPS, EVERY = 61, 10
 
 

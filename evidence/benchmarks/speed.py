@@ -26,7 +26,7 @@ from dca_jax import config as config_lib
 from dca_jax import learner
 from dca_jax.policy import Policy
 
-RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py")
+RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
 ROUNDS = 15
 
 

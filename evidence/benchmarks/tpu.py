@@ -26,7 +26,6 @@ from dca_jax.commands.plan import batch_shapes, memory
 from dca_jax.devices import mesh
 from dca_jax.policy import Policy, pretrained, split
 from dca_jax.rollout.sampler import sample
-from dca_jax.tasks import TASKS
 from dca_jax.tasks.tokenizer import id_count
 
 # Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
@@ -44,7 +43,7 @@ def main() -> None:
   training = mesh.make_mesh(config.mesh, chips)
   sampling = mesh.sampler_mesh(config.mesh, training)
   known = pretrained.resolve(config.policy, 0)
-  policy = Policy(known, known.vocab_size or id_count(TASKS[config.task.name](config.task).tokenizer()))
+  policy = Policy(known, known.vocab_size or id_count(config.task.open().tokenizer()))
   planned = memory(config, policy, training, sampling)
 
   def on(sharding, dtype, *shape):

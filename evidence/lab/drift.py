@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dca_jax.credit import CreditConfig, Review, token_advantages
+from dca_jax.credit import (
+  Potential,
+  ReturnToGo,
+  ReviewArrays,
+  Scheme,
+  Uniform,
+  Weighted,
+  token_advantages,
+)
 from dca_jax.episode import ROLES
 
 SLOTS, NEEDED = 10, 4
@@ -36,15 +44,15 @@ class Reviewer(typing.NamedTuple):
 
 
 ARMS = {
-  "uniform (RLOO)": (CreditConfig(), Reviewer()),
-  "potential 1, fooled": (CreditConfig(scheme="potential"), Reviewer()),
-  "potential 0, honest": (CreditConfig(scheme="potential", discount=0.0), Reviewer(fooled=0.0)),
-  "potential 0, fooled": (CreditConfig(scheme="potential", discount=0.0), Reviewer()),
-  "potential 0, fooled, no headroom": (CreditConfig(scheme="potential", discount=0.0), Reviewer(1.0, 1.0, 0.15)),
-  "weighted, honest": (CreditConfig(scheme="weighted"), Reviewer(fooled=0.0)),
-  "weighted, fooled": (CreditConfig(scheme="weighted"), Reviewer()),
-  "weighted, lambda 1, fooled": (CreditConfig(scheme="weighted", lam=1.0), Reviewer()),
-  "return_to_go, fooled": (CreditConfig(scheme="return_to_go"), Reviewer()),
+  "uniform (RLOO)": (Uniform(), Reviewer()),
+  "potential 1, fooled": (Potential(), Reviewer()),
+  "potential 0, honest": (Potential(discount=0.0), Reviewer(fooled=0.0)),
+  "potential 0, fooled": (Potential(discount=0.0), Reviewer()),
+  "potential 0, fooled, no headroom": (Potential(discount=0.0), Reviewer(1.0, 1.0, 0.15)),
+  "weighted, honest": (Weighted(), Reviewer(fooled=0.0)),
+  "weighted, fooled": (Weighted(), Reviewer()),
+  "weighted, lambda 1, fooled": (Weighted(lam=1.0), Reviewer()),
+  "return_to_go, fooled": (ReturnToGo(), Reviewer()),
 }
 
 
@@ -84,7 +92,7 @@ def value_table() -> np.ndarray:
   return table
 
 
-def reviewed(actions_BxS, progress_BxS, reviewer: Reviewer) -> Review:
+def reviewed(actions_BxS, progress_BxS, reviewer: Reviewer) -> ReviewArrays:
   is_check = actions_BxS == CHECK
   applauded = is_check & (reviewer.fooled > 0)
   useful = (actions_BxS == ADVANCE) & (progress_BxS < NEEDED)
@@ -93,7 +101,7 @@ def reviewed(actions_BxS, progress_BxS, reviewer: Reviewer) -> Review:
   values = reviewer.scale * jnp.asarray(value_table(), jnp.float32)[slots, progress_BxS]
   values += reviewer.fooled * reviewer.applause * (is_check.cumsum(1) - is_check)
   step_ids, weights = jnp.broadcast_to(slots, actions_BxS.shape), jnp.where(applauded, 3.0, 1.0)
-  return Review(step_ids, roles, weights, jnp.minimum(values, 1.0), jnp.ones(len(actions_BxS), bool))
+  return ReviewArrays(step_ids, roles, weights, jnp.minimum(values, 1.0), jnp.ones(len(actions_BxS), bool))
 
 
 def traces(logits_SxCxA, noise_SxBxA):
@@ -109,7 +117,7 @@ def traces(logits_SxCxA, noise_SxBxA):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def train(config: CreditConfig, reviewer: Reviewer, noise: jax.Array) -> Curves:
+def train(config: Scheme, reviewer: Reviewer, noise: jax.Array) -> Curves:
   """Trains one policy for each seed, of `noise` [seeds, updates, S, B, A]."""
 
   def loss(logits, actions, progress, advantages):
@@ -120,7 +128,7 @@ def train(config: CreditConfig, reviewer: Reviewer, noise: jax.Array) -> Curves:
     actions, progress, rewards = traces(logits, noise)
     rows = len(rewards)
     said, grouped = reviewed(actions, progress, reviewer), rewards.reshape(GROUPS, GROUP)
-    advantages = token_advantages(config, grouped, jnp.full(rows, SLOTS), jnp.zeros(rows, bool), said)
+    advantages = token_advantages(config, grouped, jnp.ones((rows, SLOTS), bool), jnp.zeros(rows, bool), said)
     gradient = jax.grad(loss)(logits, actions, progress, advantages)
     return logits - RATE * gradient, (rewards.mean(), (actions == CHECK).sum(1).mean())
 

@@ -16,7 +16,18 @@ import typing
 import jax.numpy as jnp
 import numpy as np
 
-from dca_jax.credit import SCHEMES, CreditConfig, Given, Review, RoleTable
+from dca_jax.credit import (
+  Capo,
+  Given,
+  Potential,
+  ReturnToGo,
+  ReviewArrays,
+  RoleTable,
+  Scheme,
+  Signed,
+  Uniform,
+  Weighted,
+)
 from dca_jax.episode import ROLES
 
 STEPS = 6
@@ -79,14 +90,14 @@ def roles(tree: Tree) -> np.ndarray:
   return np.select(cases, [ROLES.index(role) for role in ("necessary", "error", "repair")], ROLES.index("redundant"))
 
 
-def review(tree: Tree, roles_NxT=0, weights_NxT=1.0, values_NxT=np.nan) -> Review:
+def review(tree: Tree, roles_NxT=0, weights_NxT=1.0, values_NxT=np.nan) -> ReviewArrays:
   n, t = tree.actions_NxT.shape
   said = (np.arange(t), roles_NxT, np.float32(weights_NxT), np.float32(values_NxT))
   ids, roles, weights, values = (np.broadcast_to(x, (n, t)) for x in said)
-  return Review(ids, roles, weights, values, np.ones(n, bool))
+  return ReviewArrays(ids, roles, weights, values, np.ones(n, bool))
 
 
-def reviews(tree: Tree) -> dict[str, Review]:
+def reviews(tree: Tree) -> dict[str, ReviewArrays]:
   """Reviewers by name: their word on every trace."""
   n, t = tree.actions_NxT.shape
   rng = np.random.default_rng(1)
@@ -118,7 +129,7 @@ class Row(typing.NamedTuple):
   """The same over the other prefixes."""
 
 
-def credit(tree: Tree, config: CreditConfig, said: Review) -> np.ndarray:
+def credit(tree: Tree, scheme: Scheme, said: ReviewArrays) -> np.ndarray:
   """The scheme's coefficient of every step, [N, T], with the exact expectation in the place of a group's mean."""
   reward, p = tree.reward_N, tree.probability_N
 
@@ -131,10 +142,10 @@ def credit(tree: Tree, config: CreditConfig, said: Review) -> np.ndarray:
     jnp.asarray(reward - p @ reward, jnp.float32),
     jnp.ones(tree.actions_NxT.shape, bool),
     jnp.zeros(len(reward), bool),
-    Review(*(jnp.asarray(x) for x in said)),
+    ReviewArrays(*(jnp.asarray(x) for x in said)),
     expected,
   )
-  return np.asarray(SCHEMES[config.scheme](config, given), float)
+  return np.asarray(scheme(given), float)
 
 
 def measure(tree: Tree, name: str, credit_NxT: np.ndarray) -> Row:
@@ -161,29 +172,29 @@ def measure(tree: Tree, name: str, credit_NxT: np.ndarray) -> Row:
 
 ONE_TABLE = RoleTable(necessary=1.0, repair=1.0)
 ROWS = (
-  ("uniform (RLOO)", CreditConfig(), "oracle"),
-  ("potential 0, oracle: the true advantages", CreditConfig(scheme="potential", discount=0.0), "oracle"),
-  ("potential 0, log, oracle", CreditConfig(scheme="potential", discount=0.0, log_epsilon=0.01), "oracle"),
-  ("potential 0, fooled", CreditConfig(scheme="potential", discount=0.0), "fooled"),
-  ("potential 0.95, fooled", CreditConfig(scheme="potential", discount=0.95), "fooled"),
-  ("potential 1, oracle", CreditConfig(scheme="potential"), "oracle"),
-  ("potential 1, fooled", CreditConfig(scheme="potential"), "fooled"),
-  ("potential 1, random", CreditConfig(scheme="potential"), "random"),
-  ("potential 1, values that know the rest", CreditConfig(scheme="potential"), "hindsight"),
-  ("weighted, lambda 0.5, oracle", CreditConfig(scheme="weighted"), "oracle"),
-  ("weighted, lambda 1, oracle", CreditConfig(scheme="weighted", lam=1.0), "oracle"),
-  ("weighted, lambda 1, one table, oracle", CreditConfig(scheme="weighted", lam=1.0, blame=ONE_TABLE), "oracle"),
-  ("weighted, lambda 0.5, fooled", CreditConfig(scheme="weighted"), "fooled"),
-  ("weighted, lambda 1, fooled", CreditConfig(scheme="weighted", lam=1.0), "fooled"),
-  ("weighted, lambda 1, thief", CreditConfig(scheme="weighted", lam=1.0), "thief"),
-  ("signed, oracle", CreditConfig(scheme="signed"), "oracle"),
-  ("signed, fooled", CreditConfig(scheme="signed"), "fooled"),
-  ("return_to_go, oracle", CreditConfig(scheme="return_to_go"), "oracle"),
-  ("return_to_go, fooled", CreditConfig(scheme="return_to_go"), "fooled"),
-  ("capo, oracle", CreditConfig(scheme="capo"), "oracle"),
+  ("uniform (RLOO)", Uniform(), "oracle"),
+  ("potential 0, oracle: the true advantages", Potential(discount=0.0), "oracle"),
+  ("potential 0, log, oracle", Potential(discount=0.0, log_epsilon=0.01), "oracle"),
+  ("potential 0, fooled", Potential(discount=0.0), "fooled"),
+  ("potential 0.95, fooled", Potential(discount=0.95), "fooled"),
+  ("potential 1, oracle", Potential(), "oracle"),
+  ("potential 1, fooled", Potential(), "fooled"),
+  ("potential 1, random", Potential(), "random"),
+  ("potential 1, values that know the rest", Potential(), "hindsight"),
+  ("weighted, lambda 0.5, oracle", Weighted(), "oracle"),
+  ("weighted, lambda 1, oracle", Weighted(lam=1.0), "oracle"),
+  ("weighted, lambda 1, one table, oracle", Weighted(lam=1.0, blame=ONE_TABLE), "oracle"),
+  ("weighted, lambda 0.5, fooled", Weighted(), "fooled"),
+  ("weighted, lambda 1, fooled", Weighted(lam=1.0), "fooled"),
+  ("weighted, lambda 1, thief", Weighted(lam=1.0), "thief"),
+  ("signed, oracle", Signed(), "oracle"),
+  ("signed, fooled", Signed(), "fooled"),
+  ("return_to_go, oracle", ReturnToGo(), "oracle"),
+  ("return_to_go, fooled", ReturnToGo(), "fooled"),
+  ("capo, oracle", Capo(), "oracle"),
 )
 
 
 def table(tree: Tree) -> list[Row]:
   said = reviews(tree)
-  return [measure(tree, name, credit(tree, config, said[reviewer])) for name, config, reviewer in ROWS]
+  return [measure(tree, name, credit(tree, scheme, said[reviewer])) for name, scheme, reviewer in ROWS]

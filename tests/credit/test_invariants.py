@@ -33,22 +33,23 @@ from test_schemes import (
   _mask,
   _uniform,
   _usable,
+  make,
 )
 
-from dca_jax.credit import CreditConfig, Review
+from dca_jax.credit import ReviewArrays
 from dca_jax.episode import ROLES
 from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
 from dca_jax.tasks import Chains, ChainsConfig
 from evidence.lab import tree
 
-RTG, CAPO = CreditConfig(scheme="return_to_go"), CreditConfig(scheme="capo")
-SAFE, OWN = CreditConfig(scheme="potential"), CreditConfig(scheme="potential", discount=0.0)
-WEIGHTED, SIGNED = CreditConfig(scheme="weighted"), CreditConfig(scheme="signed")
+RTG, CAPO = make(scheme="return_to_go"), make(scheme="capo")
+SAFE, OWN = make(scheme="potential"), make(scheme="potential", discount=0.0)
+WEIGHTED, SIGNED = make(scheme="weighted"), make(scheme="signed")
 POTENTIALS = [SAFE, OWN, dataclasses.replace(SAFE, discount=0.9), dataclasses.replace(OWN, log_epsilon=0.01)]
 
 
 def _name(config):
-  return f"{config.scheme}-{config.discount}-{config.log_epsilon}"
+  return "-".join(str(getattr(config, key, "")) for key in ("scheme", "discount", "log_epsilon"))
 
 
 def _step_coefficients(tokens, batch, i):
@@ -95,7 +96,7 @@ def test_i1_redistributed_rewards_sum_to_the_reward(batch):
 @given(batch=_batches())
 def test_i1_changes_of_value_telescope_to_the_reward(config, batch):
   tokens, rewards = _compute(config, batch), batch["rewards"].reshape(-1).astype(float)
-  advantages = _uniform(CreditConfig(), batch)
+  advantages = _uniform(make(), batch)
   for i in range(B):
     phi = _phi(config, batch, i, rewards[i] - float(advantages[i, 0]))
     if phi is None:
@@ -150,7 +151,7 @@ def _others_blame(blame, batch, ok):
 # I2: no sign flips.
 
 
-@pytest.mark.parametrize("config", [WEIGHTED, CreditConfig(scheme="weighted", lam=1.0, cap=1000.0, **WILD)], ids=_name)
+@pytest.mark.parametrize("config", [WEIGHTED, make(scheme="weighted", lam=1.0, cap=1000.0, **WILD)], ids=_name)
 @settings(max_examples=20, deadline=None)
 @given(batch=_batches())
 def test_i2_weighted_flips_no_sign(config, batch):
@@ -182,7 +183,7 @@ def test_i3_without_reviews_every_scheme_is_uniform(config, batch):
 # I4: a group has no order.
 
 
-@pytest.mark.parametrize("config", [CreditConfig(), WEIGHTED, SIGNED, *POTENTIALS, RTG, CAPO], ids=_name)
+@pytest.mark.parametrize("config", [make(), WEIGHTED, SIGNED, *POTENTIALS, RTG, CAPO], ids=_name)
 @settings(max_examples=12, deadline=None)
 @given(batch=_batches(), data=st.data())
 def test_i4_permuting_a_group_permutes_its_tokens(config, batch, data):
@@ -191,7 +192,7 @@ def test_i4_permuting_a_group_permutes_its_tokens(config, batch, data):
     "rewards": batch["rewards"].reshape(-1)[order].reshape(P, G),
     "lengths": batch["lengths"][order],
     "truncated": batch["truncated"][order],
-    "review": Review(*(x[order] for x in batch["review"])),
+    "review": ReviewArrays(*(x[order] for x in batch["review"])),
   }
   ours, theirs = _compute(config, moved), _compute(config, batch)[order]
   if config.scheme in ("return_to_go", "capo"):  # The group's mean is summed in another order.
@@ -214,7 +215,7 @@ def _with_probe(batch, row, after, role, weight, value, tokens=4):
     array[row] = np.insert(array[row], after + 1, new)[:K]
   lengths = batch["lengths"].copy()
   lengths[row] += tokens
-  return {**batch, "lengths": lengths, "review": Review(ids, roles, weights, values, ok)}
+  return {**batch, "lengths": lengths, "review": ReviewArrays(ids, roles, weights, values, ok)}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def _with_probe(batch, row, after, role, weight, value, tokens=4):
     OWN,
     POTENTIALS[3],
     RTG,
-    *(CreditConfig(scheme=s, conserve="completion") for s in ("uniform", "weighted", "signed")),
+    *(make(scheme=s, conserve="completion") for s in ("uniform", "weighted", "signed")),
   ],
   ids=_name,
 )
@@ -265,7 +266,7 @@ def test_i5_no_probe_whatever_is_said_of_it_changes_the_total(scheme, batch, aft
   batch["rewards"][0, 1:] = 0  # So that return_to_go's baseline is 0.
   if scheme == "potential":  # Without any value there is nothing to telescope.
     values[0, 0], ok[0] = 0.25, True
-  config = {"potential": OWN, "return_to_go": RTG}.get(scheme, CreditConfig(scheme=scheme, conserve="completion"))
+  config = {"potential": OWN, "return_to_go": RTG}.get(scheme, make(scheme=scheme, conserve="completion"))
   probed = _with_probe(batch, 0, after, role, weight, value, tokens)
   ours, theirs = (_compute(config, b)[0].astype(float) for b in (batch, probed))
   if scheme == "potential":
@@ -314,9 +315,7 @@ def _edited_behind(batch, other, j):
   return edited
 
 
-@pytest.mark.parametrize(
-  "config", [SAFE, OWN, POTENTIALS[3], CreditConfig(scheme="potential", log_epsilon=0.01)], ids=_name
-)
+@pytest.mark.parametrize("config", [SAFE, OWN, POTENTIALS[3], make(scheme="potential", log_epsilon=0.01)], ids=_name)
 @settings(max_examples=20, deadline=None)
 @given(batch=_batches(), other=_batches(), j=st.integers(0, K - 2))
 def test_i7_values_behind_a_step_do_not_reach_it(config, batch, other, j):
@@ -419,7 +418,7 @@ def _grouped_update(config, values_NxT):
     scores[i, t, at + traces[i, t]] += 1
   pairs = np.array(list(itertools.product(range(n), repeat=2)))
   rows = pairs.reshape(-1)
-  review = Review(
+  review = ReviewArrays(
     np.broadcast_to(np.arange(steps, dtype=np.int32), (len(rows), steps)),
     np.zeros((len(rows), steps), np.int32),
     np.ones((len(rows), steps), np.float32),
@@ -468,7 +467,7 @@ def test_i8_with_a_real_group_values_that_hear_the_rest_show():
 
 @pytest.mark.parametrize(
   "config",
-  [CreditConfig(scheme="weighted", conserve="completion", lam=1.0, cap=1000.0), RTG],
+  [make(scheme="weighted", conserve="completion", lam=1.0, cap=1000.0), RTG],
   ids=_name,
 )
 @settings(max_examples=20, deadline=None)
@@ -504,7 +503,7 @@ def test_i9_tokens_without_credit_leave_the_others_as_they_were(config, batch, a
 @given(batch=_batches())
 def test_i10_where_all_rewards_are_equal_only_signed_moves_tokens_and_its_sum_is_zero(reward, batch):
   batch["rewards"][:] = reward
-  for config in (CreditConfig(), *(c for c in CONFIGS if c.scheme == "weighted")):
+  for config in (make(), *(c for c in CONFIGS if c.scheme == "weighted")):
     assert not _compute(config, batch).any()
   for config in (c for c in CONFIGS if c.scheme == "signed"):
     tokens = _compute(config, batch).astype(float)
@@ -573,7 +572,7 @@ def test_i12_the_sum_stays_where_a_cap_bites(scheme, caps, conserve, batch, rare
     array[rows, :2] = value
   batch["review"].ok_B[rows] = True
   for cap in caps:
-    config = CreditConfig(scheme=scheme, conserve=conserve, cap=cap, lam=1.0, beta=3.0)
+    config = make(scheme=scheme, conserve=conserve, cap=cap, lam=1.0, beta=3.0)
     tokens, advantages = (x.astype(float) for x in (_compute(config, batch), _uniform(config, batch)))
     mass = advantages[:, 0] * lengths
     assert (np.abs(tokens.sum(1) - mass) <= 1e-6 * np.abs(tokens).sum(1) + TINY).all()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dca_jax.credit import SCHEMES, CreditConfig, Review, RoleTable, group_advantages, token_advantages
+from dca_jax.credit import SCHEMES, ReviewArrays, RoleTable, group_advantages, token_advantages
 from dca_jax.episode import ROLES
 
 # One shape for nearly everything, so that a config is compiled once.
@@ -23,19 +23,34 @@ WILD = {
   "blame": RoleTable(error=1000.0, irrelevant=3.0, necessary=1e-3),
   "blame_truncated": RoleTable(error=0.1, redundant=7.0, irrelevant=1.0),
 }
+
+
+def make(scheme="uniform", **settings):
+  """A scheme with those of the settings that it has."""
+  known = {field.name for field in dataclasses.fields(SCHEMES[scheme])}
+  return SCHEMES[scheme](**{key: value for key, value in settings.items() if key in known})
+
+
 CONFIGS = [
-  CreditConfig(scheme=scheme, conserve=conserve, **other)
+  make(scheme=scheme, conserve=conserve, **other)
   for scheme in ("weighted", "signed")
   for conserve in ("tokens", "completion")
   for other in ({}, {"lam": 1.0, "beta": 3.0, "cap": 2.0, **WILD})
 ]
 
-_jitted = jax.jit(token_advantages, static_argnums=0)
+
+def advantages_of(config, rewards, lengths, truncated, review):
+  """The advantages of episodes that are sampled from their beginning up to their length."""
+  sampled = jnp.arange(np.shape(review.step_ids_BxT)[1]) < jnp.asarray(lengths)[:, None]
+  return token_advantages(config, rewards, sampled, truncated, review)
+
+
+_jitted = jax.jit(advantages_of, static_argnums=0)
 
 
 def _compute(config, batch, **changes):
   batch = {**batch, **{k: v for k, v in changes.items() if k in batch}}
-  review = batch["review"]._replace(**{k: v for k, v in changes.items() if k in Review._fields})
+  review = batch["review"]._replace(**{k: v for k, v in changes.items() if k in ReviewArrays._fields})
   return np.asarray(_jitted(config, batch["rewards"], batch["lengths"], batch["truncated"], review))
 
 
@@ -64,7 +79,7 @@ def _batches(draw):
     "rewards": array(np.int32, (P, G), st.integers(0, 64)).astype(np.float32) / 64,
     "lengths": array(np.int32, B, st.integers(1, T)),
     "truncated": array(bool, B, st.booleans()),
-    "review": Review(
+    "review": ReviewArrays(
       np.minimum(rises.cumsum(1) // 2, K - 1).astype(np.int32),
       array(np.int32, (B, K), st.integers(0, len(ROLES) - 1)),
       array(np.float32, (B, K), weights),
@@ -81,7 +96,7 @@ def _batch(seed=0, rewards=None):
     "rewards": np.asarray(rng.integers(0, 2, (P, G)) if rewards is None else rewards, np.float32),
     "lengths": rng.integers(12, T + 1, B).astype(np.int32),
     "truncated": rng.random(B) < 0.3,
-    "review": Review(
+    "review": ReviewArrays(
       np.sort(rng.integers(0, K, (B, T)), 1).astype(np.int32),
       rng.integers(0, len(ROLES), (B, K)).astype(np.int32),
       np.ones((B, K), np.float32),
@@ -92,7 +107,7 @@ def _batch(seed=0, rewards=None):
 
 
 def _uniform(config, batch):
-  return _compute(CreditConfig(conserve=config.conserve, baseline=config.baseline), batch)
+  return _compute(make(conserve=config.conserve, baseline=config.baseline), batch)
 
 
 # For every review.
@@ -138,7 +153,7 @@ def test_signed_conserves_the_sum_of_nearly_equal_weights(weight, rewards):
   batch = _batch(rewards=np.full((P, G), rewards))
   weights = np.full((B, K), weight, np.float32)
   weights[:, ::2] = np.nextafter(np.float32(weight), np.float32(0))
-  tokens = _compute(CreditConfig(scheme="signed"), batch, weights_BxK=weights, roles_BxK=np.zeros((B, K), np.int32))
+  tokens = _compute(make(scheme="signed"), batch, weights_BxK=weights, roles_BxK=np.zeros((B, K), np.int32))
   tokens = tokens.astype(float)
   assert (np.abs(tokens.sum(1)) <= 1e-6 * np.abs(tokens).sum(1)).all()
 
@@ -149,15 +164,15 @@ def test_sums_of_very_short_and_very_long_completions(scheme, length):
   rng = np.random.default_rng(length)
   steps = min(length, 300)
   ids = np.sort(rng.integers(0, steps, (B, length)), 1)
-  review = Review(ids, rng.integers(0, 6, (B, steps)), *rng.random((2, B, steps), np.float32), np.ones(B, bool))
+  review = ReviewArrays(ids, rng.integers(0, 6, (B, steps)), *rng.random((2, B, steps), np.float32), np.ones(B, bool))
   rewards = rng.integers(0, 2, (P, G)).astype(np.float32)
-  config = CreditConfig(scheme=scheme)
+  config = make(scheme=scheme)
   tokens = _jitted(config, rewards, np.full(B, length), np.zeros(B, bool), review)
   exact, mass = np.asarray(tokens, float), length * np.asarray(group_advantages(config, rewards), float).reshape(-1)
   # One advantage, rounded differently in two programs, may differ in its last bit.
   assert (np.abs(exact.sum(1) - mass) <= 2e-6 * np.abs(exact).sum(1)).all()
   if length == 1:
-    assert np.array_equal(tokens, _jitted(CreditConfig(), rewards, np.full(B, 1), np.zeros(B, bool), review))
+    assert np.array_equal(tokens, _jitted(make(), rewards, np.full(B, 1), np.zeros(B, bool), review))
 
 
 # Uniform.
@@ -175,14 +190,14 @@ def _plain_group_advantages(rewards, baseline):
 @pytest.mark.parametrize("group", [2, 4, 5, 8])
 def test_uniform_is_the_plain_advantage_bit_for_bit(baseline, group):
   rng = np.random.default_rng(group)
-  config = CreditConfig(baseline=baseline)
+  config = make(baseline=baseline)
   for high in (1, 64):
     rewards = rng.integers(0, high + 1, (16, group)).astype(np.float32) / high
     lengths = rng.integers(1, T + 1, 16 * group)
     one_step = [np.zeros((16 * group, 1), t) for t in (int, np.float32, np.float32)]
-    nobody = Review(np.zeros((16 * group, T), int), *one_step, np.zeros(16 * group, bool))
+    nobody = ReviewArrays(np.zeros((16 * group, T), int), *one_step, np.zeros(16 * group, bool))
     # Outside jit, because XLA multiplies by 1 / (G - 1) where numpy divides.
-    tokens = token_advantages(config, rewards, lengths, np.zeros(16 * group, bool), nobody)
+    tokens = advantages_of(config, rewards, lengths, np.zeros(16 * group, bool), nobody)
     plain = _plain_group_advantages(rewards, baseline).reshape(-1, 1)
     assert np.array_equal(tokens, np.where(np.arange(T) < lengths[:, None], plain, np.float32(0)))
     under_jit = _jitted(config, rewards, lengths, np.zeros(16 * group, bool), nobody)
@@ -194,15 +209,15 @@ def test_baselines_by_hand():
   third = 1 / 3
   loo = [[1, -third, -third, -third], [third, third, -1, third], [0] * 4, [0] * 4]
   mean = [[0.75, -0.25, -0.25, -0.25], [0.25, 0.25, -0.75, 0.25], [0] * 4, [0] * 4]
-  np.testing.assert_allclose(group_advantages(CreditConfig(), jnp.array(rewards)), loo, rtol=1e-6)
-  np.testing.assert_allclose(group_advantages(CreditConfig(baseline="mean"), jnp.array(rewards)), mean, rtol=1e-6)
+  np.testing.assert_allclose(group_advantages(make(), jnp.array(rewards)), loo, rtol=1e-6)
+  np.testing.assert_allclose(group_advantages(make(baseline="mean"), jnp.array(rewards)), mean, rtol=1e-6)
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "mean"])
 def test_divide_by_std(baseline):
   rewards = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [0.5, 0.25, 1, 0]], np.float32)
-  plain = np.asarray(group_advantages(CreditConfig(baseline=baseline), rewards))
-  divided = np.asarray(group_advantages(CreditConfig(baseline=baseline, divide_by_std=True), rewards))
+  plain = np.asarray(group_advantages(make(baseline=baseline), rewards))
+  divided = np.asarray(group_advantages(make(baseline=baseline, divide_by_std=True), rewards))
   varied = rewards.std(1) > 1e-3
   np.testing.assert_allclose(divided[varied], plain[varied] / rewards[varied].std(1, keepdims=True), rtol=1e-5)
   # Equal rewards have no deviation to divide by; and 0.1 has no exact mean.
@@ -213,7 +228,7 @@ def test_divide_by_std(baseline):
 def test_rewards_that_hardly_differ_weigh_little():
   # The square of 1e-30 is 0 in float32, and so would be a deviation of it.
   rewards = np.float32([[0, 0, 0, 1e-30], [0.7, 0.7, 0.7, 0.7 + 1e-7]])
-  divided = np.asarray(group_advantages(CreditConfig(divide_by_std=True), rewards))
+  divided = np.asarray(group_advantages(make(divide_by_std=True), rewards))
   assert np.isfinite(divided).all()
   assert np.abs(divided).max() < 1e-3
 
@@ -257,9 +272,9 @@ def test_a_review_that_says_nothing_is_uniform_bit_for_bit(scheme, conserve, voi
   for seed in range(3):
     rewards = np.random.default_rng(seed).random((P, G)) if seed else None
     batch = _batch(seed, rewards)
-    tokens = _compute(CreditConfig(scheme=scheme, conserve=conserve), batch, **VOID[void](batch))
+    tokens = _compute(make(scheme=scheme, conserve=conserve), batch, **VOID[void](batch))
     assert tokens.any()
-    assert np.array_equal(tokens, _compute(CreditConfig(conserve=conserve), batch))
+    assert np.array_equal(tokens, _compute(make(conserve=conserve), batch))
 
 
 UNUSABLE = {
@@ -280,7 +295,7 @@ def test_the_other_schemes_are_uniform_without_a_usable_review(void, baseline):
   for scheme in schemes:
     # Failures have nothing to redistribute, whatever is said of them, so every reward is positive here.
     batch = _batch(1, np.random.default_rng(1).integers(1, 9, (P, G)) / 8)
-    config = CreditConfig(scheme=scheme, baseline=baseline)
+    config = make(scheme=scheme, baseline=baseline)
     tokens = _compute(config, batch, **change(batch))
     assert np.array_equal(tokens, _uniform(config, batch))
     assert not np.array_equal(tokens, _compute(config, batch))
@@ -288,7 +303,7 @@ def test_the_other_schemes_are_uniform_without_a_usable_review(void, baseline):
 
 @pytest.mark.parametrize("scheme", ["weighted", "signed"])
 def test_a_missing_review_leaves_the_others_of_its_group_alone(scheme):
-  batch, config = _batch(3), CreditConfig(scheme=scheme)
+  batch, config = _batch(3), make(scheme=scheme)
   ok = np.arange(B) % 3 > 0
   tokens = _compute(config, batch, ok_B=ok)
   assert np.array_equal(tokens[ok], _compute(config, batch)[ok])
@@ -298,7 +313,7 @@ def test_a_missing_review_leaves_the_others_of_its_group_alone(scheme):
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
 def test_padding_does_not_matter(scheme):
-  batch, config = _batch(4), CreditConfig(scheme=scheme, discount=0.5)
+  batch, config = _batch(4), make(scheme=scheme, discount=0.5)
   beyond = ~_mask(batch)
   ids = np.where(beyond, K - 1, np.minimum(batch["review"].step_ids_BxT, K - 2))
   weights, values = (getattr(batch["review"], name).copy() for name in ("weights_BxK", "values_BxK"))
@@ -311,7 +326,7 @@ def test_padding_does_not_matter(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_scheme_is_deaf_to_what_it_does_not_read(scheme):
-  batch, config = _batch(5), CreditConfig(scheme=scheme, discount=0.5)
+  batch, config = _batch(5), make(scheme=scheme, discount=0.5)
   insane = np.resize(np.array(INSANE, np.float32), (B, K))
   other = _batch(6)["review"]
   if scheme == "potential":
@@ -327,17 +342,19 @@ def test_what_is_reported_as_unused_is_all_that_is_unused():
   changes = {"divide_by_std": True, "conserve": "completion", "lam": 0.1, "beta": 0.1, "cap": 1.25}
   changes |= {"discount": 0.5, "log_epsilon": 0.1, "penalty": 0.1, "credit": table, "blame": table}
   changes |= {"blame_truncated": table}
-  assert {"scheme", "baseline", *changes} == {field.name for field in dataclasses.fields(CreditConfig)}
+  known = {field.name for kind in SCHEMES.values() for field in dataclasses.fields(kind)}
+  assert {"scheme", "baseline", *changes} == known
   batch = _batch(9, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
   batch["truncated"][:] = np.arange(B) % 4 == 3
   batch["lengths"][:] = T - 2
   batch["review"].roles_BxK[:] = np.arange(K)
   for scheme in SCHEMES:
     # What caps can bite on. Outside jit, because there are many configs.
-    config = CreditConfig(scheme=scheme, lam=1.0, beta=3.0)
-    plain, unused = token_advantages(config, *batch.values()), config.unused()
-    for key, value in changes.items():
-      tokens = token_advantages(dataclasses.replace(config, **{key: value}), *batch.values())
+    config = make(scheme=scheme, lam=1.0, beta=3.0)
+    plain, unused = advantages_of(config, *batch.values()), config.unused()
+    own = {field.name for field in dataclasses.fields(config)}
+    for key, value in ((key, value) for key, value in changes.items() if key in own):
+      tokens = advantages_of(dataclasses.replace(config, **{key: value}), *batch.values())
       same = np.array_equal(tokens, plain)
       # The mass of capo and the fallbacks have a shape too, which these schemes do not support.
       if key not in ("divide_by_std", "conserve") or key not in unused:
@@ -356,7 +373,7 @@ def test_permuting_a_group_permutes_its_tokens(config):
     "rewards": batch["rewards"].reshape(-1)[order].reshape(P, G),
     "lengths": batch["lengths"][order],
     "truncated": batch["truncated"][order],
-    "review": Review(*(x[order] for x in batch["review"])),
+    "review": ReviewArrays(*(x[order] for x in batch["review"])),
   }
   assert np.array_equal(_compute(config, moved), _compute(config, batch)[order])
 
@@ -391,7 +408,7 @@ def _with_and_without_a_tail(config):
 
 
 def test_tokens_without_credit_do_not_pump_up_the_others():
-  config = CreditConfig(scheme="weighted", conserve="completion", lam=1.0, cap=1000.0)
+  config = make(scheme="weighted", conserve="completion", lam=1.0, cap=1000.0)
   short, long = _with_and_without_a_tail(config)
   np.testing.assert_allclose(long[0, :15], short[0, :15], rtol=1e-5)
   assert not long[0, 15:].any()
@@ -405,9 +422,9 @@ def test_tokens_without_credit_do_not_pump_up_the_others():
 @pytest.mark.parametrize("rewards", [0.0, 0.1, 1.0])
 def test_groups_without_variance(rewards, conserve):
   batch = _batch(8, np.full((P, G), rewards))
-  assert not _compute(CreditConfig(conserve=conserve), batch).any()
-  assert not _compute(CreditConfig(scheme="weighted", conserve=conserve), batch).any()
-  tokens = _compute(CreditConfig(scheme="signed", conserve=conserve), batch).astype(float)
+  assert not _compute(make(conserve=conserve), batch).any()
+  assert not _compute(make(scheme="weighted", conserve=conserve), batch).any()
+  tokens = _compute(make(scheme="signed", conserve=conserve), batch).astype(float)
   assert tokens.any()
   assert (np.abs(tokens.sum(1)) <= 1e-6 * np.abs(tokens).sum(1)).all()
 
@@ -422,7 +439,7 @@ def _wins(batch):
 def test_credit_is_for_wins_and_blame_for_losses():
   batch = _batch(9, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
   batch["truncated"][:] = np.arange(B) % 4 >= 2
-  config, wins, truncated = CreditConfig(scheme="weighted"), _wins(batch), batch["truncated"]
+  config, wins, truncated = make(scheme="weighted"), _wins(batch), batch["truncated"]
   plain = _compute(config, batch)
   for key, read in (("credit", wins), ("blame", ~wins & ~truncated), ("blame_truncated", ~wins & truncated)):
     changed = _compute(dataclasses.replace(config, **{key: RoleTable(inherits=1.0, redundant=0.3)}), batch)
@@ -436,7 +453,7 @@ def test_who_earns_and_who_pays():
   batch["lengths"][:] = T
   ids = np.arange(T)[None].repeat(B, 0) // 4  # Every role has four tokens.
   roles = np.arange(6)[None].repeat(B, 0)
-  tokens = _compute(CreditConfig(scheme="weighted", lam=1.0), batch, step_ids_BxT=ids, roles_BxK=roles)
+  tokens = _compute(make(scheme="weighted", lam=1.0), batch, step_ids_BxT=ids, roles_BxK=roles)
   per_role = tokens.reshape(B, 6, 4)[:, :, 0]
   for i, payers in ((0, (NECESSARY, REPAIR)), (1, (ERROR,)), (3, (ERROR, REDUNDANT, IRRELEVANT))):
     expected = np.zeros(6)
@@ -450,7 +467,7 @@ def test_signed_by_hand():
   batch["lengths"][:] = 12
   ids = np.arange(T)[None].repeat(B, 0) // 4  # Three steps of four tokens: +1, -1 and 0.
   roles = np.array([NECESSARY, ERROR, INHERITS, REPAIR, REPAIR, REPAIR])[None].repeat(B, 0)
-  tokens = _compute(CreditConfig(scheme="signed", beta=0.25), batch, step_ids_BxT=ids, roles_BxK=roles)
+  tokens = _compute(make(scheme="signed", beta=0.25), batch, step_ids_BxT=ids, roles_BxK=roles)
   np.testing.assert_allclose(tokens, np.repeat([0.25, -0.25, 0, 0, 0, 0], 4)[None].repeat(B, 0), atol=1e-7)
 
 
@@ -469,7 +486,7 @@ def test_return_to_go_by_hand():
   ids = ids.reshape(P, G, T)[:, [0, 1, 0, 0]].reshape(B, T)
   roles = np.full((B, K), INHERITS)
   roles[0::G, 1], roles[1::G, 0] = NECESSARY, NECESSARY
-  tokens = _compute(CreditConfig(scheme="return_to_go"), batch, step_ids_BxT=ids, roles_BxK=roles)
+  tokens = _compute(make(scheme="return_to_go"), batch, step_ids_BxT=ids, roles_BxK=roles)
   long = np.array([1.0] * 12 + [1 - i / 12 for i in range(12)])
   short = np.array([0.5, 1 / 3, 1 / 6] + [0.0] * 9)
   # A third each of the others' at the same share of their length: two tokens of the long are one of the short.
@@ -483,8 +500,8 @@ def test_return_to_go_by_hand():
 def test_return_to_go_is_zero_in_a_group_of_equals(length):
   """The baseline is read at the same place, whatever the length is divided by."""
   ids = np.tile(np.minimum(np.arange(length) // 5, K - 1), (G, 1))
-  review = Review(ids, np.tile(np.arange(K), (G, 1)), *np.ones((2, G, K), np.float32), np.ones(G, bool))
-  config = CreditConfig(scheme="return_to_go")
+  review = ReviewArrays(ids, np.tile(np.arange(K), (G, 1)), *np.ones((2, G, K), np.float32), np.ones(G, bool))
+  config = make(scheme="return_to_go")
   tokens = _jitted(config, np.ones((1, G), np.float32), np.full(G, length), np.zeros(G, bool), review)
   np.testing.assert_allclose(tokens, 0, atol=1e-6)
 
@@ -499,7 +516,7 @@ def test_potential_by_hand():
     (0.0, [0.25, 0.0, -0.375, 0.875], [0.25, 0.0, -0.375, -0.125], [1 / 6, 0.0, 0.0, -0.5]),
     (0.5, [0.265625, 0.03125, 0.0625, 0.875], [0.140625, -0.21875, -0.4375, -0.125], [5 / 48, -0.125, -0.25, -0.5]),
   ):
-    tokens = _compute(CreditConfig(scheme="potential", discount=discount), batch, step_ids_BxT=ids, values_BxK=values)
+    tokens = _compute(make(scheme="potential", discount=discount), batch, step_ids_BxT=ids, values_BxK=values)
     for row, wanted in enumerate((won, lost, missing)):
       np.testing.assert_allclose(tokens[row], np.repeat(wanted, 6), atol=1e-6)
 
@@ -509,7 +526,7 @@ def test_log_potential_counts_a_doubling_as_much_at_any_height():
   ids = np.tile(np.minimum(np.arange(T) // 6, 3), (B, 1))
   # 1 + v / epsilon is 1, 2, 4 and 8, of at most 1 / epsilon + 1 = 1024.
   values = np.tile(np.float32([0, 1, 3, 7, 0, 0]) / 1023, (B, 1))
-  config = CreditConfig(scheme="potential", discount=0.0, log_epsilon=1 / 1023)
+  config = make(scheme="potential", discount=0.0, log_epsilon=1 / 1023)
   tokens = _compute(config, batch, step_ids_BxT=ids, values_BxK=values)
   np.testing.assert_allclose(tokens[0], np.repeat([0.1, 0.1, 0.1, 0.7], 6), atol=1e-6)
   np.testing.assert_allclose(tokens[1], np.repeat([0.1, 0.1, 0.1, -0.3], 6), atol=1e-6)
@@ -523,7 +540,7 @@ def test_capo_by_hand():
   roles[3::G, :2] = NECESSARY, REDUNDANT  # Redundancy is to blame where the tokens ran out.
   weights = np.ones((B, K), np.float32)
   weights[2::G, 0] = 0.5
-  config = CreditConfig(scheme="capo", penalty=0.4)
+  config = make(scheme="capo", penalty=0.4)
   tokens = _compute(config, batch, step_ids_BxT=ids, roles_BxK=roles, weights_BxK=weights)
   # The mean blame of a token: a quarter, a half, an eighth and three quarters.
   for row, plain, first, rest, others in (
@@ -548,7 +565,7 @@ def test_lambda_and_cap():
     (1.0, 12.0, 12.0, 12 / 23),  # What the cap takes from the one goes to all others.
     (1.0, 1.0, 1.0, 1.0),
   ):
-    config = CreditConfig(scheme="weighted", lam=lam, cap=cap)
+    config = make(scheme="weighted", lam=lam, cap=cap)
     tokens = _compute(config, batch, step_ids_BxT=ids, roles_BxK=roles)
     np.testing.assert_allclose(tokens[0] / (2 / 3), [first] + [rest] * (T - 1), atol=1e-5)
 
@@ -561,27 +578,27 @@ def test_a_config_is_compiled_once_and_jit_changes_nothing():
 
   def counted(config, *args):
     traces.append(config)
-    return token_advantages(config, *args)
+    return advantages_of(config, *args)
 
   compiled = jax.jit(counted, static_argnums=0)
   for scheme in SCHEMES:
     for seed in range(3):
       batch = _batch(seed)
       # An equal config, made anew; and a learning run changes none of the shapes.
-      out = compiled(CreditConfig(scheme=scheme), *batch.values())
-      eager = token_advantages(CreditConfig(scheme=scheme), *batch.values())
+      out = compiled(make(scheme=scheme), *batch.values())
+      eager = advantages_of(make(scheme=scheme), *batch.values())
       np.testing.assert_allclose(out, eager, rtol=1e-5, atol=1e-6)
   assert len(traces) == len(SCHEMES)
 
 
 def test_config_finds_impossible_values():
-  assert CreditConfig().check() == {}
-  bad = CreditConfig(scheme="both", baseline="none", conserve="steps", lam=1.5, beta=-1.0, cap=-1.0).check()
+  assert make().check() == {}
+  bad = make(scheme="both", baseline="none", conserve="steps", lam=1.5, beta=-1.0, cap=-1.0).check()
   assert set(bad) == {"scheme", "baseline", "conserve", "lam", "beta", "cap"}
   for value in (-0.1, 1.1, float("nan")):
-    assert set(CreditConfig(discount=value, log_epsilon=value).check()) == {"discount", "log_epsilon"}
-  assert set(CreditConfig(penalty=-0.1).check()) == {"penalty"}
+    assert set(make(discount=value, log_epsilon=value).check()) == {"discount", "log_epsilon"}
+  assert set(make(penalty=-0.1).check()) == {"penalty"}
   for value in (0.0, 1.0):
-    assert CreditConfig(discount=value, log_epsilon=value, penalty=value).check() == {}
-  assert set(CreditConfig(scheme="weighted", cap=0.5).check()) == {"cap"}
+    assert make(discount=value, log_epsilon=value, penalty=value).check() == {}
+  assert set(make(scheme="weighted", cap=0.5).check()) == {"cap"}
   assert set(RoleTable(error=-1.0, repair=float("nan"), necessary=1001.0).check()) == {"error", "repair", "necessary"}

@@ -23,7 +23,6 @@ from dca_jax.policy import Policy
 from dca_jax.rollout import read_trajectories
 from dca_jax.store.checkpoints import Checkpoints
 from dca_jax.store.workdir import locate
-from dca_jax.tasks import TASKS
 from dca_jax.train import train
 
 STEPS = 10
@@ -55,7 +54,7 @@ def digest_of_state(workdir: pathlib.Path) -> str:
   """Restores the newest checkpoint onto the devices that there are, and says what it holds."""
   config = config_of("overlap", {"mesh.fsdp": min(2, jax.device_count())})
   devices = mesh.make_mesh(config.mesh)
-  policy = Policy(config.policy, len(TASKS["chains"](config.task).tokenizer()))
+  policy = Policy(config.policy, len(config.task.open().tokenizer()))
   optimizer = learner.make_optimizer(config.learner, config.steps)
   params = mesh.param_shapes(policy)
   shapes = jax.eval_shape(lambda params: learner.init_state(optimizer, params, behind=params), params)

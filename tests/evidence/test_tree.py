@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dca_jax.credit import CreditConfig, Review, token_advantages
+from dca_jax.credit import ReturnToGo, ReviewArrays, Weighted, token_advantages
 from evidence.lab import tree
 
 SMALL = tree.make_tree(steps=3)
@@ -61,7 +61,7 @@ def test_moments_equal_those_of_explicit_vectors():
   for credit in (
     np.broadcast_to(SMALL.reward_N[:, None], SMALL.actions_NxT.shape),
     rng.normal(size=SMALL.actions_NxT.shape),
-    tree.credit(SMALL, CreditConfig(scheme="weighted"), said["fooled"]),
+    tree.credit(SMALL, Weighted(), said["fooled"]),
   ):
     g = np.einsum("nt,ntd->nd", credit, score)
     mean = p @ g
@@ -70,7 +70,7 @@ def test_moments_equal_those_of_explicit_vectors():
     assert row.snr == pytest.approx(mean @ mean / (p @ np.square(g).sum(1) - mean @ mean), rel=1e-9)
 
 
-@pytest.mark.parametrize("config", [CreditConfig(scheme="weighted"), CreditConfig(scheme="return_to_go")])
+@pytest.mark.parametrize("config", [Weighted(), ReturnToGo()])
 def test_sampled_groups_agree_with_the_exact_update(config):
   """The shipped entry point on groups of eight has the expectation that the laboratory computes without groups."""
   rng, said, groups = np.random.default_rng(1), tree.reviews(SMALL)["fooled"], 4000
@@ -78,9 +78,9 @@ def test_sampled_groups_agree_with_the_exact_update(config):
   sampled = token_advantages(
     config,
     jnp.asarray(SMALL.reward_N[rows].reshape(groups, 8), jnp.float32),
-    jnp.full(len(rows), 3),
+    jnp.ones((len(rows), 3), bool),
     jnp.zeros(len(rows), bool),
-    Review(*(jnp.asarray(x)[rows] for x in said)),
+    ReviewArrays(*(jnp.asarray(x)[rows] for x in said)),
   )
   score = scores(SMALL)
   per_group = np.einsum("nt,ntd->nd", sampled, score[rows]).reshape(groups, 8, -1).mean(1)

@@ -12,7 +12,6 @@ import tiny
 
 from dca_jax.learner.supervised import cache_folder, warm_start
 from dca_jax.policy import Policy
-from dca_jax.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def cache(made, tmp_path, monkeypatch):
 def start(changes=()):
   """The warm start of the tiny settings, as numpy arrays."""
   config = tiny.make_config(changes)
-  task = TASKS[config.task.name](config.task)
+  task = config.task.open()
   tokenizer = task.tokenizer()
   policy = Policy(config.policy, len(tokenizer))
   params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(config.warmstart.seed))

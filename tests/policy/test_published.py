@@ -25,7 +25,7 @@ from dca_jax.policy.families import from_json
 from dca_jax.policy.pretrained import resolve
 from dca_jax.rollout import encode_prompts
 from dca_jax.rollout.collect import check_data
-from dca_jax.tasks import TASKS, Problem
+from dca_jax.tasks import Problem
 from dca_jax.tasks.tokenizer import end_ids, id_count, load_tokenizer
 from dca_jax.train import train
 
@@ -81,7 +81,7 @@ def test_a_recipe_opens_its_published_model(path, data, published, tmp_path):
   devices = math.prod(n for n in (given.mesh.get("data", 1), given.mesh.get("fsdp", 1)))
   config = config_lib.build(given)
   assert " parameters; GiB on each of " in plan(config, devices)
-  tokenizer = TASKS["tfds"](config.task).tokenizer()
+  tokenizer = config.task.open().tokenizer()
   assert id_count(tokenizer) == PUBLISHED[name]["ids"]
   assert list(end_ids(tokenizer)) == PUBLISHED[name]["ends"]
   given.mesh = {}
@@ -99,7 +99,7 @@ def test_a_token_beyond_the_embedding_is_refused_only_in_a_prompt(data, publishe
       "rollout.max_prompt_tokens": 128,
     }
   )
-  task = TASKS["tfds"](config.task)
+  task = config.task.open()
   tokenizer = task.tokenizer()
   policy = Policy(resolve(PolicyConfig(pretrained=folder), id_count(tokenizer)), id_count(tokenizer))
   check_data(config, task, tokenizer, policy.rows)
@@ -115,4 +115,4 @@ def test_end_tokens_that_the_embedding_lacks_are_refused(data, tmp_path):
   task = {"name": "tfds", "dataset": "gsm8k", "data_dir": data, "tokenizer": folder}
   config = tiny.make_config({"task": task, "warmstart": {"clean_steps": 0, "steps": 0}})
   with pytest.raises(UserError, match=r"every end token of the tokenizer \[1, 2\] lies beyond the 1 rows"):
-    check_data(config, TASKS["tfds"](config.task), load_tokenizer(folder), 1)
+    check_data(config, config.task.open(), load_tokenizer(folder), 1)

@@ -17,12 +17,12 @@ from dca_jax.policy import Policy
 from dca_jax.rollout import Sampler, Samples, encode_prompts, read_trajectories, sample, sampler
 from dca_jax.rollout.collect import cut_steps
 from dca_jax.rollout.prefixes import ValueConfig, ValueHead, fit_head, init_head, learned_values, monte_carlo
-from dca_jax.tasks import TASKS, Outcome, Problem
+from dca_jax.tasks import Outcome, Problem
 from dca_jax.tasks.tokenizer import text_of
 from dca_jax.train import train
 
 CONFIG = tiny.make_config()
-TASK = TASKS[CONFIG.task.name](CONFIG.task)
+TASK = CONFIG.task.open()
 TOKENIZER = TASK.tokenizer()
 POLICY = Policy(CONFIG.policy, len(TOKENIZER))
 ROWS = mesh.batch_sharding(mesh.make_mesh(CONFIG.mesh))

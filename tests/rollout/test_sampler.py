@@ -14,7 +14,7 @@ from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.rollout import GREEDY, encode_prompts, sample
 from dca_jax.rollout.collect import step_key
-from dca_jax.tasks import TASKS, Problem
+from dca_jax.tasks import Problem
 from dca_jax.tasks.chains import ChainsConfig
 
 VOCAB = 20
@@ -266,7 +266,7 @@ def test_frequencies_match_the_reported_probabilities(params, prompts):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  return TASKS["chains"](ChainsConfig(lines=2)).tokenizer()
+  return ChainsConfig(lines=2).open().tokenizer()
 
 
 def test_prompts_are_filled_up_on_the_right(tokenizer):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dca_jax.symptoms import Watch, findings
+from dca_jax.store.symptoms import Watch, findings
 
 GOOD = {"train/accuracy": 0.5, "train/truncated": 0.1, "train/mixed_groups": 0.5, "learner/grad_norm": 0.3}
 

@@ -15,9 +15,9 @@ import pytest
 import tiny
 from etils import epath
 
-from dca_jax import hold
 from dca_jax.commands import cli
 from dca_jax.errors import UserError
+from dca_jax.store import hold
 
 ROOT = str(pathlib.Path(hold.__file__).parents[1])
 

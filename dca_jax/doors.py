@@ -1,0 +1,58 @@
+"""Doors: what a user brings is found by MODULE:ATTRIBUTE or path/to/file.py:ATTRIBUTE, like a built-in by its name."""
+
+import difflib
+import importlib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from dca_jax.errors import UserError
+
+
+def find(spec: str, key: str) -> Any:
+  """What `spec` names, MODULE:ATTRIBUTE or path/to/file.py:ATTRIBUTE.
+
+  Args:
+    key: the setting that it stands in, for messages.
+
+  Raises:
+    UserError: the module cannot be imported, or has no such attribute.
+  """
+  where, _, attribute = spec.rpartition(":")
+  try:
+    module = _from_file(where) if where.endswith(".py") else importlib.import_module(where)
+    found = module
+    for name in attribute.split("."):
+      found = getattr(found, name)
+  except Exception as error:  # A module may raise anything.
+    what = f"{type(error).__name__}: {error}"
+    hint = "give a file, path/to/file.py:NAME, or put the module's folder on PYTHONPATH"
+    raise UserError(f"{key}: cannot import {spec} ({what}); {hint}") from error
+  return found
+
+
+def _from_file(path: str) -> Any:
+  """The module in a file; one file is one module, however often it is named."""
+  place = pathlib.Path(path).expanduser().absolute()
+  name = f"{place.stem}@{place.parent}"
+  if name not in sys.modules:
+    loader = importlib.util.spec_from_file_location(name, place)
+    if loader is None or loader.loader is None or not place.is_file():
+      raise FileNotFoundError(f"no file {path}")
+    module = importlib.util.module_from_spec(loader)
+    sys.modules[name] = module  # Dataclasses look their module up while they are made.
+    try:
+      loader.loader.exec_module(module)
+    except BaseException:
+      del sys.modules[name]
+      raise
+  return sys.modules[name]
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+  """The end of a sentence about a name that is not known: the nearest one, or all."""
+  known = sorted(known)
+  near = difflib.get_close_matches(key, known, 1, 0.5)
+  return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

@@ -1,0 +1,165 @@
+"""One training step, top to bottom: sample, verify, review, assign credit, update."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dca_jax.credit import ReviewArrays, assign_credit
+from dca_jax.devices.processes import fetch, gather, put
+from dca_jax.episode import Episode, Review
+from dca_jax.learner import Batch
+from dca_jax.review.episodes import Asked, ask, canary_accuracy, wait_for_reviews, worth_a_review
+from dca_jax.rollout import Continues, Rollout, collect, step_key
+from dca_jax.run import Trainer, copy
+from dca_jax.store.trajectories import write_trajectories
+from dca_jax.tally import Clock, Credited, Tally, merge, tally
+
+
+class Measured(NamedTuple):
+  """What a step says of itself."""
+
+  metrics: dict[str, float]
+  problem: str | None
+  """Why the reviewer thinks that the run should end."""
+  stop: str
+  """What has asked the run to stop; empty while nothing did."""
+
+
+def train_step(t: Trainer, step: int) -> Measured:
+  """Takes `t.state` one step further and writes the step's trajectories.
+
+  A function of (config, step, state) alone, so a resumed run repeats it.
+  """
+  t.stops.phase("sampling")
+  clock = Clock()
+  with jax.transfer_guard("disallow"):
+    params = t.for_sampler(t.whole(t.state.params))
+    rollout, asked = next_batch(t, step, params)
+    clock.lap("sample")
+
+    # The reference runs on the devices while the host waits for reviews.
+    batch = t.reference(on_devices(t, rollout))
+    reviews = reviews_of(t, asked)
+    policy = Continues(t.sampler, params, value_key(t, step), t.task, t.tokenizer)
+    reviews, continued = t.values.ask(policy, rollout, reviews)
+    del params, policy  # A layout of its own would stand beside the gradients.
+    clock.lap("review")
+
+    rewards, truncated, said = put(
+      (
+        rollout.rewards_B.reshape(-1, t.config.rollout.group),
+        rollout.truncated_B,
+        ReviewArrays.of(reviews, rollout.step_ids_BxT),
+      ),
+      t.rows,
+    )
+    said, memory = t.values.read(t.policy, t.state.value_head, t.whole(t.state.params), batch, said)
+    advantages = assign_credit(t.scheme, rewards, batch.sampled_BxT, truncated, said)
+    batch = batch._replace(advantages_BxT=advantages.tokens_BxT)
+
+    t.check_held()
+    t.stops.phase("update", at_once=False)  # From here on the step is finished.
+    t.checkpoints.release()
+    stats = update(t, batch)
+    head, more = t.values.learn(t.state.value_head, memory, batch, rewards)
+    t.state = t.state._replace(value_head=head)
+
+    host, values_BxK = fetch((advantages, said.values_BxK), t.rows)
+    credited = Credited(reviews, values_BxK, host, continued)
+    episodes = finished(rollout.episodes, credited)
+    write_trajectories(t.folder / "trajectories", step, jax.process_index(), episodes)
+    stats = jax.device_get(stats | more)
+    clock.lap("update")
+
+  own = t.reviewer.stats()
+  if t.canaries and step % t.config.reviewer.canary_every == 0:
+    deadline = t.config.reviewer.deadline
+    own["review/canary_accuracy"] = canary_accuracy(t.reviewer, t.canaries, deadline)
+  mine = tally(t.scheme, rollout, asked, credited, own, clock)
+  # The one place in a step where processes hear of each other's samples, beside the arrays.
+  told = gather("metrics", [mine, t.reviewer.problem(), t.stops.reason])
+  metrics = merge([Tally(*said) for said, _, _ in told])
+  return Measured(
+    metrics | {key: float(x) for key, x in stats.items()},
+    next((problem for _, problem, _ in told if problem), None),
+    next((reason for _, _, reason in told if reason), ""),
+  )
+
+
+def next_batch(t: Trainer, step: int, params) -> tuple[Rollout, Asked]:
+  """The batch to train on in `step`; with `reviewer.overlap` it was sampled a step ago, and the
+  next one is on its way to the reviewer."""
+  if not t.config.reviewer.overlap:
+    return begin(t, step, params)
+  # After a resume it is sampled anew, by the same policy.
+  batch = t.ahead or begin(t, step, t.for_sampler(t.whole(t.state.behind)))
+  t.ahead = begin(t, step + 1, params) if step < t.config.steps else None
+  return batch
+
+
+def begin(t: Trainer, step: int, params) -> tuple[Rollout, Asked]:
+  """Samples a batch and hands it to the reviewer, who reads it while the devices go on."""
+  c = t.config
+  rollout = collect(t.sampler, c.seed, step, t.task, t.tokenizer, params)
+  if c.learner.mask_truncated:
+    rollout = rollout._replace(episodes=[*map(_left_out_if_truncated, rollout.episodes)])
+  chosen = worth_a_review(t.scheme, rollout.episodes, c.rollout.group, c.reviewer.sample_frac)
+  return rollout, ask(t.reviewer, rollout.episodes, chosen, c.reviewer.deadline)
+
+
+def _left_out_if_truncated(episode: Episode) -> Episode:
+  return dataclasses.replace(episode, trained=episode.trained and not episode.outcome.truncated)
+
+
+def on_devices(t: Trainer, rollout: Rollout) -> Batch:
+  """What the devices need of a batch, before credit is assigned."""
+  trained_B = np.array([episode.trained for episode in rollout.episodes])
+  arrays = rollout.prompts_PxS, rollout.prompt_lengths_P, rollout.tokens_BxT, rollout.sampled_BxT
+  return Batch(*put((*arrays, trained_B, rollout.logprobs_BxT), t.rows))
+
+
+def reviews_of(t: Trainer, asked: Asked) -> list[Review]:
+  deadline = t.config.reviewer.deadline
+  t.stops.phase("reviews", seconds=deadline)
+  return t.stops.wait(functools.partial(wait_for_reviews, asked, deadline), then="values")
+
+
+def update(t: Trainer, batch: Batch) -> dict[str, jax.Array]:
+  """The optimizer steps on a batch; returns the metrics of the last."""
+  overlap = bool(t.config.reviewer.overlap)
+  if overlap:
+    t.state = t.state._replace(behind=copy(t.state.params))
+  first: dict[str, Any] = {}
+  for i in range(t.config.learner.updates_per_batch):
+    # One step behind, the ratio is against the policy that sampled, in every update.
+    on_policy = t.on_policy[i == 0 and not overlap]
+    t.state, stats, logprobs_BxT = t.update(t.state, batch, on_policy, t.frozen)
+    if i == 0:
+      first = stats
+      batch = batch if overlap else batch._replace(logprobs_BxT=logprobs_BxT)
+  return stats | {"sampler/logprob_error": first["sampler/logprob_error"]}
+
+
+def finished(episodes: list[Episode], credited: Credited) -> list[Episode]:
+  """The episodes with all that happened to them."""
+  reviews, values_BxK, (own_PxG, tokens_BxT), _ = credited
+  return [
+    dataclasses.replace(
+      episode,
+      review=review,
+      values=values_K[: len(episode.steps)].astype(float).tolist(),
+      advantage=float(own),
+      credit=credit_T[: len(episode.tokens)].tolist(),
+    )
+    for episode, review, values_K, own, credit_T in zip(
+      episodes, reviews, values_BxK, own_PxG.reshape(-1), tokens_BxT, strict=True
+    )
+  ]
+
+
+def value_key(t: Trainer, step: int) -> jax.Array:
+  """The key of a step's continuations; sampling uses none of these, because seeds end below 2**31."""
+  return step_key(t.config.seed + 2**31, step, t.sampler.end_ids_E.sharding)

@@ -1,0 +1,159 @@
+"""The metrics of a step, put together from what each process saw."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dca_jax.credit import Advantages, Scheme
+from dca_jax.episode import ROLES, Outcome, Review
+from dca_jax.review.episodes import Asked
+from dca_jax.review.types import Usage
+from dca_jax.rollout import Rollout
+from dca_jax.rollout.evaluate import Estimate
+
+
+class Clock:
+  """Seconds between laps."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+    self._last = time.perf_counter()
+
+  def lap(self, name: str) -> None:
+    now = time.perf_counter()
+    self.seconds[name], self._last = now - self._last, now
+
+
+class Tally(NamedTuple):
+  """The metrics of a step as one process sees them, to be put together by `merge`."""
+
+  means: dict[str, tuple[float, float]]
+  """Totals and counts."""
+  sums: dict[str, float]
+  largest: dict[str, float]
+  reviewer: dict[str, float]
+  """What the reviewer says of itself."""
+
+
+class Credited(NamedTuple):
+  """What credit assignment made of a batch, on the host."""
+
+  reviews: list[Review]
+  values_BxK: np.ndarray
+  """Of the prefixes before each step; not a number where there is none."""
+  advantages: Advantages
+  continued: int
+  """Tokens generated for prefix values."""
+
+
+def tally(
+  scheme: Scheme,
+  rollout: Rollout,
+  asked: Asked,
+  credited: Credited,
+  reviewer: dict[str, float],
+  clock: Clock,
+) -> Tally:
+  """The metrics of this process's part of a step; `reviewer` is what that says of itself."""
+  largest = {f"seconds/{key}": value for key, value in clock.seconds.items()}
+  largest["seconds/step"] = total = sum(clock.seconds.values())
+  means, more = _credit(scheme, rollout, credited)
+  means |= _outcomes(rollout) | _reviews(credited.reviews, asked)
+  sums = {
+    "train/completions": float(len(rollout.outcomes)),
+    "train/generated_tokens": float(rollout.generated + credited.continued),
+    "train/tokens_per_second": float(rollout.sampled_BxT.sum() / total),
+  }
+  said = {key: (float(x), float(count)) for key, (x, count) in means.items()}
+  return Tally(said, sums, largest | more, reviewer)
+
+
+Means = dict[str, tuple[float, float]]
+
+
+def _outcomes(rollout: Rollout) -> Means:
+  sampled, n = rollout.outcomes, len(rollout.episodes)
+  groups = rollout.rewards_B.reshape(len(rollout.prompt_lengths_P), -1).tolist()
+  named = {name for o in sampled for name in o.parts}
+  return {
+    "train/reward": (sum(o.reward for o in sampled), len(sampled)),
+    "train/accuracy": (sum(o.correct for o in sampled), len(sampled)),
+    "train/truncated": (sum(o.truncated for o in sampled), len(sampled)),
+    "train/unjudged": (sum(not o.judged for o in sampled), len(sampled)),
+    **{f"verifier/{name}": _part(name, sampled) for name in sorted(named)},
+    "train/uncut": (rollout.uncut, n),
+    "train/length": (rollout.sampled_BxT.sum(), n),
+    "train/mixed_groups": (sum(len(set(group)) > 1 for group in groups), len(groups)),
+  }
+
+
+def _part(name: str, outcomes: Sequence[Outcome]) -> tuple[float, int]:
+  values = [o.parts[name] for o in outcomes if name in o.parts]
+  return sum(values), len(values)
+
+
+def _reviews(reviews: Sequence[Review], asked: Asked) -> Means:
+  roles = [role for review in reviews for role in review.roles]
+  # 1 where all steps weigh the same, 0 where one has everything.
+  weights = [np.array(r.weights) / sum(r.weights) for r in reviews if len(r.weights) > 1 and sum(r.weights) > 0]
+  evenness = [-np.sum(w * np.log(np.where(w > 0, w, 1.0))) / np.log(len(w)) for w in weights]
+  count = sum(request is not None for request in asked.requests)
+  return {
+    "review/asked": (count, len(reviews)),
+    "review/ok": (sum(review.status == "ok" for review in reviews), count),
+    "review/weight_entropy": (sum(evenness), len(evenness)),
+    **{f"review/{role}": (roles.count(role), len(roles)) for role in ROLES},
+  }
+
+
+def _credit(scheme: Scheme, rollout: Rollout, credited: Credited) -> tuple[Means, dict[str, float]]:
+  """Means of credit and values, and the largest error of conservation."""
+  sampled_BxT, values_BxK = rollout.sampled_BxT, credited.values_BxK
+  tokens_BxT = credited.advantages.tokens_BxT
+  counted = sampled_BxT.sum(1) if scheme.conserve == "tokens" else sampled_BxT.shape[1]
+  mass_B = credited.advantages.episodes_PxG.reshape(-1).astype(np.float64) * counted
+  known = ~np.isnan(values_BxK)
+  errors = np.square(values_BxK - rollout.rewards_B[:, None])
+  means: Means = {
+    "credit/moved": (np.abs(tokens_BxT).sum(), np.abs(mass_B).sum()),
+    "value/brier": (errors.sum(where=known), known.sum()),
+  }
+  if not scheme.conserves:  # It keeps a sum of its own, or none.
+    return means, {}
+  spread = np.abs(tokens_BxT.sum(1, dtype=np.float64) - mass_B)
+  largest = float((spread / np.maximum(1.0, np.abs(mass_B))).max())
+  return means, {"credit/conservation_error": largest}
+
+
+# Means that say nothing where they are over nothing; of the others it is 0.
+_LEFT_OUT = ("review/weight_entropy", "value/brier")
+# What of a reviewer's metrics adds up over processes; the rest are shares and medians.
+_ADD_UP = {field.name for field in dataclasses.fields(Usage)} | {"dollars_spent", "concurrency"}
+
+
+def merge(tallies: Sequence[Tally]) -> dict[str, float]:
+  """The metrics of a step over all processes."""
+  merged: dict[str, float] = {}
+  for key in dict.fromkeys(key for tally in tallies for key in tally.means):
+    said = [tally.means.get(key, (0, 0)) for tally in tallies]
+    totals, counts = (sum(x) for x in zip(*said, strict=True))
+    if counts or key not in _LEFT_OUT:
+      merged[key] = totals / counts if counts else 0.0
+  merged |= {key: sum(tally.sums[key] for tally in tallies) for key in tallies[0].sums}
+  merged |= {key: max(tally.largest[key] for tally in tallies) for key in tallies[0].largest}
+  for key in sorted({key for tally in tallies for key in tally.reviewer}):
+    total = sum(tally.reviewer.get(key, 0.0) for tally in tallies)
+    name = re.sub(r"_\d$", "", key.rpartition("/")[2])  # The number is that of a panel's member.
+    merged[key] = total if name in _ADD_UP else total / len(tallies)
+  return merged
+
+
+def eval_metrics(scores: dict[str, Estimate]) -> dict[str, float]:
+  flat: dict[str, float] = {}
+  for name, e in scores.items():
+    flat |= {f"eval/{name}": e.value, f"eval/{name}_low": e.low, f"eval/{name}_high": e.high}
+  return flat
