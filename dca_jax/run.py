@@ -132,9 +132,9 @@ def opened(config: Config, workdir: str, resume: str, stops: Stops, quiet: bool)
     UserError: bad input or circumstances, such as another run in `workdir`; no step has been begun.
   """
   first = jax.process_index() == 0
-  with held(locate(workdir)) if first else contextlib.nullcontext(_free) as check_held:
-    with _opened(config, workdir, resume, stops, quiet, check_held) as trainer:
-      yield trainer
+  hold = held(locate(workdir)) if first else contextlib.nullcontext(_free)
+  with hold as check_held, _opened(config, workdir, resume, stops, quiet, check_held) as trainer:
+    yield trainer
 
 
 def _free() -> None:
