@@ -182,7 +182,7 @@ def build(given: ConfigDict, *overrides: Sequence[str]) -> Config:
     layers.append(_parsed(arguments, {k: v for layer in layers for k, v in layer.items()}))
   settings, left_out = _settled(layers)
   config = _from_flat(settings)
-  _check(config)
+  check(config)
   if left_out:
     print(f"note: left out for {_causes(layers, left_out)}: {', '.join(left_out)}", file=sys.stderr)
   return config
@@ -282,7 +282,8 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
   return sections
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+  """Raises ConfigError where a section has an impossible value, or one without effect."""
   for prefix, section in _sections(config, ""):
     for key, why in getattr(section, "check", dict)().items():
       raise ConfigError(f"{prefix}{key}: {why} (it is {operator.attrgetter(key)(section)!r})")

@@ -10,7 +10,7 @@ import tiny
 sys.path.append(str(Path(__file__).parent / "review"))
 from fake_server import FakeServer, asked_for
 
-from dca_jax import train as train_module
+from dca_jax import loop as train_module
 from dca_jax.commands import cli
 
 MODELS = ("gemini:gemini-3.5-flash-lite", "gemini:gemini-3.5-flash")

@@ -9,7 +9,7 @@ import words
 from dca_jax import config as config_lib
 from dca_jax.commands.export import export
 from dca_jax.commands.plan import plan
-from dca_jax.train import train
+from dca_jax.loop import train
 
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("gsm8k_*.py"))
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import tiny
 
-from dca_jax.train import train
+from dca_jax.loop import train
 
 STEPS = 30
 EVERYTHING = {**tiny.EVERYTHING, "steps": STEPS}

@@ -10,10 +10,10 @@ import tiny
 sys.path.append(str(Path(__file__).parent / "review"))
 from fake_server import FakeServer, honest_reply
 
-from dca_jax import train as train_module
+from dca_jax import loop as train_module
 from dca_jax.errors import UserError
+from dca_jax.loop import train
 from dca_jax.rollout import read_trajectories
-from dca_jax.train import train
 
 SECRET = "secret-key-1234567890"
 

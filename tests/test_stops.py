@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from dca_jax.commands import cli
+from dca_jax.loop import train
 from dca_jax.tasks import CONFIGS, TASKS, Chains, ChainsConfig
-from dca_jax.train import train
 
 
 class Moment:

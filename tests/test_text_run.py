@@ -10,17 +10,17 @@ import pytest
 import tiny
 import words
 
-from dca_jax import train as train_module
+from dca_jax import loop as train_module
 from dca_jax.commands.review import rereview
 from dca_jax.config import ConfigError
 from dca_jax.devices import mesh
 from dca_jax.errors import Terminated, UserError
+from dca_jax.loop import train
 from dca_jax.policy import Policy
 from dca_jax.rollout import Sampler, read_trajectories
 from dca_jax.rollout.collect import collect
 from dca_jax.run import check_data
 from dca_jax.tasks.tokenizer import end_ids, text_of, token_bytes
-from dca_jax.train import train
 
 CHANGES = {
   "steps": 2,

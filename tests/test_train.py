@@ -11,16 +11,16 @@ import pytest
 import tiny
 
 from dca_jax import learner, review
-from dca_jax import train as train_module
+from dca_jax import loop as train_module
 from dca_jax.credit import SCHEMES
 from dca_jax.devices import mesh
 from dca_jax.episode import ROLES
 from dca_jax.errors import UserError
+from dca_jax.loop import train
 from dca_jax.policy import Head, Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
 from dca_jax.rollout import Sampler, read_trajectories
 from dca_jax.rollout.collect import collect
-from dca_jax.train import train
 
 WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
 

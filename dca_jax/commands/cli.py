@@ -120,9 +120,9 @@ def _train(args, overrides) -> None:
   from dca_jax.commands import report
   from dca_jax.devices import processes
   from dca_jax.errors import Terminated
+  from dca_jax.loop import train
   from dca_jax.store.metrics import read_metrics
   from dca_jax.store.workdir import locate
-  from dca_jax.train import train
 
   settings = config.load(args.config, overrides)
   if args.resume not in ("auto", "never") and not args.resume.isdigit():

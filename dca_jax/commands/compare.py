@@ -12,9 +12,9 @@ from dca_jax.commands.report import chart, html_table, moving_average, page, run
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
+from dca_jax.loop import train
 from dca_jax.store.metrics import missing_steps, read_metrics
 from dca_jax.store.workdir import locate
-from dca_jax.train import train
 
 
 def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:

@@ -1,16 +1,13 @@
 """From a run's checkpoint to an ordinary Hugging Face folder."""
 
-import logging
 import pathlib
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from dca_jax import config as config_lib
 from dca_jax.errors import UserError
 from dca_jax.policy import PolicyConfig, join, merge, pretrained, split
+from dca_jax.store.checkpoints import read_params, read_start
 from dca_jax.store.workdir import locate
 
 
@@ -32,29 +29,7 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   place = pathlib.Path(output).expanduser().absolute()
   step, params = read_params(folder, step)
   if section.lora_rank and not adapters:
-    with ocp.StandardCheckpointer() as checkpointer:
-      start = checkpointer.restore(folder / "start")
-    params = merge(join(split(start)[0], params), section.lora_scale)
+    params = merge(join(split(read_start(folder))[0], params), section.lora_scale)
     section = PolicyConfig(pretrained=section.pretrained, dtype=section.dtype)
   pretrained.save(params, pretrained.resolve(section, 0), section.pretrained, folder / "tokenizer", place)
   return f"step {step}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, written and read again: {place}"
-
-
-def read_params(workdir: epath.Path, step: int | None):
-  """The number of a checkpoint, the newest where `step` is None, and its parameters alone, on the host."""
-  logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of the parts that are not wanted here.
-  with ocp.CheckpointManager(
-    workdir / "checkpoints", item_handlers={"state": ocp.PyTreeCheckpointHandler()}
-  ) as manager:
-    steps = sorted(manager.all_steps())
-    if not steps or step not in (None, *steps):
-      raise UserError(f"{workdir} has no checkpoint" + (f" of step {step}; there are {steps}" if steps else " yet"))
-    step = steps[-1] if step is None else step
-    try:
-      item = {"params": manager.item_metadata(step)["state"].tree["params"]}
-      on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-      wanted = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)
-      restored = manager.restore(step, args=ocp.args.Composite(state=wanted))
-    except Exception as error:  # Damage shows as any of a dozen types.
-      raise UserError(f"checkpoint {step} of {workdir} is unreadable ({error}); choose another --step") from error
-  return step, restored.state["params"]

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
@@ -237,3 +238,36 @@ def put_aside(path: epath.Path, workdir: epath.Path, name: str) -> epath.Path:
   place = place_aside(workdir, name)
   path.rename(place)
   return place
+
+
+def read_params(workdir: epath.Path, step: int | None):
+  """The number of a checkpoint, the newest where `step` is None, and its parameters alone, on the host."""
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of the parts that are not wanted here.
+  with ocp.CheckpointManager(
+    workdir / "checkpoints", item_handlers={"state": ocp.PyTreeCheckpointHandler()}
+  ) as manager:
+    steps = sorted(manager.all_steps())
+    if not steps or step not in (None, *steps):
+      raise UserError(f"{workdir} has no checkpoint" + (f" of step {step}; there are {steps}" if steps else " yet"))
+    step = steps[-1] if step is None else step
+    try:
+      item = {"params": manager.item_metadata(step)["state"].tree["params"]}
+      on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+      wanted = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)
+      restored = manager.restore(step, args=ocp.args.Composite(state=wanted))
+    except Exception as error:  # Damage shows as any of a dozen types.
+      raise UserError(f"checkpoint {step} of {workdir} is unreadable ({error}); choose another --step") from error
+  return step, restored.state["params"]
+
+
+def read_start(workdir: epath.Path):
+  """The parameters that a run started from, on the host.
+
+  Raises:
+    UserError: they cannot be read.
+  """
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(workdir / "start")
+  except Exception as error:  # Damage shows as any of a dozen types.
+    raise UserError(f"{workdir / 'start'} is unreadable ({reason(error)})") from error

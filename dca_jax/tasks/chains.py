@@ -113,6 +113,9 @@ class Chains:
     parsed = self._parse(prompt)
     return Problem(index, prompt, str(parsed.value[parsed.query]))
 
+  def render(self, prompt: str) -> str:
+    return prompt
+
   def tokenizer(self):
     """One token a character; a `transformers` fast tokenizer made with the `tokenizers` library."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

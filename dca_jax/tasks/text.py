@@ -174,7 +174,7 @@ class Text:
       if final is None:
         raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
       answer = final
-    return Problem(index, question, answer, self._render(question), _plain(rows[row]) if self._judge else {})
+    return Problem(index, question, answer, self.render(question), _plain(rows[row]) if self._judge else {})
 
   def _hold_out(self, rows: Sequence, where: Callable[[int], str]) -> dict[str, list[int]]:
     """The numbers of each split's rows, where `task.heldout_fraction` splits them."""
@@ -238,7 +238,7 @@ class Text:
       raise UserError(f"task.{key}: {here}: {said}")
     return text
 
-  def _render(self, question: str) -> str:
+  def render(self, question: str) -> str:
     text = self.config.prompt.replace("{question}", question)
     if not self.config.chat_template:
       return self._start + text

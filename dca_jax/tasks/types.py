@@ -30,6 +30,10 @@ class TaskConfig:
     """Raises UserError where its data, tokenizer or verifier cannot be had."""
     return cast(Task, self)
 
+  def render(self, prompt: str) -> str:
+    """What the policy reads where it is asked `prompt`."""
+    return prompt
+
   def implied(self, pretrained: str) -> dict[str, Any]:
     """What `policy.pretrained` decides of its keys, where nobody set them."""
     return {}
@@ -54,6 +58,9 @@ class Task(Protocol):
     """A `transformers` fast tokenizer whose `eos_token` ends a completion."""
 
   def problem(self, split: str, index: int) -> Problem: ...
+
+  def render(self, prompt: str) -> str:
+    """What the policy reads where it is asked `prompt`."""
 
   @property
   def concurrency(self) -> int:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 
 from dca_jax import config as config_lib
-from dca_jax import train as train_module
+from dca_jax import loop as train_module
 from dca_jax.review.builtin import Builtin, Dice
 
 RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")

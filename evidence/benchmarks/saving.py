@@ -14,8 +14,8 @@ import tempfile
 import time
 
 from dca_jax import config as config_lib
+from dca_jax.loop import train
 from dca_jax.store.checkpoints import Checkpoints
-from dca_jax.train import train
 
 RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
 STEPS, EVERY = 61, 10

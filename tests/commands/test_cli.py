@@ -14,7 +14,7 @@ import tiny
 
 from dca_jax.commands import cli
 from dca_jax.devices import processes
-from dca_jax.train import train
+from dca_jax.loop import train
 
 
 def refused(capsys, *arguments: str) -> str:

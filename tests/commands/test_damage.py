@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from dca_jax.commands import cli
-from dca_jax.train import train
+from dca_jax.loop import train
 
 CHANGES = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
 

@@ -12,8 +12,8 @@ import tiny
 from etils import epath
 
 from dca_jax.commands.report import moving_average, score_rows, text_table, write_report
+from dca_jax.loop import train
 from dca_jax.rollout import read_trajectories, write_trajectories
-from dca_jax.train import train
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from fake_server import FakeServer, honest_reply
 
 from dca_jax.commands import cli
 from dca_jax.commands.review import agreement, review_patiently
+from dca_jax.loop import train
 from dca_jax.review import Request, Review, ReviewerConfig, Truth, open_reviewer
 from dca_jax.review.client_config import ClientConfig
-from dca_jax.train import train
 
 
 @pytest.fixture(scope="module")

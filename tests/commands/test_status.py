@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from dca_jax.commands import cli
-from dca_jax.train import train
+from dca_jax.loop import train
 
 
 def test_status_of_a_run_under_way_and_of_a_finished_one(tmp_path, capsys):

@@ -19,11 +19,11 @@ from jax.experimental import multihost_utils
 
 from dca_jax import learner
 from dca_jax.devices import mesh, processes
+from dca_jax.loop import train
 from dca_jax.policy import Policy
 from dca_jax.rollout import read_trajectories
 from dca_jax.store.checkpoints import Checkpoints
 from dca_jax.store.workdir import locate
-from dca_jax.train import train
 
 STEPS = 10
 COMMON = {"steps": STEPS, "policy.kv_heads": 2, "rollout.problems": 8, "rollout.group": 2, "checkpoint.every": 5}

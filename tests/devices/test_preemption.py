@@ -11,7 +11,7 @@ import tiny
 
 from dca_jax.devices import preemption as notices
 from dca_jax.errors import Terminated
-from dca_jax.train import train
+from dca_jax.loop import train
 
 
 class Metadata:

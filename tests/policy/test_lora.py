@@ -24,9 +24,9 @@ from dca_jax.commands.export import export, read_params
 from dca_jax.config import ConfigError
 from dca_jax.devices.mesh import MeshConfig, make_mesh, param_shardings
 from dca_jax.errors import UserError
+from dca_jax.loop import train
 from dca_jax.policy import Policy, PolicyConfig, join, merge, pretrained, sampling_logits, split
 from dca_jax.policy.logprobs import Sampling
-from dca_jax.train import train
 
 FOLDER = pathlib.Path(__file__).with_name("reference")
 VOCAB = 64

@@ -21,9 +21,9 @@ from dca_jax.config import ConfigError
 from dca_jax.devices.mesh import MeshConfig, make_mesh, state_shardings
 from dca_jax.errors import UserError
 from dca_jax.learner import LearnerConfig, make_optimizer
+from dca_jax.loop import train
 from dca_jax.policy import Head, Policy, PolicyConfig, Sampling, pretrained, sampling_logits
 from dca_jax.policy.families import from_json
-from dca_jax.train import train
 
 FOLDER = pathlib.Path(__file__).with_name("reference")
 VOCAB = 64

@@ -20,6 +20,7 @@ from dca_jax import config as config_lib
 from dca_jax.commands.plan import plan
 from dca_jax.devices import mesh
 from dca_jax.errors import UserError
+from dca_jax.loop import train
 from dca_jax.policy import Policy, PolicyConfig
 from dca_jax.policy.families import from_json
 from dca_jax.policy.pretrained import resolve
@@ -27,7 +28,6 @@ from dca_jax.rollout import encode_prompts
 from dca_jax.rollout.collect import check_data
 from dca_jax.tasks import Problem
 from dca_jax.tasks.tokenizer import end_ids, id_count, load_tokenizer
-from dca_jax.train import train
 
 PUBLISHED = json.loads(pathlib.Path(__file__).with_name("published.json").read_text())
 RECIPES = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("gsm8k_*.py"))

@@ -13,13 +13,13 @@ import tiny
 from dca_jax.credit import Review
 from dca_jax.devices import mesh
 from dca_jax.learner.supervised import warm_start
+from dca_jax.loop import train
 from dca_jax.policy import Policy
 from dca_jax.rollout import Sampler, Samples, encode_prompts, read_trajectories, sample, sampler
 from dca_jax.rollout.collect import cut_steps
 from dca_jax.rollout.prefixes import ValueConfig, ValueHead, fit_head, init_head, learned_values, monte_carlo
 from dca_jax.tasks import Outcome, Problem
 from dca_jax.tasks.tokenizer import text_of
-from dca_jax.train import train
 
 CONFIG = tiny.make_config()
 TASK = CONFIG.task.open()

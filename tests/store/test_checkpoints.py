@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from dca_jax.errors import UserError
-from dca_jax.train import train
+from dca_jax.loop import train
 
 
 def kept(workdir) -> list[int]:

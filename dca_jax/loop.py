@@ -6,6 +6,8 @@ by the sample that it judges. So a run that was killed and started again equals 
 Several processes all run this, each with the problems of its own devices (`devices/processes.py`).
 """
 
+from collections.abc import Callable, Mapping, Sequence
+
 import jax
 
 from dca_jax.config import Config
@@ -20,13 +22,20 @@ from dca_jax.store.trajectories import forget_trajectories
 from dca_jax.tally import eval_metrics
 
 
-def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = False) -> None:
+def train(
+  config: Config,
+  workdir: str,
+  resume: str = "auto",
+  quiet: bool = False,
+  callbacks: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
+) -> None:
   """Runs `config` in `workdir`, or continues the run that is there.
 
   Args:
     workdir: a folder or a bucket (`gs://`), which all processes share.
     resume: `auto` goes on from the newest checkpoint, a number from that of a step; `never` refuses
       to.
+    callbacks: called by process 0 with a step and its metrics, when the step is recorded.
 
   Raises:
     UserError: bad input, another run in `workdir`, a metric that is not finite, or a checkpoint that
@@ -49,10 +58,10 @@ def train(config: Config, workdir: str, resume: str = "auto", quiet: bool = Fals
       reporter.amend(t.done, scores)
     for step in range(t.done + 1, config.steps + 1):
       t.checkpoints.hold(step - 1, t.state)
-      one_step(t, step, reporter)
+      one_step(t, step, reporter, callbacks if jax.process_index() == 0 else ())
 
 
-def one_step(t: Trainer, step: int, reporter: Reporter) -> None:
+def one_step(t: Trainer, step: int, reporter: Reporter, callbacks: Sequence[Callable]) -> None:
   """Trains, evaluates where it is due, records and saves."""
   metrics, problem, stop = train_step(t, step)
   if size := t.task.sizes.get("train"):
@@ -72,6 +81,8 @@ def one_step(t: Trainer, step: int, reporter: Reporter) -> None:
   if t.checkpoints.due(step, metrics, last):
     t.growing.publish()
     t.checkpoints.save(step, t.state, metrics, last)
+  for callback in callbacks:
+    callback(step, metrics)
   if problem:
     raise UserError(f"{problem}; {t.checkpoints.describe()}")
   if asked:

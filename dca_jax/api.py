@@ -1,0 +1,201 @@
+"""What a script or a notebook calls: `train`, `load`, `evaluate`, and the `Run` that they give."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dca_jax import config as config_lib
+from dca_jax import learner
+from dca_jax.config import CHOICES, Config, ConfigError
+from dca_jax.credit import Scheme
+from dca_jax.devices import mesh
+from dca_jax.devices.processes import put
+from dca_jax.loop import train as run_training
+from dca_jax.policy import Policy, join, pretrained, split
+from dca_jax.review import ReviewerConfig
+from dca_jax.rollout import GREEDY, Sampler, encode_prompts
+from dca_jax.rollout import evaluate as evaluation
+from dca_jax.store.checkpoints import read_params, read_start
+from dca_jax.store.metrics import read_metrics
+from dca_jax.store.workdir import locate
+from dca_jax.tasks import Problem, TaskConfig
+from dca_jax.tasks.tokenizer import end_ids, id_count, text_of
+
+Callback = Callable[["Run", int, Mapping[str, float]], None]
+"""Called with the run, a step and its metrics, when the step is recorded."""
+
+
+class Metrics(list[dict[str, Any]]):
+  """The lines of metrics.jsonl: a list of rows, each with its `step`."""
+
+  def column(self, name: str) -> tuple[list[int], list[float]]:
+    """The steps that measured `name`, and what they measured."""
+    rows = [row for row in self if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
+
+  @property
+  def names(self) -> list[str]:
+    return sorted({name for row in self for name in row} - {"step"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run, from what it left in its workdir; also while it is under way."""
+
+  workdir: str
+  config: Config
+
+  @property
+  def metrics(self) -> Metrics:
+    return Metrics(read_metrics(locate(self.workdir)))
+
+  @functools.cached_property
+  def policy(self) -> "SavedPolicy":
+    """That of the newest checkpoint, at the time when it is first asked for."""
+    return SavedPolicy(self.config, self.workdir)
+
+
+class SavedPolicy:
+  """A policy that can be asked, on this process's devices."""
+
+  def __init__(self, config: Config, workdir: str):
+    """Raises UserError where there is no readable checkpoint."""
+    folder = locate(workdir)
+    self._config, self._task = config, config.task.open()
+    self._tokenizer = self._task.tokenizer()
+    ids = id_count(self._tokenizer)
+    devices = mesh.make_mesh(mesh.MeshConfig(), jax.local_devices()[:1])
+    policy = Policy(pretrained.resolve(config.policy, ids), ids, devices)
+    self.step, trained = read_params(folder, None)
+    frozen = split(read_start(folder))[0] if config.policy.lora_rank else {}
+    everywhere = mesh.replicated(devices)
+    self._params = put(join(frozen, trained), everywhere)
+    ends = put(np.array(end_ids(self._tokenizer), np.int32), everywhere)
+    self._sampler = Sampler(policy, config.rollout, ends, mesh.batch_sharding(devices))
+
+  def sample(self, prompts: Sequence[str], samples: int = 1, greedy: bool = False, seed: int = 0) -> list[list[str]]:
+    """Answers to each prompt, as the task would ask it, sampled as in training.
+
+    Args:
+      greedy: gives the likeliest token each time instead.
+      seed: other seeds give other answers; a prompt's answers depend on its place too.
+    """
+    problems = [self._problem(i, prompt) for i, prompt in enumerate(prompts)]
+    encoded = self._encode(problems)
+    numbers = np.full(samples, GREEDY) if greedy else np.arange(samples)
+    key = put(jax.random.key(seed), self._sampler.end_ids_E.sharding)
+    drawn = self._sampler(self._params, *encoded, np.arange(len(prompts)), key, numbers)
+    rows = zip(drawn.tokens_BxT, drawn.lengths_B, strict=True)
+    texts = [text_of(self._tokenizer, tokens[:n]) for tokens, n in rows]
+    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+  def score(self, prompt: str, completion: str) -> list[tuple[str, float]]:
+    """The tokens of a completion, each with its log-probability (nats) after what stands before it,
+    under the distribution that training samples from."""
+    prompts, lengths = self._encode([self._problem(0, prompt)])
+    ids = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+    if not 1 <= len(ids) <= self._config.rollout.max_tokens:
+      most = self._config.rollout.max_tokens
+      raise ConfigError(f"the completion has {len(ids)} tokens; rollout.max_tokens allows 1 to {most}")
+    tokens_1xT = np.zeros((1, self._config.rollout.max_tokens), np.int32)
+    tokens_1xT[0, : len(ids)] = ids
+    scored = learner.reference_logprobs(
+      self._sampler.policy,
+      self._config.rollout.sampling,
+      self._params,
+      *put((prompts, lengths, tokens_1xT), self._sampler.end_ids_E.sharding),
+    )
+    pieces = [text_of(self._tokenizer, [token]) for token in ids]
+    return list(zip(pieces, np.asarray(scored)[0, : len(ids)].tolist(), strict=True))
+
+  def evaluate(self) -> dict[str, evaluation.Estimate]:
+    """Scores on the task's held-out problems, as config.evaluate says."""
+    return evaluation.evaluate(self._config.evaluate, self._sampler, self._task, self._tokenizer, self._params)
+
+  def _problem(self, i: int, prompt: str) -> Problem:
+    return Problem(i, prompt, "", self._task.render(prompt))
+
+  def _encode(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
+    limit = self._config.rollout.max_prompt_tokens
+    return encode_prompts(self._tokenizer, problems, limit, self._sampler.policy.rows)
+
+
+def train(
+  config: Config | ConfigDict | dict | str | os.PathLike,
+  workdir: str | os.PathLike,
+  resume: str = "auto",
+  quiet: bool = False,
+  *,
+  callbacks: Sequence[Callback] = (),
+  **chosen: TaskConfig | ReviewerConfig | Scheme,
+) -> Run:
+  """Trains, or continues the run that is in `workdir`.
+
+  Args:
+    config: a Config, the settings of one, or a recipe's path.
+    resume, quiet: see `dca_jax.loop.train`.
+    callbacks: for process 0. What one raises ends the run; the step is recorded.
+    chosen: `task`, `reviewer`, `scheme`: objects in the place of what `config` chooses. They are
+      recorded by their classes' names, so that `load` finds them where those can be imported.
+
+  Raises:
+    UserError: bad input or circumstances; nothing that was saved is lost.
+    Terminated, KeyboardInterrupt: the run was stopped; the same call again continues.
+  """
+  made = _with_objects(_config(config), chosen)
+  run = Run(os.fspath(workdir), made)
+  told = [functools.partial(callback, run) for callback in callbacks]
+  run_training(made, run.workdir, resume, quiet, told)
+  return run
+
+
+def load(workdir: str | os.PathLike) -> Run:
+  """The run in a workdir.
+
+  Raises:
+    UserError: there is none, it is damaged, or what it chose cannot be imported here.
+  """
+  return Run(os.fspath(workdir), config_lib.saved_config(os.fspath(workdir)))
+
+
+def evaluate(run: Run | str | os.PathLike) -> dict[str, evaluation.Estimate]:
+  """Scores of a run's newest policy on the held-out problems of its task."""
+  return (run if isinstance(run, Run) else load(run)).policy.evaluate()
+
+
+def _config(given: Config | ConfigDict | dict | str | os.PathLike) -> Config:
+  if isinstance(given, Config):
+    return given
+  if isinstance(given, ConfigDict | dict):
+    return config_lib.build(ConfigDict(given))
+  return config_lib.load(os.fspath(given))
+
+
+_SECTIONS = {"task": "task.name", "reviewer": "reviewer.name", "scheme": "credit.scheme"}
+
+
+def _with_objects(config: Config, chosen: Mapping[str, Any]) -> Config:
+  """The config with objects in the place of sections."""
+  for argument, thing in chosen.items():
+    if argument not in _SECTIONS:
+      raise TypeError(f"train() has no argument {argument!r}")
+    section, _, key = _SECTIONS[argument].partition(".")
+    base, known = CHOICES[_SECTIONS[argument]]
+    if not isinstance(thing, base):
+      what = f"an object of a class that extends {base.__name__}"
+      raise ConfigError(f"{argument}: must be {what}, not {thing!r}")
+    kind = type(thing)
+    if kind not in known.values():
+      named: dict[str, Any] = {key: f"{kind.__module__}:{kind.__qualname__}"}
+      thing = dataclasses.replace(thing, **named)
+    changed: dict[str, Any] = {section: thing}
+    config = dataclasses.replace(config, **changed)
+  if chosen:
+    config_lib.check(config)
+  return config
