@@ -11,12 +11,21 @@ from dca_jax import config
 from dca_jax.commands import cli
 from dca_jax.commands.compare import arm_config
 from dca_jax.commands.review import reviewer_config
+from dca_jax.credit import SCHEMES
+from dca_jax.learner.values import VALUES
+from dca_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-KNOWN = config.flatten(dataclasses.asdict(config.Config())) | config.flatten(
-  {"task": dataclasses.asdict(config.TextConfig())}
-)
+CHOSEN = {"task": TASKS, "credit": SCHEMES, "value": VALUES}
+KNOWN = {
+  key
+  for section in (
+    dataclasses.asdict(config.Config()),
+    *({name: dataclasses.asdict(kind())} for name, known in CHOSEN.items() for kind in known.values()),
+  )
+  for key in config.flatten(section)
+}
 
 
 def commands(page: pathlib.Path) -> list[str]:
@@ -77,7 +86,7 @@ def test_an_arm_of_the_docs_builds(page, arm):
 def test_the_files_that_the_docs_name_exist():
   for page in PAGES:
     for path in re.findall(
-      r"`(?:python |pytest )?((?:benchmarks|tests|configs|tpu_scripts|dca_jax)/[\w/]+\.\w+)", page.read_text()
+      r"`(?:python |pytest )?((?:evidence/benchmarks|tests|configs|tpu_scripts|dca_jax)/[\w/]+\.\w+)", page.read_text()
     ):
       assert (ROOT / path).exists(), (page.name, path)
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):

@@ -1,16 +1,12 @@
 """A language model is asked one real question before anything costs device time."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
-
-sys.path.append(str(Path(__file__).parent / "review"))
 from fake_server import FakeServer, asked_for
 
-from dca_jax import loop as train_module
+from dca_jax import run as run_module
 from dca_jax.commands import cli
 
 MODELS = ("gemini:gemini-3.5-flash-lite", "gemini:gemini-3.5-flash")
@@ -82,7 +78,7 @@ def test_an_overloaded_server_may_come_back_for_a_while(tmp_path, capsys, monkey
   out = capsys.readouterr().out
   assert f"gemini-fake-001 at {server.url.removeprefix('http://')} reviewed a planted answer in" in out
   assert "1 of 3 roles as expected" in out
-  monkeypatch.setattr(train_module, "_TRIAL_SECONDS", 1.0)
+  monkeypatch.setattr(run_module, "_TRIAL_SECONDS", 1.0)
   with FakeServer(lambda *_: 503) as server:
     (tmp_path / "other").mkdir()
     assert train(tmp_path / "other", server) == 1

@@ -1,19 +1,15 @@
 """Whole runs with a language model as reviewer: the real SDK, a server on the loopback."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
-
-sys.path.append(str(Path(__file__).parent / "review"))
 from fake_server import FakeServer, honest_reply
 
-from dca_jax import loop as train_module
+from dca_jax import run as run_module
 from dca_jax.errors import UserError
 from dca_jax.loop import train
-from dca_jax.rollout import read_trajectories
+from dca_jax.store.trajectories import read_trajectories
 
 SECRET = "secret-key-1234567890"
 
@@ -51,7 +47,7 @@ def test_a_run_that_begins_again_pays_nothing_again_and_ends_the_same(overlap, t
     paid, state = len(server.requests), tiny.saved_state(tmp_path / "run")
     assert paid > 4
     reviewed = [t for step in (1, 2, 3, 4) for t in read_trajectories(tmp_path / "run" / "trajectories", step)]
-    assert {t.model for t in reviewed if t.review == "ok"} == {"gemini-fake-001"}
+    assert {t.review.model for t in reviewed if t.review.status == "ok"} == {"gemini-fake-001"}
     assert any(len(set(t.credit)) > 1 for t in reviewed)
     for name in ("checkpoints", "metrics.jsonl", "trajectories"):
       path = tmp_path / "run" / name
@@ -66,7 +62,7 @@ def test_a_run_that_begins_again_pays_nothing_again_and_ends_the_same(overlap, t
 
 @pytest.mark.parametrize("fault", ["safety", "malformed", "hang"])
 def test_when_every_review_fails_the_run_is_grpo_bit_for_bit(fault, tmp_path, monkeypatch):
-  monkeypatch.setattr(train_module, "_TRIAL_SECONDS", 0.5)
+  monkeypatch.setattr(run_module, "_TRIAL_SECONDS", 0.5)
   plain = {"credit.scheme": "uniform", "reviewer.name": "none", "reviewer.client.base_url": ""}
   with FakeServer(lambda *_: fault, reply=by_length) as server:
     begin = {"reviewer.required": False}

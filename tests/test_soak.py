@@ -2,18 +2,14 @@
 
 import itertools
 import random
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import tiny
-
-sys.path.append(str(Path(__file__).parent / "review"))
 from fake_server import FakeServer
 
-from dca_jax.rollout import read_trajectories
+from dca_jax.store.trajectories import read_trajectories
 
 SECRET = "secret-key-1234567890"
 DEADLINE, STEPS, CAP = 1.0, 200, 10.0

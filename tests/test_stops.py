@@ -9,7 +9,7 @@ import tiny
 
 from dca_jax.commands import cli
 from dca_jax.loop import train
-from dca_jax.tasks import CONFIGS, TASKS, Chains, ChainsConfig
+from dca_jax.tasks import TASKS, Chains, ChainsConfig
 
 
 class Moment:
@@ -52,8 +52,11 @@ def moment(monkeypatch):
       moment.pass_by("review")
       return super().label_steps(prompt, steps, truncated)
 
-  monkeypatch.setitem(TASKS, "held", Held)
-  monkeypatch.setitem(CONFIGS, "held", ChainsConfig)
+  class HeldConfig(ChainsConfig):
+    def open(self):
+      return Held(self)
+
+  monkeypatch.setitem(TASKS, "held", HeldConfig)
   return moment
 
 

@@ -10,16 +10,17 @@ import pytest
 import tiny
 import words
 
-from dca_jax import loop as train_module
+from dca_jax import run as run_module
 from dca_jax.commands.review import rereview
 from dca_jax.config import ConfigError
 from dca_jax.devices import mesh
 from dca_jax.errors import Terminated, UserError
 from dca_jax.loop import train
 from dca_jax.policy import Policy
-from dca_jax.rollout import Sampler, read_trajectories
+from dca_jax.rollout import Sampler
 from dca_jax.rollout.collect import collect
 from dca_jax.run import check_data
+from dca_jax.store.trajectories import read_trajectories
 from dca_jax.tasks.tokenizer import end_ids, text_of, token_bytes
 
 CHANGES = {
@@ -68,24 +69,25 @@ def test_a_run_on_free_text(run):
   assert [line.get("train/epoch") for line in lines] == [None, 4 / 16, 8 / 16]
   asked = {p["question"] for p in words.PROBLEMS[:16]}
   records = [t for step in (1, 2) for t in read_trajectories(workdir / "trajectories", step)]
-  assert len({t.prompt for t in records}) == 8  # No problem comes twice in an epoch.
-  assert {t.prompt for t in records} < asked
-  assert all(t.answer.isdigit() for t in records)
+  assert len({t.problem.prompt for t in records}) == 8  # No problem comes twice in an epoch.
+  assert {t.problem.prompt for t in records} < asked
+  assert all(t.problem.answer.isdigit() for t in records)
   tokenizer = config.task.open().tokenizer()
   ends = end_ids(tokenizer)
   assert ends == (1, 2)
   several = 0
   for t in records:
-    assert [i for s in t.steps for i in range(s["start"], s["end"])] == list(range(len(t.tokens)))
-    assert "".join(s["text"] for s in t.steps) == text_of(tokenizer, t.tokens)
-    assert all(s["text"].strip() for s in t.steps) or len(t.steps) == 1
-    assert all(0 <= s["value"] <= 1 for s in t.steps)
+    assert [i for s in t.steps for i in range(s.start, s.end)] == list(range(len(t.tokens)))
+    assert "".join(s.text for s in t.steps) == text_of(tokenizer, t.tokens)
+    assert all(s.text.strip() for s in t.steps) or len(t.steps) == 1
+    assert len(t.values) == len(t.steps)
+    assert all(0 <= value <= 1 for value in t.values)
     # It ends with an end token or with its first `s`, or else it was cut off.
     pieces = token_bytes(tokenizer, t.tokens)
     ended = t.tokens[-1] in ends or b"s" in pieces[-1]
     assert not any(i in ends for i in t.tokens[:-1])
     assert not any(b"s" in piece for piece in pieces[:-1])
-    assert ended != t.truncated
+    assert ended != t.outcome.truncated
     several += len(t.steps) > 1
   assert several
   assert any(b"s" in token_bytes(tokenizer, t.tokens)[-1] for t in records)
@@ -108,7 +110,7 @@ def test_a_run_on_one_file(given, tmp_path):
   records = [t for step in (1, 2) for t in read_trajectories(tmp_path / "whole" / "trajectories", step)]
   data = config.task.open()
   held_out = {data.problem("heldout", i).prompt for i in range(data.sizes["heldout"])}
-  assert {t.prompt for t in records} <= {p["question"] for p in words.PROBLEMS} - held_out
+  assert {t.problem.prompt for t in records} <= {p["question"] for p in words.PROBLEMS} - held_out
 
 
 @pytest.mark.parametrize(("shared", "said"), [(0, 0.0), (1, 0.25), (4, 1.0)])
@@ -176,18 +178,18 @@ def test_a_verifier_that_crashes_on_some_completions_keeps_them_out_of_training(
     records = list(read_trajectories(tmp_path / "whole" / "trajectories", line["step"]))
     groups: dict[int, list] = {}
     for t in records:
-      groups.setdefault(t.problem, []).append(t)
-    unjudged = [t for t in records if not t.judged]
+      groups.setdefault(t.problem.id, []).append(t)
+    unjudged = [t for t in records if not t.outcome.judged]
     assert unjudged
     assert line["train/unjudged"] == len(unjudged) / len(records)
-    lengths = [t.parts["length"] for t in records if t.parts]
+    lengths = [t.outcome.parts["length"] for t in records if t.outcome.parts]
     assert line["verifier/length"] == pytest.approx(np.mean(lengths))
-    assert not any(t.trained or t.correct for t in unjudged)
+    assert not any(t.trained or t.outcome.correct for t in unjudged)
     assert all(t.advantage == pytest.approx(0, abs=1e-6) for t in unjudged)
     for group in groups.values():  # The baseline is what the others make it.
-      mean = np.mean([t.reward for t in group if t.judged] or [0.0])
+      mean = np.mean([t.outcome.reward for t in group if t.outcome.judged] or [0.0])
       for t in group:
-        assert t.advantage == pytest.approx(4 / 3 * (t.reward - mean), abs=1e-6)
+        assert t.advantage == pytest.approx(4 / 3 * (t.outcome.reward - mean), abs=1e-6)
   first = tiny.read_lines(tmp_path / "whole")[0]
   assert "eval/pass@2" in first
   assert not any("maj@" in key for key in first)
@@ -222,12 +224,14 @@ def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
     return collect(Sampler(policy, rollout, ends, mesh.batch_sharding(devices)), 0, 1, task, tokenizer, params)
 
   plain, stopped = draw({}), draw({"rollout.stop": ("s", "#")})
-  np.testing.assert_array_equal(plain.samples.tokens_BxT, stopped.samples.tokens_BxT)
-  np.testing.assert_array_equal(plain.samples.logprobs_BxT, stopped.samples.logprobs_BxT)
-  shorter = stopped.samples.lengths_B < plain.samples.lengths_B
+  kept = stopped.sampled_BxT
+  assert not (kept & ~plain.sampled_BxT).any()
+  np.testing.assert_array_equal(plain.tokens_BxT[kept], stopped.tokens_BxT[kept])
+  np.testing.assert_array_equal(plain.logprobs_BxT[kept], stopped.logprobs_BxT[kept])
+  shorter = kept.sum(1) < plain.sampled_BxT.sum(1)
   assert 0 < shorter.sum() < len(shorter)
-  assert not stopped.samples.truncated_B[shorter].any()
-  np.testing.assert_array_equal(stopped.samples.truncated_B[~shorter], plain.samples.truncated_B[~shorter])
+  assert not stopped.truncated_B[shorter].any()
+  np.testing.assert_array_equal(stopped.truncated_B[~shorter], plain.truncated_B[~shorter])
 
 
 # What is refused before there is a workdir, so before any device time.
@@ -247,7 +251,7 @@ def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
   ],
 )
 def test_bad_input_is_refused_first(given, tmp_path, monkeypatch, changes, said):
-  monkeypatch.setattr(train_module.mesh, "make_mesh", lambda config: pytest.fail("devices were asked for"))
+  monkeypatch.setattr(run_module.mesh, "make_mesh", lambda config: pytest.fail("devices were asked for"))
   with pytest.raises(UserError, match=said):
     train(tiny.make_config(given | changes), str(tmp_path / "run"), quiet=True)
   assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from dca_jax import learner, review
-from dca_jax import loop as train_module
+from dca_jax import run as run_module
 from dca_jax.credit import SCHEMES
 from dca_jax.devices import mesh
 from dca_jax.episode import ROLES
@@ -19,8 +19,9 @@ from dca_jax.errors import UserError
 from dca_jax.loop import train
 from dca_jax.policy import Head, Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
-from dca_jax.rollout import Sampler, read_trajectories
+from dca_jax.rollout import Sampler
 from dca_jax.rollout.collect import collect
+from dca_jax.store.trajectories import read_trajectories
 
 WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
 
@@ -179,7 +180,7 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
       return Answer()
 
   watched = lambda config, truth, cache, share: Watched("oracle", builtin.Dice(0.3, -1, 0), truth)  # noqa: E731
-  monkeypatch.setattr(train_module, "open_reviewer", watched)
+  monkeypatch.setattr(run_module, "open_reviewer", watched)
   train(tiny.make_config(OVERLAP), str(tmp_path), quiet=True)
   for step in range(1, 5):
     assert events.index(("asked", step + 1)) < events.index(("waited for", step))
@@ -218,9 +219,9 @@ def test_potential_credit_from_every_source(source, uniform_run, tmp_path):
   else:
     assert lines[1]["train/generated_tokens"] == sampled
   for t in records(tmp_path, 3):
-    values = [*(s["value"] for s in t.steps), t.reward]
+    values = [*t.values, t.outcome.reward]
     for k, s in enumerate(t.steps):
-      assert t.credit[s["start"] : s["end"]] == pytest.approx([values[k + 1] - values[k]] * (s["end"] - s["start"]))
+      assert t.credit[s.start : s.end] == pytest.approx([values[k + 1] - values[k]] * (s.end - s.start))
   # The first batch is the same everywhere: values come after sampling.
   assert [t.tokens for t in records(tmp_path, 1)] == [t.tokens for t in records(uniform_run, 1)]
   assert not same_training(tmp_path, uniform_run)
@@ -229,8 +230,8 @@ def test_potential_credit_from_every_source(source, uniform_run, tmp_path):
 def test_a_head_is_trained_on_a_batch_only_after_it_has_valued_it(tmp_path):
   changes = {"credit.scheme": "potential", "value.source": "learned"}
   train(tiny.make_config({**changes, "steps": 2}), str(tmp_path), quiet=True)
-  assert {s["value"] for t in records(tmp_path, 1) for s in t.steps} == {0.5}
-  assert len({s["value"] for t in records(tmp_path, 2) for s in t.steps}) > 5
+  assert {value for t in records(tmp_path, 1) for value in t.values} == {0.5}
+  assert len({value for t in records(tmp_path, 2) for value in t.values}) > 5
 
 
 def test_with_reviews_weighted_is_not_uniform(weighted_run, uniform_run):
@@ -258,7 +259,9 @@ def collector(changes):
 
 
 def same(ours, theirs) -> bool:
-  equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), list(ours), list(theirs))
+  if [e.to_json() for e in ours.episodes] != [e.to_json() for e in theirs.episodes]:
+    return False
+  equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), list(ours[1:]), list(theirs[1:]))
   return all(jax.tree.leaves(equal))
 
 
@@ -272,7 +275,7 @@ def test_a_rollout_is_a_function_of_seed_and_step():
 
 def test_problems_differ_between_steps_and_between_seeds():
   sampled = collector({"rollout.zero_variance": "refill", "rollout.refill_rounds": 3})
-  ids = [{p.id for p in sampled(step, seed).problems} for seed in (0, 1) for step in (1, 2, 3)]
+  ids = [{e.problem.id for e in sampled(step, seed).episodes} for seed in (0, 1) for step in (1, 2, 3)]
   assert all(len(group) == 4 for group in ids)
   assert len(set.union(*ids)) == sum(len(group) for group in ids)
 
@@ -281,14 +284,14 @@ def test_seeds_differ_in_their_noise_too(tmp_path):
   for seed in (0, 1):
     train(tiny.make_config({"seed": seed, "steps": 1}), str(tmp_path / str(seed)), quiet=True)
   ours, theirs = records(tmp_path / "0", 1), records(tmp_path / "1", 1)
-  assert not {t.problem for t in ours} & {t.problem for t in theirs}
+  assert not {t.problem.id for t in ours} & {t.problem.id for t in theirs}
   assert [t.tokens for t in ours] != [t.tokens for t in theirs]
 
 
 def groups(trajectories):
   by_problem = {}
   for t in trajectories:
-    by_problem.setdefault(t.problem, []).append(t)
+    by_problem.setdefault(t.problem.id, []).append(t)
   return list(by_problem.values())
 
 
@@ -298,11 +301,11 @@ def test_refill_trains_on_mixed_groups_unless_rounds_run_out(everything_run):
   for step in range(1, 9):
     line, rows = tiny.read_lines(workdir)[step], records(workdir, step)
     assert [len(group) for group in groups(rows)] == [4] * 4
-    mixed = [len({t.reward for t in group}) > 1 for group in groups(rows)]
+    mixed = [len({t.outcome.reward for t in group}) > 1 for group in groups(rows)]
     assert mixed == sorted(mixed, reverse=True)
     for group, is_mixed in zip(groups(rows), mixed, strict=True):
-      assert all(t.trained == is_mixed for t in group if not t.truncated)
-    assert line["learner/tokens"] == sum(len(t.tokens) for t in rows if t.trained and not t.truncated)
+      assert all(t.trained == is_mixed for t in group if not t.outcome.truncated)
+    assert line["learner/tokens"] == sum(len(t.tokens) for t in rows if t.trained and not t.outcome.truncated)
     ran_out.append(not all(mixed))
     if ran_out[-1]:
       assert line["train/completions"] == 32
@@ -311,7 +314,7 @@ def test_refill_trains_on_mixed_groups_unless_rounds_run_out(everything_run):
 
 def test_masked_completions_are_recorded_as_not_trained(everything_run):
   workdir, _ = everything_run
-  truncated = [t for step in range(1, 9) for t in records(workdir, step) if t.truncated]
+  truncated = [t for step in range(1, 9) for t in records(workdir, step) if t.outcome.truncated]
   assert truncated
   assert not any(t.trained for t in truncated)
 
@@ -322,7 +325,7 @@ def test_skip_leaves_unanimous_groups_out(tmp_path):
   for step in range(1, 7):
     rows = records(tmp_path, step)
     for group in groups(rows):
-      assert all(t.trained == (len({t.reward for t in group}) > 1) for t in group)
+      assert all(t.trained == (len({t.outcome.reward for t in group}) > 1) for t in group)
     left_out += sum(not t.trained for t in rows)
     assert tiny.read_lines(tmp_path)[step]["learner/tokens"] == sum(len(t.tokens) for t in rows if t.trained)
   assert left_out
@@ -351,15 +354,15 @@ def test_trajectories_describe_the_completions(weighted_run):
     assert [t.id.split("/")[0] for t in rows] == [str(step)] * 16
     assert len({t.id for t in rows}) == 16
     for t in rows:
-      assert [s["start"] for s in t.steps] == [0, *(s["end"] for s in t.steps[:-1])]
+      assert [s.start for s in t.steps] == [0, *(s.end for s in t.steps[:-1])]
       assert t.steps[-1]["end"] == len(t.tokens)
-      assert "".join(s["text"] for s in t.steps) == tokenizer.decode(t.tokens)
+      assert "".join(s.text for s in t.steps) == tokenizer.decode(t.tokens)
       for s in t.steps:
-        assert s["text"] == tokenizer.decode(t.tokens[s["start"] : s["end"]])
-        assert s.get("role", "necessary") in ROLES
-      assert (t.tokens[-1] == tokenizer.eos_token_id) == (not t.truncated)
-      assert t.correct == (t.reward == 1.0)
-      assert t.correct == tokenizer.decode(t.tokens).endswith(f"#{t.answer}$")
+        assert s.text == tokenizer.decode(t.tokens[s.start : s.end])
+      assert set(t.review.roles) <= set(ROLES)
+      assert (t.tokens[-1] == tokenizer.eos_token_id) == (not t.outcome.truncated)
+      assert t.outcome.correct == (t.outcome.reward == 1.0)
+      assert t.outcome.correct == tokenizer.decode(t.tokens).endswith(f"#{t.problem.answer}$")
 
 
 def test_credit_is_conserved(weighted_run):
@@ -374,9 +377,9 @@ def test_credit_is_conserved(weighted_run):
 
 def test_advantages_are_reward_minus_the_others_mean(weighted_run):
   for group in groups(records(weighted_run, 2)):
-    rewards = [t.reward for t in group]
+    rewards = [t.outcome.reward for t in group]
     for t in group:
-      assert t.advantage == pytest.approx(t.reward - (sum(rewards) - t.reward) / 3, abs=1e-6)
+      assert t.advantage == pytest.approx(t.outcome.reward - (sum(rewards) - t.outcome.reward) / 3, abs=1e-6)
 
 
 def test_metrics_agree_with_the_trajectories(weighted_run):
@@ -384,18 +387,19 @@ def test_metrics_agree_with_the_trajectories(weighted_run):
   assert [line["step"] for line in lines] == [0, 1, 2, 3]
   for step in (1, 2, 3):
     line, rows = lines[step], records(weighted_run, step)
-    asked = [t for t in rows if t.review != "skipped"]
-    assert all(len({t.reward for t in g}) > 1 or g[0].review == "skipped" for g in groups(rows))
-    assert line["train/reward"] == pytest.approx(np.mean([t.reward for t in rows]))
-    assert line["train/accuracy"] == pytest.approx(np.mean([t.correct for t in rows]))
-    assert line["train/truncated"] == pytest.approx(np.mean([t.truncated for t in rows]))
+    asked = [t for t in rows if t.review.status != "skipped"]
+    assert all(len({t.outcome.reward for t in g}) > 1 or g[0].review.status == "skipped" for g in groups(rows))
+    assert line["train/reward"] == pytest.approx(np.mean([t.outcome.reward for t in rows]))
+    assert line["train/accuracy"] == pytest.approx(np.mean([t.outcome.correct for t in rows]))
+    assert line["train/truncated"] == pytest.approx(np.mean([t.outcome.truncated for t in rows]))
     assert line["train/length"] == pytest.approx(np.mean([len(t.tokens) for t in rows]))
-    assert line["train/mixed_groups"] == np.mean([len({t.reward for t in g}) > 1 for g in groups(rows)])
+    assert line["train/mixed_groups"] == np.mean([len({t.outcome.reward for t in g}) > 1 for g in groups(rows)])
     assert line["train/completions"] == 16
     assert line["learner/tokens"] == sum(len(t.tokens) for t in rows)
     assert line["review/ok"] == 1
     assert line["review/asked"] == len(asked) / 16
-    roles = [s["role"] for t in asked for s in t.steps]
+    assert all(len(t.review.roles) == len(t.steps) for t in asked)
+    roles = [role for t in asked for role in t.review.roles]
     assert line["review/necessary"] == pytest.approx(roles.count("necessary") / len(roles))
     assert sum(line[f"review/{role}"] for role in ROLES) == pytest.approx(1)
     assert line["credit/conservation_error"] < 1e-5

@@ -21,7 +21,7 @@ sys.path += [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).pare
 import tiny
 from fake_server import FakeServer, honest_reply
 
-from dca_jax.rollout import read_trajectories
+from dca_jax.store.trajectories import read_trajectories
 
 
 class Recording(FakeServer):
@@ -110,8 +110,8 @@ def main() -> None:
     seen: set[int] = set()
     for step in range(1, args.steps + 1):
       ours, theirs = (list(read_trajectories(folder / w / "trajectories", step)) for w in ("killed", "whole"))
-      assert ours == theirs, step
-      problems = {t.problem for t in ours}
+      assert [t.to_json() for t in ours] == [t.to_json() for t in theirs], step
+      problems = {t.problem.id for t in ours}
       assert len(problems) == 8
       assert not problems & seen
       seen |= problems

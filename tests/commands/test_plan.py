@@ -8,8 +8,9 @@ import pytest
 import tiny
 
 from dca_jax import learner
-from dca_jax.commands.plan import batch_shapes, check_fits, memory, plan
+from dca_jax.commands.plan import batch_shapes, memory, plan
 from dca_jax.devices import mesh
+from dca_jax.devices.memory import check_fits
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy
 from dca_jax.rollout.sampler import sample

@@ -12,8 +12,9 @@ import tiny
 from etils import epath
 
 from dca_jax.commands.report import moving_average, score_rows, text_table, write_report
+from dca_jax.episode import Review, Step
 from dca_jax.loop import train
-from dca_jax.rollout import read_trajectories, write_trajectories
+from dca_jax.store.trajectories import read_trajectories, write_trajectories
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,18 @@ def test_the_page_shows_curves_scores_steps_and_settings(run):
       assert f"{line[f'eval/{name}']:.3f}" in text
   assert "step 3" in text
   assert "Step 1" in text
-  shown = [t for step in (1, 3) for t in read_trajectories(run / "trajectories", step) if t.prompt in text]
+  shown = [t for step in (1, 3) for t in read_trajectories(run / "trajectories", step) if t.problem.prompt in text]
   assert shown
-  assert any(html.escape(s["text"]) in text for t in shown for s in t.steps)
+  assert any(html.escape(s.text) in text for t in shown for s in t.steps)
   assert "class=step" in text
   assert html.escape(json.dumps(json.loads((run / "config.json").read_text()), indent=2)) in text
   assert page.tags[0] == "html"
+
+
+def said_of(episode, role: str) -> Review:
+  """A review that says the same of every step."""
+  n = len(episode.steps)
+  return Review("ok", (role,) * n, (1.0,) * n)
 
 
 def test_text_of_problems_and_answers_cannot_become_markup(run, tmp_path):
@@ -75,9 +82,9 @@ def test_text_of_problems_and_answers_cannot_become_markup(run, tmp_path):
     rows = [
       dataclasses.replace(
         t,
-        prompt=evil,
-        answer=evil,
-        steps=[{**s, "text": evil, "role": f'" onmouseover="{evil}'} for s in t.steps],
+        problem=dataclasses.replace(t.problem, prompt=evil, answer=evil),
+        steps=tuple(s._replace(text=evil) for s in t.steps),
+        review=said_of(t, f'" onmouseover="{evil}'),
       )
       for t in read_trajectories(copy / "trajectories", step)
     ]
@@ -104,9 +111,9 @@ def test_a_colour_means_the_same_credit_in_every_answer(run, tmp_path):
   def change(t):
     """Steps whose credit is that of `credits` in turn, in answers of different advantages."""
     spans = range(min(len(credits), len(t.tokens)))
-    steps = [{"start": k, "end": k + 1, "text": f"s{k}", "role": "repair"} for k in spans]
-    advantage = 0.01 * (1 + int(t.id.split("/")[2]))
-    return dataclasses.replace(t, steps=steps, credit=[*credits, *[0.0] * 50][: len(t.tokens)], advantage=advantage)
+    steps = tuple(Step(k, k + 1, f"s{k}") for k in spans)
+    t = dataclasses.replace(t, steps=steps, advantage=0.01 * (1 + int(t.id.split("/")[2])))
+    return dataclasses.replace(t, credit=[*credits, *[0.0] * 50][: len(t.tokens)], review=said_of(t, "repair"))
 
   text = write_report(rewritten(run, tmp_path, change)).read_text()
   shown = re.findall(r"background:(#\w+)\">s(\d) <small>repair ([^<]+)</small>", text)
@@ -133,7 +140,11 @@ def test_a_section_with_nothing_in_it_says_why(run, tmp_path):
   assert write_report(copy).read_text().count("The completions of every problem fared alike") == 2
   (copy / "trajectories" / "step_000001.jsonl").unlink()
   assert write_report(copy).read_text().count("The trajectories of this step are not in") == 1
-  wins = rewritten(run, tmp_path / "wins", lambda t: dataclasses.replace(t, advantage=0.5, correct=True))
+  wins = rewritten(
+    run,
+    tmp_path / "wins",
+    lambda t: dataclasses.replace(t, advantage=0.5, outcome=dataclasses.replace(t.outcome, correct=True)),
+  )
   assert write_report(wins).read_text().count("none was wrong") == 2
 
 

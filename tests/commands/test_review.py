@@ -4,13 +4,10 @@ import collections
 import contextlib
 import itertools
 import json
-import sys
-from pathlib import Path
+import types
 
 import pytest
 import tiny
-
-sys.path.append(str(Path(__file__).parent / "review"))
 from fake_server import FakeServer, honest_reply
 
 from dca_jax.commands import cli
@@ -80,14 +77,12 @@ def test_estimate_calls_nobody(run, capsys):
 
 
 def test_agreement_by_hand(run):
-  class Stored:
-    steps = ({"role": "error"}, {"role": "necessary"}, {"role": "necessary"}, {"text": "not reviewed"})
-
+  stored = types.SimpleNamespace(review=Review("ok", ("error", "necessary", "necessary"), (1.0,) * 3))
   same = Review("ok", ("error", "necessary", "necessary", "error"), (1.0,) * 4)
-  assert "same role in 1.000 of 3 steps; kappa 1.000" in agreement([Stored()], [same])
+  assert "same role in 1.000 of 3 steps; kappa 1.000" in agreement([stored], [same])
   blind = Review("ok", ("necessary",) * 4, (1.0,) * 4)
-  assert "same role in 0.667 of 3 steps; kappa 0.000" in agreement([Stored()], [blind])
-  assert agreement([Stored()], [Review("timeout")]) == "no step was reviewed both times"
+  assert "same role in 0.667 of 3 steps; kappa 0.000" in agreement([stored], [blind])
+  assert agreement([stored], [Review("timeout")]) == "no step was reviewed both times"
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def on_eight_devices() -> dict:
   batch = Batch(
     prompts_PxS=rng.integers(VOCAB, size=(P, S)).astype(np.int32),
     prompt_lengths_P=rng.integers(1, S + 1, size=P).astype(np.int32),
-    completions_BxT=rng.integers(VOCAB, size=(P * G, T)).astype(np.int32),
-    lengths_B=rng.integers(1, T + 1, size=P * G).astype(np.int32),
+    tokens_BxT=rng.integers(VOCAB, size=(P * G, T)).astype(np.int32),
+    sampled_BxT=np.arange(T) < rng.integers(1, T + 1, size=(P * G, 1)),
     trained_B=np.arange(P * G) != 3,
     advantages_BxT=rng.normal(size=(P * G, T)).astype(np.float32),
     logprobs_BxT=np.zeros((P * G, T), np.float32),
@@ -153,7 +153,7 @@ def report():
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     # Programs for eight devices take long to compile, and are run once.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
   }
   done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr

@@ -21,8 +21,8 @@ from dca_jax import learner
 from dca_jax.devices import mesh, processes
 from dca_jax.loop import train
 from dca_jax.policy import Policy
-from dca_jax.rollout import read_trajectories
 from dca_jax.store.checkpoints import Checkpoints
+from dca_jax.store.trajectories import read_trajectories
 from dca_jax.store.workdir import locate
 
 STEPS = 10
@@ -71,7 +71,8 @@ def digest(arrays) -> str:
 
 
 def environment(devices: int) -> dict[str, str]:
-  paths = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+  tests = pathlib.Path(__file__).parents[1]
+  paths = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
   return os.environ | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

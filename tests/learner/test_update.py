@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, reference_logprobs, update
-from dca_jax.learner.update import apply_rounded, expm1_bounded
+from dca_jax.learner.loss import expm1_bounded
+from dca_jax.learner.update import apply_rounded
 from dca_jax.policy import Policy, PolicyConfig, Sampling, split
 
 VOCAB = 20
@@ -57,7 +58,7 @@ OTHER = jax.tree.map(lambda a, b: np.float32(0.9 * a + 0.1 * b), PARAMS, random_
 
 
 def learner_logprobs(params, batch, sampling=WARM):
-  prompts = batch.prompts_PxS, batch.prompt_lengths_P, batch.completions_BxT
+  prompts = batch.prompts_PxS, batch.prompt_lengths_P, batch.tokens_BxT
   return np.array(reference_logprobs(POLICY, sampling, params, *prompts))
 
 
@@ -69,8 +70,8 @@ def batch():
   batch = Batch(
     prompts_PxS=rng.integers(VOCAB, size=(P, S)).astype(np.int32),
     prompt_lengths_P=np.array([4, 2, 3, 4], np.int32),
-    completions_BxT=completions,
-    lengths_B=LENGTHS,
+    tokens_BxT=completions,
+    sampled_BxT=WITHIN,
     trained_B=np.arange(B) != 3,
     advantages_BxT=rng.normal(size=(B, T)).astype(np.float32),
     logprobs_BxT=np.zeros((B, T), np.float32),
@@ -123,7 +124,7 @@ def test_the_end_token_is_trained_on(batch, row):
 def test_nothing_beyond_the_length_counts(batch):
   beyond = ~WITHIN
   changed = batch._replace(
-    completions_BxT=np.where(beyond, (batch.completions_BxT + 1) % VOCAB, batch.completions_BxT),
+    tokens_BxT=np.where(beyond, (batch.tokens_BxT + 1) % VOCAB, batch.tokens_BxT),
     advantages_BxT=np.where(beyond, np.float32(1e6), batch.advantages_BxT),
     logprobs_BxT=np.where(beyond, np.float32(-1e6), batch.logprobs_BxT),
     reference_BxT=np.where(beyond, np.float32(1e6), batch.reference_BxT),
@@ -139,8 +140,8 @@ def test_rows_left_out_change_nothing(batch):
   out = ~batch.trained_B
   rng = np.random.default_rng(3)
   changed = batch._replace(
-    completions_BxT=np.where(out[:, None], (batch.completions_BxT + 1) % VOCAB, batch.completions_BxT),
-    lengths_B=np.where(out, 1, batch.lengths_B),
+    tokens_BxT=np.where(out[:, None], (batch.tokens_BxT + 1) % VOCAB, batch.tokens_BxT),
+    sampled_BxT=np.where(out[:, None], np.arange(T) < 1, batch.sampled_BxT),
     **{
       name: np.where(out[:, None], rng.normal(size=(B, T)).astype(np.float32), getattr(batch, name))
       for name in ("advantages_BxT", "logprobs_BxT", "reference_BxT")
@@ -177,10 +178,10 @@ def plain_grpo_loss(params, batch):
   for row in range(B):
     start = batch.prompt_lengths_P[row // G]
     tokens[row, :start] = batch.prompts_PxS[row // G, :start]
-    tokens[row, start : start + T] = batch.completions_BxT[row]
+    tokens[row, start : start + T] = batch.tokens_BxT[row]
     at[row] = np.arange(start - 1, start - 1 + T)  # Where each completion token is predicted.
   hidden, _ = POLICY.apply({"params": params}, tokens)
-  logps = jax.nn.log_softmax(hidden @ params["embedding"].T / 0.7)[np.arange(B)[:, None], at, batch.completions_BxT]
+  logps = jax.nn.log_softmax(hidden @ params["embedding"].T / 0.7)[np.arange(B)[:, None], at, batch.tokens_BxT]
   mask = WITHIN & np.asarray(batch.trained_B)[:, None]
   return -jnp.where(mask, logps * batch.advantages_BxT, 0).sum() / (B * T)
 
@@ -363,7 +364,7 @@ def test_compiles_once_and_gives_the_old_state_away(batch):
   compiled = update._cache_size()
   state = init_state(KEEP, jax.tree.map(jnp.array, PARAMS))
   for i in range(3):
-    old, changed = state, batch._replace(lengths_B=np.roll(LENGTHS, i), trained_B=np.arange(B) != i)
+    old, changed = state, batch._replace(sampled_BxT=np.roll(WITHIN, i, 0), trained_B=np.arange(B) != i)
     # Equal settings made anew are the same settings.
     settings = LearnerConfig(), KEEP, Sampling(temperature=0.7)
     state, _, _ = update(POLICY, *settings, G, state, changed, jnp.bool_(i == 0))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,9 @@ import pytest
 import tiny
 import words
 from etils import epath
+from fake_server import FakeServer, honest_reply
 from safetensors.numpy import save_file
 from test_pretrained import tensors
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "review"))
-from fake_server import FakeServer, honest_reply
 
 from dca_jax.commands.cli import main
 from dca_jax.commands.export import export, read_params

@@ -25,7 +25,7 @@ from dca_jax.policy import Policy, PolicyConfig
 from dca_jax.policy.families import from_json
 from dca_jax.policy.pretrained import resolve
 from dca_jax.rollout import encode_prompts
-from dca_jax.rollout.collect import check_data
+from dca_jax.run import check_data
 from dca_jax.tasks import Problem
 from dca_jax.tasks.tokenizer import end_ids, id_count, load_tokenizer
 

@@ -68,7 +68,7 @@ def test_every_problem_has_its_turn_in_every_epoch_whatever_is_refilled(task, ri
   assert len(set(further)) == len(further) > 0  # Never the same number, so never the same noise, twice.
   if right == 0:
     assert len(further) == 3 * 4 * len(batches)
-    assert not any(batch.trained_B.any() for batch in batches)
+    assert not any(batch.trained_BxT.any() for batch in batches)
 
 
 def test_refilling_drops_no_group_that_teaches(task):
@@ -76,12 +76,12 @@ def test_refilling_drops_no_group_that_teaches(task):
   refilled = run(task, 0.5, 12, zero_variance="refill", refill_rounds=4)[1]
 
   def mixed(batch):
-    pairs = zip(batch.outcomes[::2], batch.outcomes[1::2], strict=True)
-    return [p.id for p, (a, b) in zip(batch.problems, pairs, strict=True) if a.reward != b.reward]
+    pairs = zip(batch.episodes[::2], batch.episodes[1::2], strict=True)
+    return [a.problem.id for a, b in pairs if a.outcome.reward != b.outcome.reward]
 
   for plain, full in zip(kept, refilled, strict=True):
     assert mixed(full)[: len(mixed(plain))] == mixed(plain)
-    assert full.trained_B.tolist() == [number in mixed(full) for number in [p.id for p in full.problems] for _ in "ab"]
+    assert [e.trained for e in full.episodes] == [e.problem.id in mixed(full) for e in full.episodes]
   assert sum(len(mixed(batch)) for batch in refilled) > 1.3 * sum(len(mixed(batch)) for batch in kept)
 
 
@@ -90,8 +90,8 @@ def test_a_step_needs_no_other(task):
   whole = run(task, 0.3, 6, zero_variance="refill", refill_rounds=3)[1]
   sampler = Guesser(task, task.tokenizer(), 0.3, zero_variance="refill", refill_rounds=3)
   last = collect(sampler, 0, 6, task, task.tokenizer(), None)
-  assert [p.id for p in last.problems] == [p.id for p in whole[-1].problems]
-  assert last.outcomes == whole[-1].outcomes
+  assert [e.id for e in last.episodes] == [e.id for e in whole[-1].episodes]
+  assert [e.outcome for e in last.episodes] == [e.outcome for e in whole[-1].episodes]
 
 
 def test_refills_pass_through_the_data_evenly(task):

@@ -1,5 +1,6 @@
 """Values of prefixes from the policy: continuations, and a learned head."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,15 +11,18 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from dca_jax.credit import Review
+from dca_jax import learner
+from dca_jax.credit import ReviewArrays
 from dca_jax.devices import mesh
+from dca_jax.episode import Episode, Outcome, Review, Segment, Step
 from dca_jax.learner.supervised import warm_start
+from dca_jax.learner.values import Learned, ValueHead, fit_head, init_head, learned_values
 from dca_jax.loop import train
 from dca_jax.policy import Policy
-from dca_jax.rollout import Sampler, Samples, encode_prompts, read_trajectories, sample, sampler
-from dca_jax.rollout.collect import cut_steps
-from dca_jax.rollout.prefixes import ValueConfig, ValueHead, fit_head, init_head, learned_values, monte_carlo
-from dca_jax.tasks import Outcome, Problem
+from dca_jax.rollout import Rollout, Sampler, Samples, encode_prompts, sample, sampler
+from dca_jax.rollout.collect import cut_steps, rows_of
+from dca_jax.rollout.prefixes import Continues, monte_carlo
+from dca_jax.store.trajectories import read_trajectories
 from dca_jax.tasks.tokenizer import text_of
 
 CONFIG = tiny.make_config()
@@ -46,14 +50,24 @@ class Batch:
     self.problems = [TASK.problem("train", i) for i in range(count)]
     self.prompts = encode_prompts(TOKENIZER, self.problems, CONFIG.rollout.max_prompt_tokens, 99)
     if texts:
-      tokens = np.zeros((len(texts), T), np.int32)
-      lengths = np.array([len(text) for text in texts], np.int32)
-      for row, text in zip(tokens, texts, strict=True):
-        row[: len(text)] = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-      self.samples = Samples(tokens, lengths, np.zeros(len(texts), bool), np.zeros((len(texts), T), np.float32))
+      answers = [np.array(TOKENIZER(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
     else:
-      self.samples = jax.device_get(self.draw(group, key=0))
-    self.spans, _, _ = cut_steps(self.samples, TOKENIZER, TASK)
+      samples = jax.device_get(self.draw(group, key=0))
+      answers = [row[:n] for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)]
+    episodes = [
+      Episode(
+        "",
+        self.problems[i * count // len(answers)],
+        (Segment(tokens, True, np.zeros(len(tokens), np.float32)),),
+        Outcome(0.0, False, False),
+      )
+      for i, tokens in enumerate(answers)
+    ]
+    self.episodes, _ = cut_steps(episodes, TOKENIZER, TASK)
+
+  @property
+  def rollout(self):
+    return Rollout(self.episodes, *self.prompts, *rows_of(self.episodes, T), [], 0, 0)
 
   def draw(self, group, key):
     return sample(
@@ -69,18 +83,9 @@ class Batch:
     )
 
   def values(self, continuations=4, key=9):
-    reviews, generated = monte_carlo(
-      ValueConfig(source="monte_carlo", continuations=continuations),
-      Sampler(POLICY, CONFIG.rollout, jnp.asarray(END_IDS), ROWS),
-      TASK,
-      TOKENIZER,
-      self.params,
-      jax.random.key(key),
-      self.problems,
-      self.prompts,
-      self.samples,
-      self.spans,
-    )
+    policy = Sampler(POLICY, CONFIG.rollout, jnp.asarray(END_IDS), ROWS)
+    asked = Continues(policy, self.params, jax.random.key(key), TASK, TOKENIZER)
+    reviews, generated = monte_carlo(continuations, asked, self.rollout)
     return [review.values for review in reviews], generated
 
 
@@ -115,7 +120,8 @@ def test_the_value_of_the_prompt_is_the_policys_own_accuracy():
 def test_a_continuation_gets_no_more_tokens_than_were_left():
   # Eleven tokens of twelve are written: only an end token now would finish, and then without an answer.
   batch = Batch(1, texts=["a1;a1;a1;a1#", "a1;a1;a1;#1$"])
-  batch.spans[0] = [(0, 3), (3, 11), (11, 12)]
+  steps = tuple(Step(a, b, "") for a, b in ((0, 3), (3, 11), (11, 12)))
+  batch.episodes[0] = dataclasses.replace(batch.episodes[0], steps=steps)
   values, generated = batch.values(8)
   assert values[0][2] == 0
   assert generated <= 8 * (T + (T - 3) + 1 + (T - 6) + (T - 9))
@@ -214,21 +220,21 @@ def test_monte_carlo_is_a_function_of_its_key_and_compiles_once():
 
 
 def arrays(batch):
-  ids = np.zeros(batch.samples.tokens_BxT.shape, np.int32)
-  for row, steps in zip(ids, batch.spans, strict=True):
-    for k, (start, end) in enumerate(steps):
-      row[start:end] = k
-  k = np.zeros(ids.shape)
-  return Review(
-    ids, k.astype(np.int32), k.astype(np.float32), np.full(ids.shape, np.nan, np.float32), np.zeros(len(ids), bool)
-  )
+  return ReviewArrays.of([Review("none")] * len(batch.episodes), batch.rollout.step_ids_BxT)
 
 
-HEAD = ValueConfig(source="learned", width=16, lr=0.02, updates=20)
+def read(batch):
+  """What the learner reads of it."""
+  rollout = batch.rollout
+  trained = np.ones(len(batch.episodes), bool)
+  return learner.Batch(*batch.prompts, rollout.tokens_BxT, rollout.sampled_BxT, trained, rollout.logprobs_BxT)
+
+
+HEAD = Learned(width=16, lr=0.02, updates=20)
 
 
 def valued(batch, head):
-  return learned_values(HEAD, POLICY, head, batch.params, *batch.prompts, batch.samples.tokens_BxT, arrays(batch))
+  return learned_values(HEAD, POLICY, head, batch.params, read(batch), arrays(batch))
 
 
 def test_a_new_head_says_one_half_and_nothing_beyond_the_last_step():
@@ -243,8 +249,8 @@ def trained_head(batch, rewards):
   head = init_head(HEAD, CONFIG.policy.width, 0)
   losses = []
   for _ in range(30):
-    review, hidden = valued(batch, head)
-    head, loss = fit_head(HEAD, head, hidden, review.step_ids_BxT, batch.samples.lengths_B, jnp.asarray([rewards]))
+    _, memory = valued(batch, head)
+    head, loss = fit_head(HEAD, head, memory, batch.rollout.sampled_BxT, jnp.asarray([rewards]))
     losses.append(float(loss))
   return head, losses
 
@@ -268,20 +274,23 @@ def test_learned_values_are_chances_one_for_each_step():
   for scale in (1, 100):
     scaled = head._replace(params=jax.tree.map(lambda x, scale=scale: scale * x, head.params))
     values = np.asarray(valued(batch, scaled)[0].values_BxK)
-    for own, steps in zip(values, batch.spans, strict=True):
-      assert ((own[: len(steps)] >= 0) & (own[: len(steps)] <= 1)).all()
-      assert np.isnan(own[len(steps) :]).all()
+    for own, episode in zip(values, batch.episodes, strict=True):
+      steps = len(episode.steps)
+      assert ((own[:steps] >= 0) & (own[:steps] <= 1)).all()
+      assert np.isnan(own[steps:]).all()
 
 
 def test_a_head_is_taught_by_the_boundaries_of_steps_alone():
   """Neither by the tokens inside a step nor by what stands beyond a completion's end."""
   batch, head = Batch(1, texts=["a1;b2;#3$", "a2;b2;#3$"]), init_head(HEAD, CONFIG.policy.width, 0)
-  review, hidden = valued(batch, head)
-  first_T = np.isin(np.arange(T), [start for start, _ in batch.spans[0]])
+  _, memory = valued(batch, head)
+  hidden = memory.hidden_BxTxD
+  first_T = np.isin(np.arange(T), [step.start for step in batch.episodes[0].steps])
 
   def fitted(hidden):
     copy = jax.tree.map(jnp.copy, head)  # It is donated.
-    return fit_head(HEAD, copy, hidden, review.step_ids_BxT, batch.samples.lengths_B, jnp.eye(1, 2))[0].params
+    changed = memory._replace(hidden_BxTxD=hidden)
+    return fit_head(HEAD, copy, changed, batch.rollout.sampled_BxT, jnp.eye(1, 2))[0].params
 
   def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
@@ -307,22 +316,18 @@ def test_a_runs_values_come_from_the_head_and_the_policy_before_its_batch(tmp_pa
   config = tiny.make_config({"credit.scheme": "potential", "value.source": "learned", "steps": 2})
   train(config, str(tmp_path), quiet=True)
   rows = list(read_trajectories(tmp_path / "trajectories", 2))
-  shape = (len(rows), T)
-  tokens, ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-  for i, t in enumerate(rows):
-    tokens[i, : len(t.tokens)] = t.tokens
-    for k, s in enumerate(t.steps):
-      ids[i, s["start"] : s["end"]] = k
-  nothing = Review(ids, np.zeros(shape, np.int32), *np.zeros((2, *shape), np.float32), np.zeros(len(rows), bool))
-  problems = [Problem(t.problem, t.prompt, t.answer) for t in rows[:: config.rollout.group]]
+  tokens, sampled, ids, logprobs = rows_of(rows, T)
+  nothing = ReviewArrays.of([Review("none")] * len(rows), ids)
+  problems = [t.problem for t in rows[:: config.rollout.group]]
   prompts = encode_prompts(TOKENIZER, problems, config.rollout.max_prompt_tokens, 99)
-  recorded = np.concatenate([[s["value"] for s in t.steps] for t in rows])
+  batch = learner.Batch(*prompts, tokens, sampled, np.ones(len(rows), bool), logprobs)
+  recorded = np.concatenate([t.values for t in rows])
   errors = []
   for step in (1, 2):
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
       saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
     head = ValueHead(saved["value_head"]["params"], ())
-    review, _ = learned_values(config.value, POLICY, head, saved["params"], *prompts, tokens, nothing)
+    review, _ = learned_values(config.value, POLICY, head, saved["params"], batch, nothing)
     values = np.concatenate([own[: len(t.steps)] for own, t in zip(np.asarray(review.values_BxK), rows, strict=True)])
     errors.append(np.abs(values - recorded).max())
   assert errors[0] < 1e-5

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dca_jax import patterns
+from dca_jax.episode import Episode, Outcome, Problem, Segment
 from dca_jax.errors import UserError
-from dca_jax.rollout import Samples, cut
+from dca_jax.rollout import cut
 from dca_jax.rollout.collect import cut_steps
 from dca_jax.tasks.text import STEPS
 from dca_jax.tasks.tokenizer import load_tokenizer
@@ -101,11 +102,11 @@ def cut_texts(monkeypatch, tmp_path):
   tokenizer = load_tokenizer(words.save_tokenizer(tmp_path))
 
   def cut_texts(texts, step_end):
-    ids = tokenizer(texts)["input_ids"]
-    lengths = np.array([len(x) for x in ids])
-    tokens = np.array([x + [0] * (max(lengths) - len(x)) for x in ids])
-    samples = Samples(tokens, lengths, np.zeros(len(ids), bool), np.zeros(tokens.shape))
-    return cut_steps(samples, tokenizer, types.SimpleNamespace(step_end=step_end, step_limits=(0, 0)))
+    episodes = [
+      Episode("", Problem(0, "", ""), (Segment(np.array(ids), True, np.zeros(len(ids))),), Outcome(0.0, False, False))
+      for ids in tokenizer(texts)["input_ids"]
+    ]
+    return cut_steps(episodes, tokenizer, types.SimpleNamespace(step_end=step_end, step_limits=(0, 0)))
 
   return cut_texts
 
@@ -114,10 +115,11 @@ def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut
   patterns.warn_slow.cache_clear()
   slow = "abcd" * 100 + " $"
   for _ in range(2):
-    steps = cut_texts(["one. two.", slow, "three."], EXPONENTIAL)
-    assert steps.texts == [("one.", " two."), (slow,), ("three.",)]
-    assert [spans[-1][1] for spans in steps.spans][1] == steps.spans[1][0][1]
-    assert steps.uncut == 1
+    episodes, uncut = cut_texts(["one. two.", slow, "three."], EXPONENTIAL)
+    texts = [tuple(step.text for step in episode.steps) for episode in episodes]
+    assert texts == [("one.", " two."), (slow,), ("three.",)]
+    assert [episode.steps[-1].end for episode in episodes][1] == episodes[1].steps[0].end == len(episodes[1].tokens)
+    assert uncut == 1
   assert capsys.readouterr().err == (
     f"warning: task.steps: {EXPONENTIAL!r} took over 0.05 s on a completion, which then is a single step;"
     " write it without nested repetition\n"

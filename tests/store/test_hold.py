@@ -19,7 +19,7 @@ from dca_jax.commands import cli
 from dca_jax.errors import UserError
 from dca_jax.store import hold
 
-ROOT = str(pathlib.Path(hold.__file__).parents[1])
+ROOT = str(pathlib.Path(hold.__file__).parents[2])
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_a_killed_one_does_not_hold_it(tmp_path, capfd):

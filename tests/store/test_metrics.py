@@ -5,11 +5,11 @@ import math
 import time
 
 import pytest
-from dca_jax.record import Tally, merge
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dca_jax.store.metrics import Reporter, missing_steps, not_finite, read_metrics
+from dca_jax.tally import Tally, merge
 
 
 def write(workdir, start, steps):
