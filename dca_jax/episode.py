@@ -123,7 +123,7 @@ class Episode:
       "prompt": self.problem.prompt,
       "answer": self.problem.answer,
       "tokens": self.tokens,
-      "given": [[s, e] for s, e, sampled in self._spans() if not sampled],
+      "given": [[s, e] for s, e, sampled in self._spans() if s < e and not sampled],
       "steps": [self._step_to_json(k) for k in range(len(self.steps))],
       **dataclasses.asdict(self.outcome),
       "review": self.review.status,

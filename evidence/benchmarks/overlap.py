@@ -15,7 +15,8 @@ import tempfile
 import threading
 
 from dca_jax import config as config_lib
-from dca_jax import loop as train_module
+from dca_jax import run as run_module
+from dca_jax.loop import train
 from dca_jax.review.builtin import Builtin, Dice
 
 RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
@@ -41,10 +42,10 @@ class Slow(Builtin):
 
 def run(seconds: float, overlap: int) -> list[dict]:
   """The metrics of the steps after the first few."""
-  train_module.open_reviewer = lambda config, truth, cache, share: Slow(seconds, truth)  # type: ignore[assignment]
+  run_module.open_reviewer = lambda config, truth, cache, share: Slow(seconds, truth)  # type: ignore[assignment]
   settings = [f"steps={STEPS}", "learner.loss=ppo", f"reviewer.overlap={overlap}", "evaluate.problems=2"]
   with tempfile.TemporaryDirectory() as folder:
-    train_module.train(config_lib.load(RECIPE, [f"--config.{s}" for s in settings]), folder, quiet=True)
+    train(config_lib.load(RECIPE, [f"--config.{s}" for s in settings]), folder, quiet=True)
     lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines][SKIP + 1 : -1]  # The last step of a run has nothing to sample ahead.
 

@@ -55,8 +55,8 @@ def update_seconds() -> dict[str, list[float]]:
   rng = np.random.default_rng(0)
   rows = problems * group
   completions = rng.integers(0, 31, (rows, t), dtype=np.int32)
-  rest = completions, np.full(rows, t, np.int32), np.ones(rows, bool), rng.normal(size=(rows, t)).astype(np.float32)
-  rest = *rest, np.zeros((rows, t), np.float32), None
+  rest = completions, np.ones((rows, t), bool), np.ones(rows, bool), np.zeros((rows, t), np.float32)
+  rest = *rest, None, rng.normal(size=(rows, t)).astype(np.float32)
   prompts = rng.integers(0, 31, (problems, s), dtype=np.int32)
   repeated = np.repeat(prompts, group, 0)
   batches = {

@@ -7,6 +7,7 @@ More on `weighted` and `signed` is in test_schemes.py: sums, signs and caps in `
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,7 +37,7 @@ from test_schemes import (
   make,
 )
 
-from dca_jax.credit import ReviewArrays
+from dca_jax.credit import ReviewArrays, token_advantages
 from dca_jax.episode import ROLES
 from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
 from dca_jax.tasks import Chains, ChainsConfig
@@ -578,3 +579,34 @@ def test_i12_the_sum_stays_where_a_cap_bites(scheme, caps, conserve, batch, rare
     assert (np.abs(tokens.sum(1) - mass) <= 1e-6 * np.abs(tokens).sum(1) + TINY).all()
     peak = tokens[rows, rare] / advantages[rows, 0] if scheme == "weighted" else (tokens - advantages)[rows, rare]
     np.testing.assert_allclose(peak, cap, rtol=1e-5, atol=1e-6)
+
+
+# What the policy did not write has no place in credit.
+
+GAPPED = [*CONFIGS, *POTENTIALS, RTG, CAPO, make(), make(conserve="completion", baseline="mean")]
+GAPPED += [dataclasses.replace(config, baseline="mean") for config in (RTG, CAPO)]
+
+
+@pytest.mark.parametrize("config", GAPPED, ids=_name)
+def test_gaps_between_turns_change_no_sampled_tokens_credit(config):
+  for seed in range(4):
+    batch, rng = _batch(seed), np.random.default_rng(seed)
+    batch["rewards"] = rng.integers(0, 9, (P, G)).astype(np.float32) / 8
+    batch["lengths"] = rng.integers(1, T - 3, B).astype(np.int32)
+    batch["review"].ok_B[::5] = False
+    batch["review"].weights_BxK[:] = rng.random((B, K)) * 3
+    batch["review"].values_BxK[rng.random((B, K)) < 0.2] = np.nan
+    sampled, ids = np.zeros((B, T), bool), rng.integers(0, K, (B, T)).astype(np.int32)
+    for i, n in enumerate(batch["lengths"]):
+      sampled[i, np.sort(rng.choice(T, n, replace=False))] = True
+      ids[i, sampled[i]] = batch["review"].step_ids_BxT[i, :n]
+    gapped = _gapped(config, batch["rewards"], sampled, batch["truncated"], batch["review"]._replace(step_ids_BxT=ids))
+    plain = _compute(config, batch)
+    assert not np.asarray(gapped)[~sampled].any()
+    for i, n in enumerate(batch["lengths"]):
+      ours, theirs = np.asarray(gapped)[i, sampled[i]], plain[i, :n]
+      # Sums over a row with gaps are rounded in another order.
+      np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * max(1, np.abs(theirs).max()))
+
+
+_gapped = jax.jit(token_advantages, static_argnums=0)

@@ -82,10 +82,10 @@ def batch():
   return batch._replace(logprobs_BxT=now + moved, reference_BxT=learner_logprobs(OTHER, batch))
 
 
-def run(config, batch, *, params=PARAMS, on_policy=True, sampling=WARM, optimizer=KEEP):
+def run(config, batch, *, params=PARAMS, on_policy=True, sampling=WARM, optimizer=KEEP, group=G):
   """One update from `params`, which are copied because the update gives their memory away."""
   state = init_state(optimizer, jax.tree.map(jnp.array, params))
-  return update(POLICY, config, optimizer, sampling, G, state, batch, jnp.bool_(on_policy))
+  return update(POLICY, config, optimizer, sampling, group, state, batch, jnp.bool_(on_policy))
 
 
 def gradient(*args, **kwargs):
@@ -182,7 +182,7 @@ def plain_grpo_loss(params, batch):
     at[row] = np.arange(start - 1, start - 1 + T)  # Where each completion token is predicted.
   hidden, _ = POLICY.apply({"params": params}, tokens)
   logps = jax.nn.log_softmax(hidden @ params["embedding"].T / 0.7)[np.arange(B)[:, None], at, batch.tokens_BxT]
-  mask = WITHIN & np.asarray(batch.trained_B)[:, None]
+  mask = batch.sampled_BxT & np.asarray(batch.trained_B)[:, None]
   return -jnp.where(mask, logps * batch.advantages_BxT, 0).sum() / (B * T)
 
 
