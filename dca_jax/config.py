@@ -17,14 +17,13 @@ from ml_collections import ConfigDict, config_flags
 from dca_jax.checks import at_least, between
 from dca_jax.credit import SCHEMES, Scheme, Uniform
 from dca_jax.devices.mesh import MeshConfig
-from dca_jax.doors import find, nearest
+from dca_jax.doors import absolute, choose, nearest
 from dca_jax.errors import UserError
 from dca_jax.learner import LearnerConfig
 from dca_jax.learner.supervised import WarmstartConfig
 from dca_jax.learner.values import VALUES
 from dca_jax.policy import PolicyConfig
-from dca_jax.review import ReviewerConfig
-from dca_jax.review.builtin import LABELLED
+from dca_jax.review import REVIEWERS, Nobody, ReviewerConfig
 from dca_jax.rollout import RolloutConfig
 from dca_jax.rollout.evaluate import EvaluateConfig
 from dca_jax.rollout.prefixes import FromReviewer, Values
@@ -50,7 +49,7 @@ class Config:
   policy: PolicyConfig = PolicyConfig()
   warmstart: WarmstartConfig = WarmstartConfig()
   rollout: RolloutConfig = RolloutConfig()
-  reviewer: ReviewerConfig = ReviewerConfig()
+  reviewer: ReviewerConfig = Nobody()
   value: Values = FromReviewer()
   credit: Scheme = Uniform()
   learner: LearnerConfig = LearnerConfig()
@@ -67,14 +66,10 @@ class Config:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
     if self.reviewer.overlap and self.learner.loss != "ppo":
       bad["learner.loss"] = "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
-    if self._asks_for_values and self.reviewer.models:
-      bad["reviewer.name"] = (
-        f"gives no prefix values, which credit.scheme '{self.credit.scheme}' reads; see the value section"
-      )
-    if self._lacks_reviews:
-      bad["reviewer.name"] = f"is 'none', so credit.scheme '{self.credit.scheme}' would be uniform; choose a reviewer"
     if "labels" not in self.task.offers and (readers := _labelled(self.reviewer.members)):
       bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+    elif missing := self._lacks:
+      bad["reviewer.name"] = missing
     if "demonstrations" not in self.task.offers:
       for key in (*_WARM, "reviewer.canary_every"):
         if operator.attrgetter(key)(self):
@@ -82,15 +77,27 @@ class Config:
     return bad
 
   @property
-  def _asks_for_values(self) -> bool:
-    """Whether the scheme reads values that the reviewer gives."""
-    return "values" in self.credit.reads and self.value.from_reviewer
+  def _wanted(self) -> set[str]:
+    """What the scheme reads of reviews: roles, values or both."""
+    return {*self.credit.reads} - (set() if self.value.from_reviewer else {"values"})
 
   @property
-  def _lacks_reviews(self) -> bool:
+  def _unheard(self) -> bool:
     """Whether the scheme reads what nobody says."""
-    says = self.reviewer.name != "none" or not self.value.from_reviewer
-    return bool(self.credit.reads) and not says
+    return bool(self._wanted) and not any(member.gives for member in self.reviewer.members)
+
+  @property
+  def _lacks(self) -> str:
+    """Why the scheme gets nothing, or not all, of what it reads from reviews; empty if it does."""
+    scheme = f"credit.scheme '{self.credit.scheme}'"
+    if self._unheard:
+      return f"is '{self.reviewer.name}', so {scheme} would be uniform; choose a reviewer"
+    for member in self.reviewer.members:
+      if missing := self._wanted - member.gives_of(self.task.offers):
+        what = "prefix values" if "values" in missing else "roles"
+        who = f"is '{member.name}', which" if member is self.reviewer else f"asks {member.name}, which"
+        return f"{who} gives no {what}, which {scheme} reads; see the value section"
+    return ""
 
   def unused(self) -> dict[str, str]:
     unused, scheme = {}, f"credit.scheme is '{self.credit.scheme}'"
@@ -122,10 +129,10 @@ class Config:
       gives |= {key for key in _WARM if operator.attrgetter(key)(self)}
     if "demonstrations" not in offers and self.reviewer.canary_every:
       gives.add("reviewer.canary_every")
-    for key in ("name", "panel", "escalate") if "labels" not in offers else ():
-      if _labelled(getattr(self.reviewer, key)):
-        gives.add(f"reviewer.{key}" if key == "escalate" else "reviewer.name")
-    if self._lacks_reviews:
+    if "labels" not in offers:
+      gives |= {"reviewer.name"} if _labelled(self.reviewer.first) else set()
+      gives |= {"reviewer.escalate"} if _labelled(self.reviewer.second) else set()
+    if self._unheard:
       gives.add("credit.scheme")
     return gives
 
@@ -137,10 +144,9 @@ class Config:
     return {k: v for k, v in flatten(dataclasses.asdict(self)).items() if not _is_free(k, self)}
 
 
-def _labelled(members: str | Sequence[str]) -> list[str]:
+def _labelled(members: Sequence[ReviewerConfig]) -> list[str]:
   """Those of some reviewers that read a task's own step labels."""
-  members = (members,) if isinstance(members, str) else members
-  return [member for member in members if member.partition(":")[0] in LABELLED]
+  return [member.name for member in members if "labels" in member.reads_truth]
 
 
 _WARM = ("warmstart.clean_steps", "warmstart.steps")
@@ -288,7 +294,7 @@ def check(config: Config) -> None:
     for key, why in getattr(section, "check", dict)().items():
       raise ConfigError(f"{prefix}{key}: {why} (it is {operator.attrgetter(key)(section)!r})")
   for key, why in _unused(config).items():
-    default = operator.attrgetter(key)(_defaults(config))
+    default = _default(config, key)
     raise ConfigError(f"{key}: has no effect, because {why}; leave it at its default ({default!r})")
 
 
@@ -301,12 +307,16 @@ def _unused(config: Config) -> dict[str, str]:
 
 
 def _differs(config: Config, key: str) -> bool:
-  value = operator.attrgetter(key)
-  return value(config) != value(_defaults(config))
+  return operator.attrgetter(key)(config) != _default(config, key)
 
 
-def _defaults(config: Config) -> Config:
-  return Config(**{key.partition(".")[0]: type(getattr(config, key.partition(".")[0]))() for key in CHOICES})
+def _default(config: Config, key: str) -> Any:
+  """What `key` is where nobody says anything but what is chosen."""
+  if key in CHOICES:
+    return operator.attrgetter(key)(Config())
+  sections = {choice.partition(".")[0] for choice in CHOICES}
+  chosen = {section: type(getattr(config, section))() for section in sections}
+  return operator.attrgetter(key)(Config(**chosen))
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -406,6 +416,7 @@ class Choice(NamedTuple):
 # By the key that chooses. What is no built-in name is MODULE:CLASS or path/to/file.py:CLASS.
 CHOICES = {
   "task.name": Choice(TaskConfig, TASKS),
+  "reviewer.name": Choice(ReviewerConfig, REVIEWERS),
   "credit.scheme": Choice(Scheme, SCHEMES),
   "value.source": Choice(Values, VALUES),
 }
@@ -421,25 +432,18 @@ def _choice(section: str, default, given):
   key = next((key for key in CHOICES if key.startswith(f"{section}.")), None)
   if key is None or (name := given.get(key.partition(".")[2])) is None:
     return default
-  base, known = CHOICES[key]
-  if not isinstance(name, str) or not (name in known or ":" in name):
-    raise ConfigError(f"{key}: must be one of {', '.join(known)}, or MODULE:CLASS, not {name!r}")
   try:
-    kind = known[name] if name in known else find(name, key)
-  except ConfigError:
-    raise
+    kind = choose(absolute(name), key, *CHOICES[key])
   except UserError as error:
     raise ConfigError(str(error)) from error.__cause__
-  if not (isinstance(kind, type) and issubclass(kind, base) and dataclasses.is_dataclass(kind)):
-    raise ConfigError(f"{key}: {name} must be a frozen dataclass that extends {base.__module__}.{base.__name__}")
-  return kind(**{key.partition(".")[2]: name})
+  return kind(**{key.partition(".")[2]: absolute(name)})
 
 
 def _section(defaults, given, prefix: str):
   """The dataclass `defaults` with the values of `given`, a mapping of what differs."""
   if not isinstance(given, (ConfigDict, dict)):
     raise ConfigError(f"{prefix[:-1]}: must be a section with keys of its own, not {given!r}")
-  known = [field.name for field in dataclasses.fields(defaults)]
+  known = {field.name: field for field in dataclasses.fields(defaults)}
   values = {}
   for key, value in given.items():
     if key not in known:
@@ -452,6 +456,8 @@ def _section(defaults, given, prefix: str):
       continue
     if (type(default), type(value)) in ((float, int), (tuple, list)):
       value = type(default)(value)
+    if known[key].metadata.get("door"):
+      value = absolute(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,11 +1,12 @@
 """Doors: what a user brings is found by MODULE:ATTRIBUTE or path/to/file.py:ATTRIBUTE, like a built-in by its name."""
 
+import dataclasses
 import difflib
 import importlib
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dca_jax.errors import UserError
@@ -31,6 +32,37 @@ def find(spec: str, key: str) -> Any:
     hint = "give a file, path/to/file.py:NAME, or put the module's folder on PYTHONPATH"
     raise UserError(f"{key}: cannot import {spec} ({what}); {hint}") from error
   return found
+
+
+def choose(spec: Any, key: str, base: type, known: Mapping[str, type]) -> type:
+  """The class that a setting chooses: one of the built-in ones by its name, or MODULE:CLASS.
+
+  Raises:
+    UserError: there is no such class, or it does not extend `base` as a frozen dataclass.
+  """
+  if not isinstance(spec, str) or not (spec in known or ":" in spec):
+    raise UserError(f"{key}: must be one of {', '.join(known)}, or MODULE:CLASS, not {spec!r}")
+  kind = known[spec] if spec in known else find(spec, key)
+  if not (isinstance(kind, type) and issubclass(kind, base) and dataclasses.is_dataclass(kind)):
+    what = f"a frozen dataclass that extends {base.__module__}.{base.__name__}"
+    raise UserError(f"{key}: {spec} must be {what}")
+  return kind
+
+
+def door(default: Any) -> Any:
+  """A field of a section that holds MODULE:ATTRIBUTE, or several; see `absolute`."""
+  return dataclasses.field(default=default, metadata={"door": True})
+
+
+def absolute(spec: Any) -> Any:
+  """The spec, or each of several, with the path of its file from the root: it is the same from
+  every folder."""
+  if isinstance(spec, (tuple, list)):
+    return type(spec)(map(absolute, spec))
+  if not isinstance(spec, str):
+    return spec
+  path, colon, rest = spec.partition(".py:")
+  return f"{pathlib.Path(path).expanduser().absolute()}{colon}{rest}" if colon else spec
 
 
 def _from_file(path: str) -> Any:

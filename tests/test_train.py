@@ -1,5 +1,6 @@
 """The training loop: what a step trains on, what it records, and what it must not do."""
 
+import functools
 import json
 from concurrent.futures import Future
 
@@ -167,7 +168,7 @@ def test_one_step_ahead_batches_come_from_the_policy_before(tmp_path):
 def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeypatch):
   events = []
 
-  class Watched(builtin.Builtin):
+  class Watched(builtin.Instant):
     def submit(self, requests, deadline):
       step, done = len([e for e in events if e[0] == "asked"]) + 1, super().submit(requests, deadline)
       events.append(("asked", step))
@@ -179,7 +180,7 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
 
       return Answer()
 
-  watched = lambda config, truth, cache, share: Watched("oracle", builtin.Dice(0.3, -1, 0), truth)  # noqa: E731
+  watched = lambda config, truth, *_: Watched(functools.partial(builtin.true_reviews, truth))  # noqa: E731
   monkeypatch.setattr(run_module, "open_reviewer", watched)
   train(tiny.make_config(OVERLAP), str(tmp_path), quiet=True)
   for step in range(1, 5):
@@ -188,7 +189,7 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
 
 
 def test_a_reviewer_that_asks_to_stop_ends_the_run_with_its_step_saved(tmp_path, monkeypatch):
-  monkeypatch.setattr(builtin.Builtin, "problem", lambda self: "no more money")
+  monkeypatch.setattr(builtin.Instant, "problem", lambda self: "no more money")
   with pytest.raises(UserError, match=r"no more money; step 1 is safe"):
     train(tiny.make_config({**WEIGHTED, "checkpoint.every": 5, "steps": 3}), str(tmp_path), quiet=True)
 

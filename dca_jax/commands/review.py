@@ -15,9 +15,10 @@ from dca_jax.commands.report import text_table
 from dca_jax.config import ConfigError
 from dca_jax.episode import ROLES, Episode
 from dca_jax.review import Request, Review, Reviewer, Truth, open_reviewer
+from dca_jax.review.language import price_of, read_rubric
 from dca_jax.review.prices import dollars
 from dca_jax.review.prompt import make_prompt
-from dca_jax.review.reviewer import price_of, read_rubric
+from dca_jax.review.reviewer import split_member
 from dca_jax.store.trajectories import read_trajectories, shards
 from dca_jax.store.workdir import is_remote, locate
 
@@ -33,7 +34,7 @@ def read_folder(folder: str, limit: int) -> list[Episode]:
 
 def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config_lib.Config:
   """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
-  name, _, model = member.partition(":")
+  name, model = split_member(member)
   given = ConfigDict({"reviewer": {"name": name}, "credit": {"scheme": "weighted"}, "task": task})
   if model:
     given.reviewer.client = {"model": model}

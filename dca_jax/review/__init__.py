@@ -1,12 +1,33 @@
 """Reviewers: they read an answer step by step and say what every step did for the outcome. Free of jax."""
 
-from dca_jax.review.builtin import REVIEWERS, Truth
-from dca_jax.review.reviewer import TRANSPORTS, ReviewerConfig, open_reviewer
-from dca_jax.review.types import Request, Review, Reviewer, Share, Trial
+from dca_jax.review.builtin import (
+  ApplaudsRepeats,
+  Lexical,
+  NaN,
+  Nobody,
+  Noisy,
+  Oracle,
+  PanelConfig,
+  Random,
+  Silent,
+  Stale,
+  Suffix,
+  Thief,
+)
+from dca_jax.review.language import GeminiModel, LanguageModel, OpenAIModel
+from dca_jax.review.reviewer import ReviewerConfig, Uses, open_reviewer
+from dca_jax.review.types import Request, Review, Reviewer, Share, Trial, Truth
+
+_KINDS = (
+  *(Nobody, Oracle, Noisy, ApplaudsRepeats, Random, Lexical, Thief, Suffix, Stale, NaN, Silent),
+  *(PanelConfig, GeminiModel, OpenAIModel),
+)
+REVIEWERS: dict[str, type[ReviewerConfig]] = {kind.name: kind for kind in _KINDS}
 
 __all__ = [
   "REVIEWERS",
-  "TRANSPORTS",
+  "LanguageModel",
+  "Nobody",
   "Request",
   "Review",
   "Reviewer",
@@ -14,5 +35,6 @@ __all__ = [
   "Share",
   "Trial",
   "Truth",
+  "Uses",
   "open_reviewer",
 ]

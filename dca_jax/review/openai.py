@@ -26,9 +26,6 @@ _NO_SUCH = "(?:un(?:supported|known|recogni|expected)|extra|not (?:a|support|per
 class OpenAI:
   """vLLM, SGLang, llama.cpp, OpenAI or a gateway; the key, if any, is OPENAI_API_KEY."""
 
-  unread = ("vertex",)
-  """Keys of `reviewer.client` that it has no use for."""
-
   def __init__(self, config: ClientConfig):
     self._url = config.base_url.rstrip("/") + "/chat/completions"
     self._model, self._thinking = config.model, config.thinking

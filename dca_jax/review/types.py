@@ -4,7 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dca_jax.episode import Episode, Review
 
@@ -24,6 +24,26 @@ class Request:
     texts = tuple(step.text for step in episode.steps)
     outcome = episode.outcome
     return cls(episode.id, episode.problem.prompt, texts, outcome.correct, outcome.truncated)
+
+
+class Truth(NamedTuple):
+  """What a task knows."""
+
+  labels: Callable[[Request], Sequence[str]]
+  """The true roles of a request's steps."""
+  values: Callable[[str, Sequence[Sequence[str]]], Sequence[Sequence[float]]]
+  """From a prompt and the steps of its completions to the values of their prefixes (see
+  `Valued.prefix_values`); empty ones where the task offers none."""
+
+  @classmethod
+  def of(cls, task: Any) -> "Truth":
+    """That of a task which offers labels; asked of another one, it fails."""
+
+    def values(problem: str, completions: Sequence[Sequence[str]]):
+      known = getattr(task, "prefix_values", None)
+      return known(problem, completions) if known else [()] * len(completions)
+
+    return cls(lambda r: task.label_steps(r.problem, r.steps, r.truncated), values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ turns: an instant reviewer and a slow one, each with and without `reviewer.overl
 """
 
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -17,17 +18,17 @@ import threading
 from dca_jax import config as config_lib
 from dca_jax import run as run_module
 from dca_jax.loop import train
-from dca_jax.review.builtin import Builtin, Dice
+from dca_jax.review.builtin import Instant, true_reviews
 
 RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py")
 ROUNDS, STEPS, SKIP = 4, 16, 4
 
 
-class Slow(Builtin):
+class Slow(Instant):
   """The oracle, `seconds` late."""
 
   def __init__(self, seconds: float, truth):
-    super().__init__("oracle", Dice(0.3, -1, 0), truth)
+    super().__init__(functools.partial(true_reviews, truth))
     self._seconds = seconds
 
   def submit(self, requests, deadline):

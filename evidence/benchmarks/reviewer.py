@@ -66,15 +66,15 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
-  from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
+  from dca_jax.review import REVIEWERS, Request, Truth, open_reviewer
   from dca_jax.review.client_config import ClientConfig
 
   def requests(start: int, count: int) -> list[Request]:
     steps = tuple(f"Step {k}. {TEXT}" for k in range(STEPS))
     return [Request(f"{i}", f"Problem {i}. {TEXT * 3}", steps, True, False) for i in range(start, start + count)]
 
-  config = ReviewerConfig(
-    name="gemini", client=ClientConfig(base_url=url, concurrency=CONCURRENCY, max_dollars=1000.0, attempt_seconds=30.0)
+  config = REVIEWERS["gemini"](
+    client=ClientConfig(base_url=url, concurrency=CONCURRENCY, max_dollars=1000.0, attempt_seconds=30.0)
   )
   with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as reviewer:  # type: ignore[arg-type]
     reviewer.submit(requests(0, CONCURRENCY), 60.0).result()  # The first calls build what the SDK builds lazily.

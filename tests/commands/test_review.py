@@ -13,7 +13,7 @@ from fake_server import FakeServer, honest_reply
 from dca_jax.commands import cli
 from dca_jax.commands.review import agreement, review_patiently
 from dca_jax.loop import train
-from dca_jax.review import Request, Review, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Review, Truth, open_reviewer
 from dca_jax.review.client_config import ClientConfig
 
 
@@ -59,7 +59,7 @@ def test_an_outage_is_outlasted(monkeypatch):
   calls = itertools.count()
   with FakeServer(lambda *_: 503 if next(calls) < 50 else "ok") as server:
     client = ClientConfig(base_url=server.url, attempts=1)
-    config = ReviewerConfig(name="gemini", client=client)
+    config = REVIEWERS["gemini"](client=client)
     asked = [Request(f"1/{i}", f"problem {i}", ("a;", "b"), True, False) for i in range(100)]
     with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as reviewer:
       reviews = review_patiently(reviewer, asked, 60.0, pause=0.05)

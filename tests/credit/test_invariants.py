@@ -39,7 +39,7 @@ from test_schemes import (
 
 from dca_jax.credit import ReviewArrays, token_advantages
 from dca_jax.episode import ROLES
-from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Truth, open_reviewer
 from dca_jax.tasks import Chains, ChainsConfig
 from evidence.lab import tree
 
@@ -348,7 +348,7 @@ TRUTH = Truth(lambda r: CHAINS.label_steps(r.problem, r.steps, r.truncated), CHA
 def _values(name, steps, others, correct):
   prompt = CHAINS.demonstration(3, False)[0]
   requests = [Request(f"1/3/{i}", prompt, tuple(s), correct, False) for i, s in enumerate([steps, *others])]
-  return open_reviewer(ReviewerConfig(name=name), TRUTH, None).submit(requests, 1.0).result()[0].values
+  return open_reviewer(REVIEWERS[name](), TRUTH, None).submit(requests, 1.0).result()[0].values
 
 
 @pytest.mark.parametrize("name", ["oracle", "noisy", "random", "lexical", "thief", "suffix"])

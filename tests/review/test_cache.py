@@ -15,7 +15,7 @@ import tiny
 from fake_server import FakeServer
 
 from dca_jax.errors import UserError
-from dca_jax.review import Request, Review, ReviewerConfig, Share, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Review, Share, Truth, open_reviewer
 from dca_jax.review import cache as cache_module
 from dca_jax.review.cache import Cache, Mark, copy_since, mark
 from dca_jax.review.client import ClientConfig
@@ -34,11 +34,8 @@ def requests(count, start=0):
 
 @contextlib.contextmanager
 def opened(server, path, share=Share(), members=(), **client):  # noqa: B008
-  config = ReviewerConfig(
-    name="panel" if members else "gemini",
-    panel=members,
-    client=ClientConfig(base_url=server.url, attempt_seconds=20.0, **client),
-  )
+  name, panel = ("panel", {"panel": members}) if members else ("gemini", {})
+  config = REVIEWERS[name](**panel, client=ClientConfig(base_url=server.url, attempt_seconds=20.0, **client))
   with contextlib.closing(open_reviewer(config, Truth(None, None), path, share)) as reviewer:
     yield reviewer
 

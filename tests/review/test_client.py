@@ -12,7 +12,7 @@ import pytest
 from fake_server import FakeServer, honest_reply
 
 from dca_jax.errors import UserError
-from dca_jax.review import Request, ReviewerConfig, Share, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Share, Truth, open_reviewer
 from dca_jax.review.cache import Cache
 from dca_jax.review.client import Client, Wallet
 from dca_jax.review.client_config import ClientConfig
@@ -37,7 +37,7 @@ def requests(count, start=0, steps=("a1;", "b2;", "#3$")):
 def opened(server, name="gemini", cache=None, share=Share(), **client):  # noqa: B008
   settings = {"attempt_seconds": 2.0, **client}
   url = server.url + ("/v1" if name == "openai" else "")
-  config = ReviewerConfig(name=name, client=ClientConfig(base_url=url, **settings))
+  config = REVIEWERS[name](client=ClientConfig(base_url=url, **settings))
   with contextlib.closing(open_reviewer(config, Truth(None, None), cache, share)) as reviewer:
     yield reviewer
 
@@ -285,8 +285,7 @@ def unsure(data):
 def test_all_reviewers_of_a_run_share_one_cap_over_its_resumptions(tmp_path):
   cap, spent, own = 0.06, 0.0, ("review/dollars_2", "review/dollars_3", "review/dollars_4")
   with FakeServer(reply=unsure) as server:
-    config = ReviewerConfig(
-      name="panel",
+    config = REVIEWERS["panel"](
       panel=("random", "gemini:gemini-3.5-flash-lite", "gemini:gemini-2.5-flash-lite"),
       escalate="gemini:gemini-3.1-flash-lite",
       client=ClientConfig(base_url=server.url, max_dollars=cap),
@@ -499,7 +498,7 @@ def test_a_reply_without_usage_is_booked_at_its_most():
 
 def test_submit_returns_at_once_and_close_does_not_wait():
   with FakeServer(lambda *_: "hang") as server:
-    config = ReviewerConfig(name="gemini", client=ClientConfig(base_url=server.url, concurrency=64))
+    config = REVIEWERS["gemini"](client=ClientConfig(base_url=server.url, concurrency=64))
     fifty = requests(50)
 
     def submit_and_close():

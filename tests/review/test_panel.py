@@ -4,7 +4,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from dca_jax.review import Request, Review, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Review, Truth, open_reviewer
 from dca_jax.review.panel import Escalating, Panel, combine_reviews
 
 A = Review("ok", ("error", "necessary"), (4.0, 2.0), model="a")
@@ -163,7 +163,7 @@ def test_what_a_member_has_to_say_is_said():
 
 def test_a_panel_from_the_config():
   truth = Truth(lambda r: ["error", "necessary"], lambda p, completions: [[0.5, 0.5]] * len(completions))
-  config = ReviewerConfig(name="panel", panel=("oracle", "random", "silent"), combine="mean")
+  config = REVIEWERS["panel"](panel=("oracle", "random", "silent"), combine="mean")
   reviewer = open_reviewer(config, truth, None)
   many = [Request(f"{i}", "p", ("a", "b"), True, False) for i in range(200)]
   assert {review.status for review in reviewer.submit(many, 1.0).result(1.0)} == {"ok"}

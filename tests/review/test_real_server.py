@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Truth, open_reviewer
 from dca_jax.review.client_config import ClientConfig
 
 _SERVER = """
@@ -58,7 +58,7 @@ def test_a_grammar_constrained_server_cannot_miss(address, whole_group, monkeypa
   )
   problem = "Tom has 5 apples and gets 3 more, then eats 2. How many are left?"
   asked = [Request(f"1/1/{g}", problem, steps[-2 - g :], True, False) for g in range(4)]
-  config = ReviewerConfig(name="openai", client=client)
+  config = REVIEWERS["openai"](client=client)
   with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as reviewer:
     reviews = reviewer.submit(asked, 1200.0).result()
   assert [review.status for review in reviews] == ["ok"] * 4

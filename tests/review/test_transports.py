@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import gzip
 import http.server
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from typing import ClassVar
 
 import pytest
 from google.auth import exceptions as auth
@@ -20,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dca_jax.errors import UserError
-from dca_jax.review import Request, Truth, gemini, openai, reviewer
+from dca_jax.review import LanguageModel, Request, Truth, gemini, open_reviewer, openai
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.keys import struck_out
 from dca_jax.review.transports import CallFailed, Reply, http_failure
@@ -599,10 +601,10 @@ def test_every_status_and_body_is_a_failure_of_some_kind(code, body, headers):
 
 _ABANDONED = """
 import os, sys
-from dca_jax.review import Request, ReviewerConfig, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Truth, open_reviewer
 from dca_jax.review.client_config import ClientConfig
 name, url, how = sys.argv[1:]
-config = ReviewerConfig(name=name, client=ClientConfig(base_url=url, max_dollars=0.0))
+config = REVIEWERS[name](client=ClientConfig(base_url=url, max_dollars=0.0))
 reviewer = open_reviewer(config, Truth(None, None), None)
 request = Request("1", "p", ("a", "b"), True, False)
 assert reviewer.submit([request], 20.0).result()[0].status == "ok"
@@ -640,10 +642,8 @@ def test_nothing_is_printed_at_the_end(name, how):
   assert done.stderr.strip() == ("the disk is full" if how == "raised" else "")
 
 
-def test_another_transport_is_a_class_and_a_line(monkeypatch):
+def test_another_transport_is_a_class_and_a_line():
   class Mine:
-    unread = ("vertex",)
-
     def __init__(self, config):
       self._config = config
 
@@ -655,11 +655,18 @@ def test_another_transport_is_a_class_and_a_line(monkeypatch):
     async def close(self):
       pass
 
-  monkeypatch.setitem(reviewer.TRANSPORTS, "mine", Mine)
+  @dataclasses.dataclass(frozen=True)
+  class MineModel(LanguageModel):
+    name: str = "mine"
+    unread: ClassVar[tuple[str, ...]] = ("vertex",)
+
+    def connect(self, client):
+      return Mine(client)
+
   client = ClientConfig(model="m", concurrency=3, max_dollars=0.0)
-  config = reviewer.ReviewerConfig(name="mine", client=client)
+  config = MineModel(client=client)
   assert not config.check()
   assert [key for key in config.unused() if key.startswith("client.")] == ["client.vertex"]
-  with contextlib.closing(reviewer.open_reviewer(config, Truth(None, None), None)) as opened:
+  with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as opened:
     (review,) = opened.submit([Request("1", "p", ("a", "b"), True, False)], 5.0).result()
   assert (review.status, review.model, review.roles) == ("ok", "m", ("error", "error"))

@@ -1,0 +1,101 @@
+"""Language models as reviewers: what they share, and what they cost."""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import pathlib
+from typing import ClassVar
+
+from dca_jax.errors import UserError
+from dca_jax.review.client import Client, Wallet
+from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.gemini import Gemini
+from dca_jax.review.openai import OpenAI
+from dca_jax.review.prices import Price, price
+from dca_jax.review.prompt import RUBRIC
+from dca_jax.review.reviewer import ReviewerConfig, Uses
+from dca_jax.review.transports import Transport
+from dca_jax.review.types import Reviewer
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(ReviewerConfig):
+  """A reviewer that is a language model. One of your own overrides `connect`."""
+
+  is_model: ClassVar[bool] = True
+
+  def connect(self, client: ClientConfig) -> Transport:
+    """What carries a prompt to the model and its reply back; raises UserError without a key."""
+    raise NotImplementedError
+
+  def check(self) -> dict[str, str]:
+    bad = super().check()
+    if type(self).connect is LanguageModel.connect:
+      bad["name"] = "must have a method connect(self, client)"
+    return bad
+
+  def open(self, uses: Uses) -> Reviewer:
+    assert uses.replies is not None
+    c = self.client
+    server = hashlib.sha256(f"{self.name} {c.base_url}".encode()).hexdigest()[:8]
+    price_of(c)  # That there is none is said now, and not at the first call.
+    wallet = Wallet(functools.partial(price_of, c), uses.budget)
+    transport = functools.partial(self.connect, c)
+    name, processes = f"{self.name}-{server}", uses.share.processes
+    return Client(c, transport, name, read_rubric(c), wallet, uses.replies, processes)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeminiModel(LanguageModel):
+  """Gemini, with a key or through Google Cloud."""
+
+  name: str = "gemini"
+
+  def connect(self, client: ClientConfig) -> Transport:
+    return Gemini(client)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenAIModel(LanguageModel):
+  """Any server that speaks OpenAI's chat completions."""
+
+  name: str = "openai"
+
+  unread: ClassVar[tuple[str, ...]] = ("vertex",)
+
+  def check(self) -> dict[str, str]:
+    bad = super().check()
+    if not self.client.base_url:
+      bad["client.base_url"] = "must be the server's address, such as http://localhost:8000/v1"
+    return bad
+
+  def connect(self, client: ClientConfig) -> Transport:
+    return OpenAI(client)
+
+
+def read_rubric(config: ClientConfig) -> str:
+  if not config.rubric:
+    return RUBRIC
+  try:
+    return pathlib.Path(config.rubric).read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    raise UserError(f"reviewer.client.rubric: cannot read {config.rubric} ({error})") from None
+
+
+def price_of(config: ClientConfig) -> Price | None:
+  """What the model costs; None where the cap is 0, which says that it costs nothing.
+
+  Raises:
+    UserError: there is a cap and no price.
+  """
+  if not config.max_dollars:
+    return None
+  if config.prompt_price or config.output_price:
+    return Price(config.prompt_price, config.prompt_price, config.output_price)
+  if (known := price(config.model, datetime.date.today())) is None:
+    raise UserError(
+      f"reviewer.client.model: no price is known for {config.model!r}; set reviewer.client.prompt_price and"
+      " output_price (dollars per million tokens), or reviewer.client.max_dollars to 0 if it costs nothing"
+    )
+  return known
