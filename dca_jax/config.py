@@ -7,7 +7,7 @@ import math
 import operator
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -213,13 +213,14 @@ def _parsed(arguments: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
     key, equals, value = argument.removeprefix("--config.").partition("=")
     if equals and key in CHOICES:
       chosen[key] = value
-  full = dataclasses.asdict(_section(Config(), nested(chosen), ""))
+  config = _section(Config(), nested(chosen), "")
+  full = dataclasses.asdict(config)
   known, keys = flatten(full), []
   for argument in arguments:
     key = argument.split("=")[0].removeprefix("--config.")
     if argument.startswith("--config."):
       if key not in known:
-        raise ConfigError(f"{key}: no such key{nearest(key, list(known))}")
+        raise ConfigError(_no_such(key, config, known))
       keys.append(key)
   typed = ConfigDict(full)
   values, argv = flags.FlagValues(), ["dca-jax", *arguments]
@@ -447,7 +448,8 @@ def _section(defaults, given, prefix: str):
   values = {}
   for key, value in given.items():
     if key not in known:
-      raise ConfigError(f"{prefix}{key}: no such key{nearest(prefix + key, [prefix + name for name in known])}")
+      chosen = Config(**{prefix[:-1]: defaults}) if prefix in _CHOSEN else Config()
+      raise ConfigError(_no_such(prefix + key, chosen, [prefix + name for name in known]))
     default = getattr(defaults, key)
     if not prefix and isinstance(value, (ConfigDict, dict)):
       default = _choice(key, default, value)
@@ -464,6 +466,16 @@ def _section(defaults, given, prefix: str):
       raise ConfigError(f"{prefix}{key}: must be a finite number, not {value!r}")
     values[key] = value
   return dataclasses.replace(defaults, **values)
+
+
+def _no_such(key: str, config, known: Iterable[str]) -> str:
+  """Why there is no such key: another choice has it, or nobody has."""
+  section, _, name = key.partition(".")
+  for choice, (_, kinds) in CHOICES.items():
+    others = (kind.__dataclass_fields__ for kind in kinds.values())
+    if choice.startswith(f"{section}.") and any(name.partition(".")[0] in own for own in others):
+      return f"{key}: has no effect, because {choice} is {operator.attrgetter(choice)(config)!r}"
+  return f"{key}: no such key{nearest(key, known)}"
 
 
 def _sections(section, prefix: str):
