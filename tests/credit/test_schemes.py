@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from dca_jax.config import ConfigError, build
 from dca_jax.credit import SCHEMES, ReviewArrays, RoleTable, group_advantages, token_advantages
 from dca_jax.episode import ROLES
 
@@ -592,13 +593,17 @@ def test_a_config_is_compiled_once_and_jit_changes_nothing():
 
 
 def test_config_finds_impossible_values():
-  assert make().check() == {}
-  bad = make(scheme="both", baseline="none", conserve="steps", lam=1.5, beta=-1.0, cap=-1.0).check()
-  assert set(bad) == {"scheme", "baseline", "conserve", "lam", "beta", "cap"}
+  for scheme in SCHEMES:
+    assert make(scheme).check() == {}
+    bad = {"baseline": "none", "conserve": "steps", "lam": 1.5, "beta": -1.0, "cap": -1.0, "penalty": -0.1}
+    own = {field.name for field in dataclasses.fields(SCHEMES[scheme])}
+    assert set(make(scheme, **bad).check()) == bad.keys() & own
+  with pytest.raises(ConfigError, match=r"credit\.scheme: must be one of .*'both'"):
+    build({"credit": {"scheme": "both"}})
   for value in (-0.1, 1.1, float("nan")):
-    assert set(make(discount=value, log_epsilon=value).check()) == {"discount", "log_epsilon"}
-  assert set(make(penalty=-0.1).check()) == {"penalty"}
+    assert set(make("potential", discount=value, log_epsilon=value).check()) == {"discount", "log_epsilon"}
   for value in (0.0, 1.0):
-    assert make(discount=value, log_epsilon=value, penalty=value).check() == {}
+    assert make("potential", discount=value, log_epsilon=value).check() == {}
+    assert make("capo", penalty=value).check() == {}
   assert set(make(scheme="weighted", cap=0.5).check()) == {"cap"}
   assert set(RoleTable(error=-1.0, repair=float("nan"), necessary=1001.0).check()) == {"error", "repair", "necessary"}

@@ -193,7 +193,9 @@ def test_half_a_character(split):
   ],
 )
 def test_one_way_to_hold_out(changes, said):
-  assert TextConfig(**{"name": "jsonl", "path": "a", "heldout_fraction": 0.1, **changes}).check() == said
+  assert (
+    TextConfig(**{"name": "jsonl", "path": "a", "heldout_fraction": 0.1, "tokenizer": "t", **changes}).check() == said
+  )
 
 
 # What is refused; always the file and the line are named.
