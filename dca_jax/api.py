@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -190,10 +190,10 @@ def _with_objects(config: Config, chosen: Mapping[str, Any]) -> Config:
     if not isinstance(thing, base):
       what = f"an object of a class that extends {base.__name__}"
       raise ConfigError(f"{argument}: must be {what}, not {thing!r}")
-    kind = type(thing)
+    kind: type[Any] = type(thing)
     if kind not in known.values():
       named: dict[str, Any] = {key: f"{kind.__module__}:{kind.__qualname__}"}
-      thing = dataclasses.replace(thing, **named)
+      thing = dataclasses.replace(cast(Any, thing), **named)
     changed: dict[str, Any] = {section: thing}
     config = dataclasses.replace(config, **changed)
   if chosen:

@@ -1,13 +1,14 @@
 """From a run's checkpoint to an ordinary Hugging Face folder."""
 
+import json
 import pathlib
 
 import jax
 
 from dca_jax import config as config_lib
-from dca_jax.errors import UserError
+from dca_jax.errors import UserError, reason
 from dca_jax.policy import PolicyConfig, join, merge, pretrained, split
-from dca_jax.store.checkpoints import read_params, read_start
+from dca_jax.store.checkpoints import REMAKES, read_params, read_start
 from dca_jax.store.workdir import locate
 
 
@@ -17,8 +18,8 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   With `adapters` it is LoRA's adapters alone, in the format of peft; otherwise they are merged.
 
   Raises:
-    UserError: there is no such run or checkpoint, it began from nothing or has no adapters, or the folder cannot be
-      written.
+    UserError: there is no such run or checkpoint, it began from nothing or has no adapters, what it left is damaged, or
+      the folder cannot be written.
   """
   folder = locate(workdir)
   section = config_lib.saved_config(workdir).policy
@@ -27,6 +28,10 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   if adapters and not section.lora_rank:
     raise UserError(f"--workdir={workdir} has no adapters, as its policy.lora_rank is 0; leave --adapters out")
   place = pathlib.Path(output).expanduser().absolute()
+  try:
+    json.loads((folder / "tokenizer" / "tokenizer.json").read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{folder / 'tokenizer'} is gone or damaged ({reason(error)}); {REMAKES}") from None
   step, params = read_params(folder, step)
   if section.lora_rank and not adapters:
     params = merge(join(split(read_start(folder))[0], params), section.lora_scale)

@@ -240,6 +240,9 @@ def put_aside(path: epath.Path, workdir: epath.Path, name: str) -> epath.Path:
   return place
 
 
+REMAKES = "the command that began the run makes it anew"
+
+
 def read_params(workdir: epath.Path, step: int | None):
   """The number of a checkpoint, the newest where `step` is None, and its parameters alone, on the host."""
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of the parts that are not wanted here.
@@ -270,4 +273,4 @@ def read_start(workdir: epath.Path):
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(workdir / "start")
   except Exception as error:  # Damage shows as any of a dozen types.
-    raise UserError(f"{workdir / 'start'} is unreadable ({reason(error)})") from error
+    raise UserError(f"{workdir / 'start'} is gone or damaged ({reason(error)}); {REMAKES}") from error

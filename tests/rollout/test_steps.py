@@ -15,7 +15,7 @@ from dca_jax.episode import Episode, Outcome, Problem, Segment
 from dca_jax.errors import UserError
 from dca_jax.rollout import cut
 from dca_jax.rollout.collect import cut_steps
-from dca_jax.tasks.text import STEPS
+from dca_jax.tasks.text import _STEPS
 from dca_jax.tasks.tokenizer import load_tokenizer
 
 PIECES = st.lists(st.text("ab;\n ", max_size=4).map(str.encode), max_size=12)
@@ -75,7 +75,7 @@ def test_no_degenerate_text_takes_long(steps):
   start = time.process_time()
   for text in (".", '."', '"', "\n", " ", "\n ", ". ", "。", "!?", "\t\n", "a.", ")"):
     pieces = [(text * 64)[:64].encode()] * 2048
-    spans = cut(pieces, STEPS.get(steps, steps), 4, 32)
+    spans = cut(pieces, _STEPS.get(steps, steps), 4, 32)
     assert spans[0][0] == 0
     assert spans[-1][1] == 2048
   assert time.process_time() - start < 20
@@ -89,7 +89,7 @@ def test_a_sentence_ends_with_what_closes_it_and_the_space_after(text):
   quadratic = r"[.!?][.!?\"'”’)\]*]*\s+|[。！？]+\s*|\n\s*"
   ends = [len(text[: m.end()]) for m in re.finditer(quadratic, text)]
   expected = sorted({*ends, len(text)}) if text else []
-  assert [end for _, end in cut([c.encode() for c in text], STEPS["sentence"])] == expected
+  assert [end for _, end in cut([c.encode() for c in text], _STEPS["sentence"])] == expected
 
 
 EXPONENTIAL = r"(?:[a-z]+[ ,]?)+[.!?]"
@@ -129,3 +129,17 @@ def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut
 def test_a_pattern_that_takes_for_ever_on_all_completions_ends_the_run(cut_texts):
   with pytest.raises(UserError, match=r"task\.steps: .* takes over 0\.05 s on every completion of a step"):
     cut_texts(["abcd" * 100 + " $"] * 2, EXPONENTIAL)
+
+
+@pytest.mark.parametrize(
+  ("least", "spans"),
+  [
+    (4, [(0, 2), (2, 4), (4, 7)]),
+    (5, [(0, 4), (4, 7)]),
+    (8, [(0, 4), (4, 7)]),
+    (9, [(0, 7)]),
+  ],
+)
+def test_a_step_has_a_least_number_of_characters_that_show(least, spans):
+  pieces = [b"abcd", b" \n", b"efgh", b"\n", b"i", b"jklm", b"nop"]
+  assert cut(pieces, "\n", least) == spans

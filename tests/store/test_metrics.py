@@ -5,7 +5,6 @@ import math
 import time
 
 import pytest
-from dca_jax.record import Tally, merge
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
