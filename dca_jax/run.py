@@ -278,6 +278,8 @@ def check_data(config: Config, task: Task, tokenizer, rows: int) -> dict[str, fl
       prompts.setdefault(part, []).extend("".join(problem.prompt.split()) for problem in problems)
   if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
     raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
+  if config.checkpoint.best.startswith("eval/maj@") and not task.final_answer:
+    raise UserError("checkpoint.best: there is no majority vote where a verifier has no final_answer")
   for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
     if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
       where = "rollout.stop or task.thinking_end"
@@ -305,11 +307,11 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
 def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: Programs):
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
   kept = folder / "start"
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
     if all(gather("starting policy", kept.exists())):
       start, damage = None, ""
       try:
-        start = checkpointer.restore(kept, on.start)
+        start = checkpointer.restore(kept, args=ocp.args.StandardRestore(on.start))
       except Exception as error:  # Damage shows as any of a dozen types.
         damage = reason(error)
       if not (damage := next(filter(None, gather("starting policy read", damage)), "")):
@@ -326,11 +328,10 @@ def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Ta
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
       params = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere)
     try:
-      checkpointer.save(kept, params)
-      checkpointer.wait_until_finished()
+      checkpointer.save(kept, args=ocp.args.StandardSave(params))
     except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
       raise UserError(f"could not save {kept} ({reason(error)}); make room, then run again") from error
-    return checkpointer.restore(kept, on.start)
+    return checkpointer.restore(kept, args=ocp.args.StandardRestore(on.start))
 
 
 def alike(config: Config, task: Task, tokenizer) -> dict[str, Any]:
