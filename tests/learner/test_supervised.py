@@ -15,6 +15,7 @@ from dca_jax.learner.supervised import cache_folder, warm_start
 from dca_jax.policy import Policy
 from dca_jax.run import use_compilation_cache
 from dca_jax.source import source_digest
+from dca_jax.tasks import Chains, ChainsConfig
 
 
 @pytest.fixture(scope="module")
@@ -137,18 +138,18 @@ def test_an_edited_task_is_another_entry(first, cache, tmp_path, monkeypatch):
   mine = importlib.import_module("task_of_mine")
   held = mine.Mine(tiny.make_config().task)
   before = source_digest(held)
-  assert source_digest(held) == before != source_digest(TASKS["chains"](tiny.make_config().task))
+  assert source_digest(held) == before != source_digest(tiny.make_config().task.open())
   edit(words, "''", "'x'")
   helped = source_digest(held)
   edit(task, "super()", " super()")
   assert len({before, helped, source_digest(held)}) == 3
-  monkeypatch.setitem(TASKS, "chains", mine.Mine)
+  monkeypatch.setattr(ChainsConfig, "open", mine.Mine)
   tiny.assert_same_arrays(start(), first)  # Trained anew, on the same demonstrations.
   assert len(entries(cache)) == 2
 
 
 def test_demonstrations_that_come_from_elsewhere_are_another_entry(first, cache, monkeypatch):
-  chains, shift = TASKS["chains"], [0]
+  chains, shift = Chains, [0]
   # As from a data file that was edited.
   monkeypatch.setattr(chains, "demonstration", lambda self, i, m, old=chains.demonstration: old(self, i + shift[0], m))
   changed = source_digest(chains(tiny.make_config().task))
