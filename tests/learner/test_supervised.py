@@ -143,7 +143,7 @@ def test_an_edited_task_is_another_entry(first, cache, tmp_path, monkeypatch):
   helped = source_digest(held)
   edit(task, "super()", " super()")
   assert len({before, helped, source_digest(held)}) == 3
-  monkeypatch.setattr(ChainsConfig, "open", mine.Mine)
+  monkeypatch.setattr(ChainsConfig, "open", lambda self: mine.Mine(self))
   tiny.assert_same_arrays(start(), first)  # Trained anew, on the same demonstrations.
   assert len(entries(cache)) == 2
 
