@@ -473,10 +473,11 @@ def _section(defaults, given, prefix: str):
 
 def _no_such(key: str, config, known: Iterable[str]) -> str:
   """Why there is no such key: another choice has it, or nobody has."""
-  section, _, name = key.partition(".")
+  section, first, *_ = *key.split("."), ""
+  own = any(other.startswith(f"{section}.{first}.") for other in known)
   for choice, (_, kinds) in CHOICES.items():
     others = {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}
-    if choice.startswith(f"{section}.") and name.partition(".")[0] in others:
+    if choice.startswith(f"{section}.") and first in others and not own:
       return f"{key}: has no effect, because {choice} is {operator.attrgetter(choice)(config)!r}"
   return f"{key}: no such key{nearest(key, known)}"
 

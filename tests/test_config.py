@@ -6,7 +6,6 @@ import json
 import operator
 import pathlib
 import re
-import typing
 
 import hypothesis
 import hypothesis.strategies as st
@@ -43,7 +42,7 @@ def message(settings) -> str:
     ({"learner": {"los": "ppo"}}, "learner.los", "learner.loss"),
     ({"rolout": {"group": 4}}, "rolout", "rollout"),
     ({"rollout": {"max_token": 4}}, "rollout.max_token", "rollout.max_tokens"),
-    ({"credit": {"blame": {"eror": 1.0}}}, "credit.blame.eror", "credit.blame.error"),
+    ({"credit": {"scheme": "weighted", "blame": {"eror": 1.0}}}, "credit.blame.eror", "credit.blame.error"),
   ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(settings, wrong, right):
@@ -80,7 +79,7 @@ def test_a_key_that_resembles_none_lists_the_known_ones():
     ({"learner": {"reference": 1}}, "learner.reference", "bool"),
     ({"learner": {"loss": 3}}, "learner.loss", "str"),
     ({"rollout": {"top_k": 2.0}}, "rollout.top_k", "int"),
-    ({"credit": {"blame": {"error": "much"}}}, "credit.blame.error", "float"),
+    ({"credit": {"scheme": "weighted", "blame": {"error": "much"}}}, "credit.blame.error", "float"),
     ({"rollout": {"group": (4,)}}, "rollout.group", "int"),
   ],
 )
@@ -281,8 +280,8 @@ def test_a_key_without_effect_is_refused(key, value, others):
 
 def test_a_key_without_effect_may_stand_at_its_default():
   default = Config()
-  given = {"scheme": "uniform", "lam": default.credit.lam, "beta": default.credit.beta}
-  assert build(ConfigDict({"credit": given, "reviewer": {"name": "none"}})) == default
+  given = {"learner": {"clip_low": default.learner.clip_low}, "value": {"source": default.value.source}}
+  assert build(ConfigDict({**given, "credit": {"scheme": "uniform"}, "reviewer": {"name": "none"}})) == default
 
 
 def test_a_message_shows_the_value_it_complains_of():
@@ -296,12 +295,19 @@ def test_a_message_shows_the_value_it_complains_of():
 def keys_of(section):
   for field in dataclasses.fields(section):
     yield field.name
-    if dataclasses.is_dataclass(inner := typing.get_type_hints(section)[field.name]):
+    if dataclasses.is_dataclass(inner := getattr(section, field.name)):
       yield from (f"{field.name}.{key}" for key in keys_of(inner))
 
 
+def every_choice():
+  """The default config, and one for each built-in choice of a section."""
+  yield Config()
+  for key, choice in config_lib.CHOICES.items():
+    yield from (Config(**{key.partition(".")[0]: kind()}) for kind in choice.known.values())
+
+
 def test_every_key_that_a_message_names_is_one():
-  known = set(keys_of(Config))
+  known = {key for config in every_choice() for key in keys_of(config)}
   sections = "|".join({key.partition(".")[0] for key in known if "." in key})
   named = re.compile(rf"(?<![\w./-])(?:{sections})(?:\.(?!py)[a-z_]+)+(?![\w/(])")
   found = []
@@ -431,7 +437,7 @@ def test_what_an_override_makes_pointless_is_left_out_and_said(capsys, recipe, o
     ({"reviewer.name": "gemini", "reviewer.escalate": "noisy"}, "reviewer.escalate"),
     (
       {"reviewer.name": "panel", "reviewer.panel": ("random", "oracle")},
-      "reviewer.name, credit.scheme, reviewer.panel",
+      "reviewer.name, reviewer.panel, credit.scheme",
     ),
     ({"reviewer.name": "panel", "reviewer.panel": ("random", "lexical")}, ""),
   ],
@@ -552,10 +558,11 @@ def test_the_fixed_keys_change_with_what_is_learnt_and_with_nothing_else():
 
 
 def test_which_keys_a_resumed_run_may_change():
-  fixed = Config().fixed()
-  every = config_lib.flatten(dataclasses.asdict(Config()))
+  fixed = {key for config in every_choice() for key in config.fixed()}
+  every = {key for config in every_choice() for key in config_lib.flatten(dataclasses.asdict(config))}
   free = [key for key in every if key not in fixed]
-  assert [key for key in free if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "mesh")] == ["steps"]
+  others = {key for key in free if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "mesh")}
+  assert others == {"steps", "task.verifier_seconds"}
   assert not [key for key in fixed if key.split(".")[0] in ("checkpoint", "evaluate", "mesh")]
   # What is asked of whom is fixed; how long, how often and for how much is not.
   ours = {"name", "flip", "step", "seed", "panel", "combine", "escalate", "sample_frac", "overlap"}

@@ -289,7 +289,7 @@ def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
     ({"task.path": "a.jsonl"}, r"task\.path: has no effect, because task\.name is 'tfds'"),
     ({"task.heldout_fraction": 0.1}, r"task\.heldout_fraction: has no effect, because task\.name is 'tfds'"),
     ({"task.chat_template": False, "task.system_prompt": "x"}, r"task\.system_prompt: has no effect"),
-    ({"task.name": "text"}, r"task\.name: must be one of chains, tfds, jsonl, not 'text'"),
+    ({"task.name": "text"}, r"task\.name: must be one of chains, tfds, jsonl, or MODULE:CLASS, not 'text'"),
     ({"rollout.stop": ("",)}, r"rollout\.stop: must be strings"),
     ({"rollout.stop": (3,)}, r"rollout\.stop: must be strings"),
   ],

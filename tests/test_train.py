@@ -356,7 +356,7 @@ def test_trajectories_describe_the_completions(weighted_run):
     assert len({t.id for t in rows}) == 16
     for t in rows:
       assert [s.start for s in t.steps] == [0, *(s.end for s in t.steps[:-1])]
-      assert t.steps[-1]["end"] == len(t.tokens)
+      assert t.steps[-1].end == len(t.tokens)
       assert "".join(s.text for s in t.steps) == tokenizer.decode(t.tokens)
       for s in t.steps:
         assert s.text == tokenizer.decode(t.tokens[s.start : s.end])
