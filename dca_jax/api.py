@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
 from dca_jax import learner
-from dca_jax.config import CHOICES, Config, ConfigError
+from dca_jax.config import CHOICES, Config, ConfigError, flatten, nested
 from dca_jax.credit import Scheme
 from dca_jax.devices import mesh
 from dca_jax.devices.processes import put
@@ -142,13 +142,14 @@ def train(
     resume, quiet: see `dca_jax.loop.train`.
     callbacks: for process 0. What one raises ends the run; the step is recorded.
     chosen: `task`, `reviewer`, `scheme`: objects in the place of what `config` chooses. They are
-      recorded by their classes' names, so that `load` finds them where those can be imported.
+      recorded by their classes' names, so `load` finds them where those can be imported; those of
+      a script or a notebook, where that has been run.
 
   Raises:
     UserError: bad input or circumstances; nothing that was saved is lost.
     Terminated, KeyboardInterrupt: the run was stopped; the same call again continues.
   """
-  made = _with_objects(_config(config), chosen)
+  made = _config(config, chosen)
   run = Run(os.fspath(workdir), made)
   told = [functools.partial(callback, run) for callback in callbacks]
   run_training(made, run.workdir, resume, quiet, told)
@@ -169,33 +170,41 @@ def evaluate(run: Run | str | os.PathLike) -> dict[str, evaluation.Estimate]:
   return (run if isinstance(run, Run) else load(run)).policy.evaluate()
 
 
-def _config(given: Config | ConfigDict | dict | str | os.PathLike) -> Config:
-  if isinstance(given, Config):
-    return given
-  if isinstance(given, ConfigDict | dict):
-    return config_lib.build(ConfigDict(given))
-  return config_lib.load(os.fspath(given))
-
-
 _SECTIONS = {"task": "task.name", "reviewer": "reviewer.name", "scheme": "credit.scheme"}
 
 
-def _with_objects(config: Config, chosen: Mapping[str, Any]) -> Config:
-  """The config with objects in the place of sections."""
+def _config(given: Config | ConfigDict | dict | str | os.PathLike, chosen: Mapping[str, Any]) -> Config:
+  """The config, with the settings of objects in the place of the sections that they stand for."""
+  if isinstance(given, Config):
+    if not chosen:
+      return given
+    given = dataclasses.asdict(given)
+  elif not isinstance(given, ConfigDict | dict):
+    path = os.fspath(given)
+    if not chosen:
+      return config_lib.load(path)
+    given = config_lib.read_recipe(path).get_config()
+  settings = flatten(ConfigDict(given).to_dict())
   for argument, thing in chosen.items():
     if argument not in _SECTIONS:
       raise TypeError(f"train() has no argument {argument!r}")
-    section, _, key = _SECTIONS[argument].partition(".")
-    base, known = CHOICES[_SECTIONS[argument]]
-    if not isinstance(thing, base):
-      what = f"an object of a class that extends {base.__name__}"
-      raise ConfigError(f"{argument}: must be {what}, not {thing!r}")
-    kind: type[Any] = type(thing)
-    if kind not in known.values():
-      named: dict[str, Any] = {key: f"{kind.__module__}:{kind.__qualname__}"}
-      thing = dataclasses.replace(cast(Any, thing), **named)
-    changed: dict[str, Any] = {section: thing}
-    config = dataclasses.replace(config, **changed)
-  if chosen:
-    config_lib.check(config)
-  return config
+    section = _SECTIONS[argument].partition(".")[0] + "."
+    settings = {key: value for key, value in settings.items() if not key.startswith(section)}
+    settings |= _settings_of(argument, thing)
+  return config_lib.build(ConfigDict(nested(settings)))
+
+
+def _settings_of(argument: str, given: Any) -> dict[str, Any]:
+  """What a recipe would say in the place of an object."""
+  chooser = _SECTIONS[argument]
+  section, _, key = chooser.partition(".")
+  base, known = CHOICES[chooser]
+  kind: type[Any] = type(given)
+  if not isinstance(given, base):
+    what = f"an object of a class that extends {base.__name__}"
+    raise ConfigError(f"{argument}: must be {what}, not {given!r}")
+  name = getattr(given, key)
+  if kind not in known.values() and ":" not in name:
+    name = f"{kind.__module__}:{kind.__qualname__}"
+  own, default = (flatten(dataclasses.asdict(x), f"{section}.") for x in (given, kind()))
+  return {k: v for k, v in own.items() if v != default[k]} | {chooser: name}

@@ -398,7 +398,8 @@ def saved_config(workdir: str) -> Config:
     return build(saved)
   except ConfigError as error:
     path = locate(workdir) / "config.json"
-    raise ConfigError(f"{path} is not of this version of dca-jax: {error}") from None
+    wrong = ": " if error.__cause__ else " is not of this version of dca-jax: "  # Something of the user's.
+    raise ConfigError(f"{path}{wrong}{error}") from error.__cause__
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,10 @@ def find(spec: str, key: str) -> Any:
   except Exception as error:  # A module may raise anything.
     what = f"{type(error).__name__}: {error}"
     hint = "give a file, path/to/file.py:NAME, or put the module's folder on PYTHONPATH"
+    if where == "__main__":
+      hint = "it is from a script or a notebook: run its definition first, or move it to a file"
+    elif "<locals>" in attribute:
+      hint = "it is from within a function, where it cannot be found again: move it out of there"
     raise UserError(f"{key}: cannot import {spec} ({what}); {hint}") from error
   return found
 
