@@ -1,4 +1,4 @@
-"""`dca-jax train | compare | plan | status | report | export | review | lab`."""
+"""`dca-jax train | compare | plan | status | report | export | review`: the parser, and what it calls."""
 
 import argparse
 import os
@@ -83,9 +83,6 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite")
   p.add_argument("--limit", type=int, default=200, help="completions to read")
   p.add_argument("--estimate", action="store_true", help="only say what it would cost")
-
-  what = "every credit scheme on a policy small enough to be exact, in half a minute"
-  command(_lab, what, False, "where the figures and the numbers go")
   return top
 
 
@@ -121,39 +118,16 @@ def _unraisable(error) -> None:
 
 
 def _train(args, overrides) -> None:
-  import jax
-
   from dca_jax import config
-  from dca_jax.commands import report
-  from dca_jax.devices import processes
-  from dca_jax.errors import Terminated
-  from dca_jax.loop import train
-  from dca_jax.store.metrics import read_metrics
-  from dca_jax.store.workdir import locate
+  from dca_jax.commands import train
 
   settings = config.load(args.config, overrides)
   if args.resume not in ("auto", "never") and not args.resume.isdigit():
-    raise config.ConfigError(f"--resume={args.resume}: must be auto, never, or the number of a saved step")
-  given = args.processes is not None and args.process is not None
-  if args.coordinator and not (given and 0 <= args.process < args.processes):
-    raise config.ConfigError("--coordinator needs --processes=N and, in each of them, --process=0 to N - 1")
-  if not args.coordinator and (args.processes, args.process) != (None, None):
-    raise config.ConfigError("--processes and --process need --coordinator=HOST:PORT")
-  if args.coordinator:
-    processes.connect(args.coordinator, args.processes, args.process)
-  elif args.distributed:
-    processes.connect()
-  try:
-    train(settings, args.workdir, args.resume)
-  except Terminated:
-    processes.leave()
-    raise
-  if jax.process_index() == 0:
-    folder = locate(args.workdir)
-    metrics = read_metrics(folder)
-    if any("train/accuracy" in row for row in metrics):
-      print("\n" + report.text_table(report.score_header(metrics), report.score_rows(metrics)))
-      print(f"\nreport: {report.write_report(folder)}")
+    must = "must be auto, never, or the number of a saved step"
+    raise config.ConfigError(f"--resume={args.resume}: {must}")
+  train.connect(args.distributed, args.coordinator, args.processes, args.process)
+  if said := train.train(settings, args.workdir, args.resume):
+    print(said)
 
 
 def _compare(args, overrides) -> None:
@@ -216,13 +190,3 @@ def _review(args, overrides) -> None:
   _between(args, "limit", 1)
   work = rereview.estimate if args.estimate else rereview.rereview
   print(work(args.trajectories, args.reviewer, args.limit, overrides))
-
-
-def _lab(args, _) -> None:
-  from dca_jax.store.workdir import locate
-  from evidence import lab
-
-  folder = locate(args.workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  print(lab.run(folder))
-  print(f"\nfigures: {folder / 'lab.png'} and drift.png; numbers: lab.json")

@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from dca_jax.commands import cli
 from evidence.lab import drift
+from evidence.lab.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-  """What `dca-jax lab` leaves: its folder and its numbers."""
+  """What `python -m evidence.lab` leaves: its folder and its numbers."""
   folder = tmp_path_factory.mktemp("lab") / "new"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(drift, "SEEDS", 16)  # Enough for what is asked below.
-    assert cli.main(["lab", f"--workdir={folder}"]) == 0
+    main([f"--workdir={folder}"])
     yield folder, json.loads((folder / "lab.json").read_text())
 
 
@@ -51,7 +51,8 @@ def test_lab_writes_its_figures_and_prints_its_tables(lab, capsys):
   for name in ("lab.png", "drift.png"):
     assert (folder / name).read_bytes().startswith(b"\x89PNG")
   assert numbers["tree"][0]["name"] == "uniform (RLOO)"
-  assert cli.main(["lab", f"--workdir={folder}", "--config.seed=1"]) == 1
+  with pytest.raises(SystemExit, match="2"):
+    main([f"--workdir={folder}", "--config.seed=1"])
   assert "--config.seed=1" in capsys.readouterr().err
 
 
