@@ -206,5 +206,6 @@ def _settings_of(argument: str, given: Any) -> dict[str, Any]:
   name = getattr(given, key)
   if kind not in known.values() and ":" not in name:
     name = f"{kind.__module__}:{kind.__qualname__}"
-  own, default = (flatten(dataclasses.asdict(x), f"{section}.") for x in (given, kind()))
+  own = flatten(dataclasses.asdict(given), f"{section}.")
+  default = flatten(dataclasses.asdict(kind()), f"{section}.")
   return {k: v for k, v in own.items() if v != default[k]} | {chooser: name}
