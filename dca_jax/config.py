@@ -462,7 +462,7 @@ def _section(defaults, given, prefix: str):
       continue
     if (type(default), type(value)) in ((float, int), (tuple, list)):
       value = type(default)(value)
-    if known[key].metadata.get("door"):
+    if prefix + key in CHOICES or known[key].metadata.get("door"):
       value = absolute(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")

@@ -71,7 +71,7 @@ def write_recipe(folder: pathlib.Path, changes=(), more: str = "") -> str:
   return str(path)
 
 
-def start(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+def start(*arguments: str, environment: dict[str, str] | None = None, cwd=None) -> subprocess.Popen:
   """The command line in a process of its own, its output in pipes."""
   command = [sys.executable, "-m", "dca_jax", *arguments]
   root = str(pathlib.Path(config_lib.__file__).parents[1])
@@ -82,6 +82,7 @@ def start(*arguments: str, environment: dict[str, str] | None = None) -> subproc
     stderr=subprocess.PIPE,
     text=True,
     env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+    cwd=cwd,
   )
 
 

@@ -35,6 +35,6 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   step, params = read_params(folder, step)
   if section.lora_rank and not adapters:
     params = merge(join(split(read_start(folder))[0], params), section.lora_scale)
-    section = PolicyConfig(pretrained=section.pretrained, dtype=section.dtype)
+    section = PolicyConfig(pretrained=section.pretrained, family=section.family, dtype=section.dtype)
   pretrained.save(params, pretrained.resolve(section, 0), section.pretrained, folder / "tokenizer", place)
   return f"step {step}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, written and read again: {place}"

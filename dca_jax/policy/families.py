@@ -2,10 +2,11 @@
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
+from dca_jax.doors import find
 from dca_jax.errors import UserError
 from dca_jax.policy.transformer import PolicyConfig
 
@@ -81,6 +82,34 @@ _MODULES = {
   "post_attention_norm": "post_attention_layernorm",
   "post_mlp_norm": "post_feedforward_layernorm",
 }
+
+
+class Family(Protocol):
+  """What a published model means; see `from_json` and `tensor_name`, which are those of the built-in families."""
+
+  def read(self, given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
+    """The policy that a config.json describes; raises UserError where it is not supported."""
+
+  def tensor_name(self, config: PolicyConfig, path: tuple[str, ...]) -> str:
+    """The name of a parameter in the model's files; `{}` is the layer's number."""
+
+
+def family_of(config: PolicyConfig) -> Family:
+  """The family that `policy.family` names; UserError where there is none."""
+  if not config.family:
+    return _BuiltIn()
+  kind = find(config.family, "policy.family")
+  if not all(callable(getattr(kind, name, None)) for name in ("read", "tensor_name")):
+    raise UserError(f"policy.family: {config.family} must be a class with methods read and tensor_name")
+  return cast(Family, kind())
+
+
+class _BuiltIn:
+  def read(self, given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
+    return from_json(given, where, dtype)
+
+  def tensor_name(self, config: PolicyConfig, path: tuple[str, ...]) -> str:
+    return tensor_name(config, path)
 
 
 def tensor_name(config: PolicyConfig, path: tuple[str, ...]) -> str:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dca_jax.errors import UserError, reason
-from dca_jax.policy.families import from_json, read_json, tensor_name
+from dca_jax.policy.families import family_of, read_json
 from dca_jax.policy.lora import join, split
 from dca_jax.policy.transformer import FREE, Policy, PolicyConfig
 
@@ -48,7 +48,7 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
   if config.pretrained:
     path = folder(config.pretrained) / "config.json"
     free = {key: getattr(config, key) for key in FREE}
-    config = dataclasses.replace(from_json(read_json(path), str(path), config.dtype), **free)
+    config = dataclasses.replace(family_of(config).read(read_json(path), str(path), config.dtype), **free)
     if why := config.check().get("attention"):
       raise UserError(f"policy.attention {why}: {path}")
   elif 0 < config.vocab_size < vocab_size:
@@ -93,7 +93,7 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
     spec = (spec[_inputs(keys)], spec[0]) if keys[-1] == "kernel" else spec[: len(shape)]
     ours = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
     for i in range(policy.config.depth) if layered else (None,):
-      name = tensor_name(policy.config, keys).format(i)
+      name = family_of(policy.config).tensor_name(policy.config, keys).format(i)
       read = functools.partial(_read, files[name], name)
       theirs = jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, P(*spec)), read)
       # Waited for, or what was read would pile up on the host.
@@ -139,9 +139,10 @@ def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, path
       raise UserError(f"{source} has no tensor {name}, which its config.json calls for; download the model again")
     if shapes[name] != shape:
       raise UserError(f"{files[name]}: {name} has the shape {shapes[name]}, but by its config.json it is {shape}")
+  head = family_of(config).tensor_name(config, ("head",))
   for name in sorted(shapes.keys() - wanted.keys()):
     # A tied model may have its head written out, and old Llamas their rotary frequencies.
-    if not (config.tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq"):
+    if not (config.tied and name == head) and not name.endswith("rotary_emb.inv_freq"):
       raise UserError(f"{files[name]}: {name} is a tensor that a model with this config.json does not have")
   return files
 
@@ -164,10 +165,11 @@ def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
 def _named(config: PolicyConfig, params) -> Iterator[tuple[str, tuple[str, ...], int | None, tuple[int, ...]]]:
   """For each tensor of a model its name, the keys of its parameter, which layer of that it is, and its shape."""
   shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+  family = family_of(config)
   for i in (None, *range(config.depth)):
     for keys, shape in shapes.items():
       if (keys[0] == "blocks") == (i is not None):
-        yield tensor_name(config, keys).format(i), keys, i, _file_shape(keys, shape[i is not None :])
+        yield family.tensor_name(config, keys).format(i), keys, i, _file_shape(keys, shape[i is not None :])
 
 
 # Out.

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dca_jax.checks import at_least, one_of, positive
+from dca_jax.doors import door
 from dca_jax.policy.attention import KeyValue, attend, choose_kernel, flash_attend
 from dca_jax.policy.logprobs import Head
 from dca_jax.policy.sharding import constrain
@@ -31,6 +32,9 @@ class PolicyConfig:
   pretrained: str = ""
   """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype`, `weights`,
   `remat`, `attention` and those of LoRA."""
+  family: str = door("")
+  """What config.json and the tensors' names mean: empty for the built-in families, which go by its
+  `model_type`; or your own, MODULE:CLASS."""
   lora_rank: int = 0
   """Rank of the adapters, which alone are trained; 0 trains everything. What they adapt is kept in `dtype`."""
   lora_alpha: float = 16.0
@@ -123,6 +127,7 @@ class PolicyConfig:
     if self.pretrained:
       keys = [field.name for field in dataclasses.fields(self) if field.name not in (*FREE, "pretrained")]
       return adapted | dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
+    adapted["family"] = "policy.pretrained is empty"
     windows = {} if self.windowed else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
     return adapted | windows
 
@@ -136,7 +141,8 @@ class PolicyConfig:
     return self.lora_alpha / max(1, self.lora_rank)
 
 
-FREE = ("dtype", "weights", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets")  # Whatever the model.
+# Whatever the model.
+FREE = ("family", "dtype", "weights", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets")
 _REMAT = {
   "all": jax.checkpoint_policies.everything_saveable,
   "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

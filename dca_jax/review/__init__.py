@@ -16,6 +16,7 @@ from dca_jax.review.builtin import (
 )
 from dca_jax.review.language import GeminiModel, LanguageModel, OpenAIModel
 from dca_jax.review.reviewer import ReviewerConfig, Uses, open_reviewer
+from dca_jax.review.transports import CallFailed, Reply, Transport
 from dca_jax.review.types import Request, Review, Reviewer, Share, Trial, Truth
 
 _KINDS = (
@@ -26,13 +27,16 @@ REVIEWERS: dict[str, type[ReviewerConfig]] = {kind.name: kind for kind in _KINDS
 
 __all__ = [
   "REVIEWERS",
+  "CallFailed",
   "LanguageModel",
   "Nobody",
+  "Reply",
   "Request",
   "Review",
   "Reviewer",
   "ReviewerConfig",
   "Share",
+  "Transport",
   "Trial",
   "Truth",
   "Uses",

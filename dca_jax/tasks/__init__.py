@@ -2,7 +2,9 @@
 
 from dca_jax.tasks.chains import Chains, ChainsConfig
 from dca_jax.tasks.text import Text, TextConfig
+from dca_jax.tasks.tokenizer import character_tokenizer
 from dca_jax.tasks.types import (
+  SPLITS,
   Demonstrated,
   Labelled,
   Outcome,
@@ -19,6 +21,7 @@ TASKS: dict[str, type[TaskConfig]] = {
 }
 
 __all__ = [
+  "SPLITS",
   "TASKS",
   "Chains",
   "ChainsConfig",
@@ -31,4 +34,5 @@ __all__ = [
   "Text",
   "TextConfig",
   "Valued",
+  "character_tokenizer",
 ]

@@ -25,6 +25,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from dca_jax.checks import between, one_of
+from dca_jax.tasks.tokenizer import character_tokenizer
 from dca_jax.tasks.types import SPLITS, Outcome, Problem, TaskConfig
 
 _OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
@@ -117,16 +118,7 @@ class Chains:
     return prompt
 
   def tokenizer(self):
-    """One token a character; a `transformers` fast tokenizer made with the `tokenizers` library."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = [_EOS, *"0123456789", *"+-*?;#", *_LETTERS[: self.config.lines + 2]]
-    model = models.WordLevel({c: i for i, c in enumerate(alphabet)}, unk_token=_EOS)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS, pad_token=_EOS)
+    return character_tokenizer("0123456789+-*?;#" + _LETTERS[: self.config.lines + 2], _EOS)
 
   def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
     """A problem and a worked solution in line order, its mistakes, if any, carried forward consistently."""

@@ -2,7 +2,9 @@
 nothing of ours."""
 
 import faulthandler
+import importlib.util
 import math
+import operator
 import os
 import pkgutil
 import queue
@@ -10,6 +12,7 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
+from typing import Any
 
 
 def main(connection: Connection) -> None:
@@ -20,7 +23,7 @@ def main(connection: Connection) -> None:
   threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
   _, (name, sys.path[:], seconds) = requests.get()
   try:
-    verifier = pkgutil.resolve_name(name)
+    verifier = _find(name)
     if not callable(verifier):
       raise TypeError("it is no function")
     connection.send(("ready", hasattr(verifier, "final_answer")))
@@ -37,6 +40,19 @@ def main(connection: Connection) -> None:
     except BaseException as error:  # It may raise anything.
       connection.send(("failed", _describe(error)))
     faulthandler.cancel_dump_traceback_later()
+
+
+def _find(name: str) -> Any:
+  """What MODULE:ATTRIBUTE or path/to/file.py:ATTRIBUTE names."""
+  path, _, attribute = name.rpartition(":")
+  if not path.endswith(".py"):
+    return pkgutil.resolve_name(name)
+  spec = importlib.util.spec_from_file_location("verifier", path)
+  assert spec is not None
+  assert spec.loader is not None
+  sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return operator.attrgetter(attribute)(module)
 
 
 def _listen(connection: Connection, requests: queue.SimpleQueue) -> None:

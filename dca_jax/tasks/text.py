@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from dca_jax import patterns
+from dca_jax.doors import door
 from dca_jax.errors import UserError
 from dca_jax.tasks.judge import Judge, Verdict, VerifierError
 from dca_jax.tasks.tokenizer import load_tokenizer
@@ -60,10 +61,11 @@ class TextConfig(TaskConfig):
   question: str = "question"
   answer: str = "answer"
   """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
-  verifier: str = "number"
-  """`number`, `exact` or `choice` (see `verifiers`), or your own, MODULE:FUNCTION: called with the row of
-  the data set and the completion it gives a reward from 0 to 1, of which only 1 counts as correct, or a
-  dict with a `reward` and further numbers (see `judge`). If it raises, the run stops and can go on later.
+  verifier: str = door("number")
+  """`number`, `exact` or `choice` (see `verifiers`), or your own, MODULE:FUNCTION or
+  path/to/file.py:FUNCTION: called with the row of the data set and the completion it gives a reward
+  from 0 to 1, of which only 1 counts as correct, or a dict with
+  a `reward` and further numbers (see `judge`). If it raises, the run stops and can go on later.
   Truncated completions are wrong; it never sees them."""
   verifier_seconds: float = 10.0
   """How long your own may take for a completion, which is otherwise not trained on."""
@@ -96,7 +98,7 @@ class TextConfig(TaskConfig):
     return {"tokenizer": pretrained}
 
   def check(self) -> dict[str, str]:
-    known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
+    known = self.verifier in VERIFIERS or re.fullmatch(r"([\w.]+|.+\.py):[\w.]+", self.verifier)
     # A lone word is a slip; nobody ends steps with one.
     typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
     source = "path" if self.name == "jsonl" else "dataset"

@@ -38,6 +38,18 @@ def load_tokenizer(name: str):
   return tokenizer
 
 
+def character_tokenizer(alphabet: str, end: str):
+  """A `transformers` fast tokenizer of one token a character; `end` ends a completion."""
+  from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+  from transformers import PreTrainedTokenizerFast
+
+  ids = {c: i for i, c in enumerate(end + alphabet)}
+  tokenizer = Tokenizer(models.WordLevel(ids, unk_token=end))
+  tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+  tokenizer.decoder = decoders.Fuse()
+  return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+
+
 @functools.lru_cache
 def id_count(tokenizer) -> int:
   """One more than the highest id of a token. Not the number of tokens: there can be ids between that are none."""
