@@ -116,7 +116,7 @@ def test_a_mistake_is_one_sentence(home, monkeypatch, settings, wanted):
   assert "\n" not in str(told.value)
 
 
-def test_a_family_that_renames_tensors_loads_and_is_exported(home, tmp_path):
+def test_a_family_that_renames_tensors_loads_and_is_exported(tmp_path):
   model = tmp_path / "model"
   shutil.copytree(LLAMA, model)
   tensors = load_file(model / "model.safetensors")
@@ -124,7 +124,7 @@ def test_a_family_that_renames_tensors_loads_and_is_exported(home, tmp_path):
   save_file(renamed, model / "model.safetensors")
   described = json.loads((model / "config.json").read_text())
   (model / "config.json").write_text(json.dumps(described | {"model_type": "renamed"}))
-  section = PolicyConfig(pretrained=str(model), family=f"{home}/renamed.py:Renamed")
+  section = PolicyConfig(pretrained=str(model), family=f"{EXAMPLES}/renamed.py:Renamed")
   config = pretrained.resolve(section, 0)
   policy = Policy(config, config.vocab_size)
   shardings = param_shardings(make_mesh(MeshConfig()), policy)
