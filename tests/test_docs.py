@@ -13,11 +13,12 @@ from dca_jax.commands.compare import arm_config
 from dca_jax.commands.review import reviewer_config
 from dca_jax.credit import SCHEMES
 from dca_jax.learner.values import VALUES
+from dca_jax.review import REVIEWERS
 from dca_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CHOSEN = {"task": TASKS, "credit": SCHEMES, "value": VALUES}
+CHOSEN = {"task": TASKS, "reviewer": REVIEWERS, "credit": SCHEMES, "value": VALUES}
 KNOWN = {
   key
   for section in (
@@ -96,3 +97,10 @@ def test_the_files_that_the_docs_name_exist():
       headings = re.findall(r"^#+ (.+)", linked.read_text(), re.MULTILINE) if anchor else []
       slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
       assert not anchor or anchor in slugs, (page.name, target)
+
+
+def test_the_examples_of_extending_are_the_files():
+  """Those files are run by tests/doors."""
+  text = (ROOT / "docs" / "extending.md").read_text()
+  for path in (ROOT / "docs" / "examples").glob("*.py"):
+    assert f"```python\n{path.read_text()}```" in text, path.name
