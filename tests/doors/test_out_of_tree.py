@@ -12,8 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from dca_jax.config import ConfigError, build
 from dca_jax.devices.mesh import MeshConfig, make_mesh, param_shardings
+from dca_jax.doors import absolute, find
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig, pretrained
+from dca_jax.source import source_digest
+from dca_jax.tasks.judge import Judge
 
 LLAMA = pathlib.Path(__file__).parents[1] / "policy" / "reference" / "llama_scaled"
 EXAMPLES = pathlib.Path(__file__).parents[2] / "docs" / "examples"
@@ -138,3 +141,24 @@ def test_a_family_that_renames_tensors_loads_and_is_exported(tmp_path):
   assert all((out[name] == renamed[name].astype(out[name].dtype)).all() for name in out)
   with pytest.raises(UserError, match="architecture"):  # Without its family it is unknown.
     pretrained.resolve(PolicyConfig(pretrained=str(model)), 0)
+
+
+def test_a_verifier_in_a_file_runs_in_its_own_process(tmp_path):
+  mine = tmp_path / "mine.py"
+  mine.write_text("def right(row, completion):\n  return float(completion == row['answer'])\n")
+  judge = Judge(f"{mine}:right", 10.0, 1)
+  assert judge.verify({"answer": "4"}, "4").reward == 1.0
+  assert judge.verify({"answer": "4"}, "5").reward == 0.0
+  with pytest.raises(UserError, match=r"task\.verifier: cannot import .*mine\.py:wrong"):
+    Judge(f"{mine}:wrong", 10.0, 1)
+
+
+def test_a_file_is_the_same_from_everywhere_and_its_code_is_known(tmp_path, monkeypatch):
+  (tmp_path / "mine.py").write_text((EXAMPLES / "parity.py").read_text())
+  monkeypatch.chdir(tmp_path)
+  assert absolute("mine.py:Parity") == f"{tmp_path}/mine.py:Parity"
+  assert absolute(("oracle", "mine.py:A:model")) == ("oracle", f"{tmp_path}/mine.py:A:model")
+  task = find("mine.py:Parity", "task.name")()
+  before = source_digest(task)
+  (tmp_path / "mine.py").write_text((EXAMPLES / "parity.py").read_text() + "\nMORE = 1\n")
+  assert source_digest(task) != before  # A warm start that was kept is not taken for that of other code.

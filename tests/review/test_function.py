@@ -7,7 +7,6 @@ import threading
 
 import pytest
 
-from dca_jax.episode import Review as Made
 from dca_jax.review import Request, Review, ReviewerConfig, Truth, open_reviewer
 
 
@@ -43,8 +42,8 @@ def test_reviews_come_in_order_and_each_step_weighs_one():
     lambda r: 1 / 0,
     lambda r: sys.exit(3),
     lambda r: None,
-    lambda r: Made("ok", roles=None),
-    lambda r: Made("ok", ("error",) * 2, ("heavy", "light")),
+    lambda r: Review("ok", roles=None),
+    lambda r: Review("ok", ("error",) * 2, ("heavy", "light")),
   ],
 )
 def test_what_it_raises_is_a_failed_review_told_once(bad, capsys):
