@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from dca_jax.api import Metrics, Run, evaluate, load, train
+  from dca_jax.commands.report import credit_html
   from dca_jax.config import Config
   from dca_jax.credit import Given, Scheme
   from dca_jax.episode import ROLES, Episode, Outcome, Problem, Review, Segment, Step
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Where each public name lives. They are imported when they are first used: jax takes seconds.
 _HOMES = {
   "dca_jax.api": ("Metrics", "Run", "evaluate", "load", "train"),
+  "dca_jax.commands.report": ("credit_html",),
   "dca_jax.config": ("Config",),
   "dca_jax.credit": ("Given", "Scheme"),
   "dca_jax.episode": ("ROLES", "Episode", "Outcome", "Problem", "Review", "Segment", "Step"),
@@ -48,6 +50,7 @@ __all__ = [
   "Terminated",
   "UserError",
   "Values",
+  "credit_html",
   "evaluate",
   "load",
   "train",

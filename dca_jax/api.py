@@ -16,6 +16,7 @@ from dca_jax.config import CHOICES, Config, ConfigError, flatten, nested
 from dca_jax.credit import Scheme
 from dca_jax.devices import mesh
 from dca_jax.devices.processes import put
+from dca_jax.episode import Episode
 from dca_jax.loop import train as run_training
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.review import ReviewerConfig
@@ -23,6 +24,7 @@ from dca_jax.rollout import GREEDY, Sampler, encode_prompts
 from dca_jax.rollout import evaluate as evaluation
 from dca_jax.store.checkpoints import read_params, read_start
 from dca_jax.store.metrics import read_metrics
+from dca_jax.store.trajectories import read_trajectories
 from dca_jax.store.workdir import locate
 from dca_jax.tasks import Problem, TaskConfig
 from dca_jax.tasks.tokenizer import end_ids, id_count, text_of
@@ -54,6 +56,10 @@ class Run:
   @property
   def metrics(self) -> Metrics:
     return Metrics(read_metrics(locate(self.workdir)))
+
+  def episodes(self, step: int) -> list[Episode]:
+    """What was trained on in a step, with what credit."""
+    return [*read_trajectories(locate(self.workdir) / "trajectories", step)]
 
   @functools.cached_property
   def policy(self) -> "SavedPolicy":
@@ -206,6 +212,7 @@ def _settings_of(argument: str, given: Any) -> dict[str, Any]:
   name = getattr(given, key)
   if kind not in known.values() and ":" not in name:
     name = f"{kind.__module__}:{kind.__qualname__}"
-  own = flatten(dataclasses.asdict(given), f"{section}.")
+  thing: Any = given
+  own = flatten(dataclasses.asdict(thing), f"{section}.")
   default = flatten(dataclasses.asdict(kind()), f"{section}.")
   return {k: v for k, v in own.items() if v != default[k]} | {chooser: name}

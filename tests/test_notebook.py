@@ -1,9 +1,10 @@
-"""The notebook, run from top to bottom by a Jupyter kernel."""
+"""The notebooks, run from top to bottom by a Jupyter kernel."""
 
 import os
 import pathlib
 
 import nbformat
+import pytest
 import tiny
 import words
 from nbclient import NotebookClient
@@ -12,6 +13,7 @@ from dca_jax.config import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "tpu_scripts" / "colab.ipynb"
+QUICKSTART = ROOT / "docs" / "quickstart.ipynb"
 
 
 def execute(change: str) -> list[dict]:
@@ -32,8 +34,9 @@ def shown(outputs: list[dict], kind: str) -> list[str]:
   return [o.data[kind] for o in outputs if o.output_type == "display_data" and kind in o.data]
 
 
-def test_valid_and_stored_without_outputs():
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("path", [NOTEBOOK, QUICKSTART], ids=lambda path: path.name)
+def test_valid_and_stored_without_outputs(path):
+  notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
   assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
@@ -75,3 +78,22 @@ def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
   assert [line["step"] for line in tiny.read_lines(tmp_path / "run-gemma-uniform")] == [0, 1, 2]
   assert len(shown(outputs, "image/png")) == len(shown(outputs, "text/html")) == 3
   assert "Task tfds, reviewer none, credit uniform" in shown(outputs, "text/html")[2]
+
+
+def test_quickstart_trains_what_its_cells_define(tmp_path, monkeypatch):
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = nbformat.read(QUICKSTART, as_version=4)
+  assert len(notebook.cells) == 6
+  resources = {"metadata": {"path": str(tmp_path)}}
+  NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
+  outputs = [output for cell in notebook.cells for output in cell.outputs]
+  assert len(shown(outputs, "image/png")) == 1
+  (page,) = [html for html in shown(outputs, "text/html") if "class=step" in html]
+  assert "error \u2212" in page  # Blamed by the reviewer of a cell, under the scheme of another.
+  assert "necessary +" in page
+  (workdir,) = [path.parent for path in tmp_path.glob("*/metrics.jsonl")]
+  lines = tiny.read_lines(workdir)
+  assert lines[-1]["step"] == 20
+  assert "eval/sampled" in lines[0].keys() & lines[-1].keys()
+  assert lines[1]["review/ok"] == lines[1]["review/asked"] > 0

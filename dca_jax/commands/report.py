@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -18,6 +18,12 @@ from dca_jax.store.metrics import missing_steps, read_metrics
 from dca_jax.store.symptoms import findings
 from dca_jax.store.trajectories import read_trajectories
 
+_ANSWERS = """
+.answer { font-family: ui-monospace, monospace; margin: .6rem 0 1.1rem; }
+.answer, .step { white-space: pre-wrap; overflow-wrap: anywhere; }
+.step { display: inline-block; padding: 0 .3rem; margin: .1rem .15rem .1rem 0; border-radius: .25rem; }
+.step { border: 1px solid #d5d9de; color: #1c2024; } small { font-size: .72rem; }
+"""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
@@ -25,10 +31,6 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid #e3e6ea; }
 svg { max-width: 100%; height: auto; } .note { color: #5d6671; } details { margin: .4rem 0; }
 pre { background: #f6f7f9; padding: .8rem; overflow: auto; }
-.answer { font-family: ui-monospace, monospace; margin: .6rem 0 1.1rem; }
-.answer, .step { white-space: pre-wrap; overflow-wrap: anywhere; }
-.step { display: inline-block; padding: 0 .3rem; margin: .1rem .15rem .1rem 0; border-radius: .25rem; }
-.step { border: 1px solid #d5d9de; color: #1c2024; } small { font-size: .72rem; }
 .wide { overflow-x: auto; } .wide svg { max-width: none; }
 """
 PALETTE = ("#5d6671", "#0b7285", "#d9480f", "#6741d9", "#2b8a3e", "#c2255c", "#846800", "#1864ab")
@@ -116,7 +118,7 @@ def page(title: str, body: Sequence[str]) -> str:
   return (
     "<!doctype html><html lang=en><meta charset=utf-8>"
     "<meta name=viewport content='width=device-width'>"
-    f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    f"<title>{html.escape(title)}</title><style>{_STYLE}{_ANSWERS}</style>"
     f"<h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</html>\n"
   )
 
@@ -252,6 +254,11 @@ def _legend() -> list[tuple[str, str]]:
   minus = [(shade, f"\u2212({label})") for shade, label in zip(_REDS[1:], ranges, strict=True)]
   plus = [(shade, label) for shade, label in zip(_GREENS[1:], ranges, strict=True)]
   return [*minus[::-1], (_GREENS[0], f"under {_BOUNDS[0]:g} either way"), *plus]
+
+
+def credit_html(episodes: Iterable[Episode]) -> str:
+  """The text of episodes as HTML for a notebook, each step in the colour of its credit."""
+  return f"<style>{_ANSWERS}</style>" + "".join(map(_example, episodes))
 
 
 def _example(e: Episode) -> str:
