@@ -1,8 +1,10 @@
 """The training loop: what a step trains on, what it records, and what it must not do."""
 
+import dataclasses
 import functools
 import json
 from concurrent.futures import Future
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -75,13 +77,26 @@ def test_a_resumed_run_compiles_nothing_after_its_first_step(everything_run):
   assert not [(done, name) for part, done, name in compiled if part == 2 and done >= 7]
 
 
+def answering(reply):
+  """The section of a reviewer that answers at once with what `reply` makes of the requests."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Answering(review.ReviewerConfig):
+    gives: ClassVar[tuple[str, ...]] = ("roles", "values")
+
+    def open(self, uses):
+      return builtin.Instant(reply)
+
+  return Answering
+
+
 def test_a_hidden_transfer_in_a_step_is_an_error(tmp_path, monkeypatch):
-  def careless(config, truth, requests):
+  def careless(requests):
     jnp.ones(3) + np.ones(3, np.float32)
     return [review.Review("none")] * len(requests)
 
-  monkeypatch.setitem(builtin.REVIEWERS, "random", careless)
-  config = tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "random"})
+  monkeypatch.setitem(review.REVIEWERS, "careless", answering(careless))
+  config = tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "careless"})
   with pytest.raises(Exception, match=r"isallowed.*transfer"):
     train(config, str(tmp_path), quiet=True)
 
@@ -102,7 +117,7 @@ def same_training(ours, theirs) -> bool:
   return all(ours[k].tobytes() == theirs[k].tobytes() for k in ours)
 
 
-def garbled(config, truth, requests):
+def garbled(requests):
   """Reviews that do not fit their answers, of every kind."""
   misfits = (
     review.Review("ok"),
@@ -117,7 +132,7 @@ def garbled(config, truth, requests):
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
 def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(scheme, uniform_run, tmp_path, monkeypatch):
   for name in ("silent", "garbled"):
-    monkeypatch.setitem(builtin.REVIEWERS, "garbled", garbled)
+    monkeypatch.setitem(review.REVIEWERS, "garbled", answering(garbled))
     train(tiny.make_config({"credit.scheme": scheme, "reviewer.name": name}), str(tmp_path / name), quiet=True)
     assert same_training(tmp_path / name, uniform_run)
     assert tiny.read_lines(tmp_path / name)[-1]["review/ok"] == 0
