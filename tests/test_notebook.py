@@ -95,5 +95,5 @@ def test_quickstart_trains_what_its_cells_define(tmp_path, monkeypatch):
   (workdir,) = [path.parent for path in tmp_path.glob("*/metrics.jsonl")]
   lines = tiny.read_lines(workdir)
   assert lines[-1]["step"] == 20
-  assert "eval/sampled" in lines[0].keys() & lines[-1].keys()
-  assert lines[1]["review/ok"] == lines[1]["review/asked"] > 0
+  assert lines[-1]["eval/sampled"] > lines[0]["eval/sampled"] + 0.1
+  assert lines[1]["review/ok"] == 1

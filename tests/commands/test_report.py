@@ -112,7 +112,7 @@ def test_a_colour_means_the_same_credit_in_every_answer(run, tmp_path):
     """Steps whose credit is that of `credits` in turn, in answers of different advantages."""
     spans = range(min(len(credits), len(t.tokens)))
     steps = tuple(Step(k, k + 1, f"s{k}") for k in spans)
-    t = dataclasses.replace(t, steps=steps, advantage=0.01 * (1 + int(t.id.split("/")[2])))
+    t = dataclasses.replace(t, steps=steps, values=(), advantage=0.01 * (1 + int(t.id.split("/")[2])))
     return dataclasses.replace(t, credit=[*credits, *[0.0] * 50][: len(t.tokens)], review=said_of(t, "repair"))
 
   text = write_report(rewritten(run, tmp_path, change)).read_text()
