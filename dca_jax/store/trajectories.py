@@ -98,4 +98,6 @@ def _parsed(line: bytes) -> Episode:
     raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
   if wrong := [s for s in kept.steps if not 0 <= s.start <= s.end <= len(kept.credit)]:
     raise ValueError(f"a step is from {wrong[0].start} to {wrong[0].end}")
+  if any((s.role is None) != (s.weight is None) for s in kept.steps):
+    raise ValueError("a step has a role without a weight, or a weight without a role")
   return Episode.from_json(kept.model_dump(exclude_none=True))
