@@ -27,6 +27,7 @@ from dca_jax.store.workdir import is_remote
 NAME = ".held.json"
 _BEAT = 10.0  # seconds between signs of life
 _SILENCE = 60.0  # seconds without one, after which an owner on another machine counts as dead
+_REACH = 120.0  # seconds in which a bucket must answer; its client alone would try for many minutes
 
 
 @dataclasses.dataclass
@@ -167,12 +168,13 @@ class _Object:
     self._generation, self._mine = b"", False
 
   def read(self) -> bytes:
-    found = self._store.read(NAME).result()
+    found = self._store.read(NAME).result(timeout=_REACH)
     self._generation = found.stamp.generation
     return found.value
 
   def write(self, text: bytes | None) -> bool:
-    generation = self._store.write(NAME, text, if_equal=self._generation).result().generation
+    written = self._store.write(NAME, text, if_equal=self._generation).result(timeout=_REACH)
+    generation = written.generation
     if not generation:  # Or it was written, and the reply lost.
       return self.read() == text
     self._generation, self._mine = generation, True

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 import tiny
-
-sys.path.append(str(pathlib.Path(__file__).parent / "review"))
 from fake_server import FakeServer
 
 DOWNLOAD = """
@@ -23,7 +21,7 @@ def bucket(tmp_path_factory):
   """The environment in which `gs://runs` is that server's bucket."""
   port = str(tiny.free_port())
   log = (tmp_path_factory.mktemp("bucket") / "log").open("w")
-  script = str(pathlib.Path(__file__).with_name("fake_bucket.py"))
+  script = str(pathlib.Path(__file__).parents[1] / "fake_bucket.py")
   server = subprocess.Popen([sys.executable, script, port], stdout=log, stderr=log)
   address = f"http://localhost:{port}"
   yield {
