@@ -6,7 +6,6 @@ from dca_jax import loop
 from dca_jax.commands import report
 from dca_jax.config import Config, ConfigError
 from dca_jax.devices import processes
-from dca_jax.errors import Terminated
 from dca_jax.store.metrics import read_metrics
 from dca_jax.store.workdir import locate
 
@@ -31,11 +30,7 @@ def train(config: Config, workdir: str, resume: str) -> str:
   Raises:
     UserError, Terminated: see `loop.train`.
   """
-  try:
-    loop.train(config, workdir, resume)
-  except Terminated:
-    processes.leave()
-    raise
+  loop.train(config, workdir, resume)
   folder = locate(workdir)
   metrics = read_metrics(folder) if jax.process_index() == 0 else []
   if not any("train/accuracy" in row for row in metrics):
