@@ -149,12 +149,12 @@ def test_in_the_warm_start(tmp_path):
 def test_a_second_ctrl_c_ends_a_step_that_must_be_finished(tmp_path):
   held = """
 import time
-from dca_jax import loop as train
+from dca_jax import step
 def never(*_):
   print("update", flush=True)
   while True:
     time.sleep(0.05)
-train.write_trajectories = never
+step.write_trajectories = never
 """
   recipe, run = tiny.write_recipe(tmp_path, more=held), tmp_path / "run"
   process = tiny.start("train", f"--config={recipe}", f"--workdir={run}")
