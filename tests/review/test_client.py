@@ -259,7 +259,7 @@ def test_filtered_replies_cost_what_is_stated_and_refused_calls_nothing(name):
 def test_a_call_costs_what_it_costs_on_its_day(monkeypatch):
   import datetime
 
-  from dca_jax.review import reviewer as reviewer_module
+  from dca_jax.review import language as reviewer_module
 
   class Day(datetime.date):
     today = classmethod(lambda cls: datetime.date(*now))
