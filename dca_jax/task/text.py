@@ -23,7 +23,7 @@ from dca_jax.task.tokenizer import load_tokenizer
 from dca_jax.task.types import Outcome, Problem
 from dca_jax.task.verifiers import VERIFIERS, reference
 
-STEPS = {
+_STEPS = {
   "line": r"\n(?:[^\S\n]*\n)*",
   "paragraph": r"\n[^\S\n]*\n\s*",
   # What closes a sentence is looked at once, from its beginning: anything else takes a time quadratic in its length.
@@ -92,7 +92,7 @@ class TextConfig:
   def check(self) -> dict[str, str]:
     known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
     # A lone word is a slip; nobody ends steps with one.
-    typo = self.steps not in STEPS and not re.search(r"\W", self.steps)
+    typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
     source = "path" if self.name == "jsonl" else "dataset"
     not_one = self.name == "jsonl" and bool(self.heldout_path) == bool(self.heldout_fraction)
     rules = {
@@ -104,7 +104,7 @@ class TextConfig:
       "verifier_seconds": (not 0 < self.verifier_seconds <= 3600, "must be positive and at most 3600"),
       "format": (bool(self.format) != (self.format_weight > 0), "must be given where format_weight is, and only there"),
       "format_weight": (not 0 <= self.format_weight < 1, "must be at least 0 and below 1"),
-      "steps": (typo, f"must be one of {', '.join(STEPS)}, or a regular expression"),
+      "steps": (typo, f"must be one of {', '.join(_STEPS)}, or a regular expression"),
       "max_steps": (self.max_steps < 1, "must be at least 1"),
       "prompt": ("{question}" not in self.prompt, "must hold {question}"),
     }
@@ -126,7 +126,7 @@ class Text:
 
   def __init__(self, config: TextConfig):
     self.config = config
-    self.step_end = STEPS.get(config.steps, config.steps)
+    self.step_end = _STEPS.get(config.steps, config.steps)
     self.step_limits = config.min_step_chars, config.max_steps
     own = config.verifier not in VERIFIERS
     self.concurrency = min(8, os.cpu_count() or 1) if own else 1

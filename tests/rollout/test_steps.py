@@ -14,7 +14,7 @@ from dca_jax import patterns
 from dca_jax.batch import cut_steps
 from dca_jax.errors import UserError
 from dca_jax.rollout import Samples, cut
-from dca_jax.task.text import STEPS
+from dca_jax.task.text import _STEPS
 from dca_jax.task.tokenizer import load_tokenizer
 
 PIECES = st.lists(st.text("ab;\n ", max_size=4).map(str.encode), max_size=12)
@@ -74,7 +74,7 @@ def test_no_degenerate_text_takes_long(steps):
   start = time.process_time()
   for text in (".", '."', '"', "\n", " ", "\n ", ". ", "。", "!?", "\t\n", "a.", ")"):
     pieces = [(text * 64)[:64].encode()] * 2048
-    spans = cut(pieces, STEPS.get(steps, steps), 4, 32)
+    spans = cut(pieces, _STEPS.get(steps, steps), 4, 32)
     assert spans[0][0] == 0
     assert spans[-1][1] == 2048
   assert time.process_time() - start < 20
@@ -88,7 +88,7 @@ def test_a_sentence_ends_with_what_closes_it_and_the_space_after(text):
   quadratic = r"[.!?][.!?\"'”’)\]*]*\s+|[。！？]+\s*|\n\s*"
   ends = [len(text[: m.end()]) for m in re.finditer(quadratic, text)]
   expected = sorted({*ends, len(text)}) if text else []
-  assert [end for _, end in cut([c.encode() for c in text], STEPS["sentence"])] == expected
+  assert [end for _, end in cut([c.encode() for c in text], _STEPS["sentence"])] == expected
 
 
 EXPONENTIAL = r"(?:[a-z]+[ ,]?)+[.!?]"
