@@ -84,10 +84,11 @@ def _marked(text: str, wanted: str) -> list[tuple[int, Statement]]:
 def _stated(text: str, wanted: str, extent: re.Pattern[str]) -> Statement | None:
   """The last answer that the text states; `wanted` is what it must hold."""
   found = _marked(text, wanted)
-  for m in _CUE.finditer(text):
+  for m in reversed(list(_CUE.finditer(text))):
     slot = extent.match(text, m.end())
     if slot and re.search(wanted, slot[0]):
       found.append((m.start(), Statement(slot[0], False)))
+      break
   return max(found)[1] if found else None
 
 
