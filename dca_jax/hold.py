@@ -22,6 +22,7 @@ from typing import Protocol
 from etils import epath
 
 from dca_jax.errors import UserError
+from dca_jax.workdir import is_remote
 
 NAME = ".held.json"
 _BEAT = 10.0  # seconds between signs of life
@@ -46,9 +47,10 @@ class Owner:
     return f"process {self.pid} on {self.host}, since {self.since}"
 
   @property
-  def dead(self) -> bool:
-    """Whether that is certain."""
-    return bool(self.machine) and self.machine == _machine() and self.started != _started(self.pid)
+  def lives(self) -> bool | None:
+    """None where that cannot be known from here."""
+    here = bool(self.machine) and self.machine == _machine()
+    return self.started == _started(self.pid) if here else None
 
 
 def _me() -> Owner:
@@ -189,7 +191,7 @@ def held(folder: epath.Path) -> Iterator[Callable[[], None]]:
   Raises:
     UserError: another run holds it, or it cannot be reached.
   """
-  made = not _is_remote(folder) and not folder.exists()
+  made = not is_remote(folder) and not folder.exists()
   try:
     place = _place(folder)
     lost, done = threading.Event(), threading.Event()
@@ -212,13 +214,9 @@ def held(folder: epath.Path) -> Iterator[Callable[[], None]]:
         pathlib.Path(folder).rmdir()
 
 
-def _is_remote(folder: epath.Path) -> bool:
-  return "://" in os.fspath(folder)
-
-
 def _place(folder: epath.Path) -> _Place:
   """A place where this process stands as the owner."""
-  if not _is_remote(folder):
+  if not is_remote(folder):
     folder.mkdir(parents=True, exist_ok=True)
     path = pathlib.Path(folder) / NAME
     try:
@@ -241,7 +239,9 @@ def _take(place: _Place, folder: epath.Path) -> _Place:
   try:
     found = place.read()
     owner = _owner(found)
-    if owner and not (owner.dead or (place.locked and owner.host == socket.gethostname())):
+    if owner and owner.lives and not place.locked and owner.pid != os.getpid():
+      raise _taken(folder, found)
+    if owner and owner.lives is not False and not (place.locked and owner.host == socket.gethostname()):
       print(f"{folder} was held by {owner}; waiting up to {_SILENCE:.0f} s for a sign of life", flush=True)
       end = time.monotonic() + _SILENCE
       while (now := place.read()) == found and time.monotonic() < end:

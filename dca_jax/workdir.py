@@ -1,18 +1,23 @@
-"""Where a run lives: a folder, or a bucket, whose files can neither grow nor be moved for nothing."""
+"""Where a run lives: a folder, or a bucket, where nothing can be appended to or moved without a copy."""
 
+import concurrent.futures
 import contextlib
 import importlib.util
 import itertools
 import os
 import pathlib
-import sqlite3
+import sys
 import tempfile
+import threading
 
 import jax
 from etils import epath
 
 from dca_jax.errors import UserError
-from dca_jax.review.cache import Cache
+from dca_jax.review.cache import Cache, Mark, copy_since, mark
+
+_EVERY = 60.0  # seconds between copies of new reviews to a bucket, whatever the steps take
+_MANY_PARTS = 100  # are made one at the next start
 
 
 def locate(workdir: str) -> epath.Path:
@@ -62,33 +67,37 @@ class Growing:
     self.folder = pathlib.Path(self._scratch.name if self._scratch else workdir)
     """For metrics, TensorBoard's events and the tokenizer; what other processes than 0 write there is thrown away."""
     self.reviews = (self.folder if self._remote else pathlib.Path(workdir)) / reviews
+    self._parts: Parts | None = None
     if self._remote:
-      for name in (reviews, "metrics.jsonl"):
-        if (workdir / name).exists():
-          (self.folder / name).write_bytes((workdir / name).read_bytes())
+      if (workdir / "metrics.jsonl").exists():
+        (self.folder / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes())
+      self._parts = Parts(workdir, self.reviews)
     if process == 0:
       self._adopt_orphans()
+    if self._parts:
+      self._parts.keep_publishing()
 
   def _adopt_orphans(self) -> None:
     """Takes over what processes paid for that the run does not have any more."""
     for process in itertools.count(jax.process_count()):
-      name = f"reviews_{process}.sqlite"
-      if not (self.workdir / name).exists():
+      own = self.folder / f"reviews_{process}.sqlite"
+      parts = Parts(self.workdir, own) if self._remote else None
+      if not own.exists():
         break
-      if self._remote:
-        (self.folder / name).write_bytes((self.workdir / name).read_bytes())
       with contextlib.closing(Cache(self.reviews)) as cache:
-        cache.take_over(self.folder / name, same=False)
-      for path in self.workdir.glob(f"{name}*"):  # Its journal too.
-        path.unlink()
+        cache.take_over([own], same=False)
+      if parts and self._parts:
+        self._parts.publish()
+        parts.remove()
+      else:
+        for path in self.folder.glob(f"{own.name}*"):  # Its journal too.
+          path.unlink()
 
   def publish(self) -> None:
     """Copies to the bucket what has been written so far; nothing to do for a local workdir."""
-    if not self._remote:
+    if not self._parts:
       return
-    if self.reviews.exists():
-      _snapshot(self.reviews, self.folder / "snapshot")
-      (self.workdir / self.reviews.name).write_bytes((self.folder / "snapshot").read_bytes())
+    self._parts.publish()
     if jax.process_index() == 0:
       for path in (self.folder / "metrics.jsonl", *self.folder.glob("t*/*")):  # TensorBoard's events, the tokenizer.
         if (stamp := path.stat().st_mtime_ns) != self._published.get(path):
@@ -98,11 +107,84 @@ class Growing:
           self._published[path] = stamp
 
   def close(self) -> None:
+    if self._parts:
+      self._parts.close()
     if self._scratch:
       self._scratch.cleanup()
 
 
-def _snapshot(path: pathlib.Path, copy: pathlib.Path) -> None:
-  """A consistent copy of a database that is in use."""
-  with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
-    source.backup(target)
+class Parts:
+  """A file of reviews in a bucket: whole as at some start of the run, and what came since in parts.
+
+  Only what is new is sent. To take a part over twice, or again after the whole has it, changes nothing,
+  so a kill between any two writes does no harm.
+  """
+
+  def __init__(self, workdir: epath.Path, local: pathlib.Path):
+    """Puts the file together at `local`, if there is any."""
+    self._whole, self._folder, self._local = workdir / local.name, workdir / local.stem, local
+    self._mark, self._lock = Mark(), threading.Lock()
+    self._done, self._thread = threading.Event(), threading.Thread(target=self._publish_now_and_then)
+    there = [self._whole] if self._whole.exists() else []
+    there += sorted(self._folder.glob("*.sqlite"))
+    if there:
+      damages = self._put_together(there)
+      self._mark = mark(local)
+      if damages or len(there) > _MANY_PARTS:
+        self._join(there)
+
+  def _put_together(self, there: list[epath.Path]) -> list[str]:
+    with tempfile.TemporaryDirectory(dir=self._local.parent) as scratch:
+      copies = [pathlib.Path(scratch) / str(i) for i in range(len(there))]
+      with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda path, copy: copy.write_bytes(path.read_bytes()), there, copies))
+      with contextlib.closing(Cache(self._local)) as cache:
+        damages = cache.take_over(copies, same=True)
+    for path, damage in zip(there, damages, strict=True):
+      if damage:
+        aside = place_aside(self._whole.parent, f"{self._folder.name}_{path.name}")
+        aside.write_bytes(path.read_bytes())
+        print(f"warning: {path} is damaged ({damage}); copied to {aside}; what could be read is kept", file=sys.stderr)
+    return [damage for damage in damages if damage]
+
+  def _join(self, there: list[epath.Path]) -> None:
+    """Makes the parts one."""
+    with tempfile.TemporaryDirectory(dir=self._local.parent) as scratch:
+      copy = pathlib.Path(scratch) / "whole"
+      copy_since(self._local, Mark(), copy)
+      self._whole.write_bytes(copy.read_bytes())
+    for path in there:
+      if path != self._whole:
+        path.unlink()
+
+  def publish(self) -> None:
+    """Sends what is new."""
+    with self._lock, tempfile.TemporaryDirectory(dir=self._local.parent) as scratch:
+      part = pathlib.Path(scratch) / "part"
+      now = copy_since(self._local, self._mark, part) if self._local.exists() else self._mark
+      if now != self._mark:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / f"{now.reply:09d}_{now.number:09d}.sqlite").write_bytes(part.read_bytes())
+        self._mark = now
+
+  def keep_publishing(self) -> None:
+    """Sends what is new every minute too, so that a machine that vanishes forgets little money."""
+    self._thread.daemon = True
+    self._thread.start()
+
+  def _publish_now_and_then(self) -> None:
+    while not self._done.wait(_EVERY):
+      with contextlib.suppress(Exception):  # The next checkpoint will say what is wrong.
+        self.publish()
+
+  def remove(self) -> None:
+    for path in (*self._folder.glob("*.sqlite"), *([self._whole] if self._whole.exists() else [])):
+      path.unlink()
+
+  def close(self) -> None:
+    """Sends what is left, if that is possible."""
+    self._done.set()
+    if self._thread.is_alive():
+      self._thread.join()
+    with contextlib.suppress(Exception):
+      self.publish()

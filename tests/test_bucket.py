@@ -9,6 +9,9 @@ import sys
 import pytest
 import tiny
 
+sys.path.append(str(pathlib.Path(__file__).parent / "review"))
+from fake_server import FakeServer
+
 DOWNLOAD = """
 import sys, fsspec
 fsspec.filesystem("gs").get(sys.argv[1] + "/", sys.argv[2] + "/", recursive=True)
@@ -53,12 +56,17 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_in_a_folder_does(bu
   process = tiny.start("train", f"--config={recipe}", "--workdir=gs://runs/one", environment=bucket)
   for line in process.stdout:
     if line.startswith("step 13"):
+      process.send_signal(signal.SIGSTOP)
+      second = run(bucket, "train", f"--config={recipe}", "--workdir=gs://runs/one")
+      assert second.returncode == 1
+      assert f"gs://runs/one is held by process {process.pid} on" in second.stderr.splitlines()[-1]
       process.send_signal(signal.SIGKILL)
       break
   process.communicate()
   after = run(bucket, "train", f"--config={recipe}", "--workdir=gs://runs/one")
   assert after.returncode == 0, after.stderr
   assert "report: gs://runs/one/report.html" in after.stdout
+  assert "sign of life" not in after.stdout  # That the first is dead is known at once.
   first = next(line for line in after.stdout.splitlines() if line.startswith("step"))
   assert 1 < int(first.split()[1].partition("/")[0]) <= 11
 
@@ -69,6 +77,29 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_in_a_folder_does(bu
   status = run(bucket, "status", "--workdir=gs://runs/one")
   assert "step 30 of 30" in status.stdout
   assert "checkpoints: 25, 30" in status.stdout
+
+
+def test_reviews_and_their_cost_are_found_again_in_a_bucket(bucket, tmp_path):
+  with FakeServer() as server:
+    for steps in (2, 4):
+      changes = {
+        "steps": steps,
+        "checkpoint.every": 2,
+        "credit.scheme": "weighted",
+        "reviewer.name": "openai",
+        "reviewer.client.base_url": server.url + "/v1",
+        "reviewer.client.model": "gemini-3.5-flash-lite",
+      }
+      recipe = tiny.write_recipe(tmp_path, changes)
+      done = run(bucket, "train", f"--config={recipe}", "--workdir=gs://runs/reviewed")
+      assert done.returncode == 0, done.stderr
+    # Each question once, but for the first one of each start.
+    assert sorted(server.attempts.values())[-2:] == [1, 2]
+    cost = (500 * 0.30 + 100 * 2.50) / 1e6
+    copy = download(bucket, "gs://runs/reviewed", tmp_path / "copy")
+    assert tiny.read_lines(copy)[-1]["review/dollars_spent"] == pytest.approx(cost * len(server.requests))
+  assert len(list((copy / "reviews").iterdir())) >= 2  # One a checkpoint, and one a minute.
+  assert not (copy / "reviews.sqlite").exists()
 
 
 @pytest.mark.parametrize("address", ["gs://no-such-bucket/one", "s3://runs/one"])

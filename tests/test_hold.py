@@ -109,7 +109,7 @@ def living(write):
   def live() -> None:
     sign = 0
     while not done.wait(0.02):
-      write(elsewhere(sign := sign + 1))
+      write(elsewhere(sign := sign + 1).ljust(200))
 
   thread = threading.Thread(target=live)
   thread.start()
@@ -122,9 +122,15 @@ def living(write):
 
 def test_an_owner_on_another_machine_is_watched_for_a_while(quick, tmp_path, capsys):
   path = tmp_path / hold.NAME
-  path.write_bytes(elsewhere())
+  path.write_bytes(elsewhere().ljust(200))
   refused = pytest.raises(UserError, match="held by process 7 on far, since yesterday")
-  with living(path.write_bytes), refused, hold.held(epath.Path(tmp_path)):
+  # In place: a reader finds one sign or the next, never none.
+  with (
+    path.open("r+b", buffering=0) as file,
+    living(lambda text: os.pwrite(file.fileno(), text, 0)),
+    refused,
+    hold.held(epath.Path(tmp_path)),
+  ):
     pass
   assert path.exists()
   with hold.held(epath.Path(tmp_path)):
@@ -154,9 +160,9 @@ def test_what_a_kill_left_unfinished_holds_nothing(left, tmp_path):
 
 def test_a_process_of_the_same_number_is_not_the_owner():
   me = hold._me()
-  assert not me.dead
-  assert hold.Owner(me.host, me.pid, me.since, me.machine, "1").dead
+  assert me.lives
+  assert hold.Owner(me.host, me.pid, me.since, me.machine, "1").lives is False
   with subprocess.Popen(["sleep", "0"]) as process:
     process.wait()
-  assert hold.Owner(me.host, process.pid, me.since, me.machine, "1").dead
-  assert not hold.Owner(me.host, process.pid, me.since, "", "").dead  # Not known.
+  assert hold.Owner(me.host, process.pid, me.since, me.machine, "1").lives is False
+  assert hold.Owner(me.host, process.pid, me.since, "", "").lives is None

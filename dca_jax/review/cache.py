@@ -16,7 +16,7 @@ import pathlib
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from dca_jax.errors import UserError
@@ -114,15 +114,15 @@ class Cache:
     """Books what is known from elsewhere to have been spent."""
     self._thread.submit(self._settle, Booking(reviewer), dollars).result()
 
-  def take_over(self, path: pathlib.Path, same: bool) -> str:
-    """Takes over the rows of another file that nobody uses; returns its damage, if it has any.
+  def take_over(self, paths: Sequence[pathlib.Path], same: bool) -> list[str]:
+    """Takes over the rows of other files that nobody uses; returns the damage of each, or empty.
 
-    `same` where the file is an earlier part of this one, so that a row that both have counts once.
+    `same` where they are earlier parts of this one, so that a row that both have counts once.
     """
     with self._db:
-      damage = _take_over(path, self._db, same)
+      damages = [_take_over(path, self._db, same) for path in paths]
     self._spent = self._sums()
-    return damage
+    return damages
 
   def close(self) -> None:
     """Writes what waits, and closes the file."""

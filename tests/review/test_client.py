@@ -345,7 +345,7 @@ def test_replies_and_spending_of_a_process_that_is_gone_are_adopted(tmp_path):
     with opened(server, cache=tmp_path / "reviews_1.sqlite") as reviewer:
       reviewed(reviewer, requests(5))
     with contextlib.closing(Cache(tmp_path / "reviews.sqlite")) as cache:
-      cache.take_over(tmp_path / "reviews_1.sqlite", same=False)
+      cache.take_over([tmp_path / "reviews_1.sqlite"], same=False)
     with opened(server, cache=tmp_path / "reviews.sqlite") as reviewer:
       assert all(review.cached for review in reviewed(reviewer, requests(5)))
       assert reviewer.stats()["review/dollars_spent"] == pytest.approx(5 * 0.000425)
