@@ -1,5 +1,6 @@
 """From a run's checkpoint to an ordinary Hugging Face folder."""
 
+import json
 import logging
 import pathlib
 
@@ -9,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dca_jax import config as config_lib
-from dca_jax.errors import UserError
+from dca_jax.errors import UserError, reason
 from dca_jax.policy import PolicyConfig, join, merge, pretrained, split
 from dca_jax.workdir import locate
 
@@ -20,8 +21,8 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   With `adapters` it is LoRA's adapters alone, in the format of peft; otherwise they are merged.
 
   Raises:
-    UserError: there is no such run or checkpoint, it began from nothing or has no adapters, or the folder cannot be
-      written.
+    UserError: there is no such run or checkpoint, it began from nothing or has no adapters, what it left is damaged, or
+      the folder cannot be written.
   """
   folder = locate(workdir)
   section = config_lib.saved_config(workdir).policy
@@ -30,14 +31,24 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   if adapters and not section.lora_rank:
     raise UserError(f"--workdir={workdir} has no adapters, as its policy.lora_rank is 0; leave --adapters out")
   place = pathlib.Path(output).expanduser().absolute()
+  try:
+    json.loads((folder / "tokenizer" / "tokenizer.json").read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{folder / 'tokenizer'} is gone or damaged ({reason(error)}); {_MAKES}") from None
   step, params = read_params(folder, step)
   if section.lora_rank and not adapters:
-    with ocp.StandardCheckpointer() as checkpointer:
-      start = checkpointer.restore(folder / "start")
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        start = checkpointer.restore(folder / "start")
+    except Exception as error:  # Damage shows as any of a dozen types.
+      raise UserError(f"{folder / 'start'} is gone or damaged ({reason(error)}); {_MAKES}") from error
     params = merge(join(split(start)[0], params), section.lora_scale)
     section = PolicyConfig(pretrained=section.pretrained, dtype=section.dtype)
   pretrained.save(params, pretrained.resolve(section, 0), section.pretrained, folder / "tokenizer", place)
   return f"step {step}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, written and read again: {place}"
+
+
+_MAKES = "the command that began the run makes it anew"
 
 
 def read_params(workdir: epath.Path, step: int | None):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -280,6 +281,24 @@ def test_adapters_alone_of_a_run(run, tmp_path, capsys):
   assert main(command) == 1
   assert f"{tmp_path / 'out'} is already there" in capsys.readouterr().err
   assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+  ("name", "damage"),
+  [
+    ("start", shutil.rmtree),
+    ("start", lambda path: [f.write_bytes(f.read_bytes()[:9]) for f in path.rglob("*") if f.is_file()]),
+    ("tokenizer", shutil.rmtree),
+    ("tokenizer", lambda path: (path / "tokenizer.json").write_text("{")),
+  ],
+)
+def test_an_export_names_what_is_damaged(run, tmp_path, capsys, name, damage):
+  workdir = shutil.copytree(run[0] / "run", tmp_path / "run")
+  damage(workdir / name)
+  assert main(["export", f"--workdir={workdir}", f"--output={tmp_path / 'out'}"]) == 1
+  (said,) = capsys.readouterr().err.splitlines()
+  assert said.startswith(f"dca-jax: error: {workdir / name} is gone or damaged (")
+  assert not (tmp_path / "out").exists()
 
 
 def test_a_run_goes_on(run):
