@@ -210,7 +210,7 @@ def run(tmp_path_factory):
   return folder, tiny.make_config(changes)
 
 
-def even(question, text, answer):
+def even(row, text):
   """A verifier that a random policy can satisfy now and then."""
   return len(text) % 2 == 0
 
