@@ -423,6 +423,35 @@ def test_what_an_override_makes_pointless_is_left_out_and_said(capsys, recipe, o
   assert build(ConfigDict(json.loads(config.to_json()))) == config
 
 
+@pytest.mark.parametrize(
+  ("recipe", "left_out"),
+  [
+    ({"reviewer.name": "gemini", "reviewer.canary_every": 5}, "reviewer.canary_every"),
+    ({"reviewer.name": "gemini", "reviewer.escalate": "noisy"}, "reviewer.escalate"),
+    (
+      {"reviewer.name": "panel", "reviewer.panel": ("random", "oracle")},
+      "reviewer.name, credit.scheme, reviewer.panel",
+    ),
+    ({"reviewer.name": "panel", "reviewer.panel": ("random", "lexical")}, ""),
+  ],
+)
+def test_what_a_text_task_cannot_have_is_left_out(capsys, recipe, left_out):
+  config_lib.build(ConfigDict(tiny.settings({**REVIEWED, **recipe})), ["--config.policy.pretrained=x", *JSONL])
+  said = capsys.readouterr().err.strip().split(": ")[-1].split(", ")
+  assert [key for key in said if key.split(".")[0] in ("reviewer", "credit")] == [*filter(None, left_out.split(", "))]
+
+
+def test_a_model_in_the_place_of_the_quickstarts_policy_needs_no_warm_start(capsys):
+  assert load(str(QUICKSTART), ["--config.policy.pretrained=x"]).warmstart.total == 0
+  assert "warmstart.clean_steps, warmstart.steps" in capsys.readouterr().err
+
+
+def test_a_default_that_a_recipe_spells_out_is_nothing_to_tell(capsys):
+  recipe = ConfigDict({"credit": {"scheme": "uniform"}, "reviewer": {"name": "none"}})
+  assert build(recipe, ["--config.steps=3"]).steps == 3
+  assert not capsys.readouterr().err
+
+
 def test_a_text_task_in_the_place_of_the_quickstarts_needs_nothing_else():
   config = load(str(QUICKSTART), ["--config.policy.pretrained=x", *JSONL])
   assert (config.reviewer.name, config.credit.scheme) == ("none", "uniform")
