@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dca_jax.errors import UserError
+from dca_jax.errors import UserError, reason
 from dca_jax.policy.families import from_json, read_json, tensor_name
 from dca_jax.policy.lora import join, split
 from dca_jax.policy.transformer import FREE, Policy, PolicyConfig
@@ -65,10 +65,8 @@ def folder(pretrained: str, weights: bool = False) -> pathlib.Path:
     patterns = ["*.json", "*.safetensors"] if weights else ["*.json"]
     return pathlib.Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=patterns))
   except Exception as error:  # The hub's client reports a bad name, no network and no such model in a dozen ways.
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    raise UserError(
-      f"policy.pretrained: {pretrained!r} is no folder, and the hub does not give it: {reason}"
-    ) from error
+    said = f"{pretrained!r} is no folder, and the hub does not give it: {reason(error)}"
+    raise UserError(f"policy.pretrained: {said}") from error
 
 
 def load(policy: Policy, source: pathlib.Path, shardings) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dca_jax.errors import UserError
+from dca_jax.errors import UserError, reason
 
 _PROBE = "Is 12,345.67 = 3/4?\n\n  x² + 10%\tit's   naïve: 东京 🙂\n1. end"
 _EXACT = {"ByteLevel", "ByteFallback", "Metaspace"}  # Decoders for which each token has bytes of its own.
@@ -26,7 +26,7 @@ def load_tokenizer(name: str):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
     ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
   except Exception as error:  # `tokenizers` raises plain Exceptions.
-    raise UserError(f"task.tokenizer: cannot load {name!r} ({str(error).strip().splitlines()[0][:200]})") from None
+    raise UserError(f"task.tokenizer: cannot load {name!r} ({reason(error)})") from None
   changed = ids != file.encode(_PROBE, add_special_tokens=False).ids
   for wrong, why in (
     (changed, "does not read text as its tokenizer.json says; use the version of transformers that saved it"),

@@ -1,7 +1,7 @@
 """Published models as they are: the true config.json, as many ids as the true tokenizer has, the true end tokens.
 
-`published.json` has these; parameters are counted on each model's page. Weights are not needed: all that is refused is
-refused before they are read.
+`published.json` has these, and what the policy is then; parameters are counted on each model's page. Weights are not
+needed: all that is refused is refused before they are read.
 """
 
 import functools
@@ -65,6 +65,8 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_read_and_has_its_number_of_parameters(name):
   config = from_json(PUBLISHED[name]["config"], "config.json", "bfloat16")
+  tuples = {key: tuple(x) if isinstance(x, list) else x for key, x in PUBLISHED[name]["policy"].items()}
+  assert config == PolicyConfig(dtype="bfloat16", **tuples)
   shapes = mesh.param_shapes(Policy(config, config.vocab_size))
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == PUBLISHED[name]["parameters"]
 
