@@ -127,3 +127,17 @@ def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut
 def test_a_pattern_that_takes_for_ever_on_all_completions_ends_the_run(cut_texts):
   with pytest.raises(UserError, match=r"task\.steps: .* takes over 0\.05 s on every completion of a step"):
     cut_texts(["abcd" * 100 + " $"] * 2, EXPONENTIAL)
+
+
+@pytest.mark.parametrize(
+  ("least", "spans"),
+  [
+    (4, [(0, 2), (2, 4), (4, 7)]),
+    (5, [(0, 4), (4, 7)]),
+    (8, [(0, 4), (4, 7)]),
+    (9, [(0, 7)]),
+  ],
+)
+def test_a_step_has_a_least_number_of_characters_that_show(least, spans):
+  pieces = [b"abcd", b" \n", b"efgh", b"\n", b"i", b"jklm", b"nop"]
+  assert cut(pieces, "\n", least) == spans
