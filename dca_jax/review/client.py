@@ -253,7 +253,7 @@ class Client:
     now, most = self._loop.time(), self._config.attempt_seconds
     under_way = self._probe_task is not None and not self._probe_task.done()
     wait = under_way and self._breaker.probes >= 4 and now < self._probe_began + most / 4
-    if wait or step.probed or now < self._gate.opens:
+    if wait or step.probed:
       return
     step.probed, self._probe_began = True, now
     self._breaker.probes += 1
@@ -301,7 +301,7 @@ class Client:
       await self._per_minute.acquire()
     if self._tokens:
       await self._tokens.acquire(min(most[0] // 3, self._tokens.max_rate))
-    async with self._gate.enter(last, first=step.is_probe):
+    async with self._gate.enter(last, beside=step.is_probe):
       if self._refused:
         raise CallFailed("client_error", self._refused)
       if self._breaker.open and not step.is_probe:

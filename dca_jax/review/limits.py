@@ -26,13 +26,13 @@ class Gate:
     self._waiting: collections.deque[tuple[float, asyncio.Future[None]]] = collections.deque()
 
   @contextlib.asynccontextmanager
-  async def enter(self, end: float, first: bool = False) -> AsyncIterator[None]:
-    """Waits for a place, which whoever goes `first` need not have.
+  async def enter(self, end: float, beside: bool = False) -> AsyncIterator[None]:
+    """Waits for a place; who goes in `beside` the others needs none.
 
     Raises:
       CallFailed: the server does not want to be called before `end`.
     """
-    while self.busy >= int(self.allowed) and not first:
+    while self.busy >= int(self.allowed) and not beside:
       turn = asyncio.get_running_loop().create_future()
       try:
         self.check(end)
@@ -41,14 +41,14 @@ class Gate:
       except BaseException:
         self._let_in()  # It may have been this one's turn.
         raise
-    self.busy += 1
+    self.busy += not beside
     try:
       while (wait := self.opens - self._clock()) > 0:
         self.check(end)
         await asyncio.sleep(wait)
       yield
     finally:
-      self.busy -= 1
+      self.busy -= not beside
       self._let_in()
 
   def check(self, end: float) -> None:

@@ -150,17 +150,17 @@ def test_nobody_is_woken_in_vain():
   on_virtual_time(drive)
 
 
-def test_who_goes_first_needs_no_place_and_takes_none():
+def test_who_goes_in_beside_the_others_needs_no_place_and_takes_none():
   async def drive(clock):
     gate = Gate(1, clock)
-    async with gate.enter(2000):
-      async with gate.enter(2000, first=True):
-        assert gate.busy == 2
-      waiting = asyncio.create_task(gate.enter(2000).__aenter__())
-      await asyncio.sleep(1)
-      assert not waiting.done()
-    await asyncio.sleep(0.1)
-    assert waiting.done()
+    async with gate.enter(2000), gate.enter(2000, beside=True):
+      assert gate.busy == 1
+    async with gate.enter(2000, beside=True), asyncio.timeout(1), gate.enter(2000):
+      pass
+    assert gate.busy == 0
+    gate.shut(60, "quota")
+    with pytest.raises(CallFailed):
+      await gate.enter(1010, beside=True).__aenter__()
 
   on_virtual_time(drive)
 

@@ -76,8 +76,9 @@ class Server:
     self.in_flight += 1
     self.most_in_flight = max(self.most_in_flight, self.in_flight)
     try:
+      answer = self.mode(user)
       await asyncio.sleep(self.latency)
-      if (answer := self.mode(user)) is None:
+      if answer is None:
         await asyncio.sleep(math.inf)
       if isinstance(answer, Exception):
         raise answer
