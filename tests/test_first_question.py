@@ -115,6 +115,35 @@ def test_a_run_may_begin_without_its_reviewer(tmp_path, capsys):
   assert (tmp_path / "run" / "start").exists()
 
 
+def test_a_mistyped_address_is_corrected_in_the_same_workdir(tmp_path, capsys):
+  with FakeServer() as server:
+    assert train(tmp_path, server, reviewer__client__base_url="http://localhost:1") == 1
+    assert "localhost:1 (connection: " in error(capsys)
+    assert train(tmp_path, server) == 0
+    assert train(tmp_path, server, steps=2, reviewer__client__base_url="http://localhost:1") == 1
+  assert "holds a different run: reviewer.client.base_url was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("changes", "part"),
+  [
+    ({"reviewer__client__rubric": "/nowhere/rubric.txt"}, "reviewer.client.rubric: cannot read /nowhere"),
+    ({"reviewer__client__model": "gemini-99"}, "no price is known for 'gemini-99'"),
+    ({"reviewer__client__base_url": "localhost:8000/v1"}, "must begin with http:// or https://"),
+    ({"reviewer__client__base_url": "http://"}, "must begin with http:// or https://"),
+    ({"reviewer__client__base_url": "http://[::1"}, "must begin with http:// or https://"),
+  ],
+)
+def test_what_is_wrong_with_the_settings_is_said_before_that(changes, part, tmp_path, capsys):
+  with FakeServer() as server:
+    assert train(tmp_path, server, **changes) == 1
+    assert not server.requests
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("dca-jax: error: ")
+  assert part in line
+  assert not (tmp_path / "run" / "start").exists()
+
+
 @pytest.mark.parametrize(
   "how", [{"reviewer__name": "panel", "reviewer__panel": MODELS}, {"reviewer__escalate": MODELS[1]}]
 )

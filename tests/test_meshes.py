@@ -229,6 +229,18 @@ def test_a_mistake_ends_all_processes_with_its_words(tmp_path):
   assert [path.name for path in (tmp_path / "run").iterdir()] == ["letter.txt"]
 
 
+def test_a_reviewer_that_is_not_there_ends_all_processes_with_the_same_words(tmp_path):
+  address = f"localhost:{tiny.free_port()}"
+  client = {"reviewer.client.base_url": f"http://{address}/v1", "reviewer.client.max_dollars": 0.0}
+  changes = {"credit.scheme": "weighted", "reviewer.name": "openai", **client}
+  running = pair(tiny.write_recipe(tmp_path, changes), tmp_path / "run")
+  errors = [process.communicate(timeout=300)[1].strip().splitlines()[-1] for process in running]
+  assert [process.returncode for process in running] == [1, 1]
+  assert errors[0].startswith(f"dca-jax: error: no usable review from {address} (connection: ")
+  assert errors[1].endswith(errors[0].removeprefix("dca-jax: error: "))
+  assert not (tmp_path / "run" / "start").exists()
+
+
 def main(folder: str, names: str, port: str = "", process: str = "") -> None:
   if port:
     processes.connect(f"localhost:{port}", 2, int(process))

@@ -56,8 +56,7 @@ class ClientConfig:
     amounts = ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price")
     bad = at_least(1, self, "concurrency", "attempts") | at_least(0, self, *amounts, "max_output_tokens")
     bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(self, "attempt_seconds", most=600)
-    address = urllib.parse.urlsplit(self.base_url)
-    if self.base_url and not (address.scheme in ("http", "https") and address.hostname):
+    if self.base_url and not _is_address(self.base_url):
       bad["base_url"] = "must begin with http:// or https:// and name a server, such as http://localhost:8000/v1"
     bad |= one_of(self, "thinking", "minimal", "low", "medium", "high", "")
     return bad | one_of(self, "on_budget", "degrade", "stop")
@@ -65,3 +64,11 @@ class ClientConfig:
   def unused(self) -> dict[str, str]:
     keys = ("on_budget", "prompt_price", "output_price") if not self.max_dollars else ()
     return dict.fromkeys(keys, "reviewer.client.max_dollars is 0")
+
+
+def _is_address(url: str) -> bool:
+  try:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+  except ValueError:  # A port that is no number, a bracket that does not close.
+    return False
