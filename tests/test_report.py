@@ -11,7 +11,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dca_jax.report import moving_average, score_rows, text_table, write_report
+from dca_jax.report import moving_average, running_total, score_header, score_rows, text_table, write_report
 from dca_jax.rollout import read_trajectories, write_trajectories
 from dca_jax.train import train
 
@@ -160,7 +160,24 @@ def test_score_rows_compare_the_first_and_the_last_evaluation():
   assert score_rows(metrics) == [["greedy", "0.200 [0.100, 0.300]", "0.700 [0.600, 0.800]"]]
 
 
+def test_score_rows_say_which_steps_they_are_of():
+  def row(step, **scores):
+    return {"step": step} | {f"eval/{name}{end}": x for name, x in scores.items() for end in ("", "_low", "_high")}
+
+  several = [row(0, length=1.0), row(5, length=5.0), {"step": 6}, row(7, length=7.0, greedy=0.5)]
+  assert score_header(several) == ["held-out", "step 0", "step 7"]
+  assert score_rows(several) == [["length", "1.0", "7.0"], ["greedy", "-", "0.5"]]
+  assert score_header(several[1:3]) == ["held-out", "step 5"]
+  assert score_rows(several[1:3]) == [["length", "5.0"]]
+  assert (score_header([]), score_rows([])) == (["held-out"], [])
+
+
+def test_a_row_of_another_version_adds_nothing_to_a_total():
+  assert running_total([{"x": 2.0}, {}, {"x": 3.0}], "x") == [2.0, 2.0, 5.0]
+
+
 def test_moving_average_is_over_what_has_been_so_far():
+  assert moving_average([0.0] * 4 + [5.0, 0.0, 0.0, 0.0, 0.0, 0.0]) == [0.0] * 4 + [1.0] * 5 + [0.0]
   assert moving_average([1.0, 3.0, 5.0], window=2) == [1.0, 2.0, 4.0]
 
 
