@@ -161,8 +161,10 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
   sizes = {"width": number("hidden_size"), "depth": number("num_hidden_layers"), "heads": number("num_attention_heads")}
   sizes |= {"mlp": number("intermediate_size"), "vocab_size": number("vocab_size")}
   # These are checked when the shapes of the weights are.
-  sizes["kv_heads"] = number("num_key_value_heads", 0) or sizes["heads"]
-  sizes["head_dim"] = number("head_dim", 0) or sizes["width"] // max(1, sizes["heads"])
+  # Where one is left out, transformers takes that of one size of the family, unless it follows from the others.
+  sizes["kv_heads"] = number("num_key_value_heads", *([0] if kind == "llama" else [])) or sizes["heads"]
+  follows = kind in ("llama", "qwen2")
+  sizes["head_dim"] = number("head_dim", *([0] if follows else [])) or sizes["width"] // max(1, sizes["heads"])
   options = {**_FAMILIES[kind][1], "tied": take("tie_word_embeddings", gemma)}
   options["norm_eps"] = float(number("rms_norm_eps", 1e-6))
   if gemma:
@@ -187,8 +189,8 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
   options["rope_theta"], options["rope_scaling"] = rope(whole | parameters)
 
   if kind != "llama":
-    window = number("sliding_window", 0) * bool(take("use_sliding_window", gemma))
-    first, period = number("max_window_layers", 0), number("_sliding_window_pattern", 6)
+    window = number("sliding_window", 4096) * bool(take("use_sliding_window", gemma))
+    first, period = number("max_window_layers", 28), number("_sliding_window_pattern", 6)
     every = number("sliding_window_pattern", period) if gemma3 else 2
     slides = [(i + 1) % every > 0 if gemma else window > 0 and i >= first for i in range(sizes["depth"])]
     if types := take("layer_types", None):

@@ -1,6 +1,7 @@
 """Pretrained weights: what is refused, and that what comes in goes out as it was."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -148,6 +149,16 @@ NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
     (NEW, {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types"),
     (NEW, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rope_parameters"),
     (NEW, {"sliding_window": None}, "window must be at least 1"),
+    (
+      {key: value for key, value in NEW.items() if key != "rope_parameters"},
+      {
+        "rope_parameters": {
+          "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+          "sliding_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+        }
+      },
+      "of sliding_attention must have the rope_type 'default'",
+    ),
   ],
 )
 def test_a_field_that_changes_numbers_is_refused_by_name(given, changes, words):
@@ -176,6 +187,7 @@ NOTES = {
   "transformers.js_config": {"dtype": "q4"},
   "return_dict": True,
   "quantization_config": None,
+  "partial_rotary_factor": 1.0,
   "new_one": None,
   "new_two": False,
   "new_three": {},
@@ -192,6 +204,50 @@ def test_a_field_that_may_change_a_number_is_refused_and_told_what_to_do(value):
     UserError, match=r"the field use_wider_mlp = .* is not known, .*; if it is only a note, remove it"
   ):
     from_json(LLAMA | {"use_wider_mlp": value}, "config.json", "float32")
+
+
+SHORT = {"hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4, "intermediate_size": 8, "vocab_size": 9}
+
+
+def test_what_a_config_leaves_out_is_as_transformers_has_it():
+  read = functools.partial(from_json, where="", dtype="float32")
+  expected = PolicyConfig(width=32, depth=7, heads=4, kv_heads=4, head_dim=8, mlp=8, vocab_size=9, tied=False)
+  assert read({"model_type": "llama", **SHORT}) == expected
+  none = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
+  heads = {"num_key_value_heads": 2, "head_dim": 4}
+  gemma = read({"model_type": "gemma3_text", "query_pre_attn_scalar": 8, **none, **heads, **SHORT})
+  assert (gemma.tied, gemma.rope_theta, gemma.local_rope_theta) == (True, 1e6, 1e4)
+  assert (gemma.window, gemma.windowed) == (4096, (0, 1, 2, 3, 4, 6))
+  qwen = read({"model_type": "qwen2", "num_key_value_heads": 2, **SHORT})
+  assert (qwen.head_dim, qwen.kv_heads, qwen.rope_theta) == (8, 2, 1e4)
+
+
+@pytest.mark.parametrize(
+  ("kind", "key"), [("qwen2", "num_key_value_heads"), ("qwen3", "num_key_value_heads"), ("qwen3", "head_dim")]
+)
+def test_sizes_that_follow_from_nothing_must_be_there(kind, key):
+  given = {"model_type": kind, "num_key_value_heads": 2, "head_dim": 4, **SHORT}
+  with pytest.raises(UserError, match=f"the field {key} is missing"):
+    from_json({k: value for k, value in given.items() if k != key}, "config.json", "float32")
+
+
+@pytest.mark.parametrize(
+  ("changes", "window", "windowed"),
+  [
+    ({}, 0, ()),
+    ({"use_sliding_window": False, "max_window_layers": 2}, 0, ()),
+    ({"use_sliding_window": True, "max_window_layers": 5}, 3, (5, 6)),
+    ({"use_sliding_window": True}, 0, ()),
+    ({"use_sliding_window": True, "max_window_layers": 0}, 3, (0, 1, 2, 3, 4, 5, 6)),
+    ({"use_sliding_window": True, "max_window_layers": 7}, 0, ()),
+    ({"use_sliding_window": True, "layer_types": ["full_attention"] * 7}, 0, ()),
+  ],
+  ids=str,
+)
+def test_windows_of_the_layers(changes, window, windowed):
+  given = {"model_type": "qwen2", "num_key_value_heads": 4, "sliding_window": 3, **SHORT, **changes}
+  config = from_json(given, "", "float32")
+  assert (config.window, config.windowed) == (window, windowed)
 
 
 def test_either_spelling_of_the_window_pattern_counts():
