@@ -161,9 +161,10 @@ def _is_free(key: str, config: Config) -> bool:
 def build(given: ConfigDict, *overrides: Sequence[str]) -> Config:
   """Turns a recipe's ConfigDict into a Config.
 
-  Each of `overrides` is a list of `--config.section.key=value` arguments, and goes before what stands on its left: the
-  command line before the recipe, and an arm of a comparison before both. What was said earlier and is without effect
-  beside them, or contradicts them, is left out, and a line on stderr says so.
+  Each of `overrides` is a list of `--config.section.key=value` arguments, and goes before what
+  stands on its left: the command line before the recipe, and an arm of a comparison before both.
+  What was said earlier and is without effect beside them, or contradicts them, is left out, and a
+  line on stderr says so.
 
   Raises:
     ConfigError: a key is unknown, has the wrong type or an impossible value, or differs from its default without having
@@ -190,7 +191,7 @@ def _written(given) -> dict[str, Any]:
 
 
 def _parsed(arguments: Sequence[str], task: str) -> dict[str, Any]:
-  """The keys that `--config.section.key=value` arguments set, flat, with values of the right types."""
+  """The keys that `--config.section.key=value` arguments set, flat, with values of their types."""
   names = [a.partition("=")[2] for a in arguments if a.startswith("--config.task.name=")]
   full = dataclasses.asdict(_section(Config(), {"task": {"name": (names or [task])[-1]}}, ""))
   known, keys = flatten(full), []
@@ -216,7 +217,7 @@ def _parsed(arguments: Sequence[str], task: str) -> dict[str, Any]:
 
 
 def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-  """The layers' keys together, a later layer's first, and the keys of earlier ones that were left out for it."""
+  """The layers' keys together, and which keys of earlier ones were left out for the last."""
   *earlier, last = layers
   # What was in vain before is a mistake, which is not hidden.
   kept = last.keys() | (_moot(_settled(earlier)[0]) if earlier else set())
@@ -326,15 +327,15 @@ def difference(ours: Config, saved: str) -> list[str]:
   changes = []
   for key in {**theirs, **mine}:
     if key not in mine or key not in theirs:
-      what = f"new in this version ({mine[key]!r} here)" if key in mine else "not known to this version"
-      changes.append(f"{key} is {what} of dca-jax")
+      what = f"new ({mine[key]!r} here)" if key in mine else "not known"
+      changes.append(f"{key} is {what} in this version of dca-jax")
     elif mine[key] != theirs[key]:
       changes.append(f"{key} was {theirs[key]!r} and is now {mine[key]!r}")
   return [change for change in changes if not _is_free(change.split()[0], ours)]
 
 
 def read_saved(workdir: str) -> dict[str, Any]:
-  """What the config.json of a run says, section by section; perhaps as another version of the program wrote it.
+  """What the config.json of a run says, section by section; another version may have written it.
 
   Raises:
     ConfigError: there is no run, or the file is damaged.
@@ -362,7 +363,7 @@ def saved_config(workdir: str) -> Config:
   """The Config of a run.
 
   Raises:
-    ConfigError: there is no run, or its config.json is damaged or that of another version of the program.
+    ConfigError: there is no run, or its config.json is damaged or of another version.
   """
   saved = read_saved(workdir)
   try:
@@ -421,7 +422,8 @@ def _nearest(key: str, known: list[str]) -> str:
 def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.Path:
   """Makes `workdir` the home of this run, or checks that it already is.
 
-  A config.json that is damaged or gone is written anew where there are checkpoints, which know their settings too.
+  A config.json that is damaged or gone is written anew where there are checkpoints, which know
+  their settings too.
 
   Raises:
     ConfigError: it holds a run, and `resume` is `never`; or a run with other settings or more steps, or files that are
@@ -470,5 +472,6 @@ def _other_run(config: Config, folder: epath.Path, resume: str) -> str:
         raise ConfigError(f"{str(error).split(';')[0]}, and no step is saved{elsewhere}") from None
       print(f"warning: {str(error).split(';')[0]}; it is written anew", file=sys.stderr)
   if (last := int(resume) if resume.isdigit() else done) > config.steps:
-    return f"holds {last} steps already, more than steps={config.steps}; give as many, or another --workdir"
+    asked = f"more than steps={config.steps}; give as many, or another --workdir"
+    return f"holds {last} steps already, {asked}"
   return ""

@@ -34,7 +34,8 @@ class Reporter(contextlib.AbstractContextManager):
       print(f"warning: {damage}; as it was, it is kept in {kept}", file=sys.stderr)
     self._kept = [row for row in rows if row["step"] <= start]
     if start and (lost := missing_steps([*self._kept, {"step": start + 1}])):
-      print(f"warning: {self._path} does not tell of steps {lost}; the run goes on without them", file=sys.stderr)
+      said = f"{self._path} does not tell of steps {lost}; the run goes on without them"
+      print(f"warning: {said}", file=sys.stderr)
     self._file = self._begin()
     self.evaluated = {line["step"] for line in self._kept if any(key.startswith("eval/") for key in line)}
     """Steps after which an earlier process evaluated."""
@@ -89,7 +90,8 @@ class Reporter(contextlib.AbstractContextManager):
 def read_metrics(workdir: epath.Path | pathlib.Path) -> list[dict[str, Any]]:
   """The rows of metrics.jsonl by their steps; of a step that stands there twice, the last one.
 
-  What cannot be read is left out with a warning; a last line that a killed run left unfinished, without one.
+  What cannot be read is left out with a warning; a last line that a killed run left unfinished,
+  without one.
   """
   rows, damage = _read(workdir / "metrics.jsonl")
   if damage:
@@ -123,7 +125,7 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def missing_steps(rows: list[dict[str, Any]]) -> str:
-  """The steps up to the last that no row tells of, such as `2, 5 to 7`; empty where there are none."""
+  """The steps up to the last that no row tells of, such as `2, 5 to 7`; empty if there are none."""
   there = [-1, *(row["step"] for row in rows)]
   gaps = [(a + 1, b - 1) for a, b in itertools.pairwise(there) if b - a > 1]
   return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in gaps)

@@ -52,7 +52,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
   ]
   body = [_note(_about(flatten(saved)))]
   if lost := missing_steps(metrics):
-    body.append(_note(f"metrics.jsonl does not tell of steps {lost}; counts of completions leave them out."))
+    body.append(_note(f"metrics.jsonl does not tell of steps {lost}, so they are not counted."))
   for title, content in sections:
     body += [f"<h2>{title}</h2>", *content] if content else []
   settings = html.escape(json.dumps(saved, indent=2))
@@ -68,9 +68,10 @@ def _about(config: dict[str, Any]) -> str:
     return config.get(key, "?")  # Another version may have written it.
 
   return (
-    f"Task {setting('task.name')}, reviewer {setting('reviewer.name')}, credit {setting('credit.scheme')}, "
-    f"seed {setting('seed')}; {setting('rollout.problems')} problems x {setting('rollout.group')} completions a step, "
-    f"learning rate {setting('learner.lr')}. Intervals are 95 % over problems; curves are means of 5 steps."
+    f"Task {setting('task.name')}, reviewer {setting('reviewer.name')}, credit "
+    f"{setting('credit.scheme')}, seed {setting('seed')}; {setting('rollout.problems')} problems x "
+    f"{setting('rollout.group')} completions a step, learning rate {setting('learner.lr')}. "
+    "Intervals are 95 % over problems; curves are means of 5 steps."
   )
 
 
@@ -81,8 +82,10 @@ def _scores(metrics: list[dict]) -> list[str]:
 
 
 def _curves(trained: list[dict]) -> list[str]:
+  completions = running_total(trained, "train/completions")
+
   def of(key: str, smooth=list):
-    rows = [(x, m[key]) for x, m in zip(running_total(trained, "train/completions"), trained, strict=True) if key in m]
+    rows = [(x, m[key]) for x, m in zip(completions, trained, strict=True) if key in m]
     return ([x for x, _ in rows], smooth([y for _, y in rows]))
 
   sampled = [("accuracy", {"sampled, in training": of("train/accuracy", moving_average)})]
@@ -90,7 +93,8 @@ def _curves(trained: list[dict]) -> list[str]:
   keys = ("train/length", "learner/entropy", "learner/kl")
   others = [(label, {"": of(key)}) for label, key in zip(labels, keys, strict=True)]
   charts = [(sampled, (7.5, 3.2)), (others, (7.5, 2.4))]
-  return [f"<div class=wide>{chart(panels, 'completions sampled', size)}</div>" for panels, size in charts]
+  drawn = [chart(panels, "completions sampled", size) for panels, size in charts]
+  return [f"<div class=wide>{svg}</div>" for svg in drawn]
 
 
 def _seconds(trained: list[dict]) -> list[list[str]]:
@@ -109,7 +113,8 @@ def html_list(items: Sequence[str]) -> str:
 
 def page(title: str, body: Sequence[str]) -> str:
   return (
-    "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    "<!doctype html><html lang=en><meta charset=utf-8>"
+    "<meta name=viewport content='width=device-width'>"
     f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
     f"<h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</html>\n"
   )
@@ -206,10 +211,10 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _examples(workdir: epath.Path, trained: list[dict]) -> list[str]:
-  """Two wins and two losses of the first and of the last step, of different problems as far as they go."""
-  shades = "".join(f'<span class=step style="background:{shade}">{label}</span>' for shade, label in _legend())
+  """Two wins and two losses of the first and of the last step, of different problems if they can."""
+  shades = "".join(_span(label, shade) for shade, label in _legend())
   parts = [
-    _note("Answers of the first and the last step, each step with its role and its mean credit per token."),
+    _note("Answers of the first and the last step; each step with its role and its mean credit."),
     f"<p class=note>Credit per token: {shades}</p>",
   ]
   for step in dict.fromkeys([trained[0]["step"], trained[-1]["step"]]):
@@ -219,19 +224,21 @@ def _examples(workdir: epath.Path, trained: list[dict]) -> list[str]:
     if not told:
       why = "The completions of every problem fared alike, so credit moved nothing." if kept else ""
       parts.append(_note(why or f"The trajectories of this step are not in {workdir / 'trajectories'}."))
-    for correct in (True, False) if told else ():
+    for correct, kind in ((True, "right"), (False, "wrong")) if told else ():
       by_problem = {t.problem: t for t in told if t.correct == correct}
       parts += map(_example, [*by_problem.values()][:2])
       if not by_problem:
-        parts.append(
-          _note(f"Where completions of a problem fared differently, none was {'right' if correct else 'wrong'}.")
-        )
+        parts.append(_note(f"Of problems whose completions fared differently, none was {kind}."))
   return parts
 
 
 _BOUNDS = (0.05, 0.2, 0.5, 1.0)  # Of the shades: the same in every answer and in every report.
 _GREENS = ("#ffffff", "#e6f5ea", "#bfe6c8", "#8fd19e", "#57b66d")
 _REDS = ("#ffffff", "#fdeaea", "#fac8c8", "#f29d9d", "#e56b6b")
+
+
+def _span(content: str, shade: str) -> str:
+  return f'<span class=step style="background:{shade}">{content}</span>'
 
 
 def _shade(credit: float) -> str:
@@ -252,9 +259,7 @@ def _example(t: Trajectory) -> str:
     credit = statistics.fmean(t.credit[s["start"] : s["end"]] or [0.0])
     role = s.get("role", f"no review ({t.review})")
     label = html.escape(f"{role} {credit:+.2f}".replace("-", "\u2212"))
-    steps += (
-      f'<span class=step style="background:{_shade(credit)}">{html.escape(s["text"])} <small>{label}</small></span>'
-    )
+    steps += _span(f"{html.escape(s['text'])} <small>{label}</small>", _shade(credit))
   verdict = "correct" if t.correct else "truncated" if t.truncated else f"wrong, the answer is {t.answer}"
   return (
     f"<div class=answer>{html.escape(t.prompt)}<br>{steps or '(no step)'}<br>"

@@ -5,13 +5,14 @@ import math
 import statistics
 from collections.abc import Iterator
 
-_SHORT, _LONG = 5, 20  # Steps in a row until it is said: what leaves no doubt, and what may be chance.
+_SHORT, _LONG = 5, 20  # Steps in a row before it is said: without a doubt, perhaps by chance.
 
 
 class Watch:
   """Reads the rows of metrics.jsonl in order; says each thing once in a run.
 
-  It knows nothing but the rows, so a run that goes on reads the old ones first and does not say them again.
+  It knows nothing but the rows, so a run that goes on reads the old ones first and does not say
+  again what they said.
   """
 
   def __init__(self) -> None:
@@ -27,7 +28,7 @@ class Watch:
 
   def _seen(self, row: dict[str, float]) -> Iterator[tuple[str, str]]:
     if shared := row.get("data/heldout_in_training"):
-      yield "leak", f"{shared:.0%} of the held-out problems that are evaluated are training problems too; {_LEAK}"
+      yield "leak", f"{shared:.0%} of the evaluated problems are training problems too; {_LEAK}"
     if "train/accuracy" not in row or (self._recent and row["step"] == self._recent[-1]["step"]):
       return
     self._recent.append(row)
@@ -38,17 +39,17 @@ class Watch:
       yield "truncated", f"every completion has been cut off for {_SHORT} steps; {_TRUNCATED}"
     mixed = [m.get("train/mixed_groups", 1.0) for m in last]
     if len(last) == _SHORT and all(mixed) and all(m.get("learner/grad_norm") == 0 for m in last):
-      yield "gradient", f"the gradient has been 0 for {_SHORT} steps, though groups are mixed; {_GRADIENT}"
+      yield "gradient", f"the gradient has been 0 for {_SHORT} steps of mixed groups; {_GRADIENT}"
     if len(self._recent) < _LONG:
       return
     accuracies = [m["train/accuracy"] for m in self._recent]
     now, start = statistics.fmean(accuracies), statistics.fmean(self._first)
     if not any(m.get("train/mixed_groups", 1.0) for m in self._recent):
       cause = _TOO_EASY if now > 0.5 else _TOO_HARD
-      yield "mixed", f"in no group for {_LONG} steps were some completions better than others; {cause}"
+      yield "mixed", f"no group has had better and worse completions for {_LONG} steps; {cause}"
     noise = math.sqrt((statistics.variance(accuracies) + statistics.variance(self._first)) / _LONG)
     if start - now > max(5 * noise, 0.02):
-      fell = f"accuracy has been {now:.3f} over the last {_LONG} steps and was {start:.3f} over the first"
+      fell = f"accuracy has been {now:.3f} over {_LONG} steps and was {start:.3f} over the first"
       yield "falling", f"{fell}; {_FALLING}"
 
 
@@ -58,18 +59,18 @@ def findings(rows: list[dict[str, float]]) -> list[str]:
   return [said for row in rows for said in watch.read(row)]
 
 
-_LEAK = "their scores say nothing about new ones: remove them from one side, or hold out by task.heldout_fraction"
+_LEAK = "scores on them say nothing of new ones: remove them from one side, or use task.heldout_fraction"
 _TRUNCATED = (
-  "raise rollout.max_tokens, or find out in trajectories/ why no answer ends: a chat template that the model does not"
-  " know, an end token that it does not write (rollout.stop)"
+  "raise rollout.max_tokens, or find out in trajectories/ why no answer ends: a chat template that"
+  " the model does not know, an end token that it does not write (rollout.stop)"
 )
-_GRADIENT = "nothing that counts was trained on: look at learner.mask_truncated, credit.* and trajectories/"
+_GRADIENT = "nothing that counts was trained on: look at learner.mask_truncated and trajectories/"
 _TOO_EASY = "nearly all are right, so nothing is left to learn here: take harder problems"
 _TOO_HARD = (
-  "none is right: read answers in trajectories/, whether the verifier takes them as they are written, and else take"
-  " easier problems or a larger rollout.group"
+  "none is right: read answers in trajectories/, whether the verifier takes them as they are"
+  " written, and else take easier problems or a larger rollout.group"
 )
 _FALLING = (
-  "lower learner.lr, or, if answers get longer or repeat themselves, mistrust the reviewer: compare with"
-  " credit.scheme=uniform (docs/method.md)"
+  "lower learner.lr, or, if answers get longer or repeat themselves, mistrust the reviewer: compare"
+  " with credit.scheme=uniform (docs/method.md)"
 )

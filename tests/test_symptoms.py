@@ -24,8 +24,8 @@ def rows(steps, **changes):
   [
     ({"train__truncated": 1.0}, 5, ["every completion has been cut off", "rollout.max_tokens"]),
     ({"learner__grad_norm": 0.0}, 5, ["the gradient has been 0", "learner.mask_truncated"]),
-    ({"train__mixed_groups": 0.0, "train__accuracy": 0.0}, 20, ["in no group", "none is right", "verifier"]),
-    ({"train__mixed_groups": 0.0, "train__accuracy": 1.0}, 20, ["in no group", "harder problems"]),
+    ({"train__mixed_groups": 0.0, "train__accuracy": 0.0}, 20, ["no group has had", "none is right", "verifier"]),
+    ({"train__mixed_groups": 0.0, "train__accuracy": 1.0}, 20, ["no group has had", "harder problems"]),
     ({"train__accuracy": lambda step: 0.5 if step <= 30 else 0.2}, None, ["was 0.500 over the first", "learner.lr"]),
   ],
 )
@@ -41,7 +41,7 @@ def test_held_out_problems_that_are_trained_on():
   assert not findings(given)
   given[0]["data/heldout_in_training"] = 0.25
   (said,) = findings(given)
-  assert "25% of the held-out problems" in said
+  assert "25% of the evaluated problems" in said
 
 
 def test_a_run_that_goes_on_does_not_say_it_again():

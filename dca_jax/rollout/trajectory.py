@@ -67,7 +67,7 @@ def forget_trajectories(folder: epath.Path, done: int) -> None:
 
 
 def read_trajectories(folder: epath.Path, step: int) -> Iterator[Trajectory]:
-  """What is kept of a step; a line that cannot be read is left out with a warning, one for each file."""
+  """What is kept of a step; lines that cannot be read are left out, with one warning for each file."""
   for path in shards(folder).get(step, []):
     damaged: list[str] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -89,8 +89,10 @@ def _parsed(given: Any) -> Trajectory:
   if not isinstance(given, dict):
     raise ValueError("no record")
   fields = {field.name: field.type for field in dataclasses.fields(Trajectory)}
-  if wrong := [*(key for key in fields if key not in given), *(key for key in given if key not in fields)]:
-    raise ValueError(f"{wrong[0]} is not in it" if wrong[0] in fields else f"{wrong[0]} is not known to this version")
+  if lacking := [key for key in fields if key not in given]:
+    raise ValueError(f"{lacking[0]} is not in it")
+  if unknown := [key for key in given if key not in fields]:
+    raise ValueError(f"{unknown[0]} is not known to this version")
   if wrong := [key for key, value in given.items() if not isinstance(value, _kind(fields[key]))]:
     raise ValueError(f"{wrong[0]} is {given[wrong[0]]!r:.40}")
   if not all(isinstance(x, int | float) for x in given["credit"]):
@@ -101,7 +103,7 @@ def _parsed(given: Any) -> Trajectory:
 
 
 def _is_step(step: Any, length: int) -> bool:
-  if not isinstance(step, dict) or type(step.get("start")) is not int or type(step.get("end")) is not int:
+  if not isinstance(step, dict) or {type(step.get(key)) for key in ("start", "end")} != {int}:
     return False
   said = isinstance(step.get("text"), str) and isinstance(step.get("role", ""), str)
   return said and 0 <= step["start"] <= step["end"] <= length
