@@ -126,6 +126,8 @@ def check_data(config: Config, task: Task, tokenizer, rows: int) -> dict[str, fl
       prompts.setdefault(split, []).extend("".join(problem.prompt.split()) for problem in problems)
   if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
     raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
+  if config.checkpoint.best.startswith("eval/maj@") and not task.final_answer:
+    raise UserError("checkpoint.best: there is no majority vote where a verifier has no final_answer")
   for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
     if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
       where = "rollout.stop or task.thinking_end"

@@ -208,8 +208,10 @@ class Checkpoints:
       saved = {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(saved, sep="/").items()}
     except Exception:  # Damaged.
       return
-    wanted = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(abstract._asdict()), sep="/")
-    ours = {name: tuple(x.shape) for name, x in wanted.items()}
+    ours = {
+      jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+      for path, x in jax.tree.leaves_with_path(abstract._asdict())
+    }
     for name in sorted(saved.keys() | ours.keys()):
       if saved.get(name) != ours.get(name):
         what = f"{name} has the shape {saved.get(name)} there and {ours.get(name)} here"

@@ -94,6 +94,7 @@ def run() -> NoReturn:
   for number in (signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, _end_now)
+  sys.unraisablehook = _unraisable
   try:
     status = main()
   except Exception:
@@ -111,6 +112,12 @@ def _end_now(number: int, frame) -> NoReturn:
   name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
   os.write(2, f"\ndca-jax: ended by {name}; what was saved before is intact\n".encode())
   os._exit(128 + number)
+
+
+def _unraisable(error) -> None:
+  """Leaves out what TensorStore says of a file that it still wanted when the disk was full already."""
+  if str(error.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(error)
 
 
 def _train(args, overrides) -> None:

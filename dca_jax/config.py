@@ -64,6 +64,8 @@ class Config:
       bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = "must be 0 with policy.pretrained"
     if self.rollout.problems % self.learner.micro_batches:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
+    if self.checkpoint.best and self.checkpoint.best not in self.evaluate.scores:
+      bad["checkpoint.best"] = f"is no score{_nearest(self.checkpoint.best, self.evaluate.scores)}"
     reviewed = self.reviewer.name != "none" or self.value.source != "reviewer"
     if self.reviewer.overlap and self.learner.loss != "ppo":
       bad["learner.loss"] = "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"

@@ -30,6 +30,12 @@ class EvaluateConfig:
   every: int = 0
   """Training steps between evaluations; the first policy and the last are evaluated in any case."""
 
+  @property
+  def scores(self) -> list[str]:
+    """The names that scores have in the metrics; without `maj@k` where a task's answers cannot be told apart."""
+    names = ("greedy", "sampled", f"pass@{self.k}", f"maj@{self.k}", "length")
+    return [f"eval/{name}{end}" for name in names for end in ("", "_low", "_high")]
+
   def check(self) -> dict[str, str]:
     bad = at_least(1, self, "problems", "samples", "k") | at_least(0, self, "every")
     return bad | ({"k": f"must not exceed evaluate.samples ({self.samples})"} if self.k > self.samples else {})

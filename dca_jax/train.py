@@ -369,11 +369,11 @@ def tried_reviewer(config: Config, truth: Truth, growing: Growing, quiet: bool) 
 def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: OnDevices):
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
   kept = folder / "start"
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
     if all(gather("starting policy", kept.exists())):
       start, damage = None, ""
       try:
-        start = checkpointer.restore(kept, on.start)
+        start = checkpointer.restore(kept, args=ocp.args.StandardRestore(on.start))
       except Exception as error:  # Damage shows as any of a dozen types.
         damage = reason(error)
       if not (damage := next(filter(None, gather("starting policy read", damage)), "")):
@@ -390,11 +390,10 @@ def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Ta
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
       params = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere)
     try:
-      checkpointer.save(kept, params)
-      checkpointer.wait_until_finished()
+      checkpointer.save(kept, args=ocp.args.StandardSave(params))
     except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
       raise UserError(f"could not save {kept} ({reason(error)}); make room, then run again") from error
-    return checkpointer.restore(kept, on.start)
+    return checkpointer.restore(kept, args=ocp.args.StandardRestore(on.start))
 
 
 def alike(config: Config, task: Task, tokenizer) -> dict[str, Any]:

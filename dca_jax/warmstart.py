@@ -120,9 +120,9 @@ def _keep(folder: pathlib.Path, params) -> None:
   """Puts the parameters into the cache; where that fails the run goes on, as it does not need it."""
   partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(partial, params)
-      checkpointer.wait_until_finished()
+    # Not in the background: threads of a save that failed would keep the process from ending.
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+      checkpointer.save(partial, args=ocp.args.StandardSave(params))
     partial.rename(folder)
   except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
     shutil.rmtree(partial, ignore_errors=True)

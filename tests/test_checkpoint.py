@@ -85,3 +85,34 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_key_that_differs(run, tmp
   with pytest.raises(UserError, match=r"other settings: learner\.lr was 0\.5 and is now 0\.001; choose another"):
     train(tiny.make_config({"steps": 12}), str(run), quiet=True)
   assert json.loads((run / "config.json").read_text())["learner"]["lr"] == 0.001
+
+
+# The best.
+
+
+@pytest.mark.parametrize(
+  ("best", "near"),
+  [
+    ("eval/sampeld", "; did you mean eval/sampled?"),
+    ("eval/pass@8", "; did you mean eval/pass@2?"),
+    ("train/rewards", "; there are eval/greedy, "),
+  ],
+)
+def test_a_score_that_no_run_has_is_refused(best, near):
+  with pytest.raises(UserError) as refused:
+    tiny.make_config({"checkpoint.best": best})
+  assert f"checkpoint.best: is no score{near}" in str(refused.value)
+
+
+def test_every_score_has_a_name_that_can_be_the_best(run):
+  scores = {key for line in tiny.read_lines(run) for key in line if key.startswith("eval/")}
+  assert scores == set(tiny.make_config().evaluate.scores)
+
+
+def test_another_best_goes_on_from_the_checkpoints_of_the_one_before(tmp_path):
+  changes = {"checkpoint.every": 100, "evaluate.every": 2, "checkpoint.keep": 1}
+  train(tiny.make_config({**changes, "steps": 4, "checkpoint.best": "eval/sampled"}), str(tmp_path), quiet=True)
+  for steps, best in ((6, "eval/greedy"), (8, "")):
+    train(tiny.make_config({**changes, "steps": steps, "checkpoint.best": best}), str(tmp_path), quiet=True)
+    assert steps in kept(tmp_path)
+  assert [line["step"] for line in tiny.read_lines(tmp_path)] == list(range(9))

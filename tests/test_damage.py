@@ -7,6 +7,8 @@ import shutil
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
@@ -180,6 +182,17 @@ def longer(tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
+def halve(folder: pathlib.Path) -> None:
+  """Cuts every file that holds arrays in half."""
+  for path in folder.rglob("d/*"):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def fresh(folder: pathlib.Path) -> pathlib.Path:
+  shutil.rmtree(folder)
+  return folder
+
+
 @pytest.mark.parametrize(
   ("damage", "said"),
   [
@@ -190,6 +203,8 @@ def longer(tmp_path_factory) -> pathlib.Path:
     (lambda run: shutil.rmtree(run / "tokenizer"), []),
     (lambda run: (run / "tokenizer" / "tokenizer.json").write_text("{"), []),
     (lambda run: shutil.rmtree(run / "start"), []),
+    (lambda run: halve(run / "start"), ["start is damaged ("]),
+    (lambda run: shutil.copytree(run / "checkpoints" / "3" / "state", fresh(run / "start")), ["start is damaged ("]),
     (lambda run: shutil.rmtree(run / "tensorboard"), []),
   ],
 )
@@ -239,3 +254,32 @@ def test_a_damaged_config_of_a_run_that_saved_nothing(capsys, run, tmp_path):
   assert status == 1
   assert "config.json, line 1 is damaged" in said
   assert "choose another --workdir" in said
+
+
+# Checkpoints of another version: their arrays are sound, so nothing may be moved or trained over.
+
+
+def test_a_checkpoint_with_other_settings_than_this_version_knows(capsys, run, tmp_path):
+  for step in (2, 3):
+    host = run / "checkpoints" / str(step) / "host" / "metadata"
+    known = json.loads(host.read_text())
+    host.write_text(json.dumps({**known, "learner.momentum": 0.5, "dca-jax": "9.9"}))
+  status, (said,) = resume(capsys, run, tmp_path, "--config.steps=4")
+  assert status == 1
+  assert f"{run}/checkpoints/3 was saved by another version of dca-jax (9.9; this is " in said
+  assert "setting learner.momentum is known to only one of them" in said
+  assert not list(run.glob("aside*"))
+
+
+def test_a_checkpoint_with_other_arrays_than_this_version_keeps(capsys, run, tmp_path):
+  with ocp.CheckpointManager(run / "checkpoints") as manager:
+    host = manager.restore(3, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave({"params": {"wide": np.ones((3, 5))}}), host=ocp.args.JsonSave(host)
+    )
+    manager.save(4, args=args, force=True)
+  status, (said,) = resume(capsys, run, tmp_path, "--config.steps=6")
+  assert status == 1
+  assert f"{run}/checkpoints/4 was saved by another version of dca-jax" in said
+  assert "has the shape " in said
+  assert not list(run.glob("aside*"))

@@ -1,6 +1,7 @@
 """A warm start is made once, found again by its settings, and made again where it is damaged."""
 
 import contextlib
+import importlib
 import io
 import shutil
 
@@ -11,7 +12,9 @@ import pytest
 import tiny
 
 from dca_jax.policy import Policy
+from dca_jax.source import source_digest
 from dca_jax.task import TASKS
+from dca_jax.train import use_compilation_cache
 from dca_jax.warmstart import cache_folder, warm_start
 
 
@@ -115,3 +118,70 @@ def test_no_steps_leave_the_policy_as_it_was(cache):
 def test_it_learns(made):
   losses = [float(line.split("loss")[1]) for line in made[2].splitlines() if "loss" in line]
   assert losses[-1] < losses[0] / 2
+
+
+# What the demonstrations are made of.
+
+
+def edit(path, old, new):
+  path.write_text(path.read_text().replace(old, new))
+
+
+def test_an_edited_task_is_another_entry(first, cache, tmp_path, monkeypatch):
+  words, task = tmp_path / "words_of_mine.py", tmp_path / "task_of_mine.py"
+  words.write_text("PREFIX = ''\n")
+  task.write_text(
+    "import words_of_mine\nfrom dca_jax.task import Chains\n\nclass Mine(Chains):\n"
+    "  def demonstration(self, index, mistakes):\n    return super().demonstration(index, mistakes)\n"
+  )
+  monkeypatch.syspath_prepend(str(tmp_path))
+  mine = importlib.import_module("task_of_mine")
+  held = mine.Mine(tiny.make_config().task)
+  before = source_digest(held)
+  assert source_digest(held) == before != source_digest(TASKS["chains"](tiny.make_config().task))
+  edit(words, "''", "'x'")
+  helped = source_digest(held)
+  edit(task, "super()", " super()")
+  assert len({before, helped, source_digest(held)}) == 3
+  monkeypatch.setitem(TASKS, "chains", mine.Mine)
+  tiny.assert_same_arrays(start(), first)  # Trained anew, on the same demonstrations.
+  assert len(entries(cache)) == 2
+
+
+def test_demonstrations_that_come_from_elsewhere_are_another_entry(first, cache, monkeypatch):
+  chains, shift = TASKS["chains"], [0]
+  # As from a data file that was edited.
+  monkeypatch.setattr(chains, "demonstration", lambda self, i, m, old=chains.demonstration: old(self, i + shift[0], m))
+  changed = source_digest(chains(tiny.make_config().task))
+  start()
+  shift[0] = 7
+  assert source_digest(chains(tiny.make_config().task)) == changed
+  start()
+  assert len(entries(cache)) == 3
+
+
+# Caches that cannot be written: a warning, and the run goes on to a clean end.
+
+
+def test_a_cache_of_warm_starts_that_cannot_be_written_is_a_warning(tmp_path):
+  (tmp_path / "file").write_text("")
+  recipe = tiny.write_recipe(tmp_path, {"steps": 1})
+  places = {"DCA_JAX_CACHE": str(tmp_path / "file" / "cache")}
+  process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", environment=places)
+  _, errors = process.communicate()
+  assert process.returncode == 0, errors
+  (said,) = errors.strip().splitlines()
+  assert said.startswith("warning: the warm start is not kept for other runs: ")
+  assert "file" in said
+
+
+def test_a_cache_of_programs_that_cannot_be_written_is_a_warning(capsys, monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/dev/null/xla")
+  use_compilation_cache()
+  assert jax.config.jax_compilation_cache_dir is None
+  assert capsys.readouterr().err.startswith("warning: compiled programs are not kept: ")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", before)
+  use_compilation_cache()
+  assert jax.config.jax_compilation_cache_dir == before
+  assert not capsys.readouterr().err
