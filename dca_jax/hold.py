@@ -1,4 +1,4 @@
-"""One run at a time holds a workdir: who holds it stands in a file there, and a sign of life with it.
+"""One run at a time holds a workdir: who holds it stands there in a file, with a sign of life.
 
 On one machine the kernel's lock on that file says whether its owner lives, so after a kill the next
 start does not wait. Where there is no such lock (a bucket) or it may not reach (a folder that other
@@ -37,7 +37,7 @@ class Owner:
   pid: int
   since: str
   machine: str
-  """Where process numbers mean the same: this boot, this container; empty where that is not known."""
+  """Where process numbers mean the same, a boot or a container; empty where that is not known."""
   started: str
   """Tells a process from a later one of the same number."""
   sign: int = 0
@@ -173,8 +173,8 @@ class _Object:
 
   def write(self, text: bytes | None) -> bool:
     generation = self._store.write(NAME, text, if_equal=self._generation).result().generation
-    if not generation:
-      return False
+    if not generation:  # Or it was written, and the reply lost.
+      return self.read() == text
     self._generation, self._mine = generation, True
     return True
 
@@ -186,7 +186,7 @@ class _Object:
 
 @contextlib.contextmanager
 def held(folder: epath.Path) -> Iterator[Callable[[], None]]:
-  """Holds a workdir, which it makes. Gives a function that raises UserError if it was lost meanwhile.
+  """Holds a workdir, which it makes; gives a function that raises UserError where it was lost.
 
   Raises:
     UserError: another run holds it, or it cannot be reached.

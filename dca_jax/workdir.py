@@ -116,8 +116,8 @@ class Growing:
 class Parts:
   """A file of reviews in a bucket: whole as at some start of the run, and what came since in parts.
 
-  Only what is new is sent. To take a part over twice, or again after the whole has it, changes nothing,
-  so a kill between any two writes does no harm.
+  Only what is new is sent. To take a part over twice, or again after the whole has it, changes
+  nothing, so a kill between any two writes does no harm.
   """
 
   def __init__(self, workdir: epath.Path, local: pathlib.Path):
@@ -144,7 +144,8 @@ class Parts:
       if damage:
         aside = place_aside(self._whole.parent, f"{self._folder.name}_{path.name}")
         aside.write_bytes(path.read_bytes())
-        print(f"warning: {path} is damaged ({damage}); copied to {aside}; what could be read is kept", file=sys.stderr)
+        said = f"warning: {path} is damaged ({damage}); copied to {aside}; what could be read is kept"
+        print(said, file=sys.stderr)
     return [damage for damage in damages if damage]
 
   def _join(self, there: list[epath.Path]) -> None:

@@ -252,6 +252,7 @@ def test_an_impossible_value_is_named(key, value, others):
     ("reviewer.name", "oracle", {}),
     ("reviewer.name", "oracle", {"credit.scheme": "potential", "value.source": "learned"}),
     ("reviewer.step", 2, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    ("reviewer.required", False, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("reviewer.panel", ("oracle",), {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("reviewer.client.model", "gemini-3.5-flash", {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("reviewer.client.vertex", True, {**REVIEWED, "reviewer.name": "openai", "reviewer.client.base_url": "http://x"}),

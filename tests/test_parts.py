@@ -1,4 +1,4 @@
-"""The reviews of a run in a bucket: only what is new is sent, and nothing is lost or counted twice."""
+"""Reviews of a run in a bucket: only what is new is sent, nothing is lost or counted twice."""
 
 import contextlib
 import os

@@ -1,11 +1,11 @@
-"""Kills one run with SIGKILL again and again, at random moments, and compares it with a run that was left alone.
+"""Kills one run with SIGKILL again and again, at random moments, and compares it with one left alone.
 
     python tests/twenty_kills.py --seed=0
 
-The reviewer is a language model's client against a server on the loopback, so that paid reviews are at stake too. What
-can be paid for twice is what was under way at a kill: sent, and its reply not committed yet. A reply that was in
-reviews.sqlite when the process died is never asked for again; whether a reply had reached the machine does not count,
-because a process that gets no processor cannot read it.
+The reviewer is a language model's client against a server on the loopback, so that paid reviews are
+at stake too. What can be paid for twice is what was under way at a kill: sent, and its reply not yet
+committed. A reply that was in reviews.sqlite when the process died is never asked for again. Whether
+a reply had reached the machine does not count: a process without a processor cannot read it.
 """
 
 import argparse

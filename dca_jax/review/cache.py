@@ -92,7 +92,7 @@ class Cache:
   def put(self, key: str, model: str, text: str) -> None:
     """Keeps a reply; returns at once."""
     if not self._closed:
-      clean = (part.encode("utf-8", "replace").decode() for part in (model, text))
+      clean = (str(part).encode("utf-8", "replace").decode() for part in (model, text))
       self._thread.submit(self._put, key, *clean)
 
   async def _soon(self, work: Callable, *args):
@@ -326,7 +326,7 @@ def _mark(db: sqlite3.Connection) -> Mark:
 
 
 def copy_since(path: pathlib.Path, since: Mark, target: pathlib.Path) -> Mark:
-  """Copies the rows after `since` of a file that may be in use to a new one, and says how far it came.
+  """Copies the rows after `since` of a file that may be in use to a new one; returns how far it came.
 
   Nothing is written where there are none.
   """

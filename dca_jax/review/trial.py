@@ -1,4 +1,4 @@
-"""One real question before anything costs device time: whether the reviewer can be reached and does its work."""
+"""One real question before anything costs device time: is the reviewer there, and does it work?"""
 
 from dca_jax.review.types import Request
 
