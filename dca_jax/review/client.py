@@ -28,7 +28,7 @@ from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.health import Health, Refusals, meaning
 from dca_jax.review.limits import Breaker, Budget, Gate, Purse
 from dca_jax.review.prices import Price, dollars, usage
-from dca_jax.review.prompt import MAX_STEPS, Prompt, make_prompt, parse_reply
+from dca_jax.review.prompt import Prompt, make_prompt, read_reviews
 from dca_jax.review.transports import CallFailed, Reply, Transport
 from dca_jax.review.trial import CHANCE, PASSING, PLANTED, PLANTED_ROLES, TRIES
 from dca_jax.review.types import Request, Review, Trial, Usage, finished
@@ -216,8 +216,8 @@ class Client:
   async def _kept(self, requests: list[Request], prompt: Prompt, key: str) -> list[Review]:
     """The reviews of a reply that was paid for before; none where there is no such reply."""
     if (kept := await self._cache.get(key)) is not None:
-      with contextlib.suppress(CallFailed):  # A damaged row is asked for anew.
-        return _reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
+      with contextlib.suppress(ValueError):  # A damaged row is asked for anew.
+        return read_reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
     return []
 
   async def _trial(self, end: float) -> Trial:
@@ -272,7 +272,10 @@ class Client:
         break
       try:
         reply = await self._attempt(requests, prompt, step, attempt + 10 * again)
-        reviews = _reviews(requests, prompt, reply.text or "", reply.model)
+        try:
+          reviews = read_reviews(requests, prompt, reply.text or "", reply.model)
+        except ValueError as error:
+          raise CallFailed("malformed", str(error), again=True, about="content") from None
         self._cache.put(key, reply.model, reply.text or "")
         self._purse.succeeded()
         return reviews
@@ -373,26 +376,6 @@ class Client:
 
   def _backoff(self, attempt: int) -> float:
     return self._dice.uniform(0, min(8.0, 0.25 * 2**attempt))
-
-
-def _reviews(requests, prompt: Prompt, text: str, model: str, cached: bool = False) -> list[Review]:
-  """One review for each answer; raises CallFailed where the text holds none at all."""
-  try:
-    verdicts = parse_reply(text, prompt.counts)
-  except ValueError as error:
-    raise CallFailed("malformed", str(error), again=True, about="content") from None
-  reviews = []
-  for request, verdict in zip(requests, verdicts, strict=True):
-    if isinstance(verdict, str):
-      reviews.append(Review("malformed", model=model, cached=cached))
-      continue
-    # The last verdict holds for all that were shown as one.
-    merged = max(0, len(request.steps) - MAX_STEPS)
-    roles = verdict.roles + verdict.roles[-1:] * merged
-    weights = verdict.weights + verdict.weights[-1:] * merged
-    review = Review("ok", roles, weights, (), verdict.sure, verdict.suspicious, model, cached)
-    reviews.append(review)
-  return reviews
 
 
 def _limiter(per_minute: float) -> AsyncLimiter | None:

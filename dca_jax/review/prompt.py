@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from dca_jax.review.types import Request
+from dca_jax.review.types import Request, Review
 from dca_jax.roles import ROLES
 
 MAX_STEPS = 120
@@ -224,3 +224,21 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_constant=lambda _: None)
+
+
+def read_reviews(
+  requests: Sequence[Request], prompt: Prompt, text: str, model: str, cached: bool = False
+) -> list[Review]:
+  """One review for each answer; raises ValueError where the text holds none at all."""
+  reviews = []
+  for request, verdict in zip(requests, parse_reply(text, prompt.counts), strict=True):
+    if isinstance(verdict, str):
+      reviews.append(Review("malformed", model=model, cached=cached))
+      continue
+    # The last verdict holds for all that were shown as one.
+    merged = max(0, len(request.steps) - MAX_STEPS)
+    roles = verdict.roles + verdict.roles[-1:] * merged
+    weights = verdict.weights + verdict.weights[-1:] * merged
+    review = Review("ok", roles, weights, (), verdict.sure, verdict.suspicious, model, cached)
+    reviews.append(review)
+  return reviews

@@ -18,7 +18,7 @@ from dca_jax.errors import UserError
 from dca_jax.review import Request, Review, ReviewerConfig, Share, Truth, open_reviewer
 from dca_jax.review import cache as cache_module
 from dca_jax.review.cache import Cache, Mark, copy_since, mark
-from dca_jax.review.client import ClientConfig
+from dca_jax.review.client_config import ClientConfig
 
 COST = 0.000425  # of one call: 500 tokens at $0.30 and 110 at $2.50 a million
 
