@@ -57,8 +57,8 @@ class Group(NamedTuple):
     return len({outcome.reward for outcome in self.outcomes if outcome.judged}) > 1
 
 
-# Problems that groups are refilled from are counted from here on. No run comes so far with the others, so an epoch of
-# these has an order of its own, and a sample noise of its own.
+# Problems that groups are refilled from are counted from here on. No run comes so far with the
+# others, so an epoch of these has an order of its own, and a sample noise of its own.
 _FURTHER = 2**31
 
 

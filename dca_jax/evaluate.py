@@ -23,8 +23,8 @@ class EvaluateConfig:
   problems: int = 256
   """Held-out problems."""
   samples: int = 8
-  """Completions sampled for each, at rollout.temperature. With the greedy one they are drawn in groups of
-  rollout.group, so one less than a multiple of that wastes nothing."""
+  """Completions sampled for each, at rollout.temperature. With the greedy one they are drawn in
+  groups of rollout.group, so one less than a multiple of that wastes nothing."""
   k: int = 4
   """For pass@k and maj@k."""
   every: int = 0
@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
 def answer(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[tuple[int, int], Answer]:
   """The greedy answer and the sampled ones to every problem, by problem and number of the sample.
 
-  They are drawn in batches of training's shape, by the program and in the memory that training needs anyway.
+  They are drawn in batches of training's shape, by its program and in its memory.
   """
   rollout, everywhere = sampler.config, sampler.end_ids_E.sharding
   numbers = [GREEDY, *range(config.samples)]
@@ -89,7 +89,8 @@ def answer(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, para
   key, mine = jax.jit(jax.random.key)(put(np.uint32(0), everywhere)), sampler.own(rollout.problems)
   own: dict[tuple[int, int], Answer] = {}
   for first in range(0, len(groups), rollout.problems):
-    batch = [groups[(first + int(row)) % len(groups)] for row in mine]  # The last one begins again, to be full.
+    # The last batch begins again, to be full.
+    batch = [groups[(first + int(row)) % len(groups)] for row in mine]
     problems = [task.problem("heldout", i) for i, _ in batch]
     prompts = encode_prompts(tokenizer, problems, rollout.max_prompt_tokens, sampler.policy.rows)
     wanted_PxG = np.array([numbers[g : g + rollout.group] for _, g in batch])
@@ -102,8 +103,8 @@ def answer(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, para
     for (place, row), outcome in zip(new.items(), outcomes, strict=True):
       final = task.final_answer(made[row][1]) if task.final_answer else None
       own[place] = Answer(outcome.correct, final, int(samples.lengths_B[row]))
-  everyone = [told for part in gather("evaluation", [[*place, *own[place]] for place in own]) for told in part]
-  return {(i, number): Answer(*told) for i, number, *told in everyone}
+  told = gather("evaluation", [[*place, *own[place]] for place in own])
+  return {(i, number): Answer(*rest) for part in told for i, number, *rest in part}
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -62,7 +62,8 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   # Evaluation draws batches of the same shape; continuations have answers begun as their prompts.
   prompts, length, group = problems, rollout.max_prompt_tokens, rollout.group
   if config.value.source == "monte_carlo":
-    prompts, length, group = problems * group, length + rollout.max_tokens, config.value.continuations
+    prompts, length = problems * group, length + rollout.max_tokens
+    group = config.value.continuations
   positions = prompts * (length + group * rollout.max_tokens)
   read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   copied = config.mesh.sampler or c.kept != c.dtype

@@ -49,8 +49,8 @@ class CreditConfig:
   """What is subtracted from a reward: the mean of the group's other rewards (Kool et al. 2019, Ahmadian et al. 2024),
   or the whole group's `mean` (Shao et al. 2024)."""
   divide_by_std: bool = False
-  """Divide by the group's standard deviation, as GRPO was published; it weights easy and hard problems up. By
-  1e-3 at least, so that rewards which hardly differ do not count as much as right and wrong."""
+  """Divide by the group's standard deviation, as GRPO was published; it weights easy and hard
+  problems up. By 1e-3 at least: rewards that hardly differ do not count as right and wrong do."""
   conserve: str = "tokens"
   """A completion's mass is its T_i tokens times its advantage (`tokens`), or the same number of tokens for every
   completion (`completion`): then, as far as `lam` goes, tokens without credit cannot pump up the others."""

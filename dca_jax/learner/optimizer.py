@@ -30,9 +30,9 @@ class LearnerConfig:
   mask_truncated: bool = False
   """Leave completions that ran out of tokens out of the loss."""
   kl: float = 0.0
-  """Weight of the k3 estimate (Schulman 2020) of the KL divergence from the policy to the reference, as in GRPO. Its
-  value is unbiased; its gradient on samples of the policy is that of the opposite divergence, from the reference to
-  the policy, token by token (Tang and Munos 2025)."""
+  """Weight of the k3 estimate (Schulman 2020) of the KL divergence from the policy to the
+  reference, as in GRPO. Its value is unbiased; its gradient on samples of the policy is that of
+  the opposite divergence, from the reference to the policy, token by token (Tang and Munos 2025)."""
   reference: bool = True
   """Keep the policy that the run started from as the reference, and measure the KL divergence to it at every step."""
   entropy: float = 0.0
@@ -41,11 +41,11 @@ class LearnerConfig:
   schedule: str = "constant"
   """`constant`, `linear` or `cosine`, the latter two down to 0 at the last step."""
   warmup_updates: int = 0
-  """Optimizer steps below the full learning rate, which rises evenly; the first of n takes 1 / (n + 1) of it."""
+  """Optimizer steps below the full learning rate, which rises evenly; the first of n has 1 / (n + 1)."""
   adam_b1: float = 0.9
   adam_b2: float = 0.98
   weight_decay: float = 0.0
-  """Decoupled (Loshchilov and Hutter 2019), of matrices and the embedding; scales of norms and biases keep theirs."""
+  """Decoupled (Loshchilov and Hutter 2019); scales of norms and biases do not decay."""
   max_grad_norm: float = 0.0
   """Gradients are clipped to this global norm; 0 does not clip."""
 
@@ -83,17 +83,18 @@ def make_optimizer(config: LearnerConfig, steps: int) -> optax.GradientTransform
     "cosine": optax.cosine_decay_schedule(config.lr, after),
   }[config.schedule]
   if config.warmup_updates:
-    # The first batch has been sampled and reviewed like all others, so it is not wasted on a rate of 0.
-    rising = optax.linear_schedule(config.lr / (config.warmup_updates + 1), config.lr, config.warmup_updates)
+    # The first batch was sampled and reviewed like all others: no rate of 0 may waste it.
+    lowest = config.lr / (config.warmup_updates + 1)
+    rising = optax.linear_schedule(lowest, config.lr, config.warmup_updates)
     rate = optax.join_schedules([rising, rate], [config.warmup_updates])
   clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-  decay = {"weight_decay": config.weight_decay, "mask": _decayed} if config.weight_decay else {"weight_decay": 0.0}
-  adam = optax.adamw(rate, config.adam_b1, config.adam_b2, **decay)
+  decay, decayed = config.weight_decay, _decayed if config.weight_decay else None
+  adam = optax.adamw(rate, config.adam_b1, config.adam_b2, weight_decay=decay, mask=decayed)
   return optax.chain(clip, adam)
 
 
 def _decayed(params):
-  """Which parameters decay: norms and biases set levels and hold no knowledge that could overfit."""
+  """Which parameters decay: not norms and biases, which set levels."""
 
   def decays(path, _) -> bool:
     return jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias")

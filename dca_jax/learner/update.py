@@ -58,9 +58,9 @@ _FAR = 10.0
 
 
 def expm1_bounded(x: jax.Array) -> jax.Array:
-  """exp(x) - 1, continued beyond `_FAR` as a straight line, so that neither it nor its gradient overflows.
+  """exp(x) - 1, and beyond `_FAR` a straight line, so that neither it nor its gradient overflows.
 
-  A policy writes tokens that are e^10 times likelier under another less than once in e^10, so little is changed.
+  Of all tokens that a policy writes, less than one in e^10 is e^10 times likelier under another.
   """
   near = jnp.minimum(x, _FAR)
   return jnp.expm1(near) + jnp.exp(near) * (x - near)
@@ -98,7 +98,7 @@ def loss_sums(
   if batch.reference_BxT is not None:
     gap = jnp.where(mask, batch.reference_BxT - logp, 0.0)
     kl = total(expm1_bounded(gap) - gap)
-    if config.kl:  # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
+    if config.kl:  # Or it is a measurement, and takes no part in the gradient.
       loss += config.kl * kl
   error = jnp.where(mask & on_policy, jnp.abs(logp - batch.logprobs_BxT), 0.0).max()
   acts = clipped * batch.advantages_BxT < ratio * batch.advantages_BxT

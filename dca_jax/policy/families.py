@@ -97,8 +97,8 @@ def tensor_name(config: PolicyConfig, path: tuple[str, ...]) -> str:
 def _is_note(key: str, value) -> bool:
   """Whether a field that nothing here reads cannot change what the model computes.
 
-  Libraries keep notes for themselves under a leading underscore or their own name. A field of any other name may
-  belong to an architecture that is not ours, unless it is empty or off.
+  Libraries keep notes for themselves under a leading underscore or their own name. A field of any
+  other name may belong to an architecture that is not ours, unless it is empty or off.
   """
   off = value is None or value is False or value in ("", [], {})
   return off or key in _NOTES or key.startswith(("_", "unsloth_")) or key.endswith("_token_id")
@@ -161,10 +161,10 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
   sizes = {"width": number("hidden_size"), "depth": number("num_hidden_layers"), "heads": number("num_attention_heads")}
   sizes |= {"mlp": number("intermediate_size"), "vocab_size": number("vocab_size")}
   # These are checked when the shapes of the weights are.
-  # Where one is left out, transformers takes that of one size of the family, unless it follows from the others.
-  sizes["kv_heads"] = number("num_key_value_heads", *([0] if kind == "llama" else [])) or sizes["heads"]
-  follows = kind in ("llama", "qwen2")
-  sizes["head_dim"] = number("head_dim", *([0] if follows else [])) or sizes["width"] // max(1, sizes["heads"])
+  # They may be left out where they follow from the others; else transformers has those of one size.
+  heads, head_dim = {"llama": ((0,), (0,)), "qwen2": ((), (0,))}.get(kind, ((), ()))
+  sizes["kv_heads"] = number("num_key_value_heads", *heads) or sizes["heads"]
+  sizes["head_dim"] = number("head_dim", *head_dim) or sizes["width"] // max(1, sizes["heads"])
   options = {**_FAMILIES[kind][1], "tied": take("tie_word_embeddings", gemma)}
   options["norm_eps"] = float(number("rms_norm_eps", 1e-6))
   if gemma:
@@ -205,8 +205,9 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
   for key, value in rest.items():
     if not _is_note(key, value):
       raise UserError(
-        f"{where}: the field {key} = {str(value)[:60]!r} is not known, and may change what the model computes;"
-        " if it is only a note, remove it there; if not, choose another model for policy.pretrained"
+        f"{where}: the field {key} = {str(value)[:60]!r} is not known, and may change what the model"
+        " computes; if it is only a note, remove it there; if not, choose another model for"
+        " policy.pretrained"
       )
   config = PolicyConfig(dtype=dtype, **sizes, **options)
   for key, why in config.check().items():

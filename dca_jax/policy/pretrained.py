@@ -39,11 +39,11 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
   """`config` itself, or the architecture of the model that `config.pretrained` names.
 
   Args:
-    vocab_size: how many ids the tokenizer has. A published embedding may have fewer rows (Gemma 3 has one fewer): no
-      such token is ever sampled, and `encode_prompts` refuses a prompt that holds one.
+    vocab_size: how many ids the tokenizer has. A published embedding may have fewer rows (Gemma 3
+      has one fewer): none of the others is sampled, and `encode_prompts` refuses them.
 
   Raises:
-    UserError: the model cannot be had or is not supported, or policy.vocab_size is smaller than the tokenizer.
+    UserError: the model cannot be had or is not supported, or policy.vocab_size is too small.
   """
   if config.pretrained:
     path = folder(config.pretrained) / "config.json"
@@ -52,7 +52,7 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
     if why := config.check().get("attention"):
       raise UserError(f"policy.attention {why}: {path}")
   elif 0 < config.vocab_size < vocab_size:
-    raise UserError(f"policy.vocab_size: must be 0 or at least {vocab_size}, the number of the tokenizer's ids")
+    raise UserError(f"policy.vocab_size: must be 0 or at least {vocab_size}, one for each id")
   return config
 
 

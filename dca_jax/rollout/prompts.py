@@ -15,8 +15,8 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int, rows: int
     rows: of the policy's embedding, which can be fewer than the tokenizer has ids.
 
   Raises:
-    UserError: a prompt is empty, longer than `limit`, or holds a token that the embedding lacks; the message names the
-      problem.
+    UserError: a prompt is empty, longer than `limit`, or holds a token that the embedding lacks;
+      the message names the problem.
   """
   ids_P = tokenizer([p.rendered or p.prompt for p in problems], add_special_tokens=False)["input_ids"]
   prompts_PxS = np.zeros((len(problems), limit), np.int32)
@@ -28,9 +28,9 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int, rows: int
       )
     if max(ids) >= rows:
       raise UserError(
-        f"the prompt of problem {problem.id} holds the token {tokenizer.decode(max(ids))!r}, number {max(ids)}, and the"
-        f" policy's embedding has {rows} rows: take the model's own tokenizer, or leave such problems out"
-        f" ({problem.prompt[:60]!r})"
+        f"the prompt of problem {problem.id} holds the token {tokenizer.decode(max(ids))!r}, number"
+        f" {max(ids)}, and the policy's embedding has {rows} rows: take the model's own tokenizer, or"
+        f" leave such problems out ({problem.prompt[:60]!r})"
       )
     row[: len(ids)] = ids
   return prompts_PxS, np.array([len(ids) for ids in ids_P], np.int32)

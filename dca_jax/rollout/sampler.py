@@ -93,9 +93,9 @@ def sample(
 ) -> Samples:
   """Draws G completions of each prompt.
 
-  The noise of token t of sample number g of a problem is `key` folded with (problem id, g, t), so a sample depends
-  neither on its place in the batch nor on its neighbours; number `GREEDY` has none. Prompts are run once each; the loop
-  stops when every row has ended.
+  The noise of token t of sample number g of a problem is `key` folded with (problem id, g, t), so a
+  sample depends neither on its place in the batch nor on its neighbours; number `GREEDY` has none.
+  Prompts are run once each; the loop stops when every row has ended.
   """
 
   def sample_key(i, g):

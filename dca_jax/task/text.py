@@ -86,8 +86,8 @@ class TextConfig:
   """Writes the prompt as the tokenizer's chat template does."""
   system_prompt: str = ""
   template_kwargs: str = "{}"
-  """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`. A template that asks
-  for today's date is always told 26 July 2024, which is Llama's own where it knows none."""
+  """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`. A
+  template that asks for today's date is told 26 July 2024, which is Llama's where it knows none."""
 
   def check(self) -> dict[str, str]:
     known = self.verifier in VERIFIERS or re.fullmatch(r"[\w.]+:\w+", self.verifier)
@@ -272,7 +272,7 @@ def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], 
 
 
 def _read_jsonl(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], str]]:
-  """As `_open_tfds`. Lines end with a line feed alone: a text may hold what else Unicode calls the end of a line."""
+  """As `_open_tfds`. Lines end with a line feed alone: a text may hold other ends of lines."""
   path, rows, numbers = getattr(config, key), [], []
   try:
     lines = epath.Path(path).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")

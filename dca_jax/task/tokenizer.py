@@ -40,16 +40,16 @@ def load_tokenizer(name: str):
 
 @functools.lru_cache
 def id_count(tokenizer) -> int:
-  """One more than the highest id of a token. Not the number of tokens: there can be ids between that are none."""
+  """One more than the highest id of a token; ids between can be no token."""
   return 1 + max(tokenizer.get_vocab().values())
 
 
 @functools.lru_cache
 def end_ids(tokenizer) -> tuple[int, ...]:
-  """The tokens that end a completion: the tokenizer's own, and those of the generation_config.json beside it.
+  """The tokens that end a completion: the tokenizer's own, and its generation_config.json's.
 
   Raises:
-    UserError: that file cannot be read, or names something that is no token, which could never end anything.
+    UserError: that file cannot be read, or names what is no token.
   """
   from transformers.utils import cached_file
 
@@ -64,8 +64,8 @@ def end_ids(tokenizer) -> tuple[int, ...]:
     count = id_count(tokenizer)
     if strange := [i for i in ids if i is not None and (type(i) is not int or not 0 <= i < count)]:
       raise UserError(
-        f"{path}: the end token {strange[0]!r} is none of the tokenizer's {count} ids, so it could never end a"
-        " completion; correct eos_token_id"
+        f"{path}: the end token {strange[0]!r} is none of the tokenizer's {count} ids, so it could"
+        " never end a completion; correct eos_token_id"
       )
   return tuple(sorted({i for i in ids if i is not None}))
 

@@ -1,7 +1,7 @@
-"""Published models as they are: the true config.json, as many ids as the true tokenizer has, the true end tokens.
+"""Published models: the true config.json, number of ids and end tokens.
 
-`published.json` has these, and what the policy is then; parameters are counted on each model's page. Weights are not
-needed: all that is refused is refused before they are read.
+`published.json` has these, and what the policy is then; parameters are counted on each model's
+page. Weights are not needed: all that is refused is refused before they are read.
 """
 
 import functools
