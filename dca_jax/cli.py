@@ -124,7 +124,6 @@ def _train(args, overrides) -> None:
   import jax
 
   from dca_jax import config, processes, report
-  from dca_jax.errors import Terminated
   from dca_jax.metrics import read_metrics
   from dca_jax.train import train
   from dca_jax.workdir import locate
@@ -141,11 +140,7 @@ def _train(args, overrides) -> None:
     processes.connect(args.coordinator, args.processes, args.process)
   elif args.distributed:
     processes.connect()
-  try:
-    train(settings, args.workdir, args.resume)
-  except Terminated:
-    processes.leave()
-    raise
+  train(settings, args.workdir, args.resume)
   if jax.process_index() == 0:
     folder = locate(args.workdir)
     metrics = read_metrics(folder)

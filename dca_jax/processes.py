@@ -78,12 +78,6 @@ def _wait_for(coordinator: str) -> None:
       time.sleep(1.0)
 
 
-def leave() -> None:
-  """Leaves when all processes do; if process 0 went first, the others would take it for dead."""
-  if jax.process_count() > 1:
-    jax.distributed.shutdown()
-
-
 # Where the main thread is, and what it says there.
 
 
@@ -232,11 +226,13 @@ def watched(asked: Asked) -> Iterator[None]:
   watch = _Watch(asked)
   thread = threading.Thread(target=watch.run, args=(done,), name="watch", daemon=True)
   thread.start()
+  together = False
   try:
     yield
     gather("the end", None)
   except BaseException as error:
-    if not (isinstance(error, Terminated) and asked.together):
+    together = isinstance(error, Terminated) and asked.together
+    if not together:
       if _may_be_an_echo(error):
         thread.join(_SILENCE + 3 * _BEAT)  # The watch will tell what really happened, and end us.
       watch.tell(_farewell(error))
@@ -244,6 +240,8 @@ def watched(asked: Asked) -> Iterator[None]:
   finally:
     done.set()
     thread.join()
+    if together:  # If process 0 went first, the others would be taken along.
+      jax.distributed.shutdown()
 
 
 def _may_be_an_echo(error: BaseException | None) -> bool:
