@@ -257,7 +257,7 @@ def _farewell(error: BaseException) -> _Farewell:
   me = jax.process_index()
   if isinstance(error, KeyboardInterrupt):
     return _Farewell(getattr(error, "status", 130), f"dca-jax: process {me} has ended: {error}")
-  if isinstance(error, UserError):
+  if isinstance(error, (UserError, OSError)):  # As the command line does, without a traceback.
     return _Farewell(1, f"dca-jax: error: process {me} has ended: {error}")
   lines = traceback.format_exception(error)
   return _Farewell(1, f"{''.join(lines)}dca-jax: process {me} has ended: {lines[-1].strip()}")

