@@ -38,7 +38,7 @@ def bucket(tmp_path_factory):
 
 def run(environment, *arguments) -> subprocess.CompletedProcess:
   process = tiny.start(*arguments, environment=environment)
-  out, errors = process.communicate(timeout=200)
+  out, errors = process.communicate(timeout=1200)
   return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
 
 

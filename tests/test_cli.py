@@ -289,7 +289,7 @@ def test_a_disk_that_fills_up(recipe, finished, tmp_path):
     arguments = ["train", f"--config={recipe}", f"--workdir={run}"]
     # A process of its own, because what libraries log from their threads reaches its stderr too.
     process = tiny.start(*arguments, "--config.steps=400", "--config.checkpoint.keep=400")
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=1200)
     saved = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
     last = max(saved)
     assert last > 3
@@ -331,7 +331,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
   tiny.wait_until(lambda: len(tiny.read_lines(run)) >= 4, process)
   process.send_signal(signal.SIGINT)
   try:
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=1200)
   finally:
     process.kill()  # Where it hangs.
   assert process.returncode == 130
@@ -416,7 +416,7 @@ def test_processes_that_cannot_meet(capsys, monkeypatch, recipe, tmp_path, argum
 
 def test_a_machine_that_is_no_pod(recipe, tmp_path):
   process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--distributed")
-  _, errors = process.communicate(timeout=120)
+  _, errors = process.communicate(timeout=1200)
   assert process.returncode == 1
   said = "dca-jax: error: --distributed: no TPU pod, Slurm or Kubernetes job found here"
   assert errors.strip().splitlines()[-1].startswith(said)

@@ -20,7 +20,7 @@ def execute(change: str) -> list[dict]:
   gemma = [cell.source for cell in notebook.cells if cell.cell_type == "code" and "gemma" in cell.source]
   notebook.cells += map(nbformat.v4.new_code_cell, [change, *gemma])
   resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-  NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
+  NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
   return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 

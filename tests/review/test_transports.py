@@ -632,7 +632,7 @@ def test_nothing_is_printed_at_the_end(name, how):
       [*run, name, url, how],
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=600,
       env=os.environ,
       check=False,
     )

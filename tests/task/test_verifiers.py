@@ -188,10 +188,10 @@ PARTS = [*SLOW.replace("\n", "|").split("|"), "\n", " .\n", "\n ", "answer" + " 
 @pytest.mark.parametrize("part", PARTS)
 def test_no_text_takes_long(part):
   text = part * (20_000 // len(part))
-  start = time.perf_counter()
+  start = time.process_time()
   for verifier in VERIFIERS.values():
     verifier(text)
-  assert time.perf_counter() - start < 2
+  assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("depth", [0, 1, 4, 50, 5000])
