@@ -1,11 +1,13 @@
 """Checkpoints: one atomic Orbax composite per saved step."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import logging
 import math
 import sys
+import time
 from typing import Any
 
 import jax
@@ -43,6 +45,29 @@ class CheckpointConfig:
     return bad
 
 
+class _Told(logging.Handler):
+  """Hears which save in the background has failed, and keeps what else Orbax reports to itself.
+
+  Orbax logs it at once, but raises it after it has met the other processes, who may wait elsewhere.
+  """
+
+  def __init__(self):
+    super().__init__()
+    self.error: BaseException | None = None
+    self._logger = logging.getLogger("absl")
+    self._logger.setLevel(logging.ERROR)
+    self._logger.propagate = False
+    self._logger.addHandler(self)
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if record.threadName == "async_save" and record.exc_info:
+      self.error = record.exc_info[1]
+
+  def close(self) -> None:
+    self._logger.removeHandler(self)
+    super().close()
+
+
 class Checkpoints:
   """The checkpoints of a run, saved in the background; a context manager that waits for the last one.
 
@@ -51,10 +76,11 @@ class Checkpoints:
 
   def __init__(self, config: CheckpointConfig, workdir: epath.Path, fixed: dict[str, Any]):
     """`fixed` are the settings, by their keys, that a run that goes on from a checkpoint must share."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file; its errors reach us as exceptions.
+    self._told = _Told()
     self._folder, self._best = workdir / "checkpoints", config.best
     self._fixed = json.loads(json.dumps(fixed))  # As it comes back.
     self._held: tuple[int, TrainState] | None = None
+    self._saving = 0
     policies: list[preserve.PreservationPolicy] = [preserve.LatestN(config.keep)]
     if config.keep_every:
       policies.append(preserve.EveryNSteps(config.keep_every))
@@ -77,16 +103,25 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, trace):
-    if isinstance(error, Terminated):
-      raise self._stop(error) from None
-    if error and jax.process_count() > 1:
-      return  # To close is to wait for the other processes, and they are not here.
-    try:
-      self._manager.close()
-    except Exception as late:
-      # A save in the background failed; where another error is already on its way, that one is told.
-      if kind is None:
-        raise self._failed("the last checkpoint", late) from late
+    with contextlib.closing(self._told):
+      if isinstance(error, Terminated):
+        raise self._stop(error) from None
+      if error and jax.process_count() > 1:
+        return  # To close is to wait for the other processes, and they are not here.
+      try:
+        self._settle()
+        self._manager.close()
+      except Exception as late:
+        # A save in the background failed; where another error is already on its way, that one is told.
+        if kind is None:
+          raise self._failed(late) from late
+
+  def _settle(self) -> None:
+    """Waits for the save in the background; raises its error."""
+    while self._manager.is_saving_in_progress() and not self._told.error:
+      time.sleep(0.002)
+    if self._told.error:
+      raise self._told.error
 
   def _stop(self, asked: Terminated) -> Terminated:
     """Saves what is held, and says where the run goes on."""
@@ -121,21 +156,25 @@ class Checkpoints:
     args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), host=ocp.args.JsonSave(host))
     best = {self._best: metrics[self._best]} if self._best in metrics else None
     try:
+      self._settle()
+      self._saving = step
       self._manager.save(step, args=args, metrics=best, force=self._manager.latest_step() != step)
       if last:
+        self._settle()
         self._manager.wait_until_finished()
     except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
-      raise self._failed(f"a checkpoint at step {step}", error) from error
+      raise self._failed(error) from error
 
-  def _failed(self, what: str, error: Exception) -> UserError:
-    return UserError(f"could not save {what} ({reason(error)}); {self.describe()}. Make room, then run again")
+  def _failed(self, error: Exception) -> UserError:
+    what = f"a checkpoint at step {self._saving} ({reason(error)})"
+    return UserError(f"could not save {what}; {self.describe()}. Make room, then run again")
 
   def describe(self) -> str:
     """A clause for error messages: what is safe."""
-    step = self._manager.latest_step()
-    return (
-      f"no checkpoint was saved yet in {self._folder}" if step is None else f"step {step} is safe in {self._folder}"
-    )
+    with contextlib.suppress(Exception):  # It is known already, or told by whoever asks.
+      self._settle()
+    steps = ocp.utils.checkpoint_steps(self._folder)  # The manager counts one that failed, too.
+    return f"step {max(steps)} is safe in {self._folder}" if steps else f"no checkpoint was saved yet in {self._folder}"
 
   def restore(self, abstract: TrainState, resume: str) -> tuple[int, TrainState] | None:
     """The newest readable checkpoint as (step, state), or None where there is none.
