@@ -111,3 +111,52 @@ def test_a_run_that_is_stopped_at_every_moment_is_the_uninterrupted_one(moment, 
   assert cli.main(["train", f"--config={recipe}", f"--workdir={run}"]) == 0
   train(tiny.make_config(SETTINGS), str(tmp_path / "whole"), quiet=True)
   tiny.assert_same_run(run, tmp_path / "whole")
+
+
+# Processes of their own.
+
+
+def ended(process) -> tuple[int, str]:
+  _, errors = process.communicate()
+  return process.returncode, errors.strip().splitlines()[-1]
+
+
+def read_until(process, begin: str) -> None:
+  assert any(line.startswith(begin) for line in process.stdout), process.communicate()
+
+
+def test_before_a_run_is_opened(tmp_path):
+  recipe = tiny.write_recipe(tmp_path, more="import time\nprint('read', flush=True)\ntime.sleep(600)\n")
+  for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")):
+    process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
+    read_until(process, "read")
+    process.send_signal(number)
+    assert ended(process) == (128 + number, f"dca-jax: ended by {name}; what was saved before is intact")
+
+
+def test_in_the_warm_start(tmp_path):
+  recipe = tiny.write_recipe(tmp_path, {"warmstart.steps": 10**6})
+  process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
+  read_until(process, "warm start 51/")
+  process.send_signal(signal.SIGTERM)
+  said = "dca-jax: stopped by SIGTERM before the first checkpoint; the same command begins again"
+  assert ended(process) == (143, said)
+
+
+def test_a_second_ctrl_c_ends_a_step_that_must_be_finished(tmp_path):
+  held = """
+import time
+from dca_jax import train
+def never(*_):
+  print("update", flush=True)
+  while True:
+    time.sleep(0.05)
+train.write_trajectories = never
+"""
+  recipe, run = tiny.write_recipe(tmp_path, more=held), tmp_path / "run"
+  process = tiny.start("train", f"--config={recipe}", f"--workdir={run}")
+  read_until(process, "update")
+  process.send_signal(signal.SIGINT)
+  assert any("a second Ctrl-C ends it now" in line for line in process.stderr)
+  process.send_signal(signal.SIGINT)
+  assert ended(process) == (130, "dca-jax: ended by Ctrl-C; what was saved before is intact")

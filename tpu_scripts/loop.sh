@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on a worker; the other scripts call it. Keeps a command running until it has finished.
 # Usage: loop.sh start COMMAND ARGUMENT...   in the background, unless it is running already
-#        loop.sh stop                        SIGTERM: the step under way is finished and saved
+#        loop.sh stop                        SIGTERM: the last finished step is saved
 #        loop.sh state                       running, finished, stopped, failed, dead (cut off) or none
 # A command that ends with 0 has finished. After any other end it is started again, because it resumes; but not after
 # the third mistake of the user in a row (exit 1 and "dca-jax: error:"), nor after 20 failures in a row that each came
