@@ -104,18 +104,18 @@ def run() -> NoReturn:
     sys.exit(0)
   from dca_jax.processes import end
 
-  end(status)  # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
+  end(status)  # After a full disk, threads of libraries would add to what has been said.
 
 
 def _end_now(number: int, frame) -> NoReturn:
-  """What a signal does where no run minds it; every file is written whole, so a process may end anywhere."""
+  """What a signal does where no run minds it; files are written whole, so this may be anywhere."""
   name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
   os.write(2, f"\ndca-jax: ended by {name}; what was saved before is intact\n".encode())
   os._exit(128 + number)
 
 
 def _unraisable(error) -> None:
-  """Leaves out what TensorStore says of a file that it still wanted when the disk was full already."""
+  """Leaves out what TensorStore says of files that it still wanted from a disk that was full."""
   if str(error.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(error)
 

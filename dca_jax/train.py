@@ -409,7 +409,7 @@ def alike(config: Config, task: Task, tokenizer) -> dict[str, Any]:
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs between processes, where JAX_COMPILATION_CACHE_DIR or else DCA_JAX_CACHE say."""
+  """Keeps compiled programs between processes, where JAX_COMPILATION_CACHE_DIR or our cache is."""
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder() / "xla")
   try:
     if "://" not in folder:

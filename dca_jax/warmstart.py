@@ -56,7 +56,8 @@ class WarmstartConfig:
 
 def cache_folder() -> pathlib.Path:
   """Where warm starts and compiled programs are kept: $DCA_JAX_CACHE, or ~/.cache/dca-jax."""
-  return pathlib.Path(os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")).absolute()
+  folder = os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")
+  return pathlib.Path(folder).absolute()
 
 
 def warm_start(
@@ -86,11 +87,12 @@ def warm_start(
   theirs = [source_digest(task), _sample(config, task)]
   settings = json.dumps([*ours, *theirs, *sections, limits, jax.default_backend()])
   folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
-  cached = _load(folder, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params))
+  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)  # noqa: E731
+  cached = _load(folder, jax.tree.map(shape, params))
   if cached is not None:
     return cached
   params = _train(config, task, tokenizer, policy, params, limits, everywhere)
-  if jax.process_count() == 1:  # Otherwise hosts have caches of their own, and each holds only parts of them.
+  if jax.process_count() == 1:  # Of several, each holds only parts of them.
     _keep(folder, params)
   return params
 
@@ -117,7 +119,7 @@ def _load(folder: pathlib.Path, abstract):
 
 
 def _keep(folder: pathlib.Path, params) -> None:
-  """Puts the parameters into the cache; where that fails the run goes on, as it does not need it."""
+  """Puts the parameters into the cache; where that fails the run goes on without."""
   partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
   try:
     # Not in the background: threads of a save that failed would keep the process from ending.

@@ -115,4 +115,5 @@ def test_another_best_goes_on_from_the_checkpoints_of_the_one_before(tmp_path):
   for steps, best in ((6, "eval/greedy"), (8, "")):
     train(tiny.make_config({**changes, "steps": steps, "checkpoint.best": best}), str(tmp_path), quiet=True)
     assert steps in kept(tmp_path)
+  assert kept(tmp_path) == [8]
   assert [line["step"] for line in tiny.read_lines(tmp_path)] == list(range(9))
