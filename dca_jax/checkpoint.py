@@ -87,8 +87,8 @@ class Checkpoints:
     options = {}
     if config.best:
       options["best_fn"] = self._score
-      best = preserve.BestN(self._score, n=1, keep_checkpoints_without_metrics=False)
-      policies.append(best)
+      scored = {"get_metric_fn": self._score, "keep_checkpoints_without_metrics": False}
+      policies.append(preserve.BestN(n=1, **scored))
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
