@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _OURS = str(pathlib.Path(__file__).parent) + os.sep
-_INSTALLED = (_OURS, *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")))
+_PATHS = [sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")]
+_INSTALLED = (_OURS, *_PATHS)
 
 
 def source_digest(thing: Any) -> str:
@@ -31,7 +32,8 @@ def source_digest(thing: Any) -> str:
     linecache.checkcache(file)
     seen[file] = "".join(linecache.getlines(file))  # A notebook's cells are there too.
     waiting += [scope for value in list(names.values()) for scope in _scopes(value)]
-  return hashlib.sha256("\0".join(sorted(seen.values())).encode("utf-8", "replace")).hexdigest()[:16]
+  whole = "\0".join(sorted(seen.values()))
+  return hashlib.sha256(whole.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def package_digest(pattern: str) -> str:
@@ -48,7 +50,7 @@ def _scopes(thing: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     module = sys.modules.get(str(getattr(thing, "__module__", None)))
   if getattr(module, "__file__", None):
     yield module.__file__, vars(module)
-  # A recipe is no module that Python knows, nor is a notebook; their functions know where they are from.
+  # A recipe is no module that Python knows, nor is a notebook; their functions know their files.
   for value in vars(thing).values() if isinstance(thing, type) else (thing,):
     function = getattr(value, "__func__", value)
     if isinstance(function, types.FunctionType):

@@ -1,8 +1,8 @@
-"""Notices that a run should stop: SIGTERM, Ctrl-C, and what Google Cloud's metadata server announces.
+"""Notices that a run should stop: SIGTERM, Ctrl-C, and what Google Cloud's metadata server says.
 
-A run cannot stop everywhere: once the update has begun, the parameters before it are gone. So it is
-a row of phases. One process stops at once, wherever it is, except within a phase that it must finish.
-Several stop together, between two phases, because what they save they save together.
+A run cannot stop everywhere: once the update has begun, the parameters before it are gone. So it
+is a row of phases. One process stops at once, wherever it is, except within a phase that it must
+finish. Several stop together, between two phases, because what they save they save together.
 """
 
 import contextlib
@@ -83,9 +83,9 @@ class Stops:
   @contextlib.contextmanager
   def heard(self) -> Iterator[None]:
     """Within it signals are notices, and a second Ctrl-C is what it was before."""
-    if threading.current_thread() is threading.main_thread():  # Python hands signals to that one only.
-      ignored = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
-      self._before = {number: signal.signal(number, self._on) for number in _SIGNALS if number not in ignored}
+    if threading.current_thread() is threading.main_thread():  # Python hands signals to no other.
+      heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+      self._before = {number: signal.signal(number, self._on) for number in heeded}
     try:
       yield
     finally:

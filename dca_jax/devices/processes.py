@@ -1,8 +1,9 @@
 """Several processes as one run: who is there, what each tells the others, and rows of arrays that each holds.
 
-Every process runs the same program and owns the rows of its devices. What they tell each other beside the arrays (a
-few numbers a step) goes through the key-value store of JAX's coordination service. A thread in each says that the
-process lives, and where its main thread is; it hears how the others fare, and ends the process if they cannot go on.
+Every process runs the same program and owns the rows of its devices. What they tell each other
+beside the arrays (a few numbers a step) goes through the key-value store of JAX's coordination
+service. A thread in each says that the process lives, and where its main thread is; it hears how the
+others fare, and ends the process if they cannot go on.
 """
 
 import contextlib
@@ -34,9 +35,19 @@ _JOIN = 120.0  # seconds that processes may start apart
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 40.0  # seconds without one, after which a process counts as dead
 _PATIENCE = 1800.0  # seconds that a main thread may stay at one place
-_FAREWELL = 60.0  # seconds that process 0, who keeps the store, waits for the others to have read what ended the run
+_FAREWELL = 60.0  # seconds that process 0, who keeps the store, waits for the others to read its end
 
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
+_PACKAGES = (
+  "jax",
+  "jaxlib",
+  "libtpu",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "numpy",
+  "transformers",
+  "tokenizers",
+)
 
 
 def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -153,8 +164,8 @@ def _hear(client, process: int, place: str) -> Any:
         raise
   if theirs != place:
     raise UserError(
-      f"process {jax.process_index()} is at {place!r} and process {process} at {theirs!r}; all processes need the same"
-      " program, settings and data"
+      f"process {jax.process_index()} is at {place!r} and process {process} at {theirs!r}; all"
+      " processes need the same program, settings and data"
     )
   return value
 
@@ -177,8 +188,8 @@ def check_alike(own: Mapping[str, Any]) -> None:
     for key in {**first, **theirs}:
       if theirs.get(key) != first.get(key):
         raise UserError(
-          f"process {process} has {key} {theirs.get(key)!r} and process 0 {first.get(key)!r}; all processes need the"
-          " same versions, settings and data"
+          f"process {process} has {key} {theirs.get(key)!r} and process 0 {first.get(key)!r}; all"
+          " processes need the same versions, settings and data"
         )
 
 
@@ -216,8 +227,8 @@ class _Farewell:
 def watched(asked: Asked) -> Iterator[None]:
   """Within it, the failure of a process ends all of them, with its words and its exit status.
 
-  Otherwise they would wait for ever in an operation on arrays that they hold together. So they would for a process that
-  is dead or stuck; then the message names it.
+  Otherwise they would wait for ever in an operation on arrays that they hold together. So they
+  would for a process that is dead or stuck; then the message names it.
   """
   if jax.process_count() == 1:
     yield
@@ -245,7 +256,7 @@ def watched(asked: Asked) -> Iterator[None]:
 
 
 def _may_be_an_echo(error: BaseException | None) -> bool:
-  """Whether this is how the death of another process shows: as the error of an operation on arrays of both."""
+  """Whether this is how another's death shows: as the error of an operation on arrays of both."""
   while error:
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
       return True
@@ -280,7 +291,8 @@ class _Watch:
         alive = self._all("alive")
       except jax.errors.JaxRuntimeError as error:
         why = str(error).splitlines()[0][:200]
-        self._end(_Farewell(LOST, f"dca-jax: process 0, which keeps the others together, is gone ({why})"))
+        text = f"dca-jax: process 0, which keeps the others together, is gone ({why})"
+        self._end(_Farewell(LOST, text))
       if told and self._me not in told:
         self._end(_Farewell(*next(iter(told.values()))))
       self._judge(alive)
@@ -306,7 +318,8 @@ class _Watch:
     waits = {p: now - since - place.seconds for p, (place, since) in self._places.items()}
     last = min(waits, key=lambda p: (self._places[p][0].meetings, -waits[p]))
     if waits[last] > _PATIENCE:
-      text = f"dca-jax: process {last} has been at {self._places[last][0].name!r} for {_PATIENCE:.0f} s; {again}"
+      name = self._places[last][0].name
+      text = f"dca-jax: process {last} has been at {name!r} for {_PATIENCE:.0f} s; {again}"
       self._end(_Farewell(LOST, text))
 
   def tell(self, farewell: _Farewell) -> None:
@@ -330,7 +343,8 @@ class _Watch:
     end(farewell.status)
 
   def _set(self, what: str, value: Any) -> None:
-    self._client.key_value_set(f"dca_jax/{what}/{self._me}", json.dumps(value), allow_overwrite=True)
+    key = f"dca_jax/{what}/{self._me}"
+    self._client.key_value_set(key, json.dumps(value), allow_overwrite=True)
 
   def _all(self, what: str) -> dict[int, Any]:
     found = self._client.key_value_dir_get(f"dca_jax/{what}/")
@@ -338,7 +352,7 @@ class _Watch:
 
 
 def end(status: int) -> NoReturn:
-  """Ends this process at once, with all that it has printed; what threads of libraries still do is cut off."""
+  """Ends this process at once, with all that it has printed; threads of libraries are cut off."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):  # A full disk, a closed pipe.
       stream.flush()

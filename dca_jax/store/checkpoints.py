@@ -36,8 +36,8 @@ class CheckpointConfig:
   keep_every: int = 0
   """Checkpoints of steps that this divides are kept for good; 0: of none."""
   best: str = ""
-  """A score of the evaluations, such as `eval/sampled`: the checkpoint with its largest value is kept too. There is one
-  of every step that was evaluated."""
+  """A score of the evaluations, such as `eval/sampled`: the checkpoint with its largest value is
+  kept too. There is one of every step that was evaluated."""
 
   def check(self) -> dict[str, str]:
     bad = at_least(1, self, "every", "keep")
@@ -70,7 +70,7 @@ class _Told(logging.Handler):
 
 
 class Checkpoints:
-  """The checkpoints of a run, saved in the background; a context manager that waits for the last one.
+  """The checkpoints of a run, saved in the background; a context manager that waits for the last.
 
   A stop (Terminated) that comes through it first saves what `hold` was given last.
   """
@@ -88,7 +88,8 @@ class Checkpoints:
     options = {}
     if config.best:
       options["best_fn"] = self._score
-      policies.append(preserve.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False))
+      scored = {"get_metric_fn": self._score, "keep_checkpoints_without_metrics": False}
+      policies.append(preserve.BestN(n=1, **scored))
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -97,7 +98,7 @@ class Checkpoints:
     )
 
   def _score(self, metrics: dict[str, float]) -> float:
-    """What the best checkpoint has most of; saved under another `checkpoint.best`, one has nothing of it."""
+    """What the best has most of, and one that was saved under another `checkpoint.best` nothing."""
     return metrics.get(self._best, -math.inf)
 
   def __enter__(self):
@@ -113,7 +114,7 @@ class Checkpoints:
         self._settle()
         self._manager.close()
       except Exception as late:
-        # A save in the background failed; where another error is already on its way, that one is told.
+        # A save in the background failed; an error that is already on its way is told instead.
         if kind is None:
           raise self._failed(late) from late
 
@@ -130,6 +131,7 @@ class Checkpoints:
       step, state = self._held
       if step and step != self._manager.latest_step():
         self.save(step, state, {}, last=True)
+    if jax.process_count() == 1:
       self._manager.close()
     where = f"; {self.describe()}, the same command again continues"
     if self._manager.latest_step() is None:
@@ -154,7 +156,8 @@ class Checkpoints:
       UserError: the disk is full or the folder cannot be written. Checkpoints that were complete stay so.
     """
     host = {**self._fixed, _VERSION: importlib.metadata.version("dca-jax")}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), host=ocp.args.JsonSave(host))
+    arrays = ocp.args.StandardSave(state._asdict())
+    args = ocp.args.Composite(state=arrays, host=ocp.args.JsonSave(host))
     best = {self._best: metrics[self._best]} if self._best in metrics else None
     try:
       self._settle()
@@ -175,7 +178,8 @@ class Checkpoints:
     with contextlib.suppress(Exception):  # It is known already, or told by whoever asks.
       self._settle()
     steps = ocp.utils.checkpoint_steps(self._folder)  # The manager counts one that failed, too.
-    return f"step {max(steps)} is safe in {self._folder}" if steps else f"no checkpoint was saved yet in {self._folder}"
+    what = f"step {max(steps)} is safe" if steps else "no checkpoint was saved yet"
+    return f"{what} in {self._folder}"
 
   def restore(self, abstract: TrainState, resume: str) -> tuple[int, TrainState] | None:
     """The newest readable checkpoint as (step, state), or None where there is none.
@@ -237,12 +241,12 @@ class Checkpoints:
     for key, now in self._fixed.items():
       if host[key] != now:
         raise UserError(
-          f"{self._folder / str(step)} was saved by a run with other settings: {key} was {host[key]!r} and is now"
-          f" {now!r}; choose another --workdir"
+          f"{self._folder / str(step)} was saved by a run with other settings: {key} was"
+          f" {host[key]!r} and is now {now!r}; choose another --workdir"
         )
 
   def _check_arrays(self, step: int, abstract: TrainState) -> None:
-    """Raises UserError where a checkpoint that cannot be restored is sound, but holds other arrays than are wanted."""
+    """Raises UserError where a checkpoint that cannot be restored is sound, but holds other arrays."""
     try:
       saved = self._manager.item_metadata(step)["state"].tree
       saved = {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(saved, sep="/").items()}
@@ -259,8 +263,9 @@ class Checkpoints:
 
   def _other_version(self, step: int, version: str, what: str) -> UserError:
     return UserError(
-      f"{self._folder / str(step)} was saved by another version of dca-jax ({version or 'unknown'}; this is"
-      f" {importlib.metadata.version('dca-jax')}): {what}. Go on with that version, or choose another --workdir"
+      f"{self._folder / str(step)} was saved by another version of dca-jax ({version or 'unknown'};"
+      f" this is {importlib.metadata.version('dca-jax')}): {what}. Go on with that version, or choose"
+      " another --workdir"
     )
 
   def _put_aside(self, aside: dict[int, str]) -> None:

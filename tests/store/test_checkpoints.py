@@ -2,11 +2,15 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 import tiny
+from etils import epath
 
 from dca_jax.errors import UserError
+from dca_jax.learner import TrainState
 from dca_jax.loop import train
+from dca_jax.store.checkpoints import CheckpointConfig, Checkpoints
 
 
 def kept(workdir) -> list[int]:
@@ -115,4 +119,23 @@ def test_another_best_goes_on_from_the_checkpoints_of_the_one_before(tmp_path):
   for steps, best in ((6, "eval/greedy"), (8, "")):
     train(tiny.make_config({**changes, "steps": steps, "checkpoint.best": best}), str(tmp_path), quiet=True)
     assert steps in kept(tmp_path)
+  assert kept(tmp_path) == [8]
   assert [line["step"] for line in tiny.read_lines(tmp_path)] == list(range(9))
+
+
+def test_of_many_scores_only_the_best_is_kept(tmp_path):
+  """The rules alone, on a state without a policy."""
+  state = TrainState({"w": jnp.ones(2)}, {"count": jnp.zeros(())})
+
+  def save(best: str, *scores: tuple[int, dict[str, float]]) -> list[int]:
+    config = CheckpointConfig(every=1, keep=1, best=best)
+    with Checkpoints(config, epath.Path(tmp_path), {}) as checkpoints:
+      for step, measured in scores:
+        assert checkpoints.due(step, measured, last=False)
+        checkpoints.save(step, state, measured, last=False)
+    return kept(tmp_path)
+
+  sampled = [(i + 1, {"eval/sampled": score}) for i, score in enumerate((0.7, 0.9, 0.8, 0.1))]
+  assert save("eval/sampled", *sampled, (5, {})) == [2, 5]
+  # What was saved under another `best` has no score, neither the largest nor any.
+  assert save("eval/greedy", (6, {"eval/greedy": 0.2}), (7, {"eval/greedy": 0.1}), (8, {})) == [6, 8]
