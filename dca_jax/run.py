@@ -172,9 +172,12 @@ def _opened(
     restored = checkpoints.restore(programs.state, resume)
     start = starting_policy(config, folder, policy, task, tokenizer, programs)
     frozen, trained = split(start)
-    new = copy(trained), put(head, programs.everywhere)
-    done, state = restored or (0, programs.init_state(*new))
-    yield Trainer(
+    done, state = restored or (
+      0,
+      programs.init_state(copy(trained), put(head, programs.everywhere)),
+    )
+    reference = _reference(config, programs, start)
+    trainer = Trainer(
       config,
       task,
       tokenizer,
@@ -189,9 +192,12 @@ def _opened(
       done,
       state,
       frozen,
-      _reference(config, programs, start),
+      reference,
       data,
     )
+    # What only the beginning needed would lie on the devices for the whole run.
+    del restored, start, trained, state
+    yield trainer
 
 
 def tried_reviewer(config: Config, task: Task, growing: Growing, quiet: bool) -> Reviewer:
