@@ -64,7 +64,7 @@ def test_the_same_process_may_not_hold_it_twice_and_lets_go_in_every_case(tmp_pa
 
 def test_children_of_a_killed_owner_do_not_hold_it(tmp_path):
   source = (
-    "import os, subprocess, sys, time\nfrom etils import epath\nfrom dca_jax import hold\n"
+    "import os, subprocess, sys, time\nfrom etils import epath\nfrom dca_jax.store import hold\n"
     "with hold.held(epath.Path(sys.argv[1])):\n"
     "  child = os.fork()\n"
     "  if not child:\n    time.sleep(300)\n    os._exit(0)\n"
