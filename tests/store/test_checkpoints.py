@@ -41,9 +41,10 @@ def test_a_best_checkpoint_is_saved_where_it_was_measured(tmp_path):
   assert kept(tmp_path) == [1, 2, 4, 5]  # Orbax always saves the first step.
 
 
-@pytest.mark.parametrize(("every", "keep_every"), [(2, 3), (2, -2)])
+@pytest.mark.parametrize(("every", "keep_every"), [(2, 3), (2, -2), (3, 4)])
 def test_an_interval_that_is_never_saved_is_refused(every, keep_every):
-  with pytest.raises(UserError, match=r"checkpoint\.keep_every: must be a multiple of checkpoint\.every \(2\)"):
+  said = rf"checkpoint\.keep_every: must be a multiple of checkpoint\.every \({every}\)"
+  with pytest.raises(UserError, match=said):
     tiny.make_config({"checkpoint.every": every, "checkpoint.keep_every": keep_every})
 
 
