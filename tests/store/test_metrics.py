@@ -57,6 +57,7 @@ def test_an_evaluation_that_was_cut_off_is_added_to_its_line(workdir):
     reporter.amend(3, {"eval/greedy": 0.5})
     reporter.log(4, {"group/name": 1.0})
   assert steps(workdir) == [0, 1, 2, 3, 4]
+  assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 5
   assert read_metrics(workdir)[3] == {"step": 3, "group/name": 0.75, "group/other": 1.0, "eval/greedy": 0.5}
   with Reporter(workdir, 4, 10, quiet=True) as reporter:
     assert reporter.evaluated == {3}
