@@ -125,3 +125,10 @@ def test_a_notice_ends_a_run_with_its_step_saved(metadata, tmp_path):
   last = tiny.read_lines(tmp_path)[-1]["step"]
   assert last < 2000
   assert (tmp_path / "checkpoints" / str(last)).is_dir()
+
+
+def test_what_came_in_time_is_waited_for_once():
+  with notices.notices() as stops:
+    came = iter(range(3))
+    assert stops.wait(lambda: next(came), then="the next") == 0
+    assert next(came) == 1
