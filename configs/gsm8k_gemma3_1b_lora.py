@@ -25,7 +25,9 @@ from ml_collections import ConfigDict
 def get_config():
   c = ConfigDict()
   c.steps = 200
-  c.policy = dict(pretrained="google/gemma-3-1b-it", dtype="bfloat16", lora_rank=16, lora_alpha=32.0)
+  c.policy = dict(
+    pretrained="google/gemma-3-1b-it", dtype="bfloat16", lora_rank=16, lora_alpha=32.0
+  )
   c.task = dict(
     name="tfds",
     dataset="gsm8k",

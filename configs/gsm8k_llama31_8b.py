@@ -38,5 +38,7 @@ def get_config():
   c.learner = dict(lr=5e-7, micro_batches=4, max_grad_norm=1.0)
   c.evaluate = dict(problems=256, samples=4, k=4, every=50)
   c.checkpoint = dict(every=10, best="eval/sampled")
-  c.mesh = dict(data=1, fsdp=16, sampler=(4, 1, 4))  # Four chips of a host share the weights while sampling.
+  c.mesh = dict(
+    data=1, fsdp=16, sampler=(4, 1, 4)
+  )  # Four chips of a host share the weights while sampling.
   return c

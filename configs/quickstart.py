@@ -16,8 +16,17 @@ _POTENTIAL = {"credit.scheme": "potential", "credit.discount": 0.0}
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
   "weighted": {"learner.lr": 1.5e-3},
-  "noisy": {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.flip": 0.3, "learner.lr": 1e-3},
-  "fooled": {"credit.scheme": "weighted", "reviewer.name": "applauds_repeats", "learner.lr": 1.5e-3},
+  "noisy": {
+    "credit.scheme": "weighted",
+    "reviewer.name": "noisy",
+    "reviewer.flip": 0.3,
+    "learner.lr": 1e-3,
+  },
+  "fooled": {
+    "credit.scheme": "weighted",
+    "reviewer.name": "applauds_repeats",
+    "learner.lr": 1.5e-3,
+  },
   "signed": {"learner.lr": 2e-3},
   "potential_0": {**_POTENTIAL, "learner.lr": 1.5e-3},
   "potential_1": {**_POTENTIAL, "credit.discount": 1.0, "learner.lr": 7e-4},
@@ -30,7 +39,12 @@ ARMS = {
     "value.source": "learned",
     "learner.lr": 7e-4,
   },
-  "monte_carlo": {**_POTENTIAL, "reviewer.name": "none", "value.source": "monte_carlo", "learner.lr": 1e-3},
+  "monte_carlo": {
+    **_POTENTIAL,
+    "reviewer.name": "none",
+    "value.source": "monte_carlo",
+    "learner.lr": 1e-3,
+  },
 }
 
 
@@ -43,5 +57,7 @@ def get_config():
   c.rollout = dict(max_prompt_tokens=43)
   c.reviewer = dict(name="oracle")
   c.credit = dict(scheme="weighted")
-  c.learner = dict(micro_batches=4)  # Smaller arrays stay in the processor's cache: a faster update, the same gradient.
+  c.learner = dict(
+    micro_batches=4
+  )  # Smaller arrays stay in the processor's cache: a faster update, the same gradient.
   return c

@@ -85,7 +85,9 @@ class SavedPolicy:
     ends = put(np.array(end_ids(self._tokenizer), np.int32), everywhere)
     self._sampler = Sampler(policy, config.rollout, ends, mesh.batch_sharding(devices))
 
-  def sample(self, prompts: Sequence[str], samples: int = 1, greedy: bool = False, seed: int = 0) -> list[list[str]]:
+  def sample(
+    self, prompts: Sequence[str], samples: int = 1, greedy: bool = False, seed: int = 0
+  ) -> list[list[str]]:
     """Answers to each prompt, as the task would ask it, sampled as in training.
 
     Args:
@@ -108,7 +110,9 @@ class SavedPolicy:
     ids = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
     if not 1 <= len(ids) <= self._config.rollout.max_tokens:
       most = self._config.rollout.max_tokens
-      raise ConfigError(f"the completion has {len(ids)} tokens; rollout.max_tokens allows 1 to {most}")
+      raise ConfigError(
+        f"the completion has {len(ids)} tokens; rollout.max_tokens allows 1 to {most}"
+      )
     tokens_1xT = np.zeros((1, self._config.rollout.max_tokens), np.int32)
     tokens_1xT[0, : len(ids)] = ids
     scored = learner.reference_logprobs(
@@ -122,7 +126,9 @@ class SavedPolicy:
 
   def evaluate(self) -> dict[str, evaluation.Estimate]:
     """Scores on the task's held-out problems, as config.evaluate says."""
-    return evaluation.evaluate(self._config.evaluate, self._sampler, self._task, self._tokenizer, self._params)
+    return evaluation.evaluate(
+      self._config.evaluate, self._sampler, self._task, self._tokenizer, self._params
+    )
 
   def _problem(self, i: int, prompt: str) -> Problem:
     return Problem(i, prompt, "", self._task.render(prompt))
@@ -179,7 +185,9 @@ def evaluate(run: Run | str | os.PathLike) -> dict[str, evaluation.Estimate]:
 _SECTIONS = {"task": "task.name", "reviewer": "reviewer.name", "scheme": "credit.scheme"}
 
 
-def _config(given: Config | ConfigDict | dict | str | os.PathLike, chosen: Mapping[str, Any]) -> Config:
+def _config(
+  given: Config | ConfigDict | dict | str | os.PathLike, chosen: Mapping[str, Any]
+) -> Config:
   """The config, with the settings of objects in the place of the sections that they stand for."""
   if isinstance(given, Config):
     if not chosen:

@@ -12,7 +12,11 @@ def positive(section, *keys: str, most: float = float("inf")) -> dict[str, str]:
 
 
 def between(least: int, most: int, section, *keys: str) -> dict[str, str]:
-  return {key: f"must be between {least} and {most}" for key in keys if not least <= getattr(section, key) <= most}
+  return {
+    key: f"must be between {least} and {most}"
+    for key in keys
+    if not least <= getattr(section, key) <= most
+  }
 
 
 def one_of(section, key: str, *known: str | int) -> dict[str, str]:

@@ -61,15 +61,21 @@ class Config:
     """Mistakes that no section can see alone."""
     bad = at_least(1, self, "steps") | between(0, 2**31 - 1, self, "seed")
     if self.policy.pretrained and self.warmstart.total:
-      bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = "must be 0 with policy.pretrained"
+      bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = (
+        "must be 0 with policy.pretrained"
+      )
     if self.rollout.problems % self.learner.micro_batches:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
     if self.checkpoint.best and self.checkpoint.best not in self.evaluate.scores:
       bad["checkpoint.best"] = f"is no score{nearest(self.checkpoint.best, self.evaluate.scores)}"
     if self.reviewer.overlap and self.learner.loss != "ppo":
-      bad["learner.loss"] = "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
+      bad["learner.loss"] = (
+        "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
+      )
     if "labels" not in self.task.offers and (readers := _labelled(self.reviewer.members)):
-      bad["reviewer.name"] = f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+      bad["reviewer.name"] = (
+        f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+      )
     elif missing := self._lacks:
       bad["reviewer.name"] = missing
     if "demonstrations" not in self.task.offers:
@@ -97,7 +103,9 @@ class Config:
     for member in self.reviewer.members:
       if missing := self._wanted - member.gives_of(self.task.offers):
         what = "prefix values" if "values" in missing else "roles"
-        who = f"is '{member.name}', which" if member is self.reviewer else f"asks {member.name}, which"
+        who = (
+          f"is '{member.name}', which" if member is self.reviewer else f"asks {member.name}, which"
+        )
         return f"{who} gives no {what}, which {scheme} reads; see the value section"
     return ""
 
@@ -111,7 +119,11 @@ class Config:
       unused["reviewer.name"] = f"{scheme}, which reads no review"
     elif "roles" not in self.credit.reads and not self.value.from_reviewer:
       unused["reviewer.name"] = f"{scheme} and value.source '{self.value.source}'"
-    if self.learner.loss == "ppo" and self.learner.updates_per_batch == 1 and not self.reviewer.overlap:
+    if (
+      self.learner.loss == "ppo"
+      and self.learner.updates_per_batch == 1
+      and not self.reviewer.overlap
+    ):
       # With one update on a fresh batch the ratio is exactly 1, so its clip never acts.
       why = "learner.updates_per_batch is 1 and reviewer.overlap 0"
       unused |= dict.fromkeys(("learner.clip_low", "learner.clip_high"), why)
@@ -119,7 +131,9 @@ class Config:
 
   def implied(self) -> dict[str, Any]:
     """What other settings decide of the keys that nobody set."""
-    values = {f"task.{key}": value for key, value in self.task.implied(self.policy.pretrained).items()}
+    values = {
+      f"task.{key}": value for key, value in self.task.implied(self.policy.pretrained).items()
+    }
     if "demonstrations" not in self.task.offers or self.policy.pretrained:
       values |= {"warmstart.clean_steps": 0, "warmstart.steps": 0}
     return values
@@ -169,7 +183,9 @@ _ASKED = ("model", "thinking", "base_url", "vertex", "rubric", "whole_group", "m
 
 
 def _is_free(key: str, config: Config) -> bool:
-  if key == "steps":  # More continue the same run, unless the learning rate depends on where the end is.
+  if (
+    key == "steps"
+  ):  # More continue the same run, unless the learning rate depends on where the end is.
     return config.learner.schedule == "constant"
   return key.startswith(_FREE) and key.removeprefix("reviewer.client.") not in _ASKED
 
@@ -398,7 +414,9 @@ def saved_config(workdir: str) -> Config:
     return build(saved)
   except ConfigError as error:
     path = locate(workdir) / "config.json"
-    wrong = ": " if error.__cause__ else " is not of this version of dca-jax: "  # Something of the user's.
+    wrong = (
+      ": " if error.__cause__ else " is not of this version of dca-jax: "
+    )  # Something of the user's.
     raise ConfigError(f"{path}{wrong}{error}") from error.__cause__
 
 
@@ -521,11 +539,18 @@ def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.P
 def _other_run(config: Config, folder: epath.Path, resume: str) -> str:
   """Why the run of `config` cannot go on in `folder`, or begin there; empty if it can."""
   saved, checkpoints = folder / "config.json", folder / "checkpoints"
-  done = max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=0) if checkpoints.exists() else 0
+  done = (
+    max((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), default=0)
+    if checkpoints.exists()
+    else 0
+  )
   elsewhere = "; choose another --workdir"
   if not saved.exists():
     if not done:
-      there = folder.exists() and {path.name for path in folder.iterdir()} - {".config.json", hold.NAME}
+      there = folder.exists() and {path.name for path in folder.iterdir()} - {
+        ".config.json",
+        hold.NAME,
+      }
       return f"holds files but no config.json, so no run{elsewhere}" if there else ""
     print(f"warning: {saved} is gone; it is written anew", file=sys.stderr)
   elif resume == "never":

@@ -58,21 +58,31 @@ class Programs:
     self.policy = policy = policy.clone(mesh=devices)
     self.rows, self.everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
     self.param_shardings = mesh.param_shardings(devices, policy)
-    self.update = functools.partial(learner.update, policy, config.learner, optimizer, rollout.sampling, rollout.group)
+    self.update = functools.partial(
+      learner.update, policy, config.learner, optimizer, rollout.sampling, rollout.group
+    )
 
     sampler_devices = mesh.sampler_mesh(config.mesh, devices)
     ends = put(np.array(end_ids(tokenizer), np.int32), mesh.replicated(sampler_devices))
-    self.sampler = Sampler(policy.clone(mesh=sampler_devices), rollout, ends, mesh.batch_sharding(sampler_devices))
+    self.sampler = Sampler(
+      policy.clone(mesh=sampler_devices), rollout, ends, mesh.batch_sharding(sampler_devices)
+    )
     self.for_sampler = mesh.relay(devices, sampler_devices, policy)
     mesh.check_rows(devices, sampler_devices, rollout.problems, config.learner.micro_batches)
 
     overlap = bool(config.reviewer.overlap)
 
     def new_state(params, head):
-      return learner.init_state(optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None)
+      return learner.init_state(
+        optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None
+      )
 
-    self.init_params = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=self.param_shardings)
-    self.init_state = jax.jit(new_state, out_shardings=mesh.state_shardings(devices, policy, optimizer, head, overlap))
+    self.init_params = jax.jit(
+      lambda key: nn.unbox(policy.init_params(key)), out_shardings=self.param_shardings
+    )
+    self.init_state = jax.jit(
+      new_state, out_shardings=mesh.state_shardings(devices, policy, optimizer, head, overlap)
+    )
     # The shape of what a jitted function returns knows its sharding.
     self.start = jax.eval_shape(self.init_params, jax.random.key(0))
     frozen, trained = split(self.start)
@@ -125,7 +135,9 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def opened(config: Config, workdir: str, resume: str, stops: Stops, quiet: bool) -> Iterator[Trainer]:
+def opened(
+  config: Config, workdir: str, resume: str, stops: Stops, quiet: bool
+) -> Iterator[Trainer]:
   """Opens a run, or the run that is in `workdir`; closes all of it at the end.
 
   Raises:
@@ -238,7 +250,9 @@ def _reference(config: Config, programs: Programs, start):
   """Without a reference, `start` is not held."""
   if not config.learner.reference:
     return lambda batch: batch
-  logprobs = functools.partial(learner.reference_logprobs, programs.policy, config.rollout.sampling, start)
+  logprobs = functools.partial(
+    learner.reference_logprobs, programs.policy, config.rollout.sampling, start
+  )
   return lambda batch: batch._replace(reference_BxT=logprobs(*batch[:3]))
 
 
@@ -283,9 +297,13 @@ def check_data(config: Config, task: Task, tokenizer, rows: int) -> dict[str, fl
       encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens, rows)
       prompts.setdefault(part, []).extend("".join(problem.prompt.split()) for problem in problems)
   if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
-    raise UserError(f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems")
+    raise UserError(
+      f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems"
+    )
   if config.checkpoint.best.startswith("eval/maj@") and not task.final_answer:
-    raise UserError("checkpoint.best: there is no majority vote where a verifier has no final_answer")
+    raise UserError(
+      "checkpoint.best: there is no majority vote where a verifier has no final_answer"
+    )
   for string in (*config.rollout.stop, getattr(config.task, "thinking_end", "")):
     if string not in text_of(tokenizer, tokenizer(string, add_special_tokens=False)["input_ids"]):
       where = "rollout.stop or task.thinking_end"
@@ -302,7 +320,9 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
   if jax.process_index() == 0:
     claim_workdir(config, workdir, resume)
   gather("claimed workdir", None)
-  if not (folder / "config.json").exists() or difference(config, (folder / "config.json").read_text()):
+  if not (folder / "config.json").exists() or difference(
+    config, (folder / "config.json").read_text()
+  ):
     raise UserError(
       f"--workdir={workdir}: process {jax.process_index()} does not find there what process 0 wrote; it must be a"
       " bucket or a folder that all hosts share, and all processes need the same settings"
@@ -310,7 +330,9 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
   return folder
 
 
-def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: Programs):
+def starting_policy(
+  config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: Programs
+):
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
   kept = folder / "start"
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -324,7 +346,9 @@ def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Ta
         return start
       if jax.process_index() == 0:
         place = put_aside(kept, folder, "start")
-        print(f"warning: {kept} is damaged ({damage}); moved to {place} and made again", file=sys.stderr)
+        print(
+          f"warning: {kept} is damaged ({damage}); moved to {place} and made again", file=sys.stderr
+        )
     mark("starting policy", 3600.0)  # Weights may come from far away.
     if config.policy.pretrained:
       saved = pretrained.folder(config.policy.pretrained, weights=True)
@@ -332,11 +356,15 @@ def starting_policy(config: Config, folder: epath.Path, policy: Policy, task: Ta
     else:
       params = on.init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
-      params = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere)
+      params = warm_start(
+        config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere
+      )
     try:
       checkpointer.save(kept, args=ocp.args.StandardSave(params))
     except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.
-      raise UserError(f"could not save {kept} ({reason(error)}); make room, then run again") from error
+      raise UserError(
+        f"could not save {kept} ({reason(error)}); make room, then run again"
+      ) from error
     return checkpointer.restore(kept, args=ocp.args.StandardRestore(on.start))
 
 

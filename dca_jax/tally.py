@@ -99,7 +99,11 @@ def _part(name: str, outcomes: Sequence[Outcome]) -> tuple[float, int]:
 def _reviews(reviews: Sequence[Review], asked: Asked) -> Means:
   roles = [role for review in reviews for role in review.roles]
   # 1 where all steps weigh the same, 0 where one has everything.
-  weights = [np.array(r.weights) / sum(r.weights) for r in reviews if len(r.weights) > 1 and sum(r.weights) > 0]
+  weights = [
+    np.array(r.weights) / sum(r.weights)
+    for r in reviews
+    if len(r.weights) > 1 and sum(r.weights) > 0
+  ]
   evenness = [-np.sum(w * np.log(np.where(w > 0, w, 1.0))) / np.log(len(w)) for w in weights]
   count = sum(request is not None for request in asked.requests)
   return {

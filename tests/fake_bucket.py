@@ -61,7 +61,9 @@ class Bucket:
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     items, prefixes = [], set()
     for name in sorted(self.objects):
-      if not name.startswith(prefix) or not query.get("startOffset", "") <= name < query.get("endOffset", "\U0010ffff"):
+      if not name.startswith(prefix) or not query.get("startOffset", "") <= name < query.get(
+        "endOffset", "\U0010ffff"
+      ):
         continue
       head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
       if found:
@@ -82,7 +84,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     self.send_response(status)
     self.send_header("content-length", str(len(data)))
-    self.send_header("content-type", "application/json" if isinstance(body, dict) else "application/octet-stream")
+    self.send_header(
+      "content-type", "application/json" if isinstance(body, dict) else "application/octet-stream"
+    )
     for key, value in dict(headers).items():
       self.send_header(key, value)
     self.end_headers()
@@ -96,7 +100,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
       with self.bucket.lock:
         self.answer(url.path, query, body)
     except Refused as refused:
-      self.reply(refused.args[0], {"error": {"code": refused.args[0], "message": f"refused: {self.path}"}})
+      self.reply(
+        refused.args[0], {"error": {"code": refused.args[0], "message": f"refused: {self.path}"}}
+      )
 
   do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = handle_any
 
@@ -113,7 +119,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     elif path == f"/storage/v1/b/{BUCKET}/o":
       self.reply(200, bucket.listing(query))
     elif match := _OBJECT.match(path):
-      name, verb, target = urllib.parse.unquote(match[2]), match[3], urllib.parse.unquote(match[5] or "")
+      name, verb, target = (
+        urllib.parse.unquote(match[2]),
+        match[3],
+        urllib.parse.unquote(match[5] or ""),
+      )
       if name not in bucket.objects:
         raise Refused(404)
       bucket.check(name, query)
@@ -134,7 +144,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def media(self, name: str) -> None:
     generation, data = self.bucket.objects[name]
-    headers = {"x-goog-generation": str(generation), "x-goog-metageneration": "1", "etag": f'"{generation}"'}
+    headers = {
+      "x-goog-generation": str(generation),
+      "x-goog-metageneration": "1",
+      "etag": f'"{generation}"',
+    }
     if found := re.match(r"bytes=(\d*)-(\d*)$", self.headers.get("range") or ""):
       size = len(data)
       first = int(found[1]) if found[1] else max(0, size - int(found[2]))
@@ -151,8 +165,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if kind == "resumable" and "upload_id" not in query:
       number = str(next(self.bucket.generations))
       self.bucket.uploads[number] = b""
-      place = urllib.parse.urlencode({**query, "name": name or json.loads(body)["name"], "upload_id": number})
-      self.reply(200, b"", {"location": f"http://{self.headers['host']}/upload/storage/v1/b/{BUCKET}/o?{place}"})
+      place = urllib.parse.urlencode(
+        {**query, "name": name or json.loads(body)["name"], "upload_id": number}
+      )
+      self.reply(
+        200,
+        b"",
+        {"location": f"http://{self.headers['host']}/upload/storage/v1/b/{BUCKET}/o?{place}"},
+      )
       return
     if kind == "resumable":
       number = query["upload_id"]
@@ -167,7 +187,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def parts(self, body: bytes) -> list[bytes]:
     head = f"content-type: {self.headers['content-type']}\r\n\r\n".encode()
-    return [part.get_payload(decode=True) for part in email.message_from_bytes(head + body).get_payload()]
+    return [
+      part.get_payload(decode=True) for part in email.message_from_bytes(head + body).get_payload()
+    ]
 
   def batch(self, body: bytes) -> None:
     """Deletes, several in one request."""
@@ -176,7 +198,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
       found = _OBJECT.match(part.split()[1].decode().partition("?")[0])
       gone = self.bucket.objects.pop(urllib.parse.unquote(found[2]), None)
       status = "204 No Content" if gone else "404 Not Found"
-      replies.append(f"--part\r\ncontent-type: application/http\r\n\r\nHTTP/1.1 {status}\r\n\r\n\r\n")
+      replies.append(
+        f"--part\r\ncontent-type: application/http\r\n\r\nHTTP/1.1 {status}\r\n\r\n\r\n"
+      )
     text = "".join(replies) + "--part--"
     self.reply(200, text.encode(), {"content-type": "multipart/mixed; boundary=part"})
 

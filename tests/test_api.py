@@ -65,7 +65,10 @@ def test_greedy_answers_are_those_of_the_evaluation(run, heldout):
   # Four of each, as a batch of training has them: no other program is compiled.
   answers = run.policy.sample(prompts, samples=4, greedy=True)
   assert all(len(set(own)) == 1 for own in answers)
-  right = [task.verify(p, own[0], not own[0].endswith("$")).correct for p, own in zip(problems, answers, strict=True)]
+  right = [
+    task.verify(p, own[0], not own[0].endswith("$")).correct
+    for p, own in zip(problems, answers, strict=True)
+  ]
   assert np.mean(right) == run.metrics[-1]["eval/greedy"]
   sampled = run.policy.sample(prompts, samples=4)
   assert sampled == run.policy.sample(prompts, samples=4)
@@ -167,7 +170,9 @@ def test_ctrl_c_in_a_script_that_defines_its_task(run, tmp_path):
   assert said[-2].startswith("stopped by Ctrl-C; step 2 is safe in")
   assert said[-1] == "finished True"
   tiny.assert_same_run(tmp_path / "run", pathlib.Path(run.workdir))
-  with pytest.raises(dca_jax.UserError, match=r"task\.name: cannot import __main__:Own .* a notebook"):
+  with pytest.raises(
+    dca_jax.UserError, match=r"task\.name: cannot import __main__:Own .* a notebook"
+  ):
     dca_jax.load(tmp_path / "run")
 
 
@@ -233,7 +238,9 @@ def test_a_class_that_cannot_be_found_again_is_refused(tmp_path):
   class Local(dca_jax.TaskConfig):
     pass
 
-  with pytest.raises(dca_jax.UserError, match=r"task\.name: cannot import .*Local .* within a function"):
+  with pytest.raises(
+    dca_jax.UserError, match=r"task\.name: cannot import .*Local .* within a function"
+  ):
     dca_jax.train(tiny.settings(), tmp_path / "run", task=Local())
   assert not (tmp_path / "run").exists()
 

@@ -42,7 +42,11 @@ def message(settings) -> str:
     ({"learner": {"los": "ppo"}}, "learner.los", "learner.loss"),
     ({"rolout": {"group": 4}}, "rolout", "rollout"),
     ({"rollout": {"max_token": 4}}, "rollout.max_token", "rollout.max_tokens"),
-    ({"credit": {"scheme": "weighted", "blame": {"eror": 1.0}}}, "credit.blame.eror", "credit.blame.error"),
+    (
+      {"credit": {"scheme": "weighted", "blame": {"eror": 1.0}}},
+      "credit.blame.eror",
+      "credit.blame.error",
+    ),
   ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(settings, wrong, right):
@@ -56,7 +60,9 @@ def test_a_method_is_no_key(key):
   assert f"{key}: no such key" in message({key: 1})
 
 
-@pytest.mark.parametrize(("section", "key"), [("warmstart", "total"), ("rollout", "sampling"), ("learner", "check")])
+@pytest.mark.parametrize(
+  ("section", "key"), [("warmstart", "total"), ("rollout", "sampling"), ("learner", "check")]
+)
 @pytest.mark.parametrize("value", [1, "x"])
 def test_a_property_of_a_section_is_no_key(section, key, value):
   assert f"{section}.{key}: no such key" in message({section: {key: value}})
@@ -190,7 +196,11 @@ def test_a_whole_number_serves_as_a_float():
     ("credit.beta", float("nan"), {"credit.scheme": "signed", "reviewer.name": "oracle"}),
     ("credit.credit.necessary", -1.0, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("credit.blame.error", 1001.0, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
-    ("credit.blame_truncated.error", float("nan"), {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    (
+      "credit.blame_truncated.error",
+      float("nan"),
+      {"credit.scheme": "weighted", "reviewer.name": "oracle"},
+    ),
     ("learner.loss", "grpo", {}),
     ("learner.updates_per_batch", 0, {}),
     ("learner.updates_per_batch", 2, {}),
@@ -253,9 +263,21 @@ def test_an_impossible_value_is_named(key, value, others):
     ("reviewer.step", 2, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("reviewer.required", False, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("reviewer.panel", ("oracle",), {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
-    ("reviewer.client.model", "gemini-3.5-flash", {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
-    ("reviewer.client.vertex", True, {**REVIEWED, "reviewer.name": "openai", "reviewer.client.base_url": "http://x"}),
-    ("reviewer.client.on_budget", "stop", {**REVIEWED, "reviewer.name": "gemini", "reviewer.client.max_dollars": 0.0}),
+    (
+      "reviewer.client.model",
+      "gemini-3.5-flash",
+      {"credit.scheme": "weighted", "reviewer.name": "oracle"},
+    ),
+    (
+      "reviewer.client.vertex",
+      True,
+      {**REVIEWED, "reviewer.name": "openai", "reviewer.client.base_url": "http://x"},
+    ),
+    (
+      "reviewer.client.on_budget",
+      "stop",
+      {**REVIEWED, "reviewer.name": "gemini", "reviewer.client.max_dollars": 0.0},
+    ),
     ("reviewer.overlap", 1, {"learner.loss": "ppo"}),
     ("learner.clip_low", 0.1, {"learner.loss": "ppo"}),
     ("value.source", "learned", {}),
@@ -266,7 +288,11 @@ def test_an_impossible_value_is_named(key, value, others):
     ("credit.penalty", 0.1, {"credit.scheme": "weighted", "reviewer.name": "oracle"}),
     ("credit.conserve", "completion", {"credit.scheme": "potential", "reviewer.name": "oracle"}),
     ("credit.divide_by_std", True, {"credit.scheme": "return_to_go", "reviewer.name": "oracle"}),
-    ("credit.blame", {"redundant": 1.0}, {"credit.scheme": "return_to_go", "reviewer.name": "oracle"}),
+    (
+      "credit.blame",
+      {"redundant": 1.0},
+      {"credit.scheme": "return_to_go", "reviewer.name": "oracle"},
+    ),
     ("credit.credit", {"redundant": 1.0}, {"credit.scheme": "capo", "reviewer.name": "oracle"}),
     ("task.misconceptions", 0.25, {"task.wrong": "slips"}),
     ("warmstart.lr", 0.1, {"warmstart.steps": 0, "warmstart.batch": 32}),
@@ -280,8 +306,14 @@ def test_a_key_without_effect_is_refused(key, value, others):
 
 def test_a_key_without_effect_may_stand_at_its_default():
   default = Config()
-  given = {"learner": {"clip_low": default.learner.clip_low}, "value": {"source": default.value.source}}
-  assert build(ConfigDict({**given, "credit": {"scheme": "uniform"}, "reviewer": {"name": "none"}})) == default
+  given = {
+    "learner": {"clip_low": default.learner.clip_low},
+    "value": {"source": default.value.source},
+  }
+  assert (
+    build(ConfigDict({**given, "credit": {"scheme": "uniform"}, "reviewer": {"name": "none"}}))
+    == default
+  )
 
 
 def test_a_message_shows_the_value_it_complains_of():
@@ -393,7 +425,11 @@ def test_an_override_that_is_impossible_is_named():
 
 QUICKSTART, *_ = [path for path in RECIPES if path.name == "quickstart.py"]
 GEMMA, *_ = [path for path in RECIPES if "gemma" in path.name]
-JSONL = ["--config.task.name=jsonl", "--config.task.path=a.jsonl", "--config.task.heldout_fraction=0.1"]
+JSONL = [
+  "--config.task.name=jsonl",
+  "--config.task.path=a.jsonl",
+  "--config.task.heldout_fraction=0.1",
+]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +456,9 @@ JSONL = ["--config.task.name=jsonl", "--config.task.path=a.jsonl", "--config.tas
     (QUICKSTART, ["--config.policy.pretrained=x", *JSONL], 2, None),
   ],
 )
-def test_what_an_override_makes_pointless_is_left_out_and_said(capsys, recipe, overrides, causes, left_out):
+def test_what_an_override_makes_pointless_is_left_out_and_said(
+  capsys, recipe, overrides, causes, left_out
+):
   config = load(str(recipe), overrides)
   (said,) = capsys.readouterr().err.splitlines()
   because, names = said.removeprefix("note: left out for ").split(": ")
@@ -443,9 +481,13 @@ def test_what_an_override_makes_pointless_is_left_out_and_said(capsys, recipe, o
   ],
 )
 def test_what_a_text_task_cannot_have_is_left_out(capsys, recipe, left_out):
-  config_lib.build(ConfigDict(tiny.settings({**REVIEWED, **recipe})), ["--config.policy.pretrained=x", *JSONL])
+  config_lib.build(
+    ConfigDict(tiny.settings({**REVIEWED, **recipe})), ["--config.policy.pretrained=x", *JSONL]
+  )
   said = capsys.readouterr().err.strip().split(": ")[-1].split(", ")
-  assert [key for key in said if key.split(".")[0] in ("reviewer", "credit")] == [*filter(None, left_out.split(", "))]
+  assert [key for key in said if key.split(".")[0] in ("reviewer", "credit")] == [
+    *filter(None, left_out.split(", "))
+  ]
 
 
 def test_a_model_in_the_place_of_the_quickstarts_policy_needs_no_warm_start(capsys):
@@ -468,12 +510,20 @@ def test_a_text_task_in_the_place_of_the_quickstarts_needs_nothing_else():
 @pytest.mark.parametrize(
   ("recipe", "overrides", "key"),
   [
-    ({"reviewer": {"name": "none"}, "credit": {"scheme": "weighted"}}, ["--config.steps=3"], "reviewer.name"),
+    (
+      {"reviewer": {"name": "none"}, "credit": {"scheme": "weighted"}},
+      ["--config.steps=3"],
+      "reviewer.name",
+    ),
     ({"credit": {"lam": 0.3}}, ["--config.steps=3"], "credit.lam"),
     ({}, ["--config.credit.lam=0.3"], "credit.lam"),
     ({}, ["--config.credit.scheme=weighted", "--config.reviewer.name=none"], "reviewer.name"),
     ({}, ["--config.task.lines=4", *JSONL], "task.lines"),
-    ({**ORACLE, **{"credit": {"scheme": "weighted"}}}, ["--config.reviewer.flip=0.1"], "reviewer.flip"),
+    (
+      {**ORACLE, **{"credit": {"scheme": "weighted"}}},
+      ["--config.reviewer.flip=0.1"],
+      "reviewer.flip",
+    ),
   ],
 )
 def test_what_was_typed_together_is_an_error(capsys, recipe, overrides, key):
@@ -483,14 +533,21 @@ def test_what_was_typed_together_is_an_error(capsys, recipe, overrides, key):
 
 
 def test_what_a_later_level_says_again_counts(capsys):
-  recipe = ConfigDict({"reviewer": {"name": "noisy", "flip": 0.1}, "credit": {"scheme": "weighted"}})
+  recipe = ConfigDict(
+    {"reviewer": {"name": "noisy", "flip": 0.1}, "credit": {"scheme": "weighted"}}
+  )
   config = build(
-    recipe, ["--config.reviewer.name=oracle"], ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.2"]
+    recipe,
+    ["--config.reviewer.name=oracle"],
+    ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.2"],
   )
   assert (config.reviewer.name, config.reviewer.flip) == ("noisy", 0.2)
   # Also of what a level between would have left out.
   for between in (["--config.credit.scheme=uniform"], ["--config.reviewer.name=none"]):
-    after = ["--config.credit.scheme=weighted", *["--config.reviewer.name=noisy"] * (between[0].endswith("none"))]
+    after = [
+      "--config.credit.scheme=weighted",
+      *["--config.reviewer.name=noisy"] * (between[0].endswith("none")),
+    ]
     assert build(recipe, between, after) == build(recipe)
   assert not capsys.readouterr().err
 
@@ -521,11 +578,16 @@ VALUES = {
   "warmstart.steps": [0, 7],
   "warmstart.lr": [0.1],
 }
-LEVEL = st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in VALUES.items()})
+LEVEL = st.fixed_dictionaries(
+  {}, optional={key: st.sampled_from(values) for key, values in VALUES.items()}
+)
 
 
 @hypothesis.settings(
-  max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+  max_examples=150,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=list(hypothesis.HealthCheck),
 )
 @hypothesis.given(LEVEL, LEVEL, LEVEL)
 def test_any_three_levels_give_a_config_or_one_sentence(capsys, recipe, line, arm):
@@ -537,7 +599,11 @@ def test_any_three_levels_give_a_config_or_one_sentence(capsys, recipe, line, ar
     if "\n" in str(error):
       raise
     return
-  left_out = [part for said in capsys.readouterr().err.splitlines() for part in said.split(": ")[-1].split(", ")]
+  left_out = [
+    part
+    for said in capsys.readouterr().err.splitlines()
+    for part in said.split(": ")[-1].split(", ")
+  ]
   for key, value in (config_lib.flatten(recipe) | line | arm).items():
     # Nothing that was said is lost in silence.
     now = operator.attrgetter(key)(config) if key not in left_out else value
@@ -551,24 +617,40 @@ def test_any_three_levels_give_a_config_or_one_sentence(capsys, recipe, line, ar
 def test_the_fixed_keys_change_with_what_is_learnt_and_with_nothing_else():
   base = tiny.make_config()
   assert tiny.make_config().fixed() == base.fixed()
-  for key, value in {"seed": 1, "learner.lr": 0.5, "rollout.temperature": 0.5, "task.lines": 4}.items():
+  for key, value in {
+    "seed": 1,
+    "learner.lr": 0.5,
+    "rollout.temperature": 0.5,
+    "task.lines": 4,
+  }.items():
     assert tiny.make_config({key: value}).fixed() != base.fixed(), key
-  for key, value in {"checkpoint.every": 9, "checkpoint.keep": 9, "evaluate.every": 2, "mesh.fsdp": 2}.items():
+  for key, value in {
+    "checkpoint.every": 9,
+    "checkpoint.keep": 9,
+    "evaluate.every": 2,
+    "mesh.fsdp": 2,
+  }.items():
     assert tiny.make_config({key: value}).fixed() == base.fixed(), key
 
 
 def test_which_keys_a_resumed_run_may_change():
   fixed = {key for config in every_choice() for key in config.fixed()}
-  every = {key for config in every_choice() for key in config_lib.flatten(dataclasses.asdict(config))}
+  every = {
+    key for config in every_choice() for key in config_lib.flatten(dataclasses.asdict(config))
+  }
   free = [key for key in every if key not in fixed]
-  others = {key for key in free if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "mesh")}
+  others = {
+    key for key in free if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "mesh")
+  }
   assert others == {"steps", "task.verifier_seconds"}
   assert not [key for key in fixed if key.split(".")[0] in ("checkpoint", "evaluate", "mesh")]
   # What is asked of whom is fixed; how long, how often and for how much is not.
   ours = {"name", "flip", "step", "seed", "panel", "combine", "escalate", "sample_frac", "overlap"}
   asked = {"model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens"}
   reviewer = {key for key in fixed if key.startswith("reviewer.")}
-  assert reviewer == {f"reviewer.{key}" for key in ours} | {f"reviewer.client.{key}" for key in asked}
+  assert reviewer == {f"reviewer.{key}" for key in ours} | {
+    f"reviewer.client.{key}" for key in asked
+  }
 
 
 def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them():
@@ -580,11 +662,15 @@ def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them():
 def test_a_resumed_run_may_be_given_more_money_and_another_pace_but_no_other_model():
   gemini = {**REVIEWED, "reviewer.name": "gemini"}
   saved = tiny.make_config(gemini)
-  richer = tiny.make_config({**gemini, "reviewer.client.max_dollars": 50.0, "reviewer.client.concurrency": 4})
+  richer = tiny.make_config(
+    {**gemini, "reviewer.client.max_dollars": 50.0, "reviewer.client.concurrency": 4}
+  )
   assert difference(richer, saved.to_json()) == []
   assert richer.fixed() == saved.fixed()
   other = tiny.make_config({**gemini, "reviewer.client.model": "gemini-3.8-flash"})
-  assert [change.split()[0] for change in difference(other, saved.to_json())] == ["reviewer.client.model"]
+  assert [change.split()[0] for change in difference(other, saved.to_json())] == [
+    "reviewer.client.model"
+  ]
 
 
 def test_difference_names_what_a_resumed_run_may_not_change():
@@ -596,7 +682,10 @@ def test_difference_names_what_a_resumed_run_may_not_change():
   assert "0" in said
   assert "3" in said
   weighted = {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.blame.error": 0.25}
-  assert any(change.startswith("credit.blame.error ") for change in difference(tiny.make_config(weighted), saved))
+  assert any(
+    change.startswith("credit.blame.error ")
+    for change in difference(tiny.make_config(weighted), saved)
+  )
 
 
 def test_difference_sees_keys_that_one_side_lacks():
@@ -609,7 +698,9 @@ def test_difference_sees_keys_that_one_side_lacks():
 
 
 def test_a_config_survives_json():
-  config = tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.blame.error": 0.5})
+  config = tiny.make_config(
+    {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.blame.error": 0.5}
+  )
   text = config.to_json()
   again = build(ConfigDict(json.loads(text)))
   assert again == config
@@ -645,7 +736,9 @@ def test_a_workdir_is_claimed_once(tmp_path):
   config = tiny.make_config()
   folder = claim_workdir(config, str(tmp_path / "run"))
   assert build(ConfigDict(json.loads((folder / "config.json").read_text()))) == config
-  claim_workdir(tiny.make_config({"checkpoint.every": 5}), str(folder))  # The same run, saved less often.
+  claim_workdir(
+    tiny.make_config({"checkpoint.every": 5}), str(folder)
+  )  # The same run, saved less often.
   with pytest.raises(UserError, match="seed was 0 and is now 4"):
     claim_workdir(tiny.make_config({"seed": 4}), str(folder))
 

@@ -23,7 +23,11 @@ KNOWN = {
   key
   for section in (
     dataclasses.asdict(config.Config()),
-    *({name: dataclasses.asdict(kind())} for name, known in CHOSEN.items() for kind in known.values()),
+    *(
+      {name: dataclasses.asdict(kind())}
+      for name, known in CHOSEN.items()
+      for kind in known.values()
+    ),
   )
   for key in config.flatten(section)
 }
@@ -32,13 +36,17 @@ KNOWN = {
 def commands(page: pathlib.Path) -> list[str]:
   """Everything that calls `dca-jax` with arguments, in a block or between backticks; variables filled in."""
   text = page.read_text()
-  variables = dict(re.findall(r'([A-Z]+)=("[^"]*"|\S+)', "\n".join(re.findall(r"export (.+)", text))))
+  variables = dict(
+    re.findall(r'([A-Z]+)=("[^"]*"|\S+)', "\n".join(re.findall(r"export (.+)", text)))
+  )
   blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
   blocks += ["\n".join(re.findall(r"^    (.+)", text, re.MULTILINE))]
   lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
   prose = re.sub(r"^(```.*?^```|    .+?$)", "", text, flags=re.DOTALL | re.MULTILINE)
   lines += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
-  found = [m[1] for line in lines if (m := re.search(r"(?:^|/)(dca-jax \w+ --[^#]*)", line.strip()))]
+  found = [
+    m[1] for line in lines if (m := re.search(r"(?:^|/)(dca-jax \w+ --[^#]*)", line.strip()))
+  ]
   for name, value in variables.items():
     found = [command.replace(f"${name}", value.strip('"')) for command in found]
   return [command for command in found if "..." not in command]
@@ -76,7 +84,11 @@ def test_every_key_that_the_docs_name_exists():
 
 def arms(page: pathlib.Path) -> list[str]:
   """Arms of the quickstart that a sentence gives as another choice, without the whole command."""
-  return [arm for found in re.findall(r"`--arms=(\S+?)(?: --seeds|`)", page.read_text()) for arm in found.split(",")]
+  return [
+    arm
+    for found in re.findall(r"`--arms=(\S+?)(?: --seeds|`)", page.read_text())
+    for arm in found.split(",")
+  ]
 
 
 @pytest.mark.parametrize(("page", "arm"), every(arms))
@@ -87,7 +99,8 @@ def test_an_arm_of_the_docs_builds(page, arm):
 def test_the_files_that_the_docs_name_exist():
   for page in PAGES:
     for path in re.findall(
-      r"`(?:python |pytest )?((?:evidence/benchmarks|tests|configs|tpu_scripts|dca_jax)/[\w/]+\.\w+)", page.read_text()
+      r"`(?:python |pytest )?((?:evidence/benchmarks|tests|configs|tpu_scripts|dca_jax)/[\w/]+\.\w+)",
+      page.read_text(),
     ):
       assert (ROOT / path).exists(), (page.name, path)
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):

@@ -90,7 +90,9 @@ def test_rows_have_the_turns_where_they_stand():
   short = episode(("a1;#1$", True), name="1/7/1")
   episodes, _ = cut_steps([TURNS, short], TOKENIZER, TASK)
   tokens, sampled, ids, logprobs = rows_of(episodes, 18)
-  assert [row[:n].tolist() for row, n in zip(tokens, (15, 6), strict=True)] == [e.tokens for e in episodes]
+  assert [row[:n].tolist() for row, n in zip(tokens, (15, 6), strict=True)] == [
+    e.tokens for e in episodes
+  ]
   assert not tokens[0, 15:].any()
   assert not tokens[1, 6:].any()
   expected = np.zeros((2, 18), bool)

@@ -31,7 +31,11 @@ def train(folder, server, **changes) -> int:
 
 def planted(request) -> bool:
   body = request["body"]
-  text = body["messages"][1]["content"] if "messages" in body else body["contents"][0]["parts"][0]["text"]
+  text = (
+    body["messages"][1]["content"]
+    if "messages" in body
+    else body["contents"][0]["parts"][0]["text"]
+  )
   return "red balls" in asked_for(text)["problem"]
 
 
@@ -54,7 +58,9 @@ def error(capsys) -> str:
     ("gemini", "safety", "blocked"),
   ],
 )
-def test_who_gives_no_usable_review_ends_the_run_before_it_costs_anything(name, fault, reason, tmp_path, capsys):
+def test_who_gives_no_usable_review_ends_the_run_before_it_costs_anything(
+  name, fault, reason, tmp_path, capsys
+):
   with FakeServer(lambda *_: fault) as server:
     if fault == "dead":
       server._server.shutdown()
@@ -76,7 +82,9 @@ def test_an_overloaded_server_may_come_back_for_a_while(tmp_path, capsys, monkey
     assert train(tmp_path, server) == 0
     assert [planted(request) for request in server.requests][:5] == [True] * 4 + [False]
   out = capsys.readouterr().out
-  assert f"gemini-fake-001 at {server.url.removeprefix('http://')} reviewed a planted answer in" in out
+  assert (
+    f"gemini-fake-001 at {server.url.removeprefix('http://')} reviewed a planted answer in" in out
+  )
   assert "1 of 3 roles as expected" in out
   monkeypatch.setattr(run_module, "_TRIAL_SECONDS", 1.0)
   with FakeServer(lambda *_: 503) as server:
@@ -89,7 +97,9 @@ def test_the_question_is_paid_for_out_of_the_cap_and_asked_at_every_start(tmp_pa
   with FakeServer() as server:
     assert train(tmp_path, server) == 0
     paid = len(server.requests)
-    assert tiny.read_lines(tmp_path / "run")[-1]["review/dollars_spent"] == pytest.approx(paid * 0.000425)
+    assert tiny.read_lines(tmp_path / "run")[-1]["review/dollars_spent"] == pytest.approx(
+      paid * 0.000425
+    )
     assert "for $0.0004" in capsys.readouterr().out
     assert train(tmp_path, server, steps=2) == 0
     assert planted(server.requests[paid])
@@ -107,7 +117,9 @@ def test_a_run_may_begin_without_its_reviewer(tmp_path, capsys):
   with FakeServer(lambda *_: 404) as server:
     assert train(tmp_path, server, reviewer__required=False) in (0, 1)  # Later refusals may end it.
   warning = capsys.readouterr().err.splitlines()[0]
-  assert warning.startswith(f"warning: no usable review from {server.url.removeprefix('http://')} (client_error: 404")
+  assert warning.startswith(
+    f"warning: no usable review from {server.url.removeprefix('http://')} (client_error: 404"
+  )
   assert (tmp_path / "run" / "start").exists()
 
 
@@ -123,7 +135,10 @@ def test_a_mistyped_address_is_corrected_in_the_same_workdir(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("changes", "part"),
   [
-    ({"reviewer__client__rubric": "/nowhere/rubric.txt"}, "reviewer.client.rubric: cannot read /nowhere"),
+    (
+      {"reviewer__client__rubric": "/nowhere/rubric.txt"},
+      "reviewer.client.rubric: cannot read /nowhere",
+    ),
     ({"reviewer__client__model": "gemini-99"}, "no price is known for 'gemini-99'"),
     ({"reviewer__client__base_url": "localhost:8000/v1"}, "must begin with http:// or https://"),
     ({"reviewer__client__base_url": "http://"}, "must begin with http:// or https://"),
@@ -162,7 +177,12 @@ def test_every_member_is_asked(how, tmp_path, capsys):
 def test_a_review_command_without_a_usable_review_fails_and_says_why(tmp_path, capsys):
   recipe = tiny.write_recipe(tmp_path, {"steps": 1})
   assert cli.main(["train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 0
-  command = ["review", f"--trajectories={tmp_path / 'run'}/trajectories", "--reviewer=gemini", "--limit=4"]
+  command = [
+    "review",
+    f"--trajectories={tmp_path / 'run'}/trajectories",
+    "--reviewer=gemini",
+    "--limit=4",
+  ]
   for fault, reason in ((503, "503"), ("safety", "blocked")):
     with FakeServer(lambda *_, f=fault: f) as server:
       address = f"--config.reviewer.client.base_url={server.url}"
@@ -181,4 +201,6 @@ def test_failures_are_told_with_their_host_and_reason(tmp_path, capsys):
   errors = capsys.readouterr().err
   (warning,) = [line for line in errors.splitlines() if line.startswith("warning:")]
   assert f"reviews failed at {server.url.removeprefix('http://')} (blocked: " in warning
-  assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["review/ok"] == 0
+  assert (
+    json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["review/ok"] == 0
+  )

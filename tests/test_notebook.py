@@ -19,7 +19,9 @@ QUICKSTART = ROOT / "docs" / "quickstart.ipynb"
 def execute(change: str) -> list[dict]:
   """The outputs of all cells, and then of those about Gemma once more, after the code in `change`."""
   notebook = nbformat.read(NOTEBOOK, as_version=4)
-  gemma = [cell.source for cell in notebook.cells if cell.cell_type == "code" and "gemma" in cell.source]
+  gemma = [
+    cell.source for cell in notebook.cells if cell.cell_type == "code" and "gemma" in cell.source
+  ]
   notebook.cells += map(nbformat.v4.new_code_cell, [change, *gemma])
   resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
   NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
@@ -27,7 +29,9 @@ def execute(change: str) -> list[dict]:
 
 
 def printed(outputs: list[dict]) -> str:
-  return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+  return "".join(
+    output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"
+  )
 
 
 def shown(outputs: list[dict], kind: str) -> list[str]:
@@ -38,17 +42,25 @@ def shown(outputs: list[dict], kind: str) -> list[str]:
 def test_valid_and_stored_without_outputs(path):
   notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
-  assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+  assert not any(
+    cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code"
+  )
 
 
 def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
   model = words.write_model(tmp_path, {**words.SIZES, **words.FAMILIES["gemma3"]})
-  given = {"policy.pretrained": model, "task.data_dir": words.build_gsm8k(tmp_path / "data"), **words.SMALL_RUN}
+  given = {
+    "policy.pretrained": model,
+    "task.data_dir": words.build_gsm8k(tmp_path / "data"),
+    **words.SMALL_RUN,
+  }
   for half, changes in (("", flatten(tiny.SETTINGS)), ("GEMMA_", given)):
     values = [f"--config.{key}={value}" for key, value in changes.items() if key != "steps"]
     monkeypatch.setenv(f"DCA_JAX_{half}SETTINGS", " ".join(values))
   monkeypatch.setenv("DCA_JAX_WORKDIR", str(tmp_path / "run"))
-  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+  monkeypatch.setenv(
+    "PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+  )
   monkeypatch.setenv("DCA_JAX_STEPS", "2")
   monkeypatch.delenv("GEMINI_API_KEY", raising=False)
   # The second half is left out where there is no accelerator, and where the hub does not give the model.
@@ -81,7 +93,9 @@ def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
 
 
 def test_quickstart_trains_what_its_cells_define(tmp_path, monkeypatch):
-  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+  monkeypatch.setenv(
+    "PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+  )
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   notebook = nbformat.read(QUICKSTART, as_version=4)
   assert len(notebook.cells) == 6

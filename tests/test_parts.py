@@ -92,7 +92,11 @@ def test_a_damaged_part_is_put_aside_and_the_rest_is_kept(tmp_path, bucket, caps
   assert known(start(tmp_path, bucket, "second")[1]) == (4, 1.0)
   (warning,) = capsys.readouterr().err.splitlines()
   assert f"{damaged} is damaged" in warning
-  assert {path.name for path in bucket.iterdir()} == {f"aside_reviews_{damaged.name}", "reviews", "reviews.sqlite"}
+  assert {path.name for path in bucket.iterdir()} == {
+    f"aside_reviews_{damaged.name}",
+    "reviews",
+    "reviews.sqlite",
+  }
   assert sizes(bucket) == []
   assert known(start(tmp_path, bucket, "third")[1]) == (4, 1.0)
   assert not capsys.readouterr().err

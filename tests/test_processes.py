@@ -12,18 +12,36 @@ from dca_jax.devices.processes import LOST
 # Exit statuses, and how the last line of each process begins.
 ENDS = {
   "a_bug": (1, ["dca-jax: process 1 has ended: ZeroDivisionError", "ZeroDivisionError"]),
-  "a_bug_in_the_first": (1, ["ZeroDivisionError", "dca-jax: process 0 has ended: ZeroDivisionError"]),
-  "a_mistake": (1, ["dca-jax: error: process 1 has ended: the disk is full", "dca-jax: error: the disk is full"]),
+  "a_bug_in_the_first": (
+    1,
+    ["ZeroDivisionError", "dca-jax: process 0 has ended: ZeroDivisionError"],
+  ),
+  "a_mistake": (
+    1,
+    ["dca-jax: error: process 1 has ended: the disk is full", "dca-jax: error: the disk is full"],
+  ),
   "two_mistakes": (1, ["dca-jax: error: ", "dca-jax: error: "]),
-  "one_is_stuck": (LOST, ["dca-jax: process 1 has been at 'reviews' for 4 s; the same command again continues"] * 2),
+  "one_is_stuck": (
+    LOST,
+    ["dca-jax: process 1 has been at 'reviews' for 4 s; the same command again continues"] * 2,
+  ),
   "one_takes_its_time": (0, ["came"] * 2),
-  "one_is_dead": (LOST, ["dca-jax: process 1 has not been heard of for 4 s; the same command again continues", ""]),
+  "one_is_dead": (
+    LOST,
+    ["dca-jax: process 1 has not been heard of for 4 s; the same command again continues", ""],
+  ),
   "one_meets_once_more": (
     1,
-    ["dca-jax: error: process 0 is at 'metrics' and process 1 at 'refill'", "dca-jax: error: process "],
+    [
+      "dca-jax: error: process 0 is at 'metrics' and process 1 at 'refill'",
+      "dca-jax: error: process ",
+    ],
   ),
   "other_settings": (1, ["dca-jax: error: process 1 has setting steps 11 and process 0 10"] * 2),
-  "one_is_stopped_while_it_starts": (143, ["dca-jax: process 1 has ended: stopped by SIGTERM", "dca-jax: stopped by"]),
+  "one_is_stopped_while_it_starts": (
+    143,
+    ["dca-jax: process 1 has ended: stopped by SIGTERM", "dca-jax: stopped by"],
+  ),
   "one_is_stopped_in_a_step": (143, ["dca-jax: stopped by SIGTERM"] * 2),
   "one_is_stopped_while_both_wait_for_reviews": (130, ["dca-jax: stopped by Ctrl-C"] * 2),
 }
@@ -34,7 +52,9 @@ def pairs(tmp_path_factory):
   """All pairs at once: the folder of what they said, and how they ended."""
   folder = tmp_path_factory.mktemp("pairs")
   script = str(pathlib.Path(__file__).with_name("pairs.py"))
-  made = subprocess.run([sys.executable, script, str(folder)], capture_output=True, text=True, check=True)
+  made = subprocess.run(
+    [sys.executable, script, str(folder)], capture_output=True, text=True, check=True
+  )
   return folder, json.loads(made.stdout.splitlines()[-1])
 
 

@@ -84,7 +84,8 @@ def kill_while_saving(recipe: str, workdir: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-  ("name", "in_save", "kills"), [("everything", True, 2), ("learned", False, 1), ("overlap", False, 1)]
+  ("name", "in_save", "kills"),
+  [("everything", True, 2), ("learned", False, 1), ("overlap", False, 1)],
 )
 def test_a_killed_run_equals_an_uninterrupted_one(name, in_save, kills, whole, tmp_path):
   whole, killed, changes = whole(name), tmp_path / "killed", RUNS[name]
@@ -114,7 +115,9 @@ def test_a_run_killed_before_its_first_checkpoint(tmp_path):
   changes = {"steps": 2}
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train(tiny.make_config(changes), str(whole), quiet=True)
-  process = tiny.start("train", f"--config={tiny.write_recipe(tmp_path, changes)}", f"--workdir={killed}")
+  process = tiny.start(
+    "train", f"--config={tiny.write_recipe(tmp_path, changes)}", f"--workdir={killed}"
+  )
   tiny.wait_until(lambda: any(killed.glob("start*")), process)
   kill(process)
   assert not tiny.read_lines(killed)
@@ -127,7 +130,9 @@ def test_monte_carlo_values_are_the_same_after_a_resume(tmp_path):
   train(tiny.make_config({**changes, "steps": 4}), str(tmp_path / "whole"), quiet=True)
   for steps in (2, 4):
     train(tiny.make_config({**changes, "steps": steps}), str(tmp_path / "parts"), quiet=True)
-  tiny.assert_same_arrays(tiny.saved_state(tmp_path / "parts"), tiny.saved_state(tmp_path / "whole"))
+  tiny.assert_same_arrays(
+    tiny.saved_state(tmp_path / "parts"), tiny.saved_state(tmp_path / "whole")
+  )
   for step in (3, 4):
     name = f"trajectories/step_{step:06d}.jsonl"
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -135,7 +140,11 @@ def test_monte_carlo_values_are_the_same_after_a_resume(tmp_path):
 
 @pytest.mark.parametrize("name", ["learned", "overlap"])
 def test_sigterm_saves_the_step_under_way(name, whole, tmp_path):
-  whole, stopped, changes = whole(name), tmp_path / "stopped", {**RUNS[name], "checkpoint.every": 100}
+  whole, stopped, changes = (
+    whole(name),
+    tmp_path / "stopped",
+    {**RUNS[name], "checkpoint.every": 100},
+  )
   recipe = tiny.write_recipe(tmp_path, changes)
   process = tiny.start("train", f"--config={recipe}", f"--workdir={stopped}")
   tiny.wait_until(lambda: len(tiny.read_lines(stopped)) > 5, process)

@@ -40,13 +40,17 @@ def config(server, **changes):
   )
 
 
-@pytest.mark.parametrize("overlap", [{}, {"reviewer.overlap": 1, "learner.loss": "ppo"}], ids=["waiting", "overlap"])
+@pytest.mark.parametrize(
+  "overlap", [{}, {"reviewer.overlap": 1, "learner.loss": "ppo"}], ids=["waiting", "overlap"]
+)
 def test_a_run_that_begins_again_pays_nothing_again_and_ends_the_same(overlap, tmp_path):
   with FakeServer(reply=by_length) as server:
     train(config(server, **overlap), str(tmp_path / "run"), quiet=True)
     paid, state = len(server.requests), tiny.saved_state(tmp_path / "run")
     assert paid > 4
-    reviewed = [t for step in (1, 2, 3, 4) for t in read_trajectories(tmp_path / "run" / "trajectories", step)]
+    reviewed = [
+      t for step in (1, 2, 3, 4) for t in read_trajectories(tmp_path / "run" / "trajectories", step)
+    ]
     assert {t.review.model for t in reviewed if t.review.status == "ok"} == {"gemini-fake-001"}
     assert any(len(set(t.credit)) > 1 for t in reviewed)
     for name in ("checkpoints", "metrics.jsonl", "trajectories"):
@@ -66,11 +70,15 @@ def test_when_every_review_fails_the_run_is_grpo_bit_for_bit(fault, tmp_path, mo
   plain = {"credit.scheme": "uniform", "reviewer.name": "none", "reviewer.client.base_url": ""}
   with FakeServer(lambda *_: fault, reply=by_length) as server:
     begin = {"reviewer.required": False}
-    failing = {"reviewer.deadline": 0.3} if fault == "hang" else {"reviewer.client.min_ok_frac": 0.0}
+    failing = (
+      {"reviewer.deadline": 0.3} if fault == "hang" else {"reviewer.client.min_ok_frac": 0.0}
+    )
     train(config(server, **begin, **failing), str(tmp_path / "failing"), quiet=True)
     assert server.requests
     train(config(server, **plain), str(tmp_path / "uniform"), quiet=True)
-  tiny.assert_same_arrays(tiny.saved_state(tmp_path / "failing"), tiny.saved_state(tmp_path / "uniform"))
+  tiny.assert_same_arrays(
+    tiny.saved_state(tmp_path / "failing"), tiny.saved_state(tmp_path / "uniform")
+  )
   assert tiny.read_lines(tmp_path / "failing")[-1]["review/ok"] == 0
 
 

@@ -78,12 +78,16 @@ SETTINGS = {
 }
 
 
-def stopped(moment, capsys, recipe, run, name: str, number: int, by: signal.Signals) -> tuple[int, str]:
+def stopped(
+  moment, capsys, recipe, run, name: str, number: int, by: signal.Signals
+) -> tuple[int, str]:
   """Sends a signal at a moment of a run; its exit status, and the last line that it said."""
   moment.name, moment.number = name, number
   moment.reached.clear()
   main = threading.main_thread().ident  # Which the kernel chooses too, where it can.
-  thread = threading.Thread(target=lambda: moment.reached.wait(300) and signal.pthread_kill(main, by))
+  thread = threading.Thread(
+    target=lambda: moment.reached.wait(300) and signal.pthread_kill(main, by)
+  )
   thread.start()
   status = cli.main(["train", f"--config={recipe}", f"--workdir={run}"])
   thread.join()
@@ -95,7 +99,11 @@ def stopped(moment, capsys, recipe, run, name: str, number: int, by: signal.Sign
 MOMENTS = [
   ("loading", 1, "while it was starting; nothing is lost, the same command starts again"),
   ("problem heldout", 1, "before the first checkpoint; the same command begins again"),
-  ("verification", 3, "before the first checkpoint; the same command begins again"),  # The first evaluation.
+  (
+    "verification",
+    3,
+    "before the first checkpoint; the same command begins again",
+  ),  # The first evaluation.
   ("problem train", 2, "before the first checkpoint; the same command begins again"),
   ("review", 2, "before the first checkpoint; the same command begins again"),
   ("problem train", 6, "; step 1 is safe in {run}/checkpoints, the same command again continues"),
@@ -129,12 +137,17 @@ def read_until(process, begin: str) -> None:
 
 
 def test_before_a_run_is_opened(tmp_path):
-  recipe = tiny.write_recipe(tmp_path, more="import time\nprint('read', flush=True)\ntime.sleep(600)\n")
+  recipe = tiny.write_recipe(
+    tmp_path, more="import time\nprint('read', flush=True)\ntime.sleep(600)\n"
+  )
   for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")):
     process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
     read_until(process, "read")
     process.send_signal(number)
-    assert ended(process) == (128 + number, f"dca-jax: ended by {name}; what was saved before is intact")
+    assert ended(process) == (
+      128 + number,
+      f"dca-jax: ended by {name}; what was saved before is intact",
+    )
 
 
 def test_in_the_warm_start(tmp_path):

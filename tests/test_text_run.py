@@ -102,12 +102,19 @@ def test_it_resumes(run):
 
 def test_a_run_on_one_file(given, tmp_path):
   path = words.write_jsonl(tmp_path / "all.jsonl")
-  task = {"name": "jsonl", "path": path, "heldout_fraction": 0.3, "tokenizer": given["task"]["tokenizer"]}
+  task = {
+    "name": "jsonl",
+    "path": path,
+    "heldout_fraction": 0.3,
+    "tokenizer": given["task"]["tokenizer"],
+  }
   config = tiny.make_config(given | {"task": task, "evaluate.problems": 2, "evaluate.every": 1})
   for workdir, steps in (("whole", 2), ("resumed", 1), ("resumed", 2)):
     train(dataclasses.replace(config, steps=steps), str(tmp_path / workdir), quiet=True)
   tiny.assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-  records = [t for step in (1, 2) for t in read_trajectories(tmp_path / "whole" / "trajectories", step)]
+  records = [
+    t for step in (1, 2) for t in read_trajectories(tmp_path / "whole" / "trajectories", step)
+  ]
   data = config.task.open()
   held_out = {data.problem("heldout", i).prompt for i in range(data.sizes["heldout"])}
   assert {t.problem.prompt for t in records} <= {p["question"] for p in words.PROBLEMS} - held_out
@@ -118,7 +125,11 @@ def test_held_out_problems_that_are_trained_on_are_counted(given, tmp_path, shar
   train_path = words.write_jsonl(tmp_path / "train.jsonl", words.PROBLEMS[:8])
   # White space makes no other question of one.
   copies = [{**row, "question": f" {row['question']}\n"} for row in words.PROBLEMS[:shared]]
-  heldout = [*copies, *words.PROBLEMS[8 : 12 - shared], words.PROBLEMS[3]]  # The last is not evaluated.
+  heldout = [
+    *copies,
+    *words.PROBLEMS[8 : 12 - shared],
+    words.PROBLEMS[3],
+  ]  # The last is not evaluated.
   task = {"name": "jsonl", "path": train_path, "tokenizer": given["task"]["tokenizer"]}
   task["heldout_path"] = words.write_jsonl(tmp_path / "heldout.jsonl", heldout)
   config = tiny.make_config(given | {"task": task, "evaluate.problems": 4})
@@ -163,7 +174,9 @@ def with_own(given, tmp_path, monkeypatch):
 
   def with_own(function, **changes):
     return tiny.make_config(
-      given | {"rollout.stop": tuple("aeinost"), "task.verifier": f"run_verifier:{function}"} | changes
+      given
+      | {"rollout.stop": tuple("aeinost"), "task.verifier": f"run_verifier:{function}"}
+      | changes
     )
 
   return with_own
@@ -197,7 +210,8 @@ def test_a_verifier_that_crashes_on_some_completions_keeps_them_out_of_training(
 
 def test_a_verifier_that_never_gives_a_verdict_ends_the_run_with_a_sentence(with_own, tmp_path):
   with pytest.raises(
-    UserError, match=r"run_verifier:fatal: no verdict on 16 completions in a row: it ended its process"
+    UserError,
+    match=r"run_verifier:fatal: no verdict on 16 completions in a row: it ended its process",
   ):
     train(with_own("fatal"), str(tmp_path / "run"), quiet=True)
 
@@ -221,7 +235,9 @@ def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
 
   def draw(changes):
     rollout = tiny.make_config(given | changes).rollout
-    return collect(Sampler(policy, rollout, ends, mesh.batch_sharding(devices)), 0, 1, task, tokenizer, params)
+    return collect(
+      Sampler(policy, rollout, ends, mesh.batch_sharding(devices)), 0, 1, task, tokenizer, params
+    )
 
   plain, stopped = draw({}), draw({"rollout.stop": ("s", "#")})
   kept = stopped.sampled_BxT
@@ -240,18 +256,32 @@ def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    ({"task.answer": "solution"}, r"task\.answer: gsm8k, split 'train', example \d+: the field 'solution' must be"),
-    ({"task.answer": "question", "task.verifier": "choice"}, r"gsm8k, split 'train', example \d+: .*'choice' finds no"),
+    (
+      {"task.answer": "solution"},
+      r"task\.answer: gsm8k, split 'train', example \d+: the field 'solution' must be",
+    ),
+    (
+      {"task.answer": "question", "task.verifier": "choice"},
+      r"gsm8k, split 'train', example \d+: .*'choice' finds no",
+    ),
     ({"task.verifier": "nowhere:f"}, r"task\.verifier: cannot import nowhere:f"),
     ({"task.heldout_split": "dev"}, r"task\.heldout_split: cannot open 'dev'"),
     ({"rollout.max_prompt_tokens": 20}, r"rollout\.max_prompt_tokens allows 1 to 20: .*'Tom has"),
-    ({"task.thinking_end": "<|start|>"}, r"task\.thinking_end: '<\|start\|>' is no text for this tokenizer"),
-    ({"rollout.stop": ("Tom", "<|end|>")}, r"rollout\.stop .*'<\|end\|>' is no text for this tokenizer"),
+    (
+      {"task.thinking_end": "<|start|>"},
+      r"task\.thinking_end: '<\|start\|>' is no text for this tokenizer",
+    ),
+    (
+      {"rollout.stop": ("Tom", "<|end|>")},
+      r"rollout\.stop .*'<\|end\|>' is no text for this tokenizer",
+    ),
     ({"evaluate.problems": 9}, r"evaluate\.problems: must not exceed the 8 held-out problems"),
   ],
 )
 def test_bad_input_is_refused_first(given, tmp_path, monkeypatch, changes, said):
-  monkeypatch.setattr(run_module.mesh, "make_mesh", lambda config: pytest.fail("devices were asked for"))
+  monkeypatch.setattr(
+    run_module.mesh, "make_mesh", lambda config: pytest.fail("devices were asked for")
+  )
   with pytest.raises(UserError, match=said):
     train(tiny.make_config(given | changes), str(tmp_path / "run"), quiet=True)
   assert not (tmp_path / "run").exists()
@@ -268,12 +298,22 @@ def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
   ("changes", "said"),
   [
     ({"task.tokenizer": ""}, r"task\.tokenizer: must be given"),
-    ({"warmstart.steps": 3}, r"warmstart\.steps: must be 0, because task 'tfds' has no demonstrations"),
+    (
+      {"warmstart.steps": 3},
+      r"warmstart\.steps: must be 0, because task 'tfds' has no demonstrations",
+    ),
     ({"warmstart.clean_steps": 3}, r"warmstart\.clean_steps: must be 0"),
-    ({"reviewer.name": "oracle", "credit.scheme": "weighted"}, r"reviewer\.name: asks oracle, which reads step labels"),
+    (
+      {"reviewer.name": "oracle", "credit.scheme": "weighted"},
+      r"reviewer\.name: asks oracle, which reads step labels",
+    ),
     ({"reviewer.name": "noisy", "credit.scheme": "weighted"}, r"reviewer\.name: asks noisy"),
     (
-      {"reviewer.name": "panel", "reviewer.panel": ("lexical", "stale"), "credit.scheme": "weighted"},
+      {
+        "reviewer.name": "panel",
+        "reviewer.panel": ("lexical", "stale"),
+        "credit.scheme": "weighted",
+      },
       r"reviewer\.name: asks stale",
     ),
     (
@@ -287,9 +327,18 @@ def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
     ({"task.lines": 3}, r"task\.lines: has no effect, because task\.name is 'tfds'"),
     ({"task.data_set": "a"}, r"task\.data_set: no such key; did you mean task\.dataset"),
     ({"task.path": "a.jsonl"}, r"task\.path: has no effect, because task\.name is 'tfds'"),
-    ({"task.heldout_fraction": 0.1}, r"task\.heldout_fraction: has no effect, because task\.name is 'tfds'"),
-    ({"task.chat_template": False, "task.system_prompt": "x"}, r"task\.system_prompt: has no effect"),
-    ({"task.name": "text"}, r"task\.name: must be one of chains, tfds, jsonl, or MODULE:CLASS, not 'text'"),
+    (
+      {"task.heldout_fraction": 0.1},
+      r"task\.heldout_fraction: has no effect, because task\.name is 'tfds'",
+    ),
+    (
+      {"task.chat_template": False, "task.system_prompt": "x"},
+      r"task\.system_prompt: has no effect",
+    ),
+    (
+      {"task.name": "text"},
+      r"task\.name: must be one of chains, tfds, jsonl, or MODULE:CLASS, not 'text'",
+    ),
     ({"rollout.stop": ("",)}, r"rollout\.stop: must be strings"),
     ({"rollout.stop": (3,)}, r"rollout\.stop: must be strings"),
   ],

@@ -14,7 +14,14 @@ import time
 import pytest
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "tpu_scripts"
-PROVISIONING = ["on-demand", "spot", "queued", "queued-spot", "compute-engine", "compute-engine-spot"]
+PROVISIONING = [
+  "on-demand",
+  "spot",
+  "queued",
+  "queued-spot",
+  "compute-engine",
+  "compute-engine-spot",
+]
 NODE = ["compute", "tpus", "tpu-vm"]
 
 # Every call is one line of calls.jsonl. Whoever asks for a state gets the next line of `states`, the last one for ever.
@@ -59,7 +66,11 @@ class Cloud:
     self.bin.mkdir()
     self.write(self.bin / "gcloud", GCLOUD.format(python=sys.executable))
     self.env = {
-      **{k: v for k, v in os.environ.items() if k not in ("NAME", "ZONE", "REGION", "RUNTIME", "ARGS", "TOPOLOGY")},
+      **{
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("NAME", "ZONE", "REGION", "RUNTIME", "ARGS", "TOPOLOGY")
+      },
       "PATH": f"{self.bin}:{os.environ['PATH']}",
       "WORKER": str(self.worker),
       "PROJECT": "p",
@@ -81,7 +92,9 @@ class Cloud:
 
   def trainer(self, text: str) -> None:
     """A `dca-jax` for the worker that leaves its arguments behind; `text` is the rest of it. And the repository."""
-    remember = 'import json, os, pathlib, signal, sys, time\nhome = pathlib.Path(os.environ["HOME"])\n'
+    remember = (
+      'import json, os, pathlib, signal, sys, time\nhome = pathlib.Path(os.environ["HOME"])\n'
+    )
     remember += 'file = (home / "trained.jsonl").open("a")\nprint(json.dumps(sys.argv[1:]), file=file, flush=True)\n'
     remember += 'count = len((home / "trained.jsonl").read_text().splitlines())\n'
     self.write(self.worker / "dca-jax-env/bin/dca-jax", f"#!{sys.executable}\n{remember}{text}")
@@ -138,12 +151,16 @@ def shellcheck() -> str:
 
 
 def test_shellcheck():
-  done = subprocess.run([shellcheck(), *sorted(SCRIPTS.glob("*.sh"))], cwd=SCRIPTS, capture_output=True, text=True)
+  done = subprocess.run(
+    [shellcheck(), *sorted(SCRIPTS.glob("*.sh"))], cwd=SCRIPTS, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stdout + done.stderr
 
 
 COMMANDS = [
-  path.name for path in sorted(SCRIPTS.glob("*.sh")) if path.name not in ("common.sh", "settings.sh", "loop.sh")
+  path.name
+  for path in sorted(SCRIPTS.glob("*.sh"))
+  if path.name not in ("common.sh", "settings.sh", "loop.sh")
 ]
 
 
@@ -153,7 +170,9 @@ def test_help_and_dry_run_call_nobody(script, cloud):
   assert "no option --frobnicate" in cloud.run(script, "--frobnicate", code=1)
   options = ["--to=" + str(cloud.folder / "out")] if script == "fetch.sh" else []
   for provisioning in PROVISIONING:
-    out = cloud.run(script, "--dry-run", *options, PROVISIONING=provisioning, **accelerator(provisioning))
+    out = cloud.run(
+      script, "--dry-run", *options, PROVISIONING=provisioning, **accelerator(provisioning)
+    )
     assert "+ gcloud " in out
   assert not cloud.calls()
   assert not (cloud.folder / "out").exists()
@@ -171,7 +190,10 @@ def accelerator(provisioning: str) -> dict[str, str]:
     ({"PROVISIONING": "preemptible"}, "PROVISIONING=preemptible: must be"),
     ({"ACCELERATOR": "v99-8"}, "set RUNTIME"),
     ({"BUCKET": "b"}, "BUCKET=b: must be"),
-    ({"PROVISIONING": "compute-engine", "TOPOLOGY": "2x4", "ACCELERATOR": "v6e-8"}, "wants such as"),
+    (
+      {"PROVISIONING": "compute-engine", "TOPOLOGY": "2x4", "ACCELERATOR": "v6e-8"},
+      "wants such as",
+    ),
   ],
 )
 def test_settings_that_are_wrong_are_found_before_anything_is_made(settings, message, cloud):
@@ -185,15 +207,31 @@ def test_settings_that_are_wrong_are_found_before_anything_is_made(settings, mes
 @pytest.mark.parametrize(
   ("provisioning", "accelerator", "expected"),
   [
-    ("on-demand", "v5litepod-16", ["tpu-vm", "--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite"]),
+    (
+      "on-demand",
+      "v5litepod-16",
+      ["tpu-vm", "--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite"],
+    ),
     ("spot", "v6e-8", ["tpu-vm", "--version=v2-alpha-tpuv6e", "--spot"]),
-    ("queued", "v5p-32", ["queued-resources", "--runtime-version=v2-alpha-tpuv5", "--node-id=dca-jax"]),
-    ("queued-spot", "v4-8", ["queued-resources", "--runtime-version=tpu-ubuntu2204-base", "--spot"]),
+    (
+      "queued",
+      "v5p-32",
+      ["queued-resources", "--runtime-version=v2-alpha-tpuv5", "--node-id=dca-jax"],
+    ),
+    (
+      "queued-spot",
+      "v4-8",
+      ["queued-resources", "--runtime-version=tpu-ubuntu2204-base", "--spot"],
+    ),
   ],
 )
 def test_create(provisioning, accelerator, expected, cloud):
-  cloud.states("NOT_FOUND", "CREATING", "ACTIVE" if provisioning.startswith("queued") else "READY", "READY")
-  assert "dca-jax is ready" in cloud.run("create.sh", PROVISIONING=provisioning, ACCELERATOR=accelerator)
+  cloud.states(
+    "NOT_FOUND", "CREATING", "ACTIVE" if provisioning.startswith("queued") else "READY", "READY"
+  )
+  assert "dca-jax is ready" in cloud.run(
+    "create.sh", PROVISIONING=provisioning, ACCELERATOR=accelerator
+  )
   (call,) = cloud.changes()
   assert {"create", "dca-jax", "--project=p", "--zone=us-west4-a", *expected} <= set(call)
   assert ("--spot" in call) == provisioning.endswith("spot")
@@ -253,7 +291,16 @@ def test_delete_asks_and_deletes_once(cloud):
   assert not cloud.changes()
   assert "gs://b still costs" in cloud.run("delete.sh", answer="y\n", PROVISIONING="queued")
   assert cloud.changes() == [
-    [*NODE[:2], "queued-resources", "delete", "dca-jax", "--project=p", "--zone=us-west4-a", "--quiet", "--force"]
+    [
+      *NODE[:2],
+      "queued-resources",
+      "delete",
+      "dca-jax",
+      "--project=p",
+      "--zone=us-west4-a",
+      "--quiet",
+      "--force",
+    ]
   ]
   cloud.states("NOT_FOUND")
   assert "there is no dca-jax" in cloud.run("delete.sh", "--yes")
@@ -290,7 +337,12 @@ def test_setup_copies_the_repository_and_makes_an_environment_once(cloud, uv):
   ]
   before = len(cloud.changes())
   cloud.run("setup.sh", REPOSITORY=str(repository), PROVISIONING="compute-engine")
-  assert sorted(c[2] for c in cloud.changes()[before:] if "ssh" in c) == ["vm-a", "vm-a", "vm-b", "vm-b"]
+  assert sorted(c[2] for c in cloud.changes()[before:] if "ssh" in c) == [
+    "vm-a",
+    "vm-a",
+    "vm-b",
+    "vm-b",
+  ]
   assert all((cloud.folder / vm / "dca-jax/setup.py").exists() for vm in ("vm-a", "vm-b"))
   assert "holds no setup.py" in cloud.run("setup.sh", REPOSITORY=str(cloud.worker), code=1)
 
@@ -315,7 +367,9 @@ def test_launch_survives_awkward_values_and_never_starts_twice(cloud):
 
 
 def test_the_loop_resumes_until_the_run_has_finished(cloud):
-  cloud.trainer("sys.exit([143, 1, -9, 1, 0][count - 1]) if count != 3 else os.kill(os.getpid(), 9)")
+  cloud.trainer(
+    "sys.exit([143, 1, -9, 1, 0][count - 1]) if count != 3 else os.kill(os.getpid(), 9)"
+  )
   cloud.run("launch.sh")
   cloud.wait_for("finished")
   assert len(cloud.trained()) == 5
@@ -329,7 +383,8 @@ def test_the_loop_stops_after_three_mistakes_in_a_row_or_twenty_failures(cloud):
   cloud.wait_for("failed")
   assert len(cloud.trained()) == 6
   cloud.write(
-    cloud.worker / "dca-jax-env/bin/dca-jax", '#!/bin/sh\necho "[]" >>"$HOME/trained.jsonl"\necho Traceback; exit 1\n'
+    cloud.worker / "dca-jax-env/bin/dca-jax",
+    '#!/bin/sh\necho "[]" >>"$HOME/trained.jsonl"\necho Traceback; exit 1\n',
   )
   cloud.run("launch.sh")
   cloud.wait_for("failed")
@@ -373,7 +428,9 @@ def test_watch_makes_a_preempted_tpu_anew_and_ends_with_the_run(cloud, uv):
   cloud.write(cloud.worker / "dca-jax-env/bin/python", "#!/bin/sh\n")
   cloud.write(cloud.worker / "dca-jax-env/bin/dca-jax", '#!/bin/sh\ntouch "$HOME/ran"\n')
   # watch.sh and create.sh look at an empty TPU; watch.sh, create.sh and delete.sh at a lost one; then it is made.
-  cloud.states("READY", "READY", *["PREEMPTED"] * 3, "CREATING", "READY", "PERMISSION_DENIED", "READY")
+  cloud.states(
+    "READY", "READY", *["PREEMPTED"] * 3, "CREATING", "READY", "PERMISSION_DENIED", "READY"
+  )
   out = cloud.run("watch.sh", "--delete")
   assert "dca-jax is PREEMPTED: it is made anew" in out
   assert "the run has finished" in out

@@ -53,9 +53,13 @@ def everything_run(tmp_path_factory):
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   part = 1
-  train(tiny.make_config({**tiny.EVERYTHING, "steps": 6, "evaluate.every": 3}), str(workdir), quiet=True)
+  train(
+    tiny.make_config({**tiny.EVERYTHING, "steps": 6, "evaluate.every": 3}), str(workdir), quiet=True
+  )
   part = 2
-  train(tiny.make_config({**tiny.EVERYTHING, "steps": 8, "evaluate.every": 3}), str(workdir), quiet=True)
+  train(
+    tiny.make_config({**tiny.EVERYTHING, "steps": 8, "evaluate.every": 3}), str(workdir), quiet=True
+  )
   on = False
   return workdir, compiled
 
@@ -130,10 +134,16 @@ def garbled(requests):
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
-def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(scheme, uniform_run, tmp_path, monkeypatch):
+def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(
+  scheme, uniform_run, tmp_path, monkeypatch
+):
   for name in ("silent", "garbled"):
     monkeypatch.setitem(review.REVIEWERS, "garbled", answering(garbled))
-    train(tiny.make_config({"credit.scheme": scheme, "reviewer.name": name}), str(tmp_path / name), quiet=True)
+    train(
+      tiny.make_config({"credit.scheme": scheme, "reviewer.name": name}),
+      str(tmp_path / name),
+      quiet=True,
+    )
     assert same_training(tmp_path / name, uniform_run)
     assert tiny.read_lines(tmp_path / name)[-1]["review/ok"] == 0
 
@@ -142,7 +152,9 @@ def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(scheme, unif
 @pytest.mark.parametrize("name", ["nan", "stale", "lexical", "thief", "suffix"])
 def test_no_reviewer_can_break_a_run(scheme, name, tmp_path):
   # Canaries too: their reviews need not fit them either.
-  config = tiny.make_config({"credit.scheme": scheme, "reviewer.name": name, "reviewer.canary_every": 1, "steps": 2})
+  config = tiny.make_config(
+    {"credit.scheme": scheme, "reviewer.name": name, "reviewer.canary_every": 1, "steps": 2}
+  )
   train(config, str(tmp_path), quiet=True)
   lines = tiny.read_lines(tmp_path)
   assert lines[-1]["step"] == 2
@@ -150,7 +162,12 @@ def test_no_reviewer_can_break_a_run(scheme, name, tmp_path):
 
 
 def test_the_conserved_sum_is_checked_for_either_mass(tmp_path):
-  changes = {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.conserve": "completion", "steps": 2}
+  changes = {
+    "credit.scheme": "weighted",
+    "reviewer.name": "oracle",
+    "credit.conserve": "completion",
+    "steps": 2,
+  }
   train(tiny.make_config(changes), str(tmp_path), quiet=True)
   rows = records(tmp_path, 2)
   assert any(t.advantage for t in rows)
@@ -171,12 +188,16 @@ def test_one_step_ahead_batches_come_from_the_policy_before(tmp_path):
   train(tiny.make_config({**WEIGHTED, **still}), str(tmp_path / "fresh"), quiet=True)
   for step in (1, 2, 3):
     ours, theirs = records(tmp_path / "ahead", step), records(tmp_path / "fresh", step)
-    assert [(t.id, t.tokens, t.credit) for t in ours] == [(t.id, t.tokens, t.credit) for t in theirs]
+    assert [(t.id, t.tokens, t.credit) for t in ours] == [
+      (t.id, t.tokens, t.credit) for t in theirs
+    ]
   train(tiny.make_config(OVERLAP), str(tmp_path / "learning"), quiet=True)
   lines = tiny.read_lines(tmp_path / "learning")
   # The first batch and the second come from the start; the first update's ratio is 1, the others' is not.
   assert lines[1]["learner/ratio"] == pytest.approx(1, abs=1e-5)
-  assert [t.tokens for t in records(tmp_path / "learning", 2)] == [t.tokens for t in records(tmp_path / "fresh", 2)]
+  assert [t.tokens for t in records(tmp_path / "learning", 2)] == [
+    t.tokens for t in records(tmp_path / "fresh", 2)
+  ]
   assert abs(lines[4]["learner/ratio"] - 1) > 1e-4
 
 
@@ -185,7 +206,10 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
 
   class Watched(builtin.Instant):
     def submit(self, requests, deadline):
-      step, done = len([e for e in events if e[0] == "asked"]) + 1, super().submit(requests, deadline)
+      step, done = (
+        len([e for e in events if e[0] == "asked"]) + 1,
+        super().submit(requests, deadline),
+      )
       events.append(("asked", step))
 
       class Answer(Future):
@@ -206,12 +230,16 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
 def test_a_reviewer_that_asks_to_stop_ends_the_run_with_its_step_saved(tmp_path, monkeypatch):
   monkeypatch.setattr(builtin.Instant, "problem", lambda self: "no more money")
   with pytest.raises(UserError, match=r"no more money; step 1 is safe"):
-    train(tiny.make_config({**WEIGHTED, "checkpoint.every": 5, "steps": 3}), str(tmp_path), quiet=True)
+    train(
+      tiny.make_config({**WEIGHTED, "checkpoint.every": 5, "steps": 3}), str(tmp_path), quiet=True
+    )
 
 
 def test_a_share_of_the_completions_can_be_reviewed(tmp_path):
   train(
-    tiny.make_config({**WEIGHTED, "reviewer.sample_frac": 0.5, "reviewer.canary_every": 2}), str(tmp_path), quiet=True
+    tiny.make_config({**WEIGHTED, "reviewer.sample_frac": 0.5, "reviewer.canary_every": 2}),
+    str(tmp_path),
+    quiet=True,
   )
   lines = tiny.read_lines(tmp_path)[1:]
   assert 0 < np.mean([line["review/asked"] for line in lines]) < 0.6
@@ -237,7 +265,9 @@ def test_potential_credit_from_every_source(source, uniform_run, tmp_path):
   for t in records(tmp_path, 3):
     values = [*t.values, t.outcome.reward]
     for k, s in enumerate(t.steps):
-      assert t.credit[s.start : s.end] == pytest.approx([values[k + 1] - values[k]] * (s.end - s.start))
+      assert t.credit[s.start : s.end] == pytest.approx(
+        [values[k + 1] - values[k]] * (s.end - s.start)
+      )
   # The first batch is the same everywhere: values come after sampling.
   assert [t.tokens for t in records(tmp_path, 1)] == [t.tokens for t in records(uniform_run, 1)]
   assert not same_training(tmp_path, uniform_run)
@@ -266,7 +296,9 @@ def collector(changes):
   tokenizer = task.tokenizer()
   policy = Policy(config.policy, len(tokenizer))
   devices = mesh.make_mesh(config.mesh)
-  shardings = mesh.state_shardings(devices, policy, learner.make_optimizer(config.learner, config.steps))
+  shardings = mesh.state_shardings(
+    devices, policy, learner.make_optimizer(config.learner, config.steps)
+  )
   init = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
   params = init(jax.random.key(0))
   end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
@@ -291,7 +323,9 @@ def test_a_rollout_is_a_function_of_seed_and_step():
 
 def test_problems_differ_between_steps_and_between_seeds():
   sampled = collector({"rollout.zero_variance": "refill", "rollout.refill_rounds": 3})
-  ids = [{e.problem.id for e in sampled(step, seed).episodes} for seed in (0, 1) for step in (1, 2, 3)]
+  ids = [
+    {e.problem.id for e in sampled(step, seed).episodes} for seed in (0, 1) for step in (1, 2, 3)
+  ]
   assert all(len(group) == 4 for group in ids)
   assert len(set.union(*ids)) == sum(len(group) for group in ids)
 
@@ -321,7 +355,9 @@ def test_refill_trains_on_mixed_groups_unless_rounds_run_out(everything_run):
     assert mixed == sorted(mixed, reverse=True)
     for group, is_mixed in zip(groups(rows), mixed, strict=True):
       assert all(t.trained == is_mixed for t in group if not t.outcome.truncated)
-    assert line["learner/tokens"] == sum(len(t.tokens) for t in rows if t.trained and not t.outcome.truncated)
+    assert line["learner/tokens"] == sum(
+      len(t.tokens) for t in rows if t.trained and not t.outcome.truncated
+    )
     ran_out.append(not all(mixed))
     if ran_out[-1]:
       assert line["train/completions"] == 32
@@ -343,7 +379,9 @@ def test_skip_leaves_unanimous_groups_out(tmp_path):
     for group in groups(rows):
       assert all(t.trained == (len({t.outcome.reward for t in group}) > 1) for t in group)
     left_out += sum(not t.trained for t in rows)
-    assert tiny.read_lines(tmp_path)[step]["learner/tokens"] == sum(len(t.tokens) for t in rows if t.trained)
+    assert tiny.read_lines(tmp_path)[step]["learner/tokens"] == sum(
+      len(t.tokens) for t in rows if t.trained
+    )
   assert left_out
 
 
@@ -352,7 +390,9 @@ def test_skip_leaves_unanimous_groups_out(tmp_path):
 def test_tokens_that_are_cut_leave_the_gradient_finite(cut, weight):
   # A policy that samples with top-k or top-p must be able to learn.
   def loss(hidden):
-    logps, entropy = token_logprobs(hidden, Head(jnp.eye(6)), jnp.array([[0, 1, 2]]), Sampling(**cut))
+    logps, entropy = token_logprobs(
+      hidden, Head(jnp.eye(6)), jnp.array([[0, 1, 2]]), Sampling(**cut)
+    )
     return logps.sum() + weight * entropy.sum()
 
   gradient = jax.jit(jax.grad(loss))(jax.random.normal(jax.random.key(0), (1, 3, 6)))
@@ -395,7 +435,9 @@ def test_advantages_are_reward_minus_the_others_mean(weighted_run):
   for group in groups(records(weighted_run, 2)):
     rewards = [t.outcome.reward for t in group]
     for t in group:
-      assert t.advantage == pytest.approx(t.outcome.reward - (sum(rewards) - t.outcome.reward) / 3, abs=1e-6)
+      assert t.advantage == pytest.approx(
+        t.outcome.reward - (sum(rewards) - t.outcome.reward) / 3, abs=1e-6
+      )
 
 
 def test_metrics_agree_with_the_trajectories(weighted_run):
@@ -404,12 +446,17 @@ def test_metrics_agree_with_the_trajectories(weighted_run):
   for step in (1, 2, 3):
     line, rows = lines[step], records(weighted_run, step)
     asked = [t for t in rows if t.review.status != "skipped"]
-    assert all(len({t.outcome.reward for t in g}) > 1 or g[0].review.status == "skipped" for g in groups(rows))
+    assert all(
+      len({t.outcome.reward for t in g}) > 1 or g[0].review.status == "skipped"
+      for g in groups(rows)
+    )
     assert line["train/reward"] == pytest.approx(np.mean([t.outcome.reward for t in rows]))
     assert line["train/accuracy"] == pytest.approx(np.mean([t.outcome.correct for t in rows]))
     assert line["train/truncated"] == pytest.approx(np.mean([t.outcome.truncated for t in rows]))
     assert line["train/length"] == pytest.approx(np.mean([len(t.tokens) for t in rows]))
-    assert line["train/mixed_groups"] == np.mean([len({t.outcome.reward for t in g}) > 1 for g in groups(rows)])
+    assert line["train/mixed_groups"] == np.mean(
+      [len({t.outcome.reward for t in g}) > 1 for g in groups(rows)]
+    )
     assert line["train/completions"] == 16
     assert line["learner/tokens"] == sum(len(t.tokens) for t in rows)
     assert line["review/ok"] == 1
@@ -422,7 +469,9 @@ def test_metrics_agree_with_the_trajectories(weighted_run):
     assert line["sampler/logprob_error"] < 1e-4
     assert line["learner/grad_norm"] > 0
     assert line["learner/entropy"] > 0
-    assert line["seconds/step"] >= max(line[f"seconds/{part}"] for part in ("sample", "review", "update"))
+    assert line["seconds/step"] >= max(
+      line[f"seconds/{part}"] for part in ("sample", "review", "update")
+    )
   assert lines[1]["learner/kl"] == pytest.approx(0, abs=1e-6)  # Still the reference itself.
   assert lines[3]["learner/kl"] > 0
   assert all(np.isfinite(value) for line in lines for value in line.values())

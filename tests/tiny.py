@@ -125,20 +125,28 @@ def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.
 def assert_same_arrays(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
   """Bit for bit: bytes, so that -0.0 is not 0.0."""
   assert ours.keys() == theirs.keys()
-  differing = [k for k in ours if ours[k].dtype != theirs[k].dtype or ours[k].tobytes() != theirs[k].tobytes()]
+  differing = [
+    k for k in ours if ours[k].dtype != theirs[k].dtype or ours[k].tobytes() != theirs[k].tobytes()
+  ]
   assert not differing
 
 
 def timeless(line: dict) -> dict:
   """A line of metrics.jsonl without what the clock decides."""
-  return {k: v for k, v in line.items() if not k.startswith("seconds/") and k != "train/tokens_per_second"}
+  return {
+    k: v for k, v in line.items() if not k.startswith("seconds/") and k != "train/tokens_per_second"
+  }
 
 
 def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path) -> None:
   """The last parameters and optimizer state, the metrics and the trajectories are equal bit for bit."""
-  assert [timeless(line) for line in read_lines(ours)] == [timeless(line) for line in read_lines(theirs)]
+  assert [timeless(line) for line in read_lines(ours)] == [
+    timeless(line) for line in read_lines(theirs)
+  ]
   shards = sorted(path.name for path in (theirs / "trajectories").iterdir())
   assert sorted(path.name for path in (ours / "trajectories").iterdir()) == shards
   for name in shards:
-    assert (ours / "trajectories" / name).read_bytes() == (theirs / "trajectories" / name).read_bytes(), name
+    assert (ours / "trajectories" / name).read_bytes() == (
+      theirs / "trajectories" / name
+    ).read_bytes(), name
   assert_same_arrays(saved_state(ours), saved_state(theirs))

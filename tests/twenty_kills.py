@@ -65,8 +65,12 @@ def committed(workdir: pathlib.Path) -> tuple[set[str], int]:
     return set(), 0
   with contextlib.closing(sqlite3.connect(workdir / "reviews.sqlite")) as db:
     texts = [text for (text,) in db.execute("select text from replies")]
-    ((open_calls,),) = db.execute("select coalesce(sum((dollars > 0) - (dollars < 0)), 0) from spending")
-  return {found[0] for text in texts if (found := re.search(r"\b[0-9a-f]{64}\b", text))}, int(open_calls)
+    ((open_calls,),) = db.execute(
+      "select coalesce(sum((dollars > 0) - (dollars < 0)), 0) from spending"
+    )
+  return {found[0] for text in texts if (found := re.search(r"\b[0-9a-f]{64}\b", text))}, int(
+    open_calls
+  )
 
 
 def settings(server: FakeServer, steps: int) -> dict:
@@ -93,7 +97,9 @@ def run_to_the_end(recipe: str, workdir: pathlib.Path, number: int) -> None:
 
 def kill_once(recipe: str, workdir: pathlib.Path, number: int, dice: random.Random) -> int:
   """Lets a process work for some steps, or not even one; returns the last step written."""
-  before = (workdir / "metrics.jsonl").stat().st_mtime_ns if (workdir / "metrics.jsonl").exists() else 0
+  before = (
+    (workdir / "metrics.jsonl").stat().st_mtime_ns if (workdir / "metrics.jsonl").exists() else 0
+  )
   process = start(recipe, workdir, number)
   if dice.random() < 0.2:
     time.sleep(dice.uniform(0.5, 4.0))  # While it imports, restores, compiles.
@@ -101,10 +107,16 @@ def kill_once(recipe: str, workdir: pathlib.Path, number: int, dice: random.Rand
     path = workdir / "metrics.jsonl"
     tiny.wait_until(lambda: path.exists() and path.stat().st_mtime_ns != before, process)
     # It has taken back what was not saved, and trains on from there.
-    target = max((line["step"] for line in tiny.read_lines(workdir)), default=0) + dice.randint(1, 12)
-    tiny.wait_until(lambda: any(line["step"] >= target for line in tiny.read_lines(workdir)), process)
+    target = max((line["step"] for line in tiny.read_lines(workdir)), default=0) + dice.randint(
+      1, 12
+    )
+    tiny.wait_until(
+      lambda: any(line["step"] >= target for line in tiny.read_lines(workdir)), process
+    )
     time.sleep(dice.uniform(0.0, 0.2))
-  assert process.poll() is None, f"it finished before it was killed: {process.communicate()[1][-500:]}"
+  assert process.poll() is None, (
+    f"it finished before it was killed: {process.communicate()[1][-500:]}"
+  )
   process.kill()
   process.communicate()
   lines = tiny.read_lines(workdir)
@@ -135,18 +147,24 @@ def main() -> None:
     tiny.assert_same_arrays(tiny.saved_state(folder / "killed"), tiny.saved_state(folder / "whole"))
     seen: set[int] = set()
     for step in range(1, args.steps + 1):
-      ours, theirs = (list(read_trajectories(folder / w / "trajectories", step)) for w in ("killed", "whole"))
+      ours, theirs = (
+        list(read_trajectories(folder / w / "trajectories", step)) for w in ("killed", "whole")
+      )
       assert [t.to_json() for t in ours] == [t.to_json() for t in theirs], step
       problems = {t.problem.id for t in ours}
       assert len(problems) == 8
       assert not problems & seen
       seen |= problems
-    assert [line["step"] for line in tiny.read_lines(folder / "killed")] == list(range(args.steps + 1))
+    assert [line["step"] for line in tiny.read_lines(folder / "killed")] == list(
+      range(args.steps + 1)
+    )
 
     assert kept[-1]
     for question, processes in server.calls.items():
       for process in processes:
-        assert not any(question in kept[earlier] for earlier in range(process)), "a committed reply was asked for again"
+        assert not any(question in kept[earlier] for earlier in range(process)), (
+          "a committed reply was asked for again"
+        )
     repeats = sum(len(processes) - 1 for processes in server.calls.values())
     print(
       f"{args.kills} kills, {args.steps} steps: parameters, optimizer state, trajectories equal bit for bit;"

@@ -7,14 +7,26 @@ import pathlib
 import flax.linen as nn
 import jax
 from etils import epath
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+  AddedToken,
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+  trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from dca_jax.policy import Policy, pretrained
 from dca_jax.policy.families import from_json
 
 PROBLEMS = [
-  {"question": f"Tom has {a} apples and buys {b}. How many has he?", "answer": f"{a} + {b} = {a + b}.\n#### {a + b}"}
+  {
+    "question": f"Tom has {a} apples and buys {b}. How many has he?",
+    "answer": f"{a} + {b} = {a + b}.\n#### {a + b}",
+  }
   for a in range(1, 7)
   for b in range(1, 5)
 ]
@@ -87,7 +99,9 @@ def byte_level() -> str:
     show_progress=False,
   )
   tokenizer.train_from_iterator(CORPUS, trainer)
-  tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+  tokenizer.add_tokens(
+    [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+  )
   return tokenizer.to_str()
 
 
@@ -99,7 +113,14 @@ def sentencepiece_like() -> str:
   trainer = trainers.BpeTrainer(vocab_size=220, limit_alphabet=60, show_progress=False)
   trained.train_from_iterator(CORPUS, trainer)
   model = json.loads(trained.to_str())["model"]
-  known = ["<unk>", "<bos>", "<eos>", "<|end|>", *(f"<0x{b:02X}>" for b in range(256)), *model["vocab"]]
+  known = [
+    "<unk>",
+    "<bos>",
+    "<eos>",
+    "<|end|>",
+    *(f"<0x{b:02X}>" for b in range(256)),
+    *model["vocab"],
+  ]
   tokenizer = Tokenizer(
     models.BPE(
       {token: i for i, token in enumerate(known)},
@@ -110,13 +131,17 @@ def sentencepiece_like() -> str:
     )
   )
   tokenizer.normalizer = normalizers.Replace(" ", "▁")
-  tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  )
   tokenizer.add_special_tokens(["<unk>", "<bos>", "<eos>", "<|end|>"])
   tokenizer.add_tokens([AddedToken("▁▁", normalized=False)])
   return tokenizer.to_str()
 
 
-def save_tokenizer(folder, kind=byte_level, eos: str | None = "<|end|>", template=TEMPLATE, ends=None, starts=False):
+def save_tokenizer(
+  folder, kind=byte_level, eos: str | None = "<|end|>", template=TEMPLATE, ends=None, starts=False
+):
   """Saves a tokenizer as a model's folder has it; returns the folder's name.
 
   Args:
@@ -157,7 +182,10 @@ def build_gsm8k(folder: pathlib.Path) -> str:
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
       def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(PROBLEMS[:16]), "test": self._generate_examples(PROBLEMS[16:])}
+        return {
+          "train": self._generate_examples(PROBLEMS[:16]),
+          "test": self._generate_examples(PROBLEMS[16:]),
+        }
 
       def _generate_examples(self, rows):
         for i, row in enumerate(rows):

@@ -11,7 +11,9 @@ from typing import NoReturn
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns its exit status."""
-  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It would say on every start that there is no PyTorch.
+  os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+  )  # It would say on every start that there is no PyTorch.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   args, overrides = parser().parse_known_args(argv)
   from dca_jax.errors import Terminated, UserError
@@ -28,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return error.status
   except OSError as error:
     where = error.filename or getattr(args, "workdir", "")
-    print(f"dca-jax: error: {where}: {error.strerror or error}; what was saved before is intact", file=sys.stderr)
+    print(
+      f"dca-jax: error: {where}: {error.strerror or error}; what was saved before is intact",
+      file=sys.stderr,
+    )
   except KeyboardInterrupt:
     print("\ndca-jax: interrupted; what was saved before is intact", file=sys.stderr)
     return 130
@@ -53,19 +58,27 @@ def parser() -> argparse.ArgumentParser:
 
   where = "where the run lives; the same command again continues it"
   p = command(_train, "train a policy, or continue a run", True, where)
-  p.add_argument("--resume", default="auto", help="auto, never, or the number of a saved step to go back to")
+  p.add_argument(
+    "--resume", default="auto", help="auto, never, or the number of a saved step to go back to"
+  )
   several = p.add_argument_group("several processes, each with the same command")
   what = "find the others as a TPU pod, Slurm or Kubernetes say"
   several.add_argument("--distributed", action="store_true", help=what)
-  several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens")
+  several.add_argument(
+    "--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens"
+  )
   several.add_argument("--processes", type=int, help="how many there are")
   several.add_argument("--process", type=int, help="which one this is, from 0")
 
-  p = command(_compare, "train several arms and draw their curves", True, "where the runs and the figure go")
+  p = command(
+    _compare, "train several arms and draw their curves", True, "where the runs and the figure go"
+  )
   what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
   p.add_argument("--arms", required=True, help=what)
   p.add_argument("--seeds", default="0", help="numbers, by commas")
-  p.add_argument("--threshold", type=float, default=0.8, help="accuracy that the samples are counted to")
+  p.add_argument(
+    "--threshold", type=float, default=0.8, help="accuracy that the samples are counted to"
+  )
 
   p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
   p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
@@ -76,11 +89,15 @@ def parser() -> argparse.ArgumentParser:
   p = command(_export, "write a run's policy as a Hugging Face folder", False)
   p.add_argument("--output", required=True, help="the folder to make")
   p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
-  p.add_argument("--adapters", action="store_true", help="LoRA's adapters alone, for peft; else they are merged")
+  p.add_argument(
+    "--adapters", action="store_true", help="LoRA's adapters alone, for peft; else they are merged"
+  )
 
   p = command(_review, "have stored trajectories read by another reviewer", True, workdir=None)
   p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
-  p.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite")
+  p.add_argument(
+    "--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite"
+  )
   p.add_argument("--limit", type=int, default=200, help="completions to read")
   p.add_argument("--estimate", action="store_true", help="only say what it would cost")
   return top
@@ -101,7 +118,9 @@ def run() -> NoReturn:
     sys.exit(0)
   from dca_jax.devices.processes import end
 
-  end(status)  # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
+  end(
+    status
+  )  # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
 
 
 def _end_now(number: int, frame) -> NoReturn:
@@ -137,12 +156,16 @@ def _compare(args, overrides) -> None:
   arms = [arm for arm in args.arms.split(",") if arm]
   seeds = [int(seed) for seed in args.seeds.split(",") if seed.isascii() and seed.isdigit()]
   if len(seeds) != args.seeds.count(",") + 1 or max(seeds) >= 2**31:
-    raise config.ConfigError(f"--seeds={args.seeds}: must be whole numbers from 0 to 2^31 - 1, separated by commas")
+    raise config.ConfigError(
+      f"--seeds={args.seeds}: must be whole numbers from 0 to 2^31 - 1, separated by commas"
+    )
   for name, values in (("arms", arms), ("seeds", seeds)):
     if len(set(values)) < len(values):
       raise config.ConfigError(f"--{name}={getattr(args, name)}: names one of them twice")
   _between(args, "threshold", 0, 1)
-  table = compare(config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides)
+  table = compare(
+    config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides
+  )
   print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
 
 

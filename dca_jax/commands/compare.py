@@ -8,7 +8,14 @@ import statistics
 from collections.abc import Sequence
 
 from dca_jax import config as config_lib
-from dca_jax.commands.report import chart, html_table, moving_average, page, running_total, text_table
+from dca_jax.commands.report import (
+  chart,
+  html_table,
+  moving_average,
+  page,
+  running_total,
+  text_table,
+)
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
@@ -35,7 +42,12 @@ def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
 
 
 def compare(
-  recipe, arms: Sequence[str], seeds: Sequence[int], threshold: float, workdir: str, overrides: Sequence[str]
+  recipe,
+  arms: Sequence[str],
+  seeds: Sequence[int],
+  threshold: float,
+  workdir: str,
+  overrides: Sequence[str],
 ) -> str:
   """Trains every arm with every seed and writes compare.png, compare.html and compare.json; run again, it resumes.
 
@@ -45,7 +57,9 @@ def compare(
   if not arms:
     raise ConfigError("--arms: name at least one")
   of_arm = {arm: arm_config(recipe, arm, seeds[0], overrides) for arm in arms}
-  configs = {(arm, seed): dataclasses.replace(of_arm[arm], seed=seed) for arm in arms for seed in seeds}
+  configs = {
+    (arm, seed): dataclasses.replace(of_arm[arm], seed=seed) for arm in arms for seed in seeds
+  }
   folder = locate(workdir)
   runs = {}
   for seed, arm in itertools.product(seeds, arms):
@@ -54,23 +68,38 @@ def compare(
     train(configs[arm, seed], str(run))
     runs[arm, seed] = read_metrics(run)
     if lost := missing_steps(runs[arm, seed]):
-      raise UserError(f"{run}: its metrics.jsonl does not tell of steps {lost}, so nothing can be counted; remove it")
+      raise UserError(
+        f"{run}: its metrics.jsonl does not tell of steps {lost}, so nothing can be counted; remove it"
+      )
 
   curves, spent = {}, {}
   for what in ("completions", "generated_tokens"):
-    curves[what] = {arm: [_curve(runs[arm, seed], f"train/{what}") for seed in seeds] for arm in arms}
-    spent[what] = {arm: [samples_to(x, y, threshold) for x, y in own] for arm, own in curves[what].items()}
+    curves[what] = {
+      arm: [_curve(runs[arm, seed], f"train/{what}") for seed in seeds] for arm in arms
+    }
+    spent[what] = {
+      arm: [samples_to(x, y, threshold) for x, y in own] for arm, own in curves[what].items()
+    }
   rows = []
   for arm in arms:
     row = [arm, f"{configs[arm, seeds[0]].learner.lr:g}"]
     for what, unit, sign in (("completions", 1, ""), ("generated_tokens", 1000, "k")):
-      row.append(" ".join("never" if n is None else f"{n / unit:,.0f}{sign}" for n in spent[what][arm]))
+      row.append(
+        " ".join("never" if n is None else f"{n / unit:,.0f}{sign}" for n in spent[what][arm])
+      )
       row.append(ratio(spent[what][arms[0]], spent[what][arm], curves[what][arms[0]]))
     for score, digits in (("sampled", 3), ("greedy", 3), ("length", 1)):
       row.append(" ".join(f"{runs[arm, seed][-1][f'eval/{score}']:.{digits}f}" for seed in seeds))
     rows.append(row)
   versus = f"{arms[0]} / arm"
-  header = ["arm", "lr", f"completions to {threshold:g}", versus, f"tokens to {threshold:g}", versus]
+  header = [
+    "arm",
+    "lr",
+    f"completions to {threshold:g}",
+    versus,
+    f"tokens to {threshold:g}",
+    versus,
+  ]
   header += ["sampled at the end", "greedy", "length"]
   panels = [("accuracy", curves["completions"])]
   size = (6.4 if len(arms) < 5 else 8.0, 3.6)
@@ -81,10 +110,17 @@ def compare(
     "The tokens include continuations sampled for prefix values, and no reviewer's. "
     "At the end: held-out problems."
   )
-  body = [chart(panels, "completions sampled", size), f"<p class=note>{note}</p>", html_table(header, rows)]
+  body = [
+    chart(panels, "completions sampled", size),
+    f"<p class=note>{note}</p>",
+    html_table(header, rows),
+  ]
   (folder / "compare.html").write_text(page(f"dca-jax: {', '.join(arms)}", body))
   result = {"threshold": threshold, "seeds": list(seeds), "curves": curves["completions"]}
-  result |= {"completions_to_threshold": spent["completions"], "tokens_to_threshold": spent["generated_tokens"]}
+  result |= {
+    "completions_to_threshold": spent["completions"],
+    "tokens_to_threshold": spent["generated_tokens"],
+  }
   (folder / "compare.json").write_text(json.dumps(result) + "\n")
   return text_table(header, rows)
 
@@ -97,7 +133,9 @@ def _curve(metrics: list[dict], spent: str) -> tuple[list[float], list[float]]:
 
 def samples_to(x: list[float], y: list[float], threshold: float) -> float | None:
   """What was spent when the mean of five steps first reached `threshold`; None where it never does."""
-  return next((n for i, (n, a) in enumerate(zip(x, y, strict=True)) if a >= threshold and i >= 4), None)
+  return next(
+    (n for i, (n, a) in enumerate(zip(x, y, strict=True)) if a >= threshold and i >= 4), None
+  )
 
 
 def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str:

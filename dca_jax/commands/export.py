@@ -24,17 +24,27 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   folder = locate(workdir)
   section = config_lib.saved_config(workdir).policy
   if not section.pretrained:
-    raise UserError(f"--workdir={workdir} began from nothing, not from policy.pretrained, whose format export writes")
+    raise UserError(
+      f"--workdir={workdir} began from nothing, not from policy.pretrained, whose format export writes"
+    )
   if adapters and not section.lora_rank:
-    raise UserError(f"--workdir={workdir} has no adapters, as its policy.lora_rank is 0; leave --adapters out")
+    raise UserError(
+      f"--workdir={workdir} has no adapters, as its policy.lora_rank is 0; leave --adapters out"
+    )
   place = pathlib.Path(output).expanduser().absolute()
   try:
     json.loads((folder / "tokenizer" / "tokenizer.json").read_bytes())
   except (OSError, ValueError) as error:
-    raise UserError(f"{folder / 'tokenizer'} is gone or damaged ({reason(error)}); {REMAKES}") from None
+    raise UserError(
+      f"{folder / 'tokenizer'} is gone or damaged ({reason(error)}); {REMAKES}"
+    ) from None
   step, params = read_params(folder, step)
   if section.lora_rank and not adapters:
     params = merge(join(split(read_start(folder))[0], params), section.lora_scale)
-    section = PolicyConfig(pretrained=section.pretrained, family=section.family, dtype=section.dtype)
-  pretrained.save(params, pretrained.resolve(section, 0), section.pretrained, folder / "tokenizer", place)
+    section = PolicyConfig(
+      pretrained=section.pretrained, family=section.family, dtype=section.dtype
+    )
+  pretrained.save(
+    params, pretrained.resolve(section, 0), section.pretrained, folder / "tokenizer", place
+  )
   return f"step {step}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, written and read again: {place}"

@@ -14,7 +14,11 @@ from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.policy.logprobs import CHUNK_LOGITS
 from dca_jax.tasks.tokenizer import id_count
 
-_CHIPS = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB of each chip's memory, docs.cloud.google.com/tpu/docs
+_CHIPS = {
+  "v5e": 16,
+  "v6e": 32,
+  "v5p": 95,
+}  # GB of each chip's memory, docs.cloud.google.com/tpu/docs
 _FREE = 0.1  # Part of a device's memory that is left to programs and to fragmentation.
 
 
@@ -66,15 +70,20 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   copied = config.mesh.sampler or c.kept != c.dtype
   sampling = {
-    "parameters as the sampler has them": bytes_of(read, mesh.param_shardings(sampler, policy)) if copied else 0,
-    "layers, taken apart": bytes_of(read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]),
+    "parameters as the sampler has them": bytes_of(read, mesh.param_shardings(sampler, policy))
+    if copied
+    else 0,
+    "layers, taken apart": bytes_of(
+      read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]
+    ),
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
     "logits of one token": 3 * 4 * prompts * group * policy.rows,
   }
   micro_batch = rows(devices) // config.learner.micro_batches
   tokens = micro_batch * rollout.group * rollout.max_tokens
   updating = {
-    "gradients": moments // 2 + trained,  # Of all micro-batches so far, in float32, and of this one.
+    "gradients": moments // 2
+    + trained,  # Of all micro-batches so far, in float32, and of this one.
     "activations of a micro-batch": _saved(config, policy, micro_batch),
     "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
   }
@@ -133,7 +142,11 @@ def plan(config: Config, devices: int) -> str:
   unit, name = (2**30, "GiB") if m.peak > 2**30 else (2**20, "MiB")
   lines = [f"{count:,} parameters; {name} on each of {devices} device(s) ({layout})", ""]
   stays = {"parameters": m.parameters, "optimizer": m.optimizer, "copies of the policy": m.copies}
-  for title, part in (("", stays), ("while sampling:", m.sampling), ("while updating:", m.updating)):
+  for title, part in (
+    ("", stays),
+    ("while sampling:", m.sampling),
+    ("while updating:", m.updating),
+  ):
     lines += [title] if title else []
     lines += [f"  {what:36}{size / unit:10.2f}" for what, size in part.items() if size]
   lines += [f"  {'at most':36}{m.peak / unit:10.2f}", ""]

@@ -135,7 +135,9 @@ def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
     for axis, (label, curves) in zip(axes, panels, strict=True):
       for i, (name, runs) in enumerate(curves.items()):
         for j, (x, y) in enumerate(runs if isinstance(runs, list) else [runs]):
-          axis.plot(x, y, linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None, **line_style(i))
+          axis.plot(
+            x, y, linewidth=1.6, alpha=0.9, label=name if j == 0 and name else None, **line_style(i)
+          )
       axis.set(xlabel=x_label, ylabel=label)
       axis.xaxis.set_major_formatter(EngFormatter(sep=""))
       axis.grid(alpha=0.25)
@@ -154,13 +156,21 @@ def line_style(i: int) -> dict[str, str]:
   return {"color": PALETTE[i % len(PALETTE)], "linestyle": "-" if i < len(PALETTE) else ":"}
 
 
-def draw(columns: int, size: tuple[float, float], kind: str, paint: Callable[[Sequence], None], share_y: bool = False):
+def draw(
+  columns: int,
+  size: tuple[float, float],
+  kind: str,
+  paint: Callable[[Sequence], None],
+  share_y: bool = False,
+):
   """A figure with panels side by side that `paint` fills; an SVG element, or the bytes of a PNG."""
   from matplotlib import rc_context
   from matplotlib.figure import Figure
 
   out = io.BytesIO()
-  with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}):
+  with rc_context(
+    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+  ):
     figure = Figure(size, layout="constrained")
     paint(figure.subplots(1, columns, squeeze=False, sharey=share_y)[0])
     figure.savefig(out, format=kind, dpi=150)
@@ -203,7 +213,10 @@ def score_rows(metrics: list[dict]) -> list[list[str]]:
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-  lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+  lines = [
+    "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+    for row in [header, *rows]
+  ]
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -226,7 +239,9 @@ def _examples(workdir: epath.Path, trained: list[dict]) -> list[str]:
     told = [t for t in kept if t.advantage]
     if not told:
       why = "The completions of every problem fared alike, so credit moved nothing." if kept else ""
-      parts.append(_note(why or f"The trajectories of this step are not in {workdir / 'trajectories'}."))
+      parts.append(
+        _note(why or f"The trajectories of this step are not in {workdir / 'trajectories'}.")
+      )
     for correct, kind in ((True, "right"), (False, "wrong")) if told else ():
       by_problem = {t.problem.id: t for t in told if t.outcome.correct == correct}
       parts += map(_example, [*by_problem.values()][:2])
@@ -250,7 +265,9 @@ def _shade(credit: float) -> str:
 
 def _legend() -> list[tuple[str, str]]:
   """The shades from the most discouraged to the most reinforced, and what they mean."""
-  ranges = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(_BOUNDS)] + [f"{_BOUNDS[-1]:g} and more"]
+  ranges = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(_BOUNDS)] + [
+    f"{_BOUNDS[-1]:g} and more"
+  ]
   minus = [(shade, f"\u2212({label})") for shade, label in zip(_REDS[1:], ranges, strict=True)]
   plus = [(shade, label) for shade, label in zip(_GREENS[1:], ranges, strict=True)]
   return [*minus[::-1], (_GREENS[0], f"under {_BOUNDS[0]:g} either way"), *plus]

@@ -28,7 +28,9 @@ def read_folder(folder: str, limit: int) -> list[Episode]:
   path = locate(folder)
   found = [t for step in shards(path) for t in read_trajectories(path, step)]
   if not found:
-    raise ConfigError(f"--trajectories={folder}: no trajectories there (a run keeps them in WORKDIR/trajectories)")
+    raise ConfigError(
+      f"--trajectories={folder}: no trajectories there (a run keeps them in WORKDIR/trajectories)"
+    )
   return ([t for t in found if t.review.status == "ok"] or found)[:limit]
 
 
@@ -61,7 +63,9 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   counted = collections.Counter(review.status for review in reviews)
   statuses = ", ".join(f"{n} {status}" for status, n in counted.most_common())
   if not counted["ok"]:
-    raise ConfigError(f"no usable review of {len(reviews)} ({statuses})" + (f": {failures}" if failures else ""))
+    raise ConfigError(
+      f"no usable review of {len(reviews)} ({statuses})" + (f": {failures}" if failures else "")
+    )
   out = run / f"rereview_{member.replace(':', '_').replace('/', '_')}.jsonl"
   lines = [
     {"id": t.id, "review": r.status, "roles": r.roles, "weights": r.weights, "model": r.model}
@@ -106,7 +110,11 @@ def agreement(trajectories: Sequence[Episode], reviews: Sequence[Review]) -> str
   share = sum(a == b for a, b in pairs) / len(pairs)
   chance = sum(rows[role] * columns[role] for role in ROLES) / len(pairs) ** 2
   kappa = (share - chance) / (1 - chance) if chance < 1 else 1.0
-  table = [[f"{role} ({rows[role]})", *(str(counts[role, other]) for other in ROLES)] for role in ROLES if rows[role]]
+  table = [
+    [f"{role} ({rows[role]})", *(str(counts[role, other]) for other in ROLES)]
+    for role in ROLES
+    if rows[role]
+  ]
   return f"same role in {share:.3f} of {len(pairs)} steps; kappa {kappa:.3f}\n\n" + text_table(
     ["stored \\ new", *ROLES], table
   )
@@ -125,7 +133,9 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user) / 2 for p in prompts)
   output = sum(30 + 25 * sum(p.counts) for p in prompts)
   n = len(trajectories)
-  lines = [f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought not counted"]
+  lines = [
+    f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought not counted"
+  ]
   if price:
     each = dollars(price, round(prompt), 0, round(output)) / n
     run = config_lib.saved_config(str(locate(folder).parent))

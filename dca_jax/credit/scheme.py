@@ -100,7 +100,9 @@ class Scheme:
   """Settings of this base class that have no effect."""
 
   def check(self) -> dict[str, str]:
-    return one_of(self, "baseline", "leave_one_out", "mean") | one_of(self, "conserve", "tokens", "completion")
+    return one_of(self, "baseline", "leave_one_out", "mean") | one_of(
+      self, "conserve", "tokens", "completion"
+    )
 
   def unused(self) -> dict[str, str]:
     return dict.fromkeys(self.ignores, f"credit.scheme is '{self.scheme}'")
@@ -190,6 +192,8 @@ class Advantages(typing.NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def assign_credit(scheme: Scheme, rewards_PxG, sampled_BxT, truncated_B, review: ReviewArrays) -> Advantages:
+def assign_credit(
+  scheme: Scheme, rewards_PxG, sampled_BxT, truncated_B, review: ReviewArrays
+) -> Advantages:
   tokens_BxT = token_advantages(scheme, rewards_PxG, sampled_BxT, truncated_B, review)
   return Advantages(group_advantages(scheme, rewards_PxG), tokens_BxT)

@@ -271,7 +271,9 @@ class Capo(Scheme):
     return given.advantages_B[:, None] - self.penalty * (blame_BxT - others_BxT)
 
 
-SCHEMES: dict[str, type[Scheme]] = {cls.scheme: cls for cls in (Uniform, Weighted, Signed, ReturnToGo, Potential, Capo)}
+SCHEMES: dict[str, type[Scheme]] = {
+  cls.scheme: cls for cls in (Uniform, Weighted, Signed, ReturnToGo, Potential, Capo)
+}
 
 
 def _intensity(table: RoleTable, given: Given) -> jax.Array:

@@ -41,11 +41,19 @@ class MeshConfig:
 
   def check(self) -> dict[str, str]:
     named = dict(zip(AXES, self.sizes, strict=True))
-    bad = {key: "must be positive, or -1 for the rest" for key, n in named.items() if n == 0 or n < -1}
+    bad = {
+      key: "must be positive, or -1 for the rest" for key, n in named.items() if n == 0 or n < -1
+    }
     if self.sizes.count(-1) > 1:
       bad["data"] = "only one axis of the mesh can be -1"
-    if len(self.sampler) not in (0, 3) or any(n == 0 or n < -1 for n in self.sampler) or self.sampler.count(-1) > 1:
-      bad["sampler"] = "must be empty, or (data, fsdp, tensor), each positive, or one of them -1 for the rest"
+    if (
+      len(self.sampler) not in (0, 3)
+      or any(n == 0 or n < -1 for n in self.sampler)
+      or self.sampler.count(-1) > 1
+    ):
+      bad["sampler"] = (
+        "must be empty, or (data, fsdp, tensor), each positive, or one of them -1 for the rest"
+      )
     return bad
 
 
@@ -62,7 +70,11 @@ def sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
   """The mesh for sampling, of the same devices; raises UserError where they do not fill it."""
   if not config.sampler:
     return mesh
-  return Mesh(mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)), AXES, axis_types=_TYPES)
+  return Mesh(
+    mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)),
+    AXES,
+    axis_types=_TYPES,
+  )
 
 
 def abstract_meshes(config: MeshConfig, devices: int) -> tuple[AbstractMesh, AbstractMesh]:
@@ -90,16 +102,22 @@ def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   across = next((axis for axis in (0, 1) if shape[axis] % slices == 0), None)
   if across is None:
-    raise UserError(f"neither mesh.data = {shape[0]} nor mesh.fsdp = {shape[1]} is a multiple of the {slices} slices")
+    raise UserError(
+      f"neither mesh.data = {shape[0]} nor mesh.fsdp = {shape[1]} is a multiple of the {slices} slices"
+    )
   within, between = list(shape), [1, 1, 1]
   within[across], between[across] = shape[across] // slices, slices
-  return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+  return mesh_utils.create_hybrid_device_mesh(
+    within, between, devices, allow_split_physical_axes=True
+  )
 
 
 def by_process(order: np.ndarray) -> np.ndarray:
   """Devices in the same order, but for those of one process, which follow each other."""
   processes = list(dict.fromkeys(device.process_index for device in order.flat))
-  return np.array(sorted(order.flat, key=lambda device: processes.index(device.process_index))).reshape(order.shape)
+  return np.array(
+    sorted(order.flat, key=lambda device: processes.index(device.process_index))
+  ).reshape(order.shape)
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
@@ -110,7 +128,12 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
 def check_rows(mesh: AnyMesh, sampler: AnyMesh, problems: int, micro_batches: int) -> None:
   """Raises UserError where problems do not spread evenly, or a process would train on others than it samples."""
   for where, devices, count, keys in (
-    ("mesh.data x mesh.fsdp", mesh, problems // micro_batches, "rollout.problems / learner.micro_batches"),
+    (
+      "mesh.data x mesh.fsdp",
+      mesh,
+      problems // micro_batches,
+      "rollout.problems / learner.micro_batches",
+    ),
     ("mesh.sampler", sampler, problems, "rollout.problems"),
   ):
     shards = devices.shape["data"] * devices.shape["fsdp"]
@@ -118,8 +141,13 @@ def check_rows(mesh: AnyMesh, sampler: AnyMesh, problems: int, micro_batches: in
       raise UserError(f"{keys} = {count} does not divide over the {shards} devices of {where}")
   if sampler == mesh or isinstance(mesh, AbstractMesh):
     return
-  if own_rows(batch_sharding(mesh), problems).tolist() != own_rows(batch_sharding(sampler), problems).tolist():
-    raise UserError("mesh.sampler would give a process other problems than it trains on; set it nearer to the mesh")
+  if (
+    own_rows(batch_sharding(mesh), problems).tolist()
+    != own_rows(batch_sharding(sampler), problems).tolist()
+  ):
+    raise UserError(
+      "mesh.sampler would give a process other problems than it trains on; set it nearer to the mesh"
+    )
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
@@ -160,8 +188,12 @@ def param_shardings(mesh: AnyMesh, policy: Policy):
     UserError: a parameter does not divide over an axis of the mesh.
   """
   boxed = jax.eval_shape(policy.init_params, jax.random.key(0))
-  params = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), rules(mesh, policy.rows))
-  for (path, param), sharding in zip(jax.tree.leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(params), strict=True):
+  params = nn.logical_to_mesh_sharding(
+    nn.get_partition_spec(boxed), cast(Mesh, mesh), rules(mesh, policy.rows)
+  )
+  for (path, param), sharding in zip(
+    jax.tree.leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(params), strict=True
+  ):
     for size, axis in zip(param.shape, sharding.spec, strict=False):
       if isinstance(axis, str) and size % mesh.shape[axis]:
         name = ".".join(key.key for key in path)
@@ -174,11 +206,15 @@ def param_shardings(mesh: AnyMesh, policy: Policy):
 
 def sampler_params(policy: Policy, params):
   """Parameters as sampling reads them, in the type of its products; norms work in float32."""
-  return jax.tree.map_with_path(lambda path, x: x if path[-1].key == "scale" else x.astype(policy.config.dtype), params)
+  return jax.tree.map_with_path(
+    lambda path, x: x if path[-1].key == "scale" else x.astype(policy.config.dtype), params
+  )
 
 
 def relay(mesh: Mesh, sampler: Mesh, policy: Policy) -> Callable:
   """A function that makes `sampler_params` and lays them out for sampling; it copies nothing where nothing changes."""
   if sampler == mesh and policy.config.kept == policy.config.dtype:
     return lambda params: params
-  return jax.jit(functools.partial(sampler_params, policy), out_shardings=param_shardings(sampler, policy))
+  return jax.jit(
+    functools.partial(sampler_params, policy), out_shardings=param_shardings(sampler, policy)
+  )

@@ -19,7 +19,10 @@ from dca_jax.devices import processes
 from dca_jax.errors import Terminated
 
 _EVERY = 10.0  # seconds between looks at the metadata server
-_QUIET = {"preempted": "FALSE", "maintenance-event": "NONE"}  # what it says while there is nothing to announce
+_QUIET = {
+  "preempted": "FALSE",
+  "maintenance-event": "NONE",
+}  # what it says while there is nothing to announce
 _CTRL_C = "Ctrl-C"
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: _CTRL_C}
 

@@ -29,13 +29,17 @@ from jax.sharding import NamedSharding, Sharding
 
 from dca_jax.errors import Terminated, UserError
 
-LOST = 75  # Exit status where another process is missing: EX_TEMPFAIL, the same command again continues.
+LOST = (
+  75  # Exit status where another process is missing: EX_TEMPFAIL, the same command again continues.
+)
 
 _JOIN = 120.0  # seconds that processes may start apart
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 40.0  # seconds without one, after which a process counts as dead
 _PATIENCE = 1800.0  # seconds that a main thread may stay at one place
-_FAREWELL = 60.0  # seconds that process 0, who keeps the store, waits for the others to read its end
+_FAREWELL = (
+  60.0  # seconds that process 0, who keeps the store, waits for the others to read its end
+)
 
 _PACKAGES = (
   "jax",
@@ -388,7 +392,9 @@ def put(tree, sharding: Sharding):
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
   with jax.transfer_guard("allow"):  # Meant, as every `device_put` is.
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
+    )
 
 
 def fetch(tree, rows: NamedSharding):

@@ -54,7 +54,12 @@ def expm1_bounded(x: jax.Array) -> jax.Array:
 
 
 def loss_sums(
-  policy: Policy, config: LearnerConfig, sampling: Sampling, params, batch: Batch, on_policy: jax.Array
+  policy: Policy,
+  config: LearnerConfig,
+  sampling: Sampling,
+  params,
+  batch: Batch,
+  on_policy: jax.Array,
 ) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
   """The loss summed over tokens, not yet divided, with what it is made of.
 
@@ -65,7 +70,9 @@ def loss_sums(
   Returns:
     The sum to minimise, the other sums, and the log-probabilities [B, T], which are the old ones of a later update.
   """
-  hidden = policy.completion_hidden(params, batch.prompts_PxS, batch.prompt_lengths_P, batch.tokens_BxT)
+  hidden = policy.completion_hidden(
+    params, batch.prompts_PxS, batch.prompt_lengths_P, batch.tokens_BxT
+  )
   logp, entropy = token_logprobs(hidden, policy.head(params), batch.tokens_BxT, sampling)
   mask = batch.sampled_BxT & batch.trained_B[:, None]
 
@@ -84,9 +91,13 @@ def loss_sums(
   if batch.reference_BxT is not None:
     gap = jnp.where(mask, batch.reference_BxT - logp, 0.0)
     kl = total(expm1_bounded(gap) - gap)
-    if config.kl:  # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
+    if (
+      config.kl
+    ):  # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
       loss += config.kl * kl
   error = jnp.where(mask & on_policy, jnp.abs(logp - batch.logprobs_BxT), 0.0).max()
   acts = clipped * batch.advantages_BxT < ratio * batch.advantages_BxT
-  sums = Sums(total(1.0), -total(objective), total(entropy), kl, total(1.0 * acts), total(ratio), error)
+  sums = Sums(
+    total(1.0), -total(objective), total(entropy), kl, total(1.0 * acts), total(ratio), error
+  )
   return loss, (jax.lax.stop_gradient(sums), jax.lax.stop_gradient(logp))

@@ -50,17 +50,23 @@ class LearnerConfig:
   """Gradients are clipped to this global norm; 0 does not clip."""
 
   def check(self) -> dict[str, str]:
-    bad = one_of(self, "loss", "reinforce", "ppo") | one_of(self, "normalizer", "constant", "tokens")
+    bad = one_of(self, "loss", "reinforce", "ppo") | one_of(
+      self, "normalizer", "constant", "tokens"
+    )
     bad |= one_of(self, "schedule", "constant", "linear", "cosine") | positive(self, "lr")
     bad |= at_least(1, self, "updates_per_batch", "micro_batches")
-    bad |= at_least(0, self, "clip_high", "kl", "entropy", "warmup_updates", "weight_decay", "max_grad_norm")
+    bad |= at_least(
+      0, self, "clip_high", "kl", "entropy", "warmup_updates", "weight_decay", "max_grad_norm"
+    )
     for key in ("clip_low", "adam_b1", "adam_b2"):
       if not 0 <= getattr(self, key) < 1:
         bad[key] = "must be at least 0 and below 1"
     if self.kl and not self.reference:
       bad["reference"] = "must be true where learner.kl is not 0"
     if self.loss == "reinforce" and self.updates_per_batch > 1:
-      bad["updates_per_batch"] = "needs learner.loss 'ppo' above 1: after the first update the batch is off-policy"
+      bad["updates_per_batch"] = (
+        "needs learner.loss 'ppo' above 1: after the first update the batch is off-policy"
+      )
     return bad
 
   def unused(self) -> dict[str, str]:
@@ -87,7 +93,9 @@ def make_optimizer(config: LearnerConfig, steps: int) -> optax.GradientTransform
     lowest = config.lr / (config.warmup_updates + 1)
     rising = optax.linear_schedule(lowest, config.lr, config.warmup_updates)
     rate = optax.join_schedules([rising, rate], [config.warmup_updates])
-  clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+  clip = (
+    optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+  )
   decay, decayed = config.weight_decay, _decayed if config.weight_decay else None
   adam = optax.adamw(rate, config.adam_b1, config.adam_b2, weight_decay=decay, mask=decayed)
   return optax.chain(clip, adam)

@@ -45,7 +45,9 @@ class WarmstartConfig:
   """Of the initial weights."""
 
   def check(self) -> dict[str, str]:
-    return at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch") | positive(self, "lr")
+    return (
+      at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch") | positive(self, "lr")
+    )
 
   def unused(self) -> dict[str, str]:
     return {} if self.total else dict.fromkeys(("batch", "lr"), "there are no warm-start steps")
@@ -57,7 +59,9 @@ class WarmstartConfig:
 
 def cache_folder() -> pathlib.Path:
   """Where warm starts and compiled programs are kept: $DCA_JAX_CACHE, or ~/.cache/dca-jax."""
-  return pathlib.Path(os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")).absolute()
+  return pathlib.Path(
+    os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")
+  ).absolute()
 
 
 def warm_start(
@@ -87,11 +91,16 @@ def warm_start(
   theirs = [source_digest(task), _sample(config, task)]
   settings = json.dumps([*ours, *theirs, *sections, limits, jax.default_backend()])
   folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
-  cached = _load(folder, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params))
+  cached = _load(
+    folder,
+    jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params),
+  )
   if cached is not None:
     return cached
   params = _train(config, task, tokenizer, policy, params, limits, everywhere)
-  if jax.process_count() == 1:  # Otherwise hosts have caches of their own, and each holds only parts of them.
+  if (
+    jax.process_count() == 1
+  ):  # Otherwise hosts have caches of their own, and each holds only parts of them.
     _keep(folder, params)
   return params
 
@@ -100,7 +109,10 @@ def _sample(config: WarmstartConfig, task: Task) -> list[tuple[str, str]]:
   """Some of the demonstrations."""
   every = max(1, config.total * config.batch // _SAMPLED)
   indices = range(0, config.total * config.batch, every)
-  return [cast(Demonstrated, task).demonstration(i, i >= config.clean_steps * config.batch) for i in indices]
+  return [
+    cast(Demonstrated, task).demonstration(i, i >= config.clean_steps * config.batch)
+    for i in indices
+  ]
 
 
 def _load(folder: pathlib.Path, abstract):
@@ -131,12 +143,16 @@ def _keep(folder: pathlib.Path, params) -> None:
       print(f"warning: the warm start is not kept for other runs: {reason(error)}", file=sys.stderr)
 
 
-def _train(config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere):
+def _train(
+  config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere
+):
   lr, total = config.lr, config.total
   schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(20, total // 2), total, lr * 0.1)
   # Muon (Jordan et al. 2024) learns the procedure in far fewer steps than Adam, which moves what is no matrix;
   # `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one learning rate serves both.
-  muon = optax.contrib.muon(schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes)
+  muon = optax.contrib.muon(
+    schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes
+  )
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
 
   def loss(params, prompts_BxS, prompt_lengths_B, completions_BxT, lengths_B):
@@ -184,7 +200,9 @@ def _contracted_axes(params):
   return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int], rows: int):
+def _encode(
+  task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int], rows: int
+):
   """Demonstrations as prompts [B, S], prompt lengths [B], completions [B, T] and their lengths [B]."""
   pairs = [cast(Demonstrated, task).demonstration(i, mistakes) for i in indices]
   problems = [Problem(i, prompt, "") for i, (prompt, _) in zip(indices, pairs, strict=True)]
@@ -193,6 +211,8 @@ def _encode(task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple
   completions = np.zeros((len(pairs), limits[1]), np.int32)
   for row, ids, i in zip(completions, ids_B, indices, strict=True):
     if len(ids) > limits[1]:
-      raise UserError(f"demonstration {i} has {len(ids)} tokens; rollout.max_tokens allows {limits[1]}: raise it")
+      raise UserError(
+        f"demonstration {i} has {len(ids)} tokens; rollout.max_tokens allows {limits[1]}: raise it"
+      )
     row[: len(ids)] = ids
   return *prompts, completions, np.array([len(ids) for ids in ids_B], np.int32)

@@ -23,7 +23,9 @@ class TrainState(typing.NamedTuple):
   """The parameters one step ago, where batches are sampled one step ahead."""
 
 
-def init_state(optimizer: optax.GradientTransformation, params, value_head=None, behind=None) -> TrainState:
+def init_state(
+  optimizer: optax.GradientTransformation, params, value_head=None, behind=None
+) -> TrainState:
   moments = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
   return TrainState(params, moments, value_head, behind)
 
@@ -47,7 +49,9 @@ def apply_rounded(params, changes, count: jax.Array):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("policy", "config", "optimizer", "sampling", "group"), donate_argnames="state"
+  jax.jit,
+  static_argnames=("policy", "config", "optimizer", "sampling", "group"),
+  donate_argnames="state",
 )
 def update(
   policy: Policy,
@@ -90,9 +94,14 @@ def update(
   def accumulate(carry, micro_batch):
     grads, sums = carry
     more_grads, (more, logp_BxT) = gradient(state.params, micro_batch)
-    grads = jax.tree.map(jnp.add, grads, more_grads)  # In float32, whatever the type of the parameters.
+    grads = jax.tree.map(
+      jnp.add, grads, more_grads
+    )  # In float32, whatever the type of the parameters.
     added = jax.tree.map(jnp.add, sums, more)
-    return (grads, added._replace(sampler_error=jnp.maximum(sums.sampler_error, more.sampler_error))), logp_BxT
+    return (
+      grads,
+      added._replace(sampler_error=jnp.maximum(sums.sampler_error, more.sampler_error)),
+    ), logp_BxT
 
   zero = (
     jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
@@ -115,7 +124,9 @@ def update(
     "sampler/logprob_error": sums.sampler_error,
   }
   if policy.config.weights == "bfloat16":
-    params = apply_rounded(state.params, changes, optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1])
+    params = apply_rounded(
+      state.params, changes, optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+    )
   else:
     params = optax.apply_updates(state.params, changes)
   state = state._replace(params=params, opt_state=opt_state)

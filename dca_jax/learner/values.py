@@ -55,7 +55,9 @@ class ValueHead(typing.NamedTuple):
 
 def _head(config: Learned) -> nn.Module:
   # The last layer begins at 0, so the first values are one half.
-  return nn.Sequential([nn.Dense(config.width), nn.gelu, nn.Dense(1, kernel_init=nn.initializers.zeros)])
+  return nn.Sequential(
+    [nn.Dense(config.width), nn.gelu, nn.Dense(1, kernel_init=nn.initializers.zeros)]
+  )
 
 
 def _logits(config: Learned, params, hidden_BxTxD) -> jax.Array:
@@ -96,7 +98,9 @@ def learned_values(
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="head")
-def fit_head(config: Learned, head: ValueHead, memory: Memory, sampled_BxT, rewards_PxG) -> tuple[ValueHead, jax.Array]:
+def fit_head(
+  config: Learned, head: ValueHead, memory: Memory, sampled_BxT, rewards_PxG
+) -> tuple[ValueHead, jax.Array]:
   """Trains the head to predict outcomes from step boundaries; returns it, and its loss (nats)
   before that."""
   counts_BxT = _first_of_step(memory.step_ids_BxT, sampled_BxT)

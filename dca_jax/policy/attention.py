@@ -12,7 +12,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-LANES = 128  # Blocks of tokens, and the heads of splash attention, are padded to a multiple of this.
+LANES = (
+  128  # Blocks of tokens, and the heads of splash attention, are padded to a multiple of this.
+)
 
 
 class KeyValue(typing.NamedTuple):
@@ -52,9 +54,13 @@ def attend(
   b, t, n, h = q_BxTxNxH.shape
   kv_heads = own.k.shape[1]
   r = n // kv_heads
-  q = (q_BxTxNxH * (scale or h**-0.5)).reshape(b, t, kv_heads, r, h).transpose(0, 2, 3, 1, 4)  # B K R T H
+  q = (
+    (q_BxTxNxH * (scale or h**-0.5)).reshape(b, t, kv_heads, r, h).transpose(0, 2, 3, 1, 4)
+  )  # B K R T H
 
-  own_scores = _scores(q.reshape(b, kv_heads, r * t, h), own.k, soft_cap).reshape(b, kv_heads, r, t, -1)
+  own_scores = _scores(q.reshape(b, kv_heads, r * t, h), own.k, soft_cap).reshape(
+    b, kv_heads, r, t, -1
+  )
   own_scores = jnp.where(own_mask_TxU, own_scores, -jnp.inf)
   top = own_scores.max(-1)
   if prompt is not None:
@@ -67,9 +73,15 @@ def attend(
       return x.swapaxes(1, 2).reshape(p, kv_heads, g * r * t, x.shape[-1])
 
     def unfold(x):  # P K (G R T) _ -> (P G) K R T _
-      return x.reshape(p, kv_heads, g, r, t, x.shape[-1]).swapaxes(1, 2).reshape(b, kv_heads, r, t, x.shape[-1])
+      return (
+        x.reshape(p, kv_heads, g, r, t, x.shape[-1])
+        .swapaxes(1, 2)
+        .reshape(b, kv_heads, r, t, x.shape[-1])
+      )
 
-    folded_mask = jnp.tile(prompt_mask_PxTxS, (1, g * r if prompt_mask_PxTxS.shape[1] > 1 else 1, 1))[:, None]
+    folded_mask = jnp.tile(
+      prompt_mask_PxTxS, (1, g * r if prompt_mask_PxTxS.shape[1] > 1 else 1, 1)
+    )[:, None]
     prompt_scores = jnp.where(folded_mask, _scores(fold(q), prompt.k, soft_cap), -jnp.inf)
     top = jnp.maximum(top, unfold(prompt_scores.max(-1, keepdims=True))[..., 0])
   top = jax.lax.stop_gradient(top)[..., None]
@@ -93,12 +105,16 @@ def _mix(weights, v):
   return jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
-def choose_kernel(mesh: Mesh | None, tokens: int, head_dim: int, dtype: str, soft_cap: float) -> str:
+def choose_kernel(
+  mesh: Mesh | None, tokens: int, head_dim: int, dtype: str, soft_cap: float
+) -> str:
   """`splash` on TPUs, `cudnn` on GPUs where it can, `plain` elsewhere and for short blocks, whose scores are small."""
   if mesh is None or tokens < 2 * LANES:
     return "plain"
   device = mesh.devices.flat[0]
-  generation = str(getattr(device, "compute_capability", "")).split(".")[0]  # Of NVIDIA a number; 8 is Ampere.
+  generation = str(getattr(device, "compute_capability", "")).split(".")[
+    0
+  ]  # Of NVIDIA a number; 8 is Ampere.
   fits = dtype == "bfloat16" and head_dim <= 128 and head_dim % 8 == 0 and not soft_cap
   if generation.isdigit() and int(generation) >= 8 and fits:
     return "cudnn"
@@ -158,7 +174,9 @@ def flash_attend(
 
 def _splash(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, mesh):
   (b, t, n, _), u = q_BxTxNxH.shape, k_BxKxUxH.shape[2]
-  one = splash.LocalMask((t, u), (window - 1, 0), u - t) if window else splash.CausalMask((t, u), u - t)
+  one = (
+    splash.LocalMask((t, u), (window - 1, 0), u - t) if window else splash.CausalMask((t, u), u - t)
+  )
   q_size, size = (next(s for s in (512, 256, LANES) if x % s == 0) for x in (t, u))
   run = splash.make_splash_mha_single_device(
     splash.MultiHeadMask([one] * n),
@@ -167,14 +185,18 @@ def _splash(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, soft_cap, mesh):
     interpret=mesh is None or mesh.devices.flat[0].platform != "tpu",
   )
   # Segments keep what lies before a row's first key out.
-  segments = splash.SegmentIds(jnp.ones((b, t), jnp.int32), (jnp.arange(u) >= first_B[:, None]).astype(jnp.int32))
+  segments = splash.SegmentIds(
+    jnp.ones((b, t), jnp.int32), (jnp.arange(u) >= first_B[:, None]).astype(jnp.int32)
+  )
   return jax.vmap(run)(q_BxTxNxH.swapaxes(1, 2), k_BxKxUxH, v_BxKxUxH, segments).swapaxes(1, 2)
 
 
 def _dot_product(q_BxTxNxH, k_BxKxUxH, v_BxKxUxH, first_B, window, implementation):
   t, keys_U = q_BxTxNxH.shape[1], jnp.arange(k_BxKxUxH.shape[2])
   back_TxU = jnp.arange(t)[:, None] + keys_U.size - t - keys_U
-  mask_BxTxU = (back_TxU >= 0) & (back_TxU < (window or keys_U.size)) & (keys_U >= first_B[:, None, None])
+  mask_BxTxU = (
+    (back_TxU >= 0) & (back_TxU < (window or keys_U.size)) & (keys_U >= first_B[:, None, None])
+  )
   k, v = k_BxKxUxH.swapaxes(1, 2), v_BxKxUxH.swapaxes(1, 2)
   return jax.nn.dot_product_attention(
     q_BxTxNxH, k, v, mask=mask_BxTxU[:, None], scale=1.0, implementation=implementation

@@ -10,7 +10,12 @@ from dca_jax.doors import find
 from dca_jax.errors import UserError
 from dca_jax.policy.transformer import PolicyConfig
 
-_GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "post_norms": True, "scale_embedding": True}
+_GEMMA = {
+  "activation": "gelu_tanh",
+  "norm_plus_one": True,
+  "post_norms": True,
+  "scale_embedding": True,
+}
 
 # model_type -> the architecture, and the options that every model of the family has.
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,7 +76,11 @@ _ROPE = {
   "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-_OUTSIDE = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm": "model.norm.weight"}
+_OUTSIDE = {
+  "embedding": "model.embed_tokens.weight",
+  "head": "lm_head.weight",
+  "final_norm": "model.norm.weight",
+}
 
 # A layer's modules; the two norms around an MLP are named after its family.
 _MODULES = {
@@ -100,7 +109,9 @@ def family_of(config: PolicyConfig) -> Family:
     return _BuiltIn()
   kind = find(config.family, "policy.family")
   if not all(callable(getattr(kind, name, None)) for name in ("read", "tensor_name")):
-    raise UserError(f"policy.family: {config.family} must be a class with methods read and tensor_name")
+    raise UserError(
+      f"policy.family: {config.family} must be a class with methods read and tensor_name"
+    )
   return cast(Family, kind())
 
 
@@ -175,7 +186,9 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
     older = left.pop("type", "default")
     kind = left.pop("rope_type", older)
     if kind not in _ROPE or not left.keys() <= {"rope_theta", *_ROPE[kind]}:
-      raise refuse(f"rotary positions of the rope_type {kind!r} with {', '.join(sorted(left))} are not supported")
+      raise refuse(
+        f"rotary positions of the rope_type {kind!r} with {', '.join(sorted(left))} are not supported"
+      )
     if missing := {"rope_theta", *_ROPE[kind]} - left.keys():
       raise refuse(f"the rotary positions lack {min(missing)}")
     return float(left["rope_theta"]), tuple(float(left[key]) for key in _ROPE[kind])
@@ -184,10 +197,16 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
   architectures = take("architectures", None)
   if kind not in _FAMILIES or architectures not in (None, [_FAMILIES[kind][0]]):
     supported = ", ".join(name for name, _ in _FAMILIES.values())
-    raise refuse(f"the architecture {architectures or kind} is not supported (these are: {supported})")
+    raise refuse(
+      f"the architecture {architectures or kind} is not supported (these are: {supported})"
+    )
   gemma, gemma3 = kind.startswith("gemma"), kind == "gemma3_text"
 
-  sizes = {"width": number("hidden_size"), "depth": number("num_hidden_layers"), "heads": number("num_attention_heads")}
+  sizes = {
+    "width": number("hidden_size"),
+    "depth": number("num_hidden_layers"),
+    "heads": number("num_attention_heads"),
+  }
   sizes |= {"mlp": number("intermediate_size"), "vocab_size": number("vocab_size")}
   # These are checked when the shapes of the weights are.
   # They may be left out where they follow from the others; else transformers has those of one size.
@@ -206,7 +225,10 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
   parameters = take("rope_parameters", None)
   if gemma3:
     near = {"rope_theta": take("rope_local_base_freq", 1e4)}
-    nested = parameters or {"full_attention": take("rope_scaling", None) or {}, "sliding_attention": {}}
+    nested = parameters or {
+      "full_attention": take("rope_scaling", None) or {},
+      "sliding_attention": {},
+    }
     if set(nested) != {"full_attention", "sliding_attention"}:
       raise refuse("rope_parameters must hold full_attention and sliding_attention")
     parameters, local = nested["full_attention"], rope(near | nested["sliding_attention"])
@@ -221,12 +243,19 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
     window = number("sliding_window", 4096) * bool(take("use_sliding_window", gemma))
     first, period = number("max_window_layers", 28), number("_sliding_window_pattern", 6)
     every = number("sliding_window_pattern", period) if gemma3 else 2
-    slides = [(i + 1) % every > 0 if gemma else window > 0 and i >= first for i in range(sizes["depth"])]
+    slides = [
+      (i + 1) % every > 0 if gemma else window > 0 and i >= first for i in range(sizes["depth"])
+    ]
     if types := take("layer_types", None):
       slides = [{"full_attention": False, "sliding_attention": True}.get(name) for name in types]
       if len(slides) != sizes["depth"] or None in slides:
-        raise refuse(f"layer_types must name {sizes['depth']} layers, of full_attention or sliding_attention")
-    options |= {"windowed": tuple(np.flatnonzero(slides).tolist()), "window": window if any(slides) else 0}
+        raise refuse(
+          f"layer_types must name {sizes['depth']} layers, of full_attention or sliding_attention"
+        )
+    options |= {
+      "windowed": tuple(np.flatnonzero(slides).tolist()),
+      "window": window if any(slides) else 0,
+    }
 
   for key, value in _FIXED.items():
     if take(key, None) not in (None, value):

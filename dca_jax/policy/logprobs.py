@@ -42,7 +42,9 @@ def sampling_logits(hidden_NxD, head: Head, sampling: Sampling, targets_N=None) 
   `targets_N`, where given, are never cut: after an update a token that was sampled can leave the top k, and its
   log-probability must stay finite for the importance ratio and the gradient.
   """
-  logits = jnp.matmul(hidden_NxD, head.matrix_VxD.T.astype(hidden_NxD.dtype), preferred_element_type=jnp.float32)
+  logits = jnp.matmul(
+    hidden_NxD, head.matrix_VxD.T.astype(hidden_NxD.dtype), preferred_element_type=jnp.float32
+  )
   logits = constrain(logits, head.mesh, "rows", "vocab", vocab=logits.shape[-1])
   if head.soft_cap:
     logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
@@ -58,7 +60,9 @@ def sampling_logits(hidden_NxD, head: Head, sampling: Sampling, targets_N=None) 
     # Top-p acts on what top-k left, as the samplers of the field do.
     kept = jax.nn.softmax(jnp.where(ordered >= floor[:, None], ordered, -jnp.inf), -1)
     before = jnp.cumsum(kept, -1) - kept
-    floor = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, where=kept > 0, initial=jnp.inf)
+    floor = jnp.min(
+      jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, where=kept > 0, initial=jnp.inf
+    )
   keep = logits >= floor[:, None]
   if targets_N is not None:
     keep |= jnp.arange(vocab) == targets_N[:, None]
@@ -80,7 +84,11 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
   def cut(x_BxTx):
     """[chunks, B * size, ...], each chunk some columns of all rows, so that a device has its own."""
     padded = jnp.pad(x_BxTx, ((0, 0), (0, chunks * size - t), *[(0, 0)] * (x_BxTx.ndim - 2)))
-    return padded.reshape(b, chunks, size, *x_BxTx.shape[2:]).swapaxes(0, 1).reshape(chunks, -1, *x_BxTx.shape[2:])
+    return (
+      padded.reshape(b, chunks, size, *x_BxTx.shape[2:])
+      .swapaxes(0, 1)
+      .reshape(chunks, -1, *x_BxTx.shape[2:])
+    )
 
   @jax.checkpoint
   def one(hidden_NxD, targets_N):
@@ -91,4 +99,6 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
     return jnp.take_along_axis(logps, targets_N[:, None], -1)[:, 0], entropy
 
   logps, entropy = jax.lax.map(lambda args: one(*args), (cut(hidden_BxTxD), cut(targets_BxT)))
-  return tuple(x.reshape(chunks, b, size).swapaxes(0, 1).reshape(b, -1)[:, :t] for x in (logps, entropy))
+  return tuple(
+    x.reshape(chunks, b, size).swapaxes(0, 1).reshape(b, -1)[:, :t] for x in (logps, entropy)
+  )

@@ -17,7 +17,9 @@ def split(params) -> tuple[dict[str, Any], dict[str, Any]]:
   """
   flat = flatten_dict(params)
   trained = {path: x for path, x in flat.items() if path[-1].startswith("lora_")} or flat
-  return unflatten_dict({path: x for path, x in flat.items() if path not in trained}), unflatten_dict(trained)
+  return unflatten_dict(
+    {path: x for path, x in flat.items() if path not in trained}
+  ), unflatten_dict(trained)
 
 
 def join(frozen, trained) -> dict[str, Any]:
@@ -33,5 +35,7 @@ def merge(params, scale: float) -> dict[str, Any]:
       kernel, a = (*path[:-1], "kernel"), adapters[*path[:-1], "lora_a"]
       layers, rank = b.shape[:2]
       product = jnp.asarray(a).reshape(layers, -1, rank) @ jnp.asarray(b).reshape(layers, rank, -1)
-      frozen[kernel] = frozen[kernel].astype(jnp.float32) + scale * product.reshape(frozen[kernel].shape)
+      frozen[kernel] = frozen[kernel].astype(jnp.float32) + scale * product.reshape(
+        frozen[kernel].shape
+      )
   return unflatten_dict(frozen)

@@ -48,7 +48,9 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
   if config.pretrained:
     path = folder(config.pretrained) / "config.json"
     free = {key: getattr(config, key) for key in FREE}
-    config = dataclasses.replace(family_of(config).read(read_json(path), str(path), config.dtype), **free)
+    config = dataclasses.replace(
+      family_of(config).read(read_json(path), str(path), config.dtype), **free
+    )
     if why := config.check().get("attention"):
       raise UserError(f"policy.attention {why}: {path}")
   elif 0 < config.vocab_size < vocab_size:
@@ -64,7 +66,9 @@ def folder(pretrained: str, weights: bool = False) -> pathlib.Path:
   try:
     patterns = ["*.json", "*.safetensors"] if weights else ["*.json"]
     return pathlib.Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=patterns))
-  except Exception as error:  # The hub's client reports a bad name, no network and no such model in a dozen ways.
+  except (
+    Exception
+  ) as error:  # The hub's client reports a bad name, no network and no such model in a dozen ways.
     said = f"{pretrained!r} is no folder, and the hub does not give it: {reason(error)}"
     raise UserError(f"policy.pretrained: {said}") from error
 
@@ -88,7 +92,10 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
 
   def one(path, leaf, sharding):
     keys, layered = _keys(path), path[0].key == "blocks"
-    shape, spec = _file_shape(keys, leaf.shape[layered:]), (*sharding.spec, *[None] * leaf.ndim)[layered:]
+    shape, spec = (
+      _file_shape(keys, leaf.shape[layered:]),
+      (*sharding.spec, *[None] * leaf.ndim)[layered:],
+    )
     # Of the axes that a file has as one, only the first is ever sharded.
     spec = (spec[_inputs(keys)], spec[0]) if keys[-1] == "kernel" else spec[: len(shape)]
     ours = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
@@ -121,7 +128,11 @@ def _read(path: pathlib.Path, name: str, index=...) -> np.ndarray:
 def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, pathlib.Path]:
   """The file of every tensor in `source`, which must be those of `params`, in the right shapes."""
   index = source / "model.safetensors.index.json"
-  names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+  names = (
+    sorted(set(read_json(index).get("weight_map", {}).values()))
+    if index.exists()
+    else ["model.safetensors"]
+  )
   files: dict[str, pathlib.Path] = {}
   shapes: dict[str, tuple[int, ...]] = {}
   for path in map(source.joinpath, names):
@@ -132,18 +143,26 @@ def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, path
     except FileNotFoundError:
       raise UserError(f"{path} is missing; download the model again") from None
     except (OSError, SafetensorError) as error:
-      raise UserError(f"{path} is cut short or damaged ({error}); download the model again") from error
+      raise UserError(
+        f"{path} is cut short or damaged ({error}); download the model again"
+      ) from error
   wanted = {name: shape for name, _, _, shape in _named(config, params)}
   for name, shape in wanted.items():
     if name not in shapes:
-      raise UserError(f"{source} has no tensor {name}, which its config.json calls for; download the model again")
+      raise UserError(
+        f"{source} has no tensor {name}, which its config.json calls for; download the model again"
+      )
     if shapes[name] != shape:
-      raise UserError(f"{files[name]}: {name} has the shape {shapes[name]}, but by its config.json it is {shape}")
+      raise UserError(
+        f"{files[name]}: {name} has the shape {shapes[name]}, but by its config.json it is {shape}"
+      )
   head = family_of(config).tensor_name(config, ("head",))
   for name in sorted(shapes.keys() - wanted.keys()):
     # A tied model may have its head written out, and old Llamas their rotary frequencies.
     if not (config.tied and name == head) and not name.endswith("rotary_emb.inv_freq"):
-      raise UserError(f"{files[name]}: {name} is a tensor that a model with this config.json does not have")
+      raise UserError(
+        f"{files[name]}: {name} is a tensor that a model with this config.json does not have"
+      )
   return files
 
 
@@ -162,20 +181,29 @@ def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
   return (math.prod(shape),) if keys[-1] == "bias" else tuple(shape)
 
 
-def _named(config: PolicyConfig, params) -> Iterator[tuple[str, tuple[str, ...], int | None, tuple[int, ...]]]:
+def _named(
+  config: PolicyConfig, params
+) -> Iterator[tuple[str, tuple[str, ...], int | None, tuple[int, ...]]]:
   """For each tensor of a model its name, the keys of its parameter, which layer of that it is, and its shape."""
   shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
   family = family_of(config)
   for i in (None, *range(config.depth)):
     for keys, shape in shapes.items():
       if (keys[0] == "blocks") == (i is not None):
-        yield family.tensor_name(config, keys).format(i), keys, i, _file_shape(keys, shape[i is not None :])
+        yield (
+          family.tensor_name(config, keys).format(i),
+          keys,
+          i,
+          _file_shape(keys, shape[i is not None :]),
+        )
 
 
 # Out.
 
 
-def save(params, config: PolicyConfig, original: str, tokenizer: epath.Path, output: pathlib.Path) -> None:
+def save(
+  params, config: PolicyConfig, original: str, tokenizer: epath.Path, output: pathlib.Path
+) -> None:
   """Writes a Hugging Face folder in float32, and reads it again before it gets its name.
 
   Args:
@@ -188,25 +216,35 @@ def save(params, config: PolicyConfig, original: str, tokenizer: epath.Path, out
   """
   if output.exists():
     raise UserError(f"{output} is already there; choose another --output")
-  described = split(nn.unbox(jax.eval_shape(Policy(config, config.vocab_size).init_params, jax.random.key(0))))[1]
+  described = split(
+    nn.unbox(jax.eval_shape(Policy(config, config.vocab_size).init_params, jax.random.key(0)))
+  )[1]
   if jax.tree.map(jnp.shape, described) != jax.tree.map(jnp.shape, params):
-    raise UserError(f"{original}: its config.json does not describe what was trained any more; bring the old one back")
+    raise UserError(
+      f"{original}: its config.json does not describe what was trained any more; bring the old one back"
+    )
   partial = output.with_name(f".{output.name}.partial")
   try:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in tokenizer.iterdir():
       (partial / file.name).write_bytes(file.read_bytes())
-    files = (_write_adapters if config.lora_rank else _write_model)(params, config, original, partial)
+    files = (_write_adapters if config.lora_rank else _write_model)(
+      params, config, original, partial
+    )
     for name, keys, layer, shape in _named(config, params):
       if _read(files[name], name).tobytes() != _theirs(params, keys, layer, shape).tobytes():
         raise UserError(f"{files[name]}: {name} was not written as it is; the disk may be failing")
     partial.rename(output)
   except (OSError, SafetensorError) as error:
-    raise UserError(f"could not write {output} ({error}); make room or choose another --output") from error
+    raise UserError(
+      f"could not write {output} ({error}); make room or choose another --output"
+    ) from error
 
 
-def _write_model(params, config: PolicyConfig, original: str, partial: pathlib.Path) -> dict[str, pathlib.Path]:
+def _write_model(
+  params, config: PolicyConfig, original: str, partial: pathlib.Path
+) -> dict[str, pathlib.Path]:
   """Writes all of a model, with the config.json and generation_config.json it had; returns the file of every tensor."""
   source = folder(original)
   described = read_json(source / "config.json")
@@ -224,13 +262,20 @@ def _write_model(params, config: PolicyConfig, original: str, partial: pathlib.P
     places |= {name: file for name, *_ in shard}
     tensors = {name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in shard}
     save_file(tensors, partial / file, metadata={"format": "pt"})
-  _write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+  _write_json(
+    partial / "model.safetensors.index.json",
+    {"metadata": {"total_size": total}, "weight_map": places},
+  )
   return _check(config, partial, params)
 
 
-def _write_adapters(params, config: PolicyConfig, original: str, partial: pathlib.Path) -> dict[str, pathlib.Path]:
+def _write_adapters(
+  params, config: PolicyConfig, original: str, partial: pathlib.Path
+) -> dict[str, pathlib.Path]:
   """The same for adapters, as peft reads them."""
-  tensors = {name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in _named(config, params)}
+  tensors = {
+    name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in _named(config, params)
+  }
   described = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -254,4 +299,6 @@ def _theirs(params, keys: tuple[str, ...], layer: int | None, shape: tuple[int, 
   """A tensor as a file has it."""
   ours = functools.reduce(operator.getitem, keys, params)
   ours = np.asarray(ours if layer is None else ours[layer], np.float32)
-  return np.ascontiguousarray(ours.reshape(shape[::-1]).T if keys[-1] in _TURNED else ours.reshape(shape))
+  return np.ascontiguousarray(
+    ours.reshape(shape[::-1]).T if keys[-1] in _TURNED else ours.reshape(shape)
+  )

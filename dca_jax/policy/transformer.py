@@ -94,9 +94,15 @@ class PolicyConfig:
   def check(self) -> dict[str, str]:
     bad = positive(self, "width", "depth", "heads", "kv_heads", "mlp", "lora_alpha")
     bad |= at_least(0, self, "vocab_size", "local_rope_theta", "query_scalar", "norm_eps")
-    bad |= at_least(0, self, "attention_soft_cap", "logit_soft_cap") | one_of(self, "activation", *_ACTIVATIONS)
-    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(self, "weights", "float32", "bfloat16")
-    bad |= one_of(self, "remat", *_REMAT) | one_of(self, "attention", "auto", "plain", "splash", "cudnn")
+    bad |= at_least(0, self, "attention_soft_cap", "logit_soft_cap") | one_of(
+      self, "activation", *_ACTIVATIONS
+    )
+    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(
+      self, "weights", "float32", "bfloat16"
+    )
+    bad |= one_of(self, "remat", *_REMAT) | one_of(
+      self, "attention", "auto", "plain", "splash", "cudnn"
+    )
     if self.head_dim < 2 or self.head_dim % 2:
       bad["head_dim"] = "must be even and positive, for rotary positions"
     if self.kv_heads > 0 and self.heads % self.kv_heads:
@@ -104,8 +110,14 @@ class PolicyConfig:
     if self.rope_theta <= 1:
       bad["rope_theta"] = "must be above 1"
     scaling = self.rope_scaling
-    if len(scaling) not in (0, 1, 4) or min(scaling, default=1) <= 0 or (scaling[1:] and scaling[1] >= scaling[2]):
-      bad["rope_scaling"] = "must be (), (factor,) or (factor, low, high, original), positive, with low below high"
+    if (
+      len(scaling) not in (0, 1, 4)
+      or min(scaling, default=1) <= 0
+      or (scaling[1:] and scaling[1] >= scaling[2])
+    ):
+      bad["rope_scaling"] = (
+        "must be (), (factor,) or (factor, low, high, original), positive, with low below high"
+      )
     if not all(type(i) is int and 0 <= i < self.depth for i in self.windowed):
       bad["windowed"] = f"must be layers from 0 to {self.depth - 1}"
     if self.windowed and self.window < 1:
@@ -117,18 +129,28 @@ class PolicyConfig:
     if self.weights == "bfloat16" and not self.pretrained:
       bad["weights"] = "can be 'bfloat16' only with policy.pretrained"
     if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.attention_soft_cap):
-      bad["attention"] = "can be 'cudnn' only with policy.dtype 'bfloat16' and without policy.attention_soft_cap"
+      bad["attention"] = (
+        "can be 'cudnn' only with policy.dtype 'bfloat16' and without policy.attention_soft_cap"
+      )
     return bad
 
   def unused(self) -> dict[str, str]:
     adapted = dict.fromkeys(("lora_alpha", "lora_targets"), "policy.lora_rank is 0")
     if self.lora_rank:
-      adapted = {"weights": "policy.lora_rank is not 0, and what is not trained is kept in policy.dtype"}
+      adapted = {
+        "weights": "policy.lora_rank is not 0, and what is not trained is kept in policy.dtype"
+      }
     if self.pretrained:
-      keys = [field.name for field in dataclasses.fields(self) if field.name not in (*FREE, "pretrained")]
+      keys = [
+        field.name for field in dataclasses.fields(self) if field.name not in (*FREE, "pretrained")
+      ]
       return adapted | dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
     adapted["family"] = "policy.pretrained is empty"
-    windows = {} if self.windowed else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
+    windows = (
+      {}
+      if self.windowed
+      else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
+    )
     return adapted | windows
 
   @property
@@ -142,7 +164,16 @@ class PolicyConfig:
 
 
 # Whatever the model.
-FREE = ("family", "dtype", "weights", "remat", "attention", "lora_rank", "lora_alpha", "lora_targets")
+FREE = (
+  "family",
+  "dtype",
+  "weights",
+  "remat",
+  "attention",
+  "lora_rank",
+  "lora_alpha",
+  "lora_targets",
+)
 _REMAT = {
   "all": jax.checkpoint_policies.everything_saveable,
   "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -152,9 +183,13 @@ _MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
 
-def _param(module: nn.Module, name: str, init, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+def _param(
+  module: nn.Module, name: str, init, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> jax.Array:
   """A float32 parameter that carries its logical axis names while it is boxed."""
-  return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
+  return cast(
+    jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+  )
 
 
 class Weight(nn.Module):
@@ -182,7 +217,11 @@ class Weight(nn.Module):
       zeros, ins, outs = nn.initializers.zeros, slice(self.inputs), slice(self.inputs, None)
       a = _param(self, "lora_a", init, (*self.axes[ins], "rank"), (*self.shape[ins], r))
       b = _param(self, "lora_b", zeros, ("rank", *self.axes[outs]), (r, *self.shape[outs]))
-      y += self.lora_scale * (x @ a.astype(self.dtype).reshape(fan_in, r)) @ b.astype(self.dtype).reshape(r, fan_out)
+      y += (
+        self.lora_scale
+        * (x @ a.astype(self.dtype).reshape(fan_in, r))
+        @ b.astype(self.dtype).reshape(r, fan_out)
+      )
     y = y.reshape(*leading, *self.shape[self.inputs :])
     if self.bias:
       zeros, axes = nn.initializers.zeros, self.axes[self.inputs :]
@@ -203,7 +242,9 @@ class RMSNorm(nn.Module):
     scale = _param(self, "scale", init, (self.axis,), x.shape[-1:])
     scale = 1 + scale.astype(jnp.float32) if c.norm_plus_one else scale
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + c.norm_eps) * scale).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + c.norm_eps) * scale).astype(
+      x.dtype
+    )
 
 
 class Block(nn.Module):
@@ -221,7 +262,11 @@ class Block(nn.Module):
   def __call__(self, x_BxTxD, prompt, windowed, views, start_B, cache=None, index=None):
     c = self.config
     both = len(views) > 1
-    view = jax.tree.map(lambda whole, near: jnp.where(windowed, near, whole), *views) if both else views[0]
+    view = (
+      jax.tree.map(lambda whole, near: jnp.where(windowed, near, whole), *views)
+      if both
+      else views[0]
+    )
     rope, own_mask_TxU, prompt_mask_PxTxS = view
 
     def weight(name, shape, axes, inputs=1, bias=False):
@@ -229,15 +274,24 @@ class Block(nn.Module):
       return Weight(shape, axes, inputs, c.dtype, bias, rank, c.lora_scale, self.mesh, name=name)
 
     y = RMSNorm(c, name="attention_norm")(x_BxTxD)
-    q = weight("q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), bias=c.qkv_bias)(y)
-    k = weight("k", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(y)
-    v = weight("v", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(y)
+    q = weight(
+      "q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), bias=c.qkv_bias
+    )(y)
+    k = weight(
+      "k", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias
+    )(y)
+    v = weight(
+      "v", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias
+    )(y)
     if c.qk_norm:
       q, k = RMSNorm(c, "head_dim", name="q_norm")(q), RMSNorm(c, "head_dim", name="k_norm")(k)
     own = KeyValue(_rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2))
     if cache is not None:
       own = KeyValue(
-        *(jax.lax.dynamic_update_slice_in_dim(c, new, index, 2) for c, new in zip(cache, own, strict=True))
+        *(
+          jax.lax.dynamic_update_slice_in_dim(c, new, index, 2)
+          for c, new in zip(cache, own, strict=True)
+        )
       )
     q, limits = _rotate(q, rope), ((c.query_scalar or c.head_dim) ** -0.5, c.attention_soft_cap)
     kernel = c.attention
@@ -310,7 +364,9 @@ class Policy(nn.Module):
     return self.final_norm(x), own
 
   def _embed(self, tokens):
-    x = constrain(self.embedding_VxD[tokens].astype(self.config.dtype), self.mesh, "rows", None, "embed")
+    x = constrain(
+      self.embedding_VxD[tokens].astype(self.config.dtype), self.mesh, "rows", None, "embed"
+    )
     return x * self.config.width**0.5 if self.config.scale_embedding else x
 
   def _finish(self, x):
@@ -323,7 +379,11 @@ class Policy(nn.Module):
     params = self.clone(mesh=None).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
     def cast(path, x):
-      return x if any(str(getattr(key, "key", "")).startswith("lora_") for key in path) else x.astype(self.config.kept)
+      return (
+        x
+        if any(str(getattr(key, "key", "")).startswith("lora_") for key in path)
+        else x.astype(self.config.kept)
+      )
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -369,7 +429,9 @@ class Policy(nn.Module):
       updated = []
       for i, ((block, keys), own) in enumerate(zip(layers, cache, strict=True)):
         view = views[-1] if i in c.windowed else views[0]
-        x, read = Block(c, self.mesh).apply({"params": block}, x, keys, None, (view,), start_B, own, index)
+        x, read = Block(c, self.mesh).apply(
+          {"params": block}, x, keys, None, (view,), start_B, own, index
+        )
         updated.append(read)
       return self.apply({"params": params}, x, method="_finish")[:, 0], tuple(updated)  # type: ignore[call-overload]
 
@@ -389,7 +451,9 @@ def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) ->
     near_TxU = (back_TxU >= 0) & (back_TxU < config.window)
     if prompt_mask_PxS is not None:
       prompts, s = prompt_mask_PxS.shape
-      positions_PxT = positions_BxT.reshape(prompts, -1, queries_T.size)[:, 0]  # A group's rows begin together.
+      positions_PxT = positions_BxT.reshape(prompts, -1, queries_T.size)[
+        :, 0
+      ]  # A group's rows begin together.
       prompt_mask = prompt_mask & (positions_PxT[..., None] - jnp.arange(s) < config.window)
     views.append((_rope(positions_BxT, config, windowed=True), near_TxU, prompt_mask))
   return tuple(views)
@@ -398,7 +462,9 @@ def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) ->
 def _rope(positions_BxT, config: PolicyConfig, windowed: bool = False):
   """Cosines and sines [B, T, 1, H / 2] of the rotary position embedding (Su et al. 2021), half-rotation form."""
   local = windowed and config.local_rope_theta > 0
-  theta, scaling = (config.local_rope_theta, ()) if local else (config.rope_theta, config.rope_scaling)
+  theta, scaling = (
+    (config.local_rope_theta, ()) if local else (config.rope_theta, config.rope_scaling)
+  )
   frequencies = theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
   if scaling:
     kept = jnp.float32(0)

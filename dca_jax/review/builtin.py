@@ -69,7 +69,9 @@ class Random(_Control):
 
   def review(self, request: Request) -> Review:
     rng = _rng(self.seed, request.id)
-    return _review([rng.choice(ROLES) for _ in request.steps], [rng.random() for _ in request.steps])
+    return _review(
+      [rng.choice(ROLES) for _ in request.steps], [rng.random() for _ in request.steps]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,8 @@ class NaN(Oracle):
   def distort(self, request: Request, review: Review) -> Review:
     lost = _rng(self.seed, request.id).randrange(max(1, len(request.steps)))
     weights, values = (
-      tuple(math.nan if k == lost else x for k, x in enumerate(xs)) for xs in (review.weights, review.values)
+      tuple(math.nan if k == lost else x for k, x in enumerate(xs))
+      for xs in (review.weights, review.values)
     )
     return Review("ok", review.roles, weights, values)
 

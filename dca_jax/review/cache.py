@@ -255,7 +255,9 @@ class Cache:
 
   def _sums(self) -> "collections.defaultdict[str, float]":
     rows = self._db.execute("select reviewer, sum(dollars) from spending group by reviewer")
-    return collections.defaultdict(float, {reviewer: max(0.0, dollars) for reviewer, dollars in rows})
+    return collections.defaultdict(
+      float, {reviewer: max(0.0, dollars) for reviewer, dollars in rows}
+    )
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
@@ -291,7 +293,9 @@ def _take_over(path: pathlib.Path, into: sqlite3.Connection, same: bool) -> str:
   return next(iter(damages), "")
 
 
-def _rows(source: sqlite3.Connection, columns: str, table: str, damages: list[str]) -> Iterator[tuple]:
+def _rows(
+  source: sqlite3.Connection, columns: str, table: str, damages: list[str]
+) -> Iterator[tuple]:
   """The rows of a table, where it is damaged from either end up to the damage."""
   last = -1
   try:
@@ -322,7 +326,9 @@ def mark(path: pathlib.Path) -> Mark:
 
 def _mark(db: sqlite3.Connection) -> Mark:
   tables = ("replies", "spending")
-  return Mark(*(db.execute(f"select coalesce(max(rowid), 0) from {t}").fetchone()[0] for t in tables))
+  return Mark(
+    *(db.execute(f"select coalesce(max(rowid), 0) from {t}").fetchone()[0] for t in tables)
+  )
 
 
 def copy_since(path: pathlib.Path, since: Mark, target: pathlib.Path) -> Mark:
@@ -337,6 +343,11 @@ def copy_since(path: pathlib.Path, since: Mark, target: pathlib.Path) -> Mark:
       for table in _TABLES:
         db.execute(f"create table target.{table}")
       with db:
-        db.execute("insert into target.replies select * from main.replies where rowid > ?", (since.reply,))
-        db.execute("insert into target.spending select * from main.spending where number > ?", (since.number,))
+        db.execute(
+          "insert into target.replies select * from main.replies where rowid > ?", (since.reply,)
+        )
+        db.execute(
+          "insert into target.spending select * from main.spending where number > ?",
+          (since.number,),
+        )
   return now

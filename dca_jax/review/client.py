@@ -104,7 +104,9 @@ class Client:
 
   # What the training thread calls.
 
-  def submit(self, requests: Sequence[Request], deadline: float) -> "concurrent.futures.Future[list[Review]]":
+  def submit(
+    self, requests: Sequence[Request], deadline: float
+  ) -> "concurrent.futures.Future[list[Review]]":
     if self._closed:
       return finished([Review("closed")] * len(requests))
     reviewing = self._review(list(requests), self._loop.time() + deadline)
@@ -121,7 +123,10 @@ class Client:
     asked = max(1, sum(self._statuses.values()))
     out = {f"review/status_{status}": n / asked for status, n in sorted(self._statuses.items())}
     out |= {f"review/{k}": float(v) for k, v in dataclasses.asdict(self._usage).items()}
-    out |= {"review/cached": self._cached / asked, "review/concurrency": float(int(self._gate.allowed))}
+    out |= {
+      "review/cached": self._cached / asked,
+      "review/concurrency": float(int(self._gate.allowed)),
+    }
     out["review/suspicious"] = self._suspicious / asked
     out["review/uncalled_steps"] = float(self._health.uncalled_steps)
     out["review/dollars_spent"] = self._wallet.budget.spent
@@ -143,7 +148,9 @@ class Client:
   def trial(self, seconds: float) -> Trial:
     if self._closed:
       return Trial()
-    return asyncio.run_coroutine_threadsafe(self._trial(self._loop.time() + seconds), self._loop).result()
+    return asyncio.run_coroutine_threadsafe(
+      self._trial(self._loop.time() + seconds), self._loop
+    ).result()
 
   def failures(self) -> str:
     return self._health.failures()
@@ -171,10 +178,15 @@ class Client:
   async def _review(self, requests: list[Request], end: float) -> list[Review]:
     step = _Step(self._loop.time(), end)
     reviews = [Review("timeout")] * len(requests)
-    calls: dict[str | int, list[int]] = collections.defaultdict(list)  # The requests that share a call.
+    calls: dict[str | int, list[int]] = collections.defaultdict(
+      list
+    )  # The requests that share a call.
     for i, request in enumerate(requests):
       calls[request.problem if self._config.whole_group else i].append(i)
-    jobs = {asyncio.create_task(self._job([requests[i] for i in own], step)): own for own in calls.values()}
+    jobs = {
+      asyncio.create_task(self._job([requests[i] for i in own], step)): own
+      for own in calls.values()
+    }
     repeats = {
       i: asyncio.create_task(self._job([requests[i]], step, again=1))
       for i in sorted(itertools.chain(*calls.values()))
@@ -190,7 +202,9 @@ class Client:
     for i, task in repeats.items():
       again = _outcome(task, 1)[0]
       if again.status == reviews[i].status == "ok":
-        self._agreed.append(statistics.fmean(a == b for a, b in zip(again.roles, reviews[i].roles, strict=True)))
+        self._agreed.append(
+          statistics.fmean(a == b for a, b in zip(again.roles, reviews[i].roles, strict=True))
+        )
     self._statuses.update(review.status for review in reviews)
     self._cached += sum(review.cached for review in reviews)
     self._suspicious += sum(review.suspicious for review in reviews)
@@ -222,7 +236,11 @@ class Client:
 
   async def _trial(self, end: float) -> Trial:
     """Asks until there is a review, the time is up, or another try would not help."""
-    prompt, began, spent = make_prompt(self._rubric, [PLANTED]), self._loop.time(), self._usage.dollars
+    prompt, began, spent = (
+      make_prompt(self._rubric, [PLANTED]),
+      self._loop.time(),
+      self._usage.dollars,
+    )
     key = hashlib.sha256(f"{self._name}/trial".encode()).hexdigest()
     where, chances = self._config.where, 0
     for again in itertools.count():
@@ -240,7 +258,9 @@ class Client:
       if not hopeful or (left := end - self._loop.time()) <= 0:
         break
       await asyncio.sleep(min(left, 0.1 * 2 ** min(again, 5)))
-    if review.status == "budget":  # No fault of the server: the run goes on without reviews, or ends.
+    if (
+      review.status == "budget"
+    ):  # No fault of the server: the run goes on without reviews, or ends.
       return Trial(f"{where} was not asked: reviewer.client.max_dollars are spent")
     return Trial(wrong=self._health.failures())
 
@@ -261,7 +281,9 @@ class Client:
     self._probe_task = asyncio.create_task(self._call(requests, prompt, key, own, 0))
     self._loop.call_later(most, self._probe_task.cancel)
 
-  async def _call(self, requests, prompt: Prompt, key: str, step: _Step, again: int) -> list[Review]:
+  async def _call(
+    self, requests, prompt: Prompt, key: str, step: _Step, again: int
+  ) -> list[Review]:
     step.asked += 1
     if self._breaker.open and not (step.is_probe or self._refused):
       self._probe(requests, prompt, key, step)

@@ -53,11 +53,23 @@ class ClientConfig:
     return urllib.parse.urlsplit(self.base_url).netloc.rpartition("@")[2] or google
 
   def check(self) -> dict[str, str]:
-    amounts = ("requests_per_minute", "tokens_per_minute", "max_dollars", "prompt_price", "output_price")
-    bad = at_least(1, self, "concurrency", "attempts") | at_least(0, self, *amounts, "max_output_tokens")
-    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(self, "attempt_seconds", most=600)
+    amounts = (
+      "requests_per_minute",
+      "tokens_per_minute",
+      "max_dollars",
+      "prompt_price",
+      "output_price",
+    )
+    bad = at_least(1, self, "concurrency", "attempts") | at_least(
+      0, self, *amounts, "max_output_tokens"
+    )
+    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(
+      self, "attempt_seconds", most=600
+    )
     if self.base_url and not _is_address(self.base_url):
-      bad["base_url"] = "must begin with http:// or https:// and name a server, such as http://localhost:8000/v1"
+      bad["base_url"] = (
+        "must begin with http:// or https:// and name a server, such as http://localhost:8000/v1"
+      )
     bad |= one_of(self, "thinking", "minimal", "low", "medium", "high", "")
     return bad | one_of(self, "on_budget", "degrade", "stop")
 

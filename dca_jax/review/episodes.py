@@ -26,13 +26,19 @@ class Asked(NamedTuple):
   reviews: Future[list[Review]]
 
 
-def ask(reviewer: Reviewer, episodes: Sequence[Episode], chosen: Sequence[bool], deadline: float) -> Asked:
+def ask(
+  reviewer: Reviewer, episodes: Sequence[Episode], chosen: Sequence[bool], deadline: float
+) -> Asked:
   """Hands the episodes that are `chosen` to the reviewer, and returns at once."""
-  requests = [Request.of(episode) if ask else None for episode, ask in zip(episodes, chosen, strict=True)]
+  requests = [
+    Request.of(episode) if ask else None for episode, ask in zip(episodes, chosen, strict=True)
+  ]
   return Asked(requests, reviewer.submit([r for r in requests if r], deadline))
 
 
-def worth_a_review(scheme: ReadsReviews, episodes: Sequence[Episode], group: int, share: float) -> list[bool]:
+def worth_a_review(
+  scheme: ReadsReviews, episodes: Sequence[Episode], group: int, share: float
+) -> list[bool]:
   """Which episodes a review can matter to, and of these the `share` that is asked about."""
   chosen = []
   for i, episode in enumerate(episodes):
@@ -52,12 +58,18 @@ def wait_for_reviews(asked: Asked, deadline: float) -> list[Review]:
   return [next(came) if request else Review("skipped") for request in asked.requests]
 
 
-def usable(reviews: Future[list[Review]], requests: Sequence[Request], deadline: float) -> list[Review]:
+def usable(
+  reviews: Future[list[Review]], requests: Sequence[Request], deadline: float
+) -> list[Review]:
   """The reviews when they have come; one that does not fit its episode is `invalid`."""
   came = [Review("timeout")] * len(requests)
-  with contextlib.suppress(TimeoutError):  # A client keeps its deadline; this is for one that does not.
+  with contextlib.suppress(
+    TimeoutError
+  ):  # A client keeps its deadline; this is for one that does not.
     came = reviews.result(deadline + 1.0)
-  return [review.checked(len(request.steps)) for review, request in zip(came, requests, strict=True)]
+  return [
+    review.checked(len(request.steps)) for review, request in zip(came, requests, strict=True)
+  ]
 
 
 class Canary(NamedTuple):

@@ -33,7 +33,9 @@ class Calls(Reviewer):
     def finish(i: int | None) -> None:
       with self._lock:
         missing.discard(-1 if i is None else i)
-        if result.done() or (missing and i is not None) or not result.set_running_or_notify_cancel():
+        if (
+          result.done() or (missing and i is not None) or not result.set_running_or_notify_cancel()
+        ):
           return
         said = list(reviews)
         self._statuses.update(review.status for review in said)

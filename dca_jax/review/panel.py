@@ -102,7 +102,9 @@ def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[f
     said = [(review.roles[k], review.weights[k]) for review in named]
     role = statistics.mode(r for r, _ in said)
     for_it = [w for r, w in said if r == role]
-    weights.append(float(middle(for_it if how == "vote" else [w if r == role else 0.0 for r, w in said])))
+    weights.append(
+      float(middle(for_it if how == "vote" else [w if r == role else 0.0 for r, w in said]))
+    )
     roles.append(role)
     disagreed.append(float(len(for_it) < len(said)))
   valued = [review.values for review in good if review.values]

@@ -59,16 +59,24 @@ class Prompt(NamedTuple):
 def make_prompt(rubric: str, requests: Sequence[Request], attempt: int = 0) -> Prompt:
   """The question about several answers to one problem; the marks change with `attempt`, nothing else does."""
   last = MAX_STEPS - 1
-  shown = [[*r.steps[:last], "".join(r.steps[last:])] if r.steps[last:] else r.steps for r in requests]
+  shown = [
+    [*r.steps[:last], "".join(r.steps[last:])] if r.steps[last:] else r.steps for r in requests
+  ]
   answers = [
     {
       "answer": i,
-      "outcome": "correct" if request.correct else "ran out of room" if request.truncated else "incorrect",
+      "outcome": "correct"
+      if request.correct
+      else "ran out of room"
+      if request.truncated
+      else "incorrect",
       "steps": [{"step": k, "text": _clean(text)} for k, text in enumerate(steps, 1)],
     }
     for i, (request, steps) in enumerate(zip(requests, shown, strict=True), 1)
   ]
-  payload = json.dumps({"problem": _clean(requests[0].problem), "answers": answers}, ensure_ascii=True)
+  payload = json.dumps(
+    {"problem": _clean(requests[0].problem), "answers": answers}, ensure_ascii=True
+  )
   key = hashlib.sha256(json.dumps([rubric, _FRAME, payload]).encode()).hexdigest()
   mark = "doc-" + hashlib.sha256(f"{key}/{attempt}".encode()).hexdigest()[:16]
   counts = tuple(len(steps) for steps in shown)
@@ -101,7 +109,9 @@ def _schema(counts: Sequence[int]) -> dict[str, Any]:
   weight = {"type": "integer", "enum": [*range(MAX_WEIGHT + 1)]}
   step, flag = {"$ref": "#/$defs/step"}, {"type": "boolean"}
   answers = {
-    f"answer_{i}": _object({f"step_{k}": step for k in range(1, count + 1)} | {"suspicious": flag, "sure": flag})
+    f"answer_{i}": _object(
+      {f"step_{k}": step for k in range(1, count + 1)} | {"suspicious": flag, "sure": flag}
+    )
     for i, count in enumerate(counts, 1)
   }
   return _object(answers) | {"$defs": {"step": _object({"role": role, "weight": weight})}}

@@ -179,7 +179,9 @@ def _built_in() -> dict[str, type[ReviewerConfig]]:
   return REVIEWERS
 
 
-def open_reviewer(config: ReviewerConfig, truth: Truth, cache: pathlib.Path | None, share: Share = _ALONE) -> Reviewer:
+def open_reviewer(
+  config: ReviewerConfig, truth: Truth, cache: pathlib.Path | None, share: Share = _ALONE
+) -> Reviewer:
   """The reviewer that `config` describes; `cache` is where replies that were paid for are kept.
 
   Raises:

@@ -5,7 +5,11 @@ from dca_jax.review.types import Request
 PLANTED = Request(
   "trial",
   "A box holds 3 red balls. Add 4 blue ones, then double what is in the box. How many balls are there?",
-  ("There are 3 + 4 = 7 balls before doubling.\n", "Doubled, that is 7 * 2 = 15.\n", "The answer is 15.\n"),
+  (
+    "There are 3 + 4 = 7 balls before doubling.\n",
+    "Doubled, that is 7 * 2 = 15.\n",
+    "The answer is 15.\n",
+  ),
   correct=False,
   truncated=False,
 )

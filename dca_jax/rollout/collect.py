@@ -123,7 +123,9 @@ def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, param
   )
 
 
-def _verified(samples: Samples, step: int, problems: Sequence[Problem], task: Task, tokenizer) -> Iterator[Episode]:
+def _verified(
+  samples: Samples, step: int, problems: Sequence[Problem], task: Task, tokenizer
+) -> Iterator[Episode]:
   group = len(samples.tokens_BxT) // len(problems)
   outcomes = verify(task, attempts(tokenizer, problems, samples))
   for i, (tokens, n, _, logprobs) in enumerate(zip(*samples, strict=True)):
@@ -164,7 +166,9 @@ def cut_steps(episodes: Sequence[Episode], tokenizer, task: Task) -> tuple[list[
   return done, uncut
 
 
-def rows_of(episodes: Sequence[Episode], most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def rows_of(
+  episodes: Sequence[Episode], most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Tokens, which of them were sampled, their steps, and their log-probabilities, each [B, most]."""
   shape = len(episodes), most
   tokens_BxT, sampled_BxT = np.zeros(shape, np.int32), np.zeros(shape, bool)

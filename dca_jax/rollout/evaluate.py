@@ -38,7 +38,9 @@ class EvaluateConfig:
 
   def check(self) -> dict[str, str]:
     bad = at_least(1, self, "problems", "samples", "k") | at_least(0, self, "every")
-    return bad | ({"k": f"must not exceed evaluate.samples ({self.samples})"} if self.k > self.samples else {})
+    return bad | (
+      {"k": f"must not exceed evaluate.samples ({self.samples})"} if self.k > self.samples else {}
+    )
 
 
 class Estimate(typing.NamedTuple):
@@ -57,7 +59,9 @@ class Answer(typing.NamedTuple):
   length: int
 
 
-def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[str, Estimate]:
+def evaluate(
+  config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params
+) -> dict[str, Estimate]:
   """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
   answers = answer(config, sampler, task, tokenizer, params)
   problems, samples = range(config.problems), range(config.samples)
@@ -67,7 +71,9 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
   scores = {
     "greedy": interval(greedy),
     "sampled": interval(sampled.mean(1)),
-    f"pass@{config.k}": interval([pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]),
+    f"pass@{config.k}": interval(
+      [pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]
+    ),
     "length": Estimate(length, length, length),
   }
   if task.final_answer:
@@ -77,7 +83,9 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, pa
   return scores
 
 
-def answer(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params) -> dict[tuple[int, int], Answer]:
+def answer(
+  config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params
+) -> dict[tuple[int, int], Answer]:
   """The greedy answer and the sampled ones to every problem, by problem and number of the sample.
 
   They are drawn in batches of training's shape, by its program and in its memory.
@@ -97,7 +105,9 @@ def answer(config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, para
     samples = sampler(params, *prompts, [i for i, _ in batch], key, wanted_PxG)
     samples = cut_at_stops(rollout.stop, tokenizer, samples)
     made = attempts(tokenizer, problems, samples)
-    places = [(i, int(number)) for (i, _), row in zip(batch, wanted_PxG, strict=True) for number in row]
+    places = [
+      (i, int(number)) for (i, _), row in zip(batch, wanted_PxG, strict=True) for number in row
+    ]
     new = {place: row for row, place in enumerate(places) if place not in own}
     outcomes = verify(task, [made[row] for row in new.values()])
     for (place, row), outcome in zip(new.items(), outcomes, strict=True):
@@ -129,6 +139,9 @@ def interval(per_problem) -> Estimate:
   n, p, z = len(x), float(x.mean()), 1.96
   variance = float(x.var(ddof=1)) if n > 1 else 0.0
   size = max(n, p * (1 - p) / (variance / n)) if variance > 0 else n
-  centre, spread = p + z * z / (2 * size), z * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size))
+  centre, spread = (
+    p + z * z / (2 * size),
+    z * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size)),
+  )
   scale = 1 + z * z / size
   return Estimate(p, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))

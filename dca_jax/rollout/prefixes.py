@@ -52,7 +52,9 @@ class Values:
     """What training keeps of it, for hidden states of `width`; None where it keeps nothing."""
     return None
 
-  def ask(self, policy: Continues, rollout: Rollout, reviews: list[Review]) -> tuple[list[Review], int]:
+  def ask(
+    self, policy: Continues, rollout: Rollout, reviews: list[Review]
+  ) -> tuple[list[Review], int]:
     """The reviews with values in them, and how many tokens were generated for that."""
     return reviews, 0
 
@@ -91,7 +93,9 @@ class MonteCarlo(Values):
     return monte_carlo(self.continuations, policy, rollout)
 
 
-def monte_carlo(continuations: int, policy: Continues, rollout: Rollout) -> tuple[list[Review], int]:
+def monte_carlo(
+  continuations: int, policy: Continues, rollout: Rollout
+) -> tuple[list[Review], int]:
   """Reviews that hold a value for each step of each episode, and how many tokens were generated.
 
   A prefix that several episodes share is continued once. An answer gets as many tokens as it would

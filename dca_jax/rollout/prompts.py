@@ -8,7 +8,9 @@ from dca_jax.errors import UserError
 from dca_jax.tasks import Problem
 
 
-def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_prompts(
+  tokenizer, problems: Sequence[Problem], limit: int, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Token ids [P, limit], filled up with zeros on the right, and lengths [P].
 
   Args:
@@ -18,7 +20,9 @@ def encode_prompts(tokenizer, problems: Sequence[Problem], limit: int, rows: int
     UserError: a prompt is empty, longer than `limit`, or holds a token that the embedding lacks;
       the message names the problem.
   """
-  ids_P = tokenizer([p.rendered or p.prompt for p in problems], add_special_tokens=False)["input_ids"]
+  ids_P = tokenizer([p.rendered or p.prompt for p in problems], add_special_tokens=False)[
+    "input_ids"
+  ]
   prompts_PxS = np.zeros((len(problems), limit), np.int32)
   for row, ids, problem in zip(prompts_PxS, ids_P, problems, strict=True):
     if not 1 <= len(ids) <= limit:

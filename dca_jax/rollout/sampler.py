@@ -42,7 +42,9 @@ class RolloutConfig:
     return Sampling(self.temperature, self.top_k, self.top_p)
 
   def check(self) -> dict[str, str]:
-    bad = at_least(1, self, "problems", "max_prompt_tokens", "refill_rounds") | at_least(2, self, "group", "max_tokens")
+    bad = at_least(1, self, "problems", "max_prompt_tokens", "refill_rounds") | at_least(
+      2, self, "group", "max_tokens"
+    )
     bad |= at_least(0, self, "top_k") | positive(self, "top_p", most=1)
     bad |= one_of(self, "zero_variance", "keep", "skip", "refill")
     if self.temperature <= 0:
@@ -117,7 +119,9 @@ def sample(
 
   def body(c: Carry) -> Carry:
     logits_BxV = sampling_logits(c.hidden_BxD, policy.head(params), sampling)
-    noise_BxV = jax.vmap(lambda k: jax.random.gumbel(jax.random.fold_in(k, c.t), logits_BxV.shape[1:]))(keys_B)
+    noise_BxV = jax.vmap(
+      lambda k: jax.random.gumbel(jax.random.fold_in(k, c.t), logits_BxV.shape[1:])
+    )(keys_B)
     token_B = jnp.argmax(logits_BxV + jnp.where(greedy_Bx1, 0.0, noise_BxV), -1).astype(jnp.int32)
     logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxV), token_B[:, None], 1)[:, 0]
     hidden_BxD, cache = step(c.cache, c.t, token_B)
@@ -160,7 +164,12 @@ class Sampler(typing.NamedTuple):
   def __call__(self, params, prompts_PxS, lengths_P, ids_P, key, numbers: np.ndarray) -> Samples:
     """`numbers` of the samples wanted, [G] of every problem or [P, G]; see `sample`."""
     numbers_PxG = np.broadcast_to(numbers, (len(lengths_P), numbers.shape[-1]))
-    given = (prompts_PxS, lengths_P, np.asarray(ids_P, np.uint32), np.asarray(numbers_PxG, np.int32))
+    given = (
+      prompts_PxS,
+      lengths_P,
+      np.asarray(ids_P, np.uint32),
+      np.asarray(numbers_PxG, np.int32),
+    )
     *arrays, numbers_PxG = put(given, self.rows)
     samples = sample(
       self.policy,

@@ -10,7 +10,9 @@ from dca_jax.rollout.sampler import Samples
 from dca_jax.tasks.tokenizer import token_bytes
 
 
-def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -> list[tuple[int, int]]:
+def cut(
+  pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0
+) -> list[tuple[int, int]]:
   """Token spans [start, end) of the steps of one completion; they partition it.
 
   Args:
@@ -32,7 +34,9 @@ def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -
   text = b"".join(pieces).decode(errors="surrogateescape")
   spans: list[tuple[int, int]] = []
   start = position = place = 0
-  counted = seen = 0  # Tokens that were looked at, and what is visible of the step under way: each token is read once.
+  counted = seen = (
+    0  # Tokens that were looked at, and what is visible of the step under way: each token is read once.
+  )
   for match in patterns.finditer(step_end, text):
     if len(spans) + 1 == most:
       break
@@ -53,14 +57,20 @@ def cut(pieces: Sequence[bytes], step_end: str, least: int = 0, most: int = 0) -
 def step_texts(pieces: Sequence[bytes], spans: Sequence[tuple[int, int]]) -> tuple[str, ...]:
   """The texts of steps; joined, they are that of the completion. A character belongs to the step with its last byte."""
   decoder = codecs.getincrementaldecoder("utf-8")("replace")
-  return tuple(decoder.decode(b"".join(pieces[start:end]), end == len(pieces)) for start, end in spans)
+  return tuple(
+    decoder.decode(b"".join(pieces[start:end]), end == len(pieces)) for start, end in spans
+  )
 
 
 def stop_length(stop: Sequence[str], pieces: Sequence[bytes]) -> int | None:
   """How many tokens there are up to the one that completes the first of the strings `stop`; None where none stands."""
   text = b"".join(pieces)
   ends = [text.index(s) + len(s) for s in (string.encode() for string in stop) if s in text]
-  return bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), min(ends)) + 1 if ends else None
+  return (
+    bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), min(ends)) + 1
+    if ends
+    else None
+  )
 
 
 def cut_at_stops(stop: Sequence[str], tokenizer, samples: Samples) -> Samples:

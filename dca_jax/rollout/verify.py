@@ -21,7 +21,9 @@ def verify(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Ou
     pool.shutdown(cancel_futures=True)
 
 
-def attempts(tokenizer, problems: Sequence[Problem], samples: Samples) -> list[tuple[Problem, str, bool]]:
+def attempts(
+  tokenizer, problems: Sequence[Problem], samples: Samples
+) -> list[tuple[Problem, str, bool]]:
   """What `verify` takes, of samples on the host: each problem has equally many, one after
   another."""
   each = len(samples.lengths_B) // len(problems)

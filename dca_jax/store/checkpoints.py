@@ -93,7 +93,9 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        save_interval_steps=config.every, preservation_policy=preserve.AnyPreservationPolicy(policies), **options
+        save_interval_steps=config.every,
+        preservation_policy=preserve.AnyPreservationPolicy(policies),
+        **options,
       ),
     )
 
@@ -198,7 +200,9 @@ class Checkpoints:
     if resume not in ("auto", "never"):
       if int(resume) not in steps:
         have = ", ".join(map(str, sorted(steps))) or "none"
-        raise UserError(f"--resume={resume}: no such checkpoint in {self._folder}; there are {have}")
+        raise UserError(
+          f"--resume={resume}: no such checkpoint in {self._folder}; there are {have}"
+        )
       aside = {step: f"is later than --resume={resume}" for step in steps if step > int(resume)}
     for step in steps:
       if step in aside:
@@ -291,13 +295,18 @@ REMAKES = "the command that began the run makes it anew"
 
 def read_params(workdir: epath.Path, step: int | None):
   """The number of a checkpoint, the newest where `step` is None, and its parameters alone, on the host."""
-  logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax warns of the parts that are not wanted here.
+  logging.getLogger("absl").setLevel(
+    logging.CRITICAL
+  )  # Orbax warns of the parts that are not wanted here.
   with ocp.CheckpointManager(
     workdir / "checkpoints", item_handlers={"state": ocp.PyTreeCheckpointHandler()}
   ) as manager:
     steps = sorted(manager.all_steps())
     if not steps or step not in (None, *steps):
-      raise UserError(f"{workdir} has no checkpoint" + (f" of step {step}; there are {steps}" if steps else " yet"))
+      raise UserError(
+        f"{workdir} has no checkpoint"
+        + (f" of step {step}; there are {steps}" if steps else " yet")
+      )
     step = steps[-1] if step is None else step
     try:
       item = {"params": manager.item_metadata(step)["state"].tree["params"]}
@@ -305,7 +314,9 @@ def read_params(workdir: epath.Path, step: int | None):
       wanted = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)
       restored = manager.restore(step, args=ocp.args.Composite(state=wanted))
     except Exception as error:  # Damage shows as any of a dozen types.
-      raise UserError(f"checkpoint {step} of {workdir} is unreadable ({error}); choose another --step") from error
+      raise UserError(
+        f"checkpoint {step} of {workdir} is unreadable ({error}); choose another --step"
+      ) from error
   return step, restored.state["params"]
 
 
@@ -319,4 +330,6 @@ def read_start(workdir: epath.Path):
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(workdir / "start")
   except Exception as error:  # Damage shows as any of a dozen types.
-    raise UserError(f"{workdir / 'start'} is gone or damaged ({reason(error)}); {REMAKES}") from error
+    raise UserError(
+      f"{workdir / 'start'} is gone or damaged ({reason(error)}); {REMAKES}"
+    ) from error

@@ -200,7 +200,9 @@ def held(folder: epath.Path) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
       if lost.is_set():
-        raise UserError(f"--workdir={folder} was taken over by another run, which took this one for dead")
+        raise UserError(
+          f"--workdir={folder} was taken over by another run, which took this one for dead"
+        )
 
     thread = threading.Thread(target=_live, args=(place, lost, done), name="hold", daemon=True)
     thread.start()
@@ -243,8 +245,15 @@ def _take(place: _Place, folder: epath.Path) -> _Place:
     owner = _owner(found)
     if owner and owner.lives and not place.locked and owner.pid != os.getpid():
       raise _taken(folder, found)
-    if owner and owner.lives is not False and not (place.locked and owner.host == socket.gethostname()):
-      print(f"{folder} was held by {owner}; waiting up to {_SILENCE:.0f} s for a sign of life", flush=True)
+    if (
+      owner
+      and owner.lives is not False
+      and not (place.locked and owner.host == socket.gethostname())
+    ):
+      print(
+        f"{folder} was held by {owner}; waiting up to {_SILENCE:.0f} s for a sign of life",
+        flush=True,
+      )
       end = time.monotonic() + _SILENCE
       while (now := place.read()) == found and time.monotonic() < end:
         time.sleep(_BEAT / 10)

@@ -37,7 +37,9 @@ class Reporter(contextlib.AbstractContextManager):
       said = f"{self._path} does not tell of steps {lost}; the run goes on without them"
       print(f"warning: {said}", file=sys.stderr)
     self._file = self._begin()
-    self.evaluated = {line["step"] for line in self._kept if any(key.startswith("eval/") for key in line)}
+    self.evaluated = {
+      line["step"] for line in self._kept if any(key.startswith("eval/") for key in line)
+    }
     """Steps after which an earlier process evaluated."""
     self._watch = Watch()
     for row in self._kept:
@@ -48,7 +50,9 @@ class Reporter(contextlib.AbstractContextManager):
     # TensorBoard hides what an interrupted run wrote from this step on.
     self._write_event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
     self._quiet = quiet
-    self._bar = tqdm(total=steps, initial=start, unit="step", disable=quiet or not sys.stderr.isatty(), leave=False)
+    self._bar = tqdm(
+      total=steps, initial=start, unit="step", disable=quiet or not sys.stderr.isatty(), leave=False
+    )
 
   def __exit__(self, *error):
     self._bar.close()
@@ -83,7 +87,10 @@ class Reporter(contextlib.AbstractContextManager):
     for said in self._watch.read({"step": step, **metrics}) if not self._quiet else ():
       print(f"warning: {said}", file=sys.stderr)
     if not self._quiet and "train/reward" in metrics:
-      tqdm.write(f"step {step:{len(str(self._bar.total))}d}/{self._bar.total}  {_line(metrics)}", file=sys.stdout)
+      tqdm.write(
+        f"step {step:{len(str(self._bar.total))}d}/{self._bar.total}  {_line(metrics)}",
+        file=sys.stdout,
+      )
       sys.stdout.flush()
 
 
@@ -160,7 +167,11 @@ def _line(m: dict[str, float]) -> str:
 
 def _reviews(m: dict[str, float]) -> str:
   """Nothing where every review was usable or none was asked for; else what went wrong most often, and the spending."""
-  failed = {k.removeprefix("review/status_"): v for k, v in m.items() if k.startswith("review/status_") and v}
+  failed = {
+    k.removeprefix("review/status_"): v
+    for k, v in m.items()
+    if k.startswith("review/status_") and v
+  }
   failed.pop("ok", None)
   worst = max(failed, key=lambda k: failed[k], default="")
   said = f" {m['review/ok']:.0%} ok, {worst} {failed[worst]:.0%}" if worst else ""

@@ -59,7 +59,9 @@ def findings(rows: list[dict[str, float]]) -> list[str]:
   return [said for row in rows for said in watch.read(row)]
 
 
-_LEAK = "scores on them say nothing of new ones: remove them from one side, or use task.heldout_fraction"
+_LEAK = (
+  "scores on them say nothing of new ones: remove them from one side, or use task.heldout_fraction"
+)
 _TRUNCATED = (
   "raise rollout.max_tokens, or find out in trajectories/ why no answer ends: a chat template that"
   " the model does not know, an end token that it does not write (rollout.stop)"

@@ -45,7 +45,9 @@ class _Line(BaseModel):
   credit: list[float]
 
 
-def write_trajectories(folder: epath.Path, step: int, process: int, episodes: Iterable[Episode]) -> None:
+def write_trajectories(
+  folder: epath.Path, step: int, process: int, episodes: Iterable[Episode]
+) -> None:
   """Writes the shard of one step and process; a shard that an interrupted run left behind is
   replaced whole."""
   folder.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,9 @@ class Growing:
     self._published: dict[pathlib.Path, int] = {}
     self._remote = is_remote(workdir)
     reviews = f"reviews_{process}.sqlite" if process else "reviews.sqlite"
-    self._scratch = tempfile.TemporaryDirectory(prefix="dca-jax-") if self._remote or process else None
+    self._scratch = (
+      tempfile.TemporaryDirectory(prefix="dca-jax-") if self._remote or process else None
+    )
     self.folder = pathlib.Path(self._scratch.name if self._scratch else workdir)
     """For metrics, TensorBoard's events and the tokenizer; what other processes than 0 write there is thrown away."""
     self.reviews = (self.folder if self._remote else pathlib.Path(workdir)) / reviews
@@ -99,7 +101,10 @@ class Growing:
       return
     self._parts.publish()
     if jax.process_index() == 0:
-      for path in (self.folder / "metrics.jsonl", *self.folder.glob("t*/*")):  # TensorBoard's events, the tokenizer.
+      for path in (
+        self.folder / "metrics.jsonl",
+        *self.folder.glob("t*/*"),
+      ):  # TensorBoard's events, the tokenizer.
         if (stamp := path.stat().st_mtime_ns) != self._published.get(path):
           place = self.workdir / path.relative_to(self.folder)
           place.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +129,10 @@ class Parts:
     """Puts the file together at `local`, if there is any."""
     self._whole, self._folder, self._local = workdir / local.name, workdir / local.stem, local
     self._mark, self._lock = Mark(), threading.Lock()
-    self._done, self._thread = threading.Event(), threading.Thread(target=self._publish_now_and_then)
+    self._done, self._thread = (
+      threading.Event(),
+      threading.Thread(target=self._publish_now_and_then),
+    )
     there = [self._whole] if self._whole.exists() else []
     there += sorted(self._folder.glob("*.sqlite"))
     if there:
@@ -144,7 +152,9 @@ class Parts:
       if damage:
         aside = place_aside(self._whole.parent, f"{self._folder.name}_{path.name}")
         aside.write_bytes(path.read_bytes())
-        said = f"warning: {path} is damaged ({damage}); copied to {aside}; what could be read is kept"
+        said = (
+          f"warning: {path} is damaged ({damage}); copied to {aside}; what could be read is kept"
+        )
         print(said, file=sys.stderr)
     return [damage for damage in damages if damage]
 

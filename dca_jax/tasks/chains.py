@@ -107,7 +107,10 @@ class Chains:
     """Problem number `index` of `split`; the same one on every call and every machine."""
     n, m = self.config.lines, self.config.modulus
     rng = np.random.default_rng([n, m, SPLITS.index(split), index])
-    symbols, digits = rng.integers(len(_SYMBOLS), size=n).tolist(), rng.integers(m, size=n + 2).tolist()
+    symbols, digits = (
+      rng.integers(len(_SYMBOLS), size=n).tolist(),
+      rng.integers(m, size=n + 2).tolist(),
+    )
     lines = "".join(f"{_SYMBOLS[symbols[i]]}{digits[i]}{_LETTERS[i]}" for i in range(n))
     start = "".join(f"{_LETTERS[i]}{digits[i]}" for i in (n, n + 1))
     prompt = f"{lines}?{_LETTERS[n - 1 - rng.integers(2)]}{start};"
@@ -135,7 +138,9 @@ class Chains:
       chance, shift = slip_chance, slip
       if config.wrong == "table":
         chance, shift = self._wrong_chance[kind][x][y], self._wrong_shift[kind][x][y]
-      values[label] = (_OPERATIONS[symbol](x, y) + (shift if mistakes and wrong < chance else 0)) % m
+      values[label] = (
+        _OPERATIONS[symbol](x, y) + (shift if mistakes and wrong < chance else 0)
+      ) % m
       if label not in parsed.chain[parsed.query] and drop < config.drop:
         continue
       written.append(f"{label}{values[label]};")
@@ -177,10 +182,14 @@ class Chains:
       write, answer = _WRITE.fullmatch(step), _ANSWER.search(step) if last else None
       label, digit = write.groups() if write else (parsed.query, answer[1]) if answer else ("", "0")
       value = int(digit)
-      if (last and truncated and not step.endswith(";")) or (label in parsed.chain and label not in chain):
+      if (last and truncated and not step.endswith(";")) or (
+        label in parsed.chain and label not in chain
+      ):
         roles.append("irrelevant")
         continue
-      if label not in chain:  # A label that the prompt does not have says nothing that could be true.
+      if (
+        label not in chain
+      ):  # A label that the prompt does not have says nothing that could be true.
         roles.append("error")
         continue
       if write and state.get(label) == value:
@@ -188,10 +197,16 @@ class Chains:
         continue
       above = chain[: chain.index(label) + (0 if write else 1)]
       source = next((x for x in reversed(above) if x in state), None)
-      expected = parsed.start[label] if source is None else self._follow(parsed, source, label, state[source])
+      expected = (
+        parsed.start[label]
+        if source is None
+        else self._follow(parsed, source, label, state[source])
+      )
       true = parsed.value[label]
       if value == true:
-        roles.append("repair" if expected != true or state.get(label, true) != true else "necessary")
+        roles.append(
+          "repair" if expected != true or state.get(label, true) != true else "necessary"
+        )
       else:
         roles.append("inherits" if value == expected else "error")
       reads[k] = writer.get(source or "")
@@ -206,7 +221,10 @@ class Chains:
     while live is not None:
       alive.add(live)
       live = reads[live]
-    return ["redundant" if role in ("necessary", "repair") and k not in alive else role for k, role in enumerate(roles)]
+    return [
+      "redundant" if role in ("necessary", "repair") and k not in alive else role
+      for k, role in enumerate(roles)
+    ]
 
   def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
     """See `Task`. The share of the other completions that got as far as this prefix and then succeeded, smoothed.
@@ -229,7 +247,10 @@ class Chains:
         if (write := _WRITE.fullmatch(step)) and write[1] in chain:
           state[write[1]] = int(write[2])
     succeeded = [self.final_answer("".join(steps)) == str(true) for steps in completions]
-    furthest = [len(chain) if won else max(own, default=0) for won, own in zip(succeeded, progress, strict=True)]
+    furthest = [
+      len(chain) if won else max(own, default=0)
+      for won, own in zip(succeeded, progress, strict=True)
+    ]
     values = []
     for i, own in enumerate(progress):
       others = furthest[:i] + furthest[i + 1 :]

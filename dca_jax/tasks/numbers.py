@@ -107,7 +107,9 @@ _TOKENS = {
   "markup": r"\*\*+|(?<![^\W_])_+|_+(?![^\W_]|\{)",
   "open": r"\\?[{]|[(\[]",
   "close": r"\\?[}]|[)\]]",
-  "upright": (rf"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|sf|tt)|mbox|operatorname\*?){_END}\s*"),
+  "upright": (
+    rf"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|sf|tt)|mbox|operatorname\*?){_END}\s*"
+  ),
   "wrapper": rf"\\(?:boxed|fbox|underline|math(?:bf|it)|(?:display|text)style){_END}\s*",
   "comparison": (
     r"<=|>=|!=|=/=|[<>≤≥≠≡∈∉≪≫∝]|\\not\s?(?:=|\\\w+)"

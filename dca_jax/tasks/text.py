@@ -34,7 +34,8 @@ _STEPS = {
 # Set before a chat template that asks for the day: what a run asks may not depend on when it runs.
 _TODAY = datetime.datetime(2024, 7, 26)
 _CALENDAR = "".join(
-  f"|replace('%{code}', '{_TODAY.strftime(f'%{code}')}')" for code in ("-d", "-m", *"aAbBcdeFHIjmMpSTuUVwWxXyY%")
+  f"|replace('%{code}', '{_TODAY.strftime(f'%{code}')}')"
+  for code in ("-d", "-m", *"aAbBcdeFHIjmMpSTuUVwWxXyY%")
 )
 _CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_CALENDAR} }}}}{{% endmacro %}}\n"
 
@@ -109,8 +110,14 @@ class TextConfig(TaskConfig):
       "heldout_fraction": (not 0 <= self.heldout_fraction < 1, "must be above 0 and below 1"),
       "heldout_split": (self.heldout_split == self.split, "must differ from task.split"),
       "verifier": (not known, f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"),
-      "verifier_seconds": (not 0 < self.verifier_seconds <= 3600, "must be positive and at most 3600"),
-      "format": (bool(self.format) != (self.format_weight > 0), "must be given where format_weight is, and only there"),
+      "verifier_seconds": (
+        not 0 < self.verifier_seconds <= 3600,
+        "must be positive and at most 3600",
+      ),
+      "format": (
+        bool(self.format) != (self.format_weight > 0),
+        "must be given where format_weight is, and only there",
+      ),
       "format_weight": (not 0 <= self.format_weight < 1, "must be at least 0 and below 1"),
       "steps": (typo, f"must be one of {', '.join(_STEPS)}, or a regular expression"),
       "max_steps": (self.max_steps < 1, "must be at least 1"),
@@ -118,10 +125,15 @@ class TextConfig(TaskConfig):
       "tokenizer": (not self.tokenizer, "must be given, because policy.pretrained is not"),
     }
     bad = {key: why for key, (wrong, why) in rules.items() if wrong}
-    return bad | {key: why for key in ("format", "steps") if (why := patterns.mistake(getattr(self, key)))}
+    return bad | {
+      key: why for key in ("format", "steps") if (why := patterns.mistake(getattr(self, key)))
+    }
 
   def unused(self) -> dict[str, str]:
-    tfds, jsonl = ("dataset", "data_dir", "split", "heldout_split"), ("path", "heldout_path", "heldout_fraction")
+    tfds, jsonl = (
+      ("dataset", "data_dir", "split", "heldout_split"),
+      ("path", "heldout_path", "heldout_fraction"),
+    )
     unused = dict.fromkeys(tfds if self.name == "jsonl" else jsonl, f"task.name is '{self.name}'")
     if self.verifier in VERIFIERS:
       unused["verifier_seconds"] = f"task.verifier '{self.verifier}' needs no limit"
@@ -144,17 +156,28 @@ class Text:
     self.final_answer = self._final_answer if votes else None
     read, key = (_read_jsonl, "path") if config.name == "jsonl" else (_open_tfds, "split")
     train = read(config, key)
-    self._rows = {"train": train, "heldout": train if config.heldout_fraction else read(config, f"heldout_{key}")}
-    self._numbers: Mapping[str, Sequence[int]] = {split: range(len(rows)) for split, (rows, _) in self._rows.items()}
+    self._rows = {
+      "train": train,
+      "heldout": train if config.heldout_fraction else read(config, f"heldout_{key}"),
+    }
+    self._numbers: Mapping[str, Sequence[int]] = {
+      split: range(len(rows)) for split, (rows, _) in self._rows.items()
+    }
     if config.heldout_fraction:
       self._numbers = self._hold_out(*train)
     self.sizes = {split: len(numbers) for split, numbers in self._numbers.items()}
     tokenizer = self._tokenizer = load_tokenizer(config.tokenizer)
     if config.chat_template and not tokenizer.chat_template:
-      raise UserError(f"task.chat_template: {config.tokenizer!r} has none; set it to False, and see task.prompt")
+      raise UserError(
+        f"task.chat_template: {config.tokenizer!r} has none; set it to False, and see task.prompt"
+      )
     # As a chat template would, start with what the tokenizer starts with.
-    self._start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
-    self._order = functools.lru_cache(4)(lambda *key: np.random.default_rng(key).permutation(self.sizes["train"]))
+    self._start = (
+      tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
+    )
+    self._order = functools.lru_cache(4)(
+      lambda *key: np.random.default_rng(key).permutation(self.sizes["train"])
+    )
 
   def tokenizer(self):
     return self._tokenizer
@@ -174,9 +197,13 @@ class Text:
     if self._judge is None:
       final = reference(self.config.verifier, answer)
       if final is None:
-        raise UserError(f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}")
+        raise UserError(
+          f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}"
+        )
       answer = final
-    return Problem(index, question, answer, self.render(question), _plain(rows[row]) if self._judge else {})
+    return Problem(
+      index, question, answer, self.render(question), _plain(rows[row]) if self._judge else {}
+    )
 
   def _hold_out(self, rows: Sequence, where: Callable[[int], str]) -> dict[str, list[int]]:
     """The numbers of each split's rows, where `task.heldout_fraction` splits them."""
@@ -187,7 +214,9 @@ class Text:
       numbers["heldout" if held_out else "train"].append(i)
     if not all(numbers.values()):
       said = f"{self.config.heldout_fraction} leaves nothing to {'hold out' if numbers['train'] else 'train on'}"
-      raise UserError(f"task.heldout_fraction: {said} of {self.config.path}; set another, or give task.heldout_path")
+      raise UserError(
+        f"task.heldout_fraction: {said} of {self.config.path}; set another, or give task.heldout_path"
+      )
     return numbers
 
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome:
@@ -203,7 +232,9 @@ class Text:
         verdict = self._judge.verify(problem.row, text)
       except VerifierError as error:
         where = f"question {problem.prompt[:60]!r} (problem {problem.id})"
-        raise UserError(f"task.verifier {self.config.verifier}, {where}: {error}; {_MEND}") from None
+        raise UserError(
+          f"task.verifier {self.config.verifier}, {where}: {error}; {_MEND}"
+        ) from None
     if verdict is None:
       return Outcome(0.0, False, False, judged=False)
     try:
@@ -221,7 +252,9 @@ class Text:
     try:
       return self._judge.final_answer(text)
     except VerifierError as error:
-      raise UserError(f"task.verifier {self.config.verifier}, final_answer: {error}; {_MEND}") from None
+      raise UserError(
+        f"task.verifier {self.config.verifier}, final_answer: {error}; {_MEND}"
+      ) from None
 
   def _after_thinking(self, completion: str) -> str:
     end = self.config.thinking_end
@@ -234,9 +267,13 @@ class Text:
     raw = value if isinstance(value, bytes) else str(value).encode(errors="replace")
     text = raw.decode(errors="replace").strip()
     words = isinstance(value, bytes | str)
-    readable = words or (isinstance(value, int | float | np.number) and text not in ("nan", "inf", "-inf"))
+    readable = words or (
+      isinstance(value, int | float | np.number) and text not in ("nan", "inf", "-inf")
+    )
     if not readable or not text:
-      said = f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
+      said = (
+        f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
+      )
       raise UserError(f"task.{key}: {here}: {said}")
     return text
 
@@ -254,7 +291,9 @@ class Text:
         messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
       )
     except Exception as error:  # A template raises what it likes.
-      raise UserError(f"task.chat_template or task.template_kwargs: the template fails ({error})") from None
+      raise UserError(
+        f"task.chat_template or task.template_kwargs: the template fails ({error})"
+      ) from None
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,15 +307,21 @@ def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], 
   import tensorflow_datasets as tfds
 
   split = getattr(config, key)
-  with contextlib.suppress(ImportError):  # TFDS knows its text data sets only once they are imported.
+  with contextlib.suppress(
+    ImportError
+  ):  # TFDS knows its text data sets only once they are imported.
     importlib.import_module(f"tensorflow_datasets.text.{re.split('[/:]', config.dataset)[0]}")
   try:
     rows = tfds.data_source(config.dataset, split=split, data_dir=config.data_dir or None)
     if not len(rows):
       raise ValueError("it is empty")
-  except Exception as error:  # Of many types: no such data set, no such split, no network, another file format.
+  except (
+    Exception
+  ) as error:  # Of many types: no such data set, no such split, no network, another file format.
     reason = " ".join(str(error).split())[:300]
-    raise UserError(f"task.{key}: cannot open {split!r} of task.dataset {config.dataset!r} ({reason})") from None
+    raise UserError(
+      f"task.{key}: cannot open {split!r} of task.dataset {config.dataset!r} ({reason})"
+    ) from None
   return rows, lambda row: f"{config.dataset}, split {split!r}, example {row + 1}"
 
 
@@ -296,7 +341,9 @@ def _read_jsonl(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int],
         rows.append(row)
         numbers.append(number)
     except UnicodeDecodeError as error:
-      raise UserError(f"task.{key}: cannot read {path}, line {number}, which is not UTF-8 ({error})") from None
+      raise UserError(
+        f"task.{key}: cannot read {path}, line {number}, which is not UTF-8 ({error})"
+      ) from None
     except (RecursionError, TypeError, ValueError) as error:
       raise UserError(f"task.{key}: {path}, line {number} is not a JSON object ({error})") from None
   if not rows:

@@ -11,7 +11,11 @@ import numpy as np
 from dca_jax.errors import UserError, reason
 
 _PROBE = "Is 12,345.67 = 3/4?\n\n  x² + 10%\tit's   naïve: 东京 🙂\n1. end"
-_EXACT = {"ByteLevel", "ByteFallback", "Metaspace"}  # Decoders for which each token has bytes of its own.
+_EXACT = {
+  "ByteLevel",
+  "ByteFallback",
+  "Metaspace",
+}  # Decoders for which each token has bytes of its own.
 
 
 def load_tokenizer(name: str):
@@ -29,9 +33,15 @@ def load_tokenizer(name: str):
     raise UserError(f"task.tokenizer: cannot load {name!r} ({reason(error)})") from None
   changed = ids != file.encode(_PROBE, add_special_tokens=False).ids
   for wrong, why in (
-    (changed, "does not read text as its tokenizer.json says; use the version of transformers that saved it"),
+    (
+      changed,
+      "does not read text as its tokenizer.json says; use the version of transformers that saved it",
+    ),
     (not end_ids(tokenizer), "has no end token; give it an eos_token in its tokenizer_config.json"),
-    (not _decoders(tokenizer) & _EXACT, "is neither byte-level nor like SentencePiece; take one that is"),
+    (
+      not _decoders(tokenizer) & _EXACT,
+      "is neither byte-level nor like SentencePiece; take one that is",
+    ),
   ):
     if wrong:
       raise UserError(f"task.tokenizer: {name!r} {why}")
@@ -104,8 +114,14 @@ def _table(tokenizer) -> dict[int, bytes]:
     return {i: tokenizer.decode([i]).encode() for i in tokenizer.get_vocab().values()}
   # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  letters = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*shown}))}
-  silent = {*end_ids(tokenizer), *tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+  letters = {chr(b): b for b in shown} | {
+    chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*shown}))
+  }
+  silent = {
+    *end_ids(tokenizer),
+    *tokenizer.all_special_ids,
+    *(i for i, token in added.items() if token.special),
+  }
   table = {}
   for token, i in tokenizer.get_vocab().items():
     if "ByteLevel" in decoders:

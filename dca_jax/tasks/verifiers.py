@@ -27,10 +27,38 @@ _CUE = re.compile(
 _LINE = re.compile(r"[^\n]{0,500}")
 _SENTENCE = re.compile(r"(?:[^\n.!?]|[.!?](?!\s|$)){0,500}[.!?]?")
 # Between the members of a list.
-_AMONG = r"[\s.,;/|&+*()•-]*(?:(?:or|and|to|then|maybe|perhaps|possibly|alternatively|through)\b[\s,;(]*)*"
-_LIST = {"or", "and", "nor", "to", "then", "maybe", "perhaps", "possibly", "alternatively", "through"}
+_AMONG = (
+  r"[\s.,;/|&+*()•-]*(?:(?:or|and|to|then|maybe|perhaps|possibly|alternatively|through)\b[\s,;(]*)*"
+)
+_LIST = {
+  "or",
+  "and",
+  "nor",
+  "to",
+  "then",
+  "maybe",
+  "perhaps",
+  "possibly",
+  "alternatively",
+  "through",
+}
 # After such a word a further number explains the first.
-_EXPLAINS = {"as", "at", "because", "by", "each", "every", "for", "from", "given", "if", "in", "not", "on", "per"}
+_EXPLAINS = {
+  "as",
+  "at",
+  "because",
+  "by",
+  "each",
+  "every",
+  "for",
+  "from",
+  "given",
+  "if",
+  "in",
+  "not",
+  "on",
+  "per",
+}
 _EXPLAINS |= {"since", "so", "that", "when", "where", "which", "with"}
 _NEGATIVE = re.compile(
   r"no|not|never|none|nothing|cannot|neither|nor|without|undefined|impossible|\w+n't", re.IGNORECASE
@@ -222,7 +250,12 @@ def choice(text: str) -> str | None:
     lines = re.findall(r"(?mi)^[^\w\n]{0,9}(?:option )?\(?([A-E])(?:[).:]|[^\w\n]{0,9}$)", text)
     return lines[0].upper() if len(set(lines)) == 1 else None
   slot = unicodedata.normalize("NFKC", _WRAPPERS.sub(" ", stated.text)).strip()
-  m = re.match(r"\W*(?:(?:option|choice)\W*)?(?:([A-E])(?![\w'’])(?!" + _ARTICLE + r")|\(([a-e])\)|([a-e])\W*$)", slot)
+  m = re.match(
+    r"\W*(?:(?:option|choice)\W*)?(?:([A-E])(?![\w'’])(?!"
+    + _ARTICLE
+    + r")|\(([a-e])\)|([a-e])\W*$)",
+    slot,
+  )
   if m is None or re.match(_AMONG + r"(?:[A-E](?![\w'’])|[a-e]\))", slot[m.end() :]):
     return None
   return str(m[1] or m[2] or m[3]).upper()
@@ -237,4 +270,8 @@ def exact(text: str) -> str | None:
   return " ".join(folded.split()).strip(" \"'“”‘’`*$.") or None
 
 
-VERIFIERS: dict[str, Callable[[str], str | None]] = {"number": number, "exact": exact, "choice": choice}
+VERIFIERS: dict[str, Callable[[str], str | None]] = {
+  "number": number,
+  "exact": exact,
+  "choice": choice,
+}

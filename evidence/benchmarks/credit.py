@@ -70,7 +70,9 @@ def credit_seconds() -> dict[str, tuple[float, float]]:
 
 def update_seconds() -> float:
   """One update on a batch of that size, in micro-batches of 16 completions; compiled before."""
-  config = config_lib.load(RECIPE, [f"--config.rollout.problems={B // GROUP}", "--config.learner.micro_batches=64"])
+  config = config_lib.load(
+    RECIPE, [f"--config.rollout.problems={B // GROUP}", "--config.learner.micro_batches=64"]
+  )
   policy = Policy(config.policy, 31)
   optimizer = learner.make_optimizer(config.learner, 1)
   rng = np.random.default_rng(0)
@@ -99,7 +101,9 @@ def main() -> None:
   print(f"one update: {step:.1f} s")
   for scheme, (host, device) in credit_seconds().items():
     share = (host + device) / step
-    print(f"{scheme:12} {device * 1000:6.1f} ms, and {host * 1000:6.1f} ms for the arrays: {share:.2%} of it")
+    print(
+      f"{scheme:12} {device * 1000:6.1f} ms, and {host * 1000:6.1f} ms for the arrays: {share:.2%} of it"
+    )
 
 
 if __name__ == "__main__":

@@ -44,11 +44,18 @@ class Slow(Instant):
 def run(seconds: float, overlap: int) -> list[dict]:
   """The metrics of the steps after the first few."""
   run_module.open_reviewer = lambda config, truth, cache, share: Slow(seconds, truth)  # type: ignore[assignment]
-  settings = [f"steps={STEPS}", "learner.loss=ppo", f"reviewer.overlap={overlap}", "evaluate.problems=2"]
+  settings = [
+    f"steps={STEPS}",
+    "learner.loss=ppo",
+    f"reviewer.overlap={overlap}",
+    "evaluate.problems=2",
+  ]
   with tempfile.TemporaryDirectory() as folder:
     train(config_lib.load(RECIPE, [f"--config.{s}" for s in settings]), folder, quiet=True)
     lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines][SKIP + 1 : -1]  # The last step of a run has nothing to sample ahead.
+  return [json.loads(line) for line in lines][
+    SKIP + 1 : -1
+  ]  # The last step of a run has nothing to sample ahead.
 
 
 def main() -> None:
@@ -57,7 +64,12 @@ def main() -> None:
   work = statistics.median(m["seconds/sample"] + m["seconds/update"] for m in run(0.0, 0))
   latency = 0.8 * work
   print(f"sampling and update: {work:.3f} s; the slow reviewer answers after {latency:.3f} s")
-  kinds = {"instant": (0.0, 0), "slow": (latency, 0), "slow, overlap 1": (latency, 1), "instant, overlap 1": (0.0, 1)}
+  kinds = {
+    "instant": (0.0, 0),
+    "slow": (latency, 0),
+    "slow, overlap 1": (latency, 1),
+    "instant, overlap 1": (0.0, 1),
+  }
   steps: dict[str, list[float]] = {name: [] for name in kinds}
   waits: dict[str, list[float]] = {name: [] for name in kinds}
   for _ in range(ROUNDS):
@@ -68,7 +80,9 @@ def main() -> None:
   base = statistics.median(steps["instant"])
   for name in kinds:
     step, wait = statistics.median(steps[name]), statistics.median(waits[name])
-    print(f"{name:20} step {step:.3f} s ({step / base:.2f} x), of it waiting {wait:.3f} s; {len(steps[name])} steps")
+    print(
+      f"{name:20} step {step:.3f} s ({step / base:.2f} x), of it waiting {wait:.3f} s; {len(steps[name])} steps"
+    )
 
 
 if __name__ == "__main__":

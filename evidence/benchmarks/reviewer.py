@@ -29,11 +29,22 @@ def serve(port) -> None:
       body = json.loads(self.rfile.read(int(self.headers["content-length"])))
       data = json.loads(re.search(r">\n(.*)\n</", body["contents"][0]["parts"][0]["text"])[1])
       time.sleep(LATENCY)
-      steps = [{"step": s["step"], "why": "", "role": "necessary", "weight": 2} for s in data["answers"][0]["steps"]]
-      text = json.dumps({"answers": [{"answer": 1, "steps": steps, "suspicious": False, "sure": True}]})
+      steps = [
+        {"step": s["step"], "why": "", "role": "necessary", "weight": 2}
+        for s in data["answers"][0]["steps"]
+      ]
+      text = json.dumps(
+        {"answers": [{"answer": 1, "steps": steps, "suspicious": False, "sure": True}]}
+      )
       reply = {
-        "candidates": [{"content": {"role": "model", "parts": [{"text": text}]}, "finishReason": "STOP"}],
-        "usageMetadata": {"promptTokenCount": 900, "candidatesTokenCount": 300, "totalTokenCount": 1200},
+        "candidates": [
+          {"content": {"role": "model", "parts": [{"text": text}]}, "finishReason": "STOP"}
+        ],
+        "usageMetadata": {
+          "promptTokenCount": 900,
+          "candidatesTokenCount": 300,
+          "totalTokenCount": 1200,
+        },
       }
       out = json.dumps(reply).encode()
       self.send_response(200)
@@ -71,17 +82,26 @@ def main() -> None:
 
   def requests(start: int, count: int) -> list[Request]:
     steps = tuple(f"Step {k}. {TEXT}" for k in range(STEPS))
-    return [Request(f"{i}", f"Problem {i}. {TEXT * 3}", steps, True, False) for i in range(start, start + count)]
+    return [
+      Request(f"{i}", f"Problem {i}. {TEXT * 3}", steps, True, False)
+      for i in range(start, start + count)
+    ]
 
   config = REVIEWERS["gemini"](
-    client=ClientConfig(base_url=url, concurrency=CONCURRENCY, max_dollars=1000.0, attempt_seconds=30.0)
+    client=ClientConfig(
+      base_url=url, concurrency=CONCURRENCY, max_dollars=1000.0, attempt_seconds=30.0
+    )
   )
   with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as reviewer:  # type: ignore[arg-type]
-    reviewer.submit(requests(0, CONCURRENCY), 60.0).result()  # The first calls build what the SDK builds lazily.
+    reviewer.submit(
+      requests(0, CONCURRENCY), 60.0
+    ).result()  # The first calls build what the SDK builds lazily.
     before = time.process_time()
     reviews = reviewer.submit(requests(1000, CALLS), 120.0).result()
     cost = (time.process_time() - before) / CALLS
-    print(f"{CALLS} reviews of {STEPS} steps, {sum(r.status == 'ok' for r in reviews)} ok: {cost * 1000:.2f} ms each")
+    print(
+      f"{CALLS} reviews of {STEPS} steps, {sum(r.status == 'ok' for r in reviews)} ok: {cost * 1000:.2f} ms each"
+    )
 
     product = jax.jit(lambda x: jnp.tanh(x @ x))
     x = jnp.ones((1024, 1024))

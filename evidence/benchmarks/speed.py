@@ -33,7 +33,11 @@ ROUNDS = 15
 def run(workdir: str, steps: int) -> tuple[float, list[dict]]:
   """Seconds until the first step's metrics were on disk, and all metrics, of a training run in a process of its own."""
   command = [sys.executable, "-m", "dca_jax", "train", f"--config={RECIPE}", f"--workdir={workdir}"]
-  command += [f"--config.steps={steps}", "--config.evaluate.problems=2", f"--config.checkpoint.every={steps}"]
+  command += [
+    f"--config.steps={steps}",
+    "--config.evaluate.problems=2",
+    f"--config.checkpoint.every={steps}",
+  ]
   path = pathlib.Path(workdir) / "metrics.jsonl"
   start = time.perf_counter()
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -51,7 +55,12 @@ def update_seconds() -> dict[str, list[float]]:
   config = config_lib.load(RECIPE)
   policy = Policy(config.policy, 31)
   optimizer = learner.make_optimizer(config.learner, 1)
-  problems, group, s, t = config.rollout.problems, config.rollout.group, config.rollout.max_prompt_tokens, 48
+  problems, group, s, t = (
+    config.rollout.problems,
+    config.rollout.group,
+    config.rollout.max_prompt_tokens,
+    48,
+  )
   rng = np.random.default_rng(0)
   rows = problems * group
   completions = rng.integers(0, 31, (rows, t), dtype=np.int32)
@@ -71,7 +80,16 @@ def update_seconds() -> dict[str, list[float]]:
       state = learner.init_state(optimizer, jax.tree.map(jnp.copy, params))
       jax.block_until_ready(state)
       start = time.perf_counter()
-      args = policy, config.learner, optimizer, config.rollout.sampling, size, state, batch, np.bool_(True)
+      args = (
+        policy,
+        config.learner,
+        optimizer,
+        config.rollout.sampling,
+        size,
+        state,
+        batch,
+        np.bool_(True),
+      )
       jax.block_until_ready(learner.update(*args))
       if round_:  # The first compiles.
         seconds[name].append(time.perf_counter() - start)
@@ -86,11 +104,15 @@ def main() -> None:
   steps = metrics[3:]  # From the third step on.
   for key in ("sample", "review", "update", "step"):
     values = [m[f"seconds/{key}"] for m in steps]
-    print(f"{key:7} {statistics.median(values):.3f} s median, {min(values):.3f} s best of {len(values)} steps")
+    print(
+      f"{key:7} {statistics.median(values):.3f} s median, {min(values):.3f} s best of {len(values)} steps"
+    )
   print(f"process start to the end of the first step: {first:.1f} s")
   seconds = update_seconds()
   for name, values in seconds.items():
-    print(f"update, prompts {name}: {statistics.median(values):.3f} s median, {min(values):.3f} s best of {ROUNDS}")
+    print(
+      f"update, prompts {name}: {statistics.median(values):.3f} s median, {min(values):.3f} s best of {ROUNDS}"
+    )
   ratio = [p / s for s, p in zip(seconds["shared"], seconds["plain"], strict=True)]
   print(f"plain / shared: {statistics.median(ratio):.2f} median of {ROUNDS} alternated rounds")
 

@@ -33,12 +33,16 @@ PEAKS = {"v5e": (197e12, 0.82e12), "v6e": (918e12, 1.64e12), "v5p": (459e12, 2.7
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--config", required=True)
   parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:4x4, v5p:2x2x4")
   parser.add_argument("--devices", type=int)
   arguments, overrides = parser.parse_known_args()
-  chips = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[: arguments.devices]
+  chips = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[
+    : arguments.devices
+  ]
   config = config_lib.load(arguments.config, overrides)
   training = mesh.make_mesh(config.mesh, chips)
   sampling = mesh.sampler_mesh(config.mesh, training)
@@ -58,7 +62,11 @@ def main() -> None:
   r, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
   p, b, t = r.problems, r.problems * r.group, r.max_tokens
 
-  whole, learning, writing = mesh.param_shapes(policy), policy.clone(mesh=training), policy.clone(mesh=sampling)
+  whole, learning, writing = (
+    mesh.param_shapes(policy),
+    policy.clone(mesh=training),
+    policy.clone(mesh=sampling),
+  )
   state = jax.eval_shape(lambda params: learner.init_state(optimizer, params), split(whole)[1])
   state = laid_out(state, mesh.state_shardings(training, policy, optimizer))
   batch = batch_shapes(config, p)
@@ -66,9 +74,15 @@ def main() -> None:
   frozen = split(laid_out(whole, mesh.param_shardings(training, policy)))[0]
   static = learning, config.learner, optimizer, r.sampling, r.group
   updating = learner.update.lower(
-    *static, state, spread(batch, training), on(mesh.replicated(training), jnp.bool_), frozen or None
+    *static,
+    state,
+    spread(batch, training),
+    on(mesh.replicated(training), jnp.bool_),
+    frozen or None,
   )
-  report("update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values()))
+  report(
+    "update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values())
+  )
 
   same = mesh.replicated(sampling)
   params = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
@@ -85,11 +99,15 @@ def main() -> None:
   weights = sum(x.size for x in jax.tree.leaves(whole["blocks"])) + policy.rows * known.width
   forward = 2 * weights * (b * t + p * r.max_prompt_tokens)
   passes = (2 if known.lora_rank else 3) + (known.remat == "layers") + config.learner.reference
-  held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+  held = sum(
+    np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params)
+  )
   cache = planned.sampling["keys and values"] * (r.max_prompt_tokens + b // p * t / 2)
   cache /= r.max_prompt_tokens + b // p * t
   sampled, updated = t * (held + cache) / bandwidth, passes * forward / peak / len(chips)
-  print(f"a step takes at least {sampled:.1f} s to sample {t} tokens a row, and {updated:.1f} s to update")
+  print(
+    f"a step takes at least {sampled:.1f} s to sample {t} tokens a row, and {updated:.1f} s to update"
+  )
 
 
 def report(name: str, lowered, planned: int) -> None:

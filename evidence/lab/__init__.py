@@ -17,31 +17,54 @@ def run(folder: epath.Path) -> str:
   ends = {name: drift.end(c) for name, c in curves.items()}
   (folder / "lab.png").write_bytes(_bars(rows))
   (folder / "drift.png").write_bytes(_lines(curves))
-  numbers = {"tree": [r._asdict() for r in rows], "drift": {name: e._asdict() for name, e in ends.items()}}
+  numbers = {
+    "tree": [r._asdict() for r in rows],
+    "drift": {name: e._asdict() for name, e in ends.items()},
+  }
   (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
   table = []
   for r in rows:
-    snr, premiums = r.snr / rows[0].snr, (round(x, 6) + 0.0 for x in (r.leading, r.trailing))  # No sign of a zero.
+    snr, premiums = (
+      r.snr / rows[0].snr,
+      (round(x, 6) + 0.0 for x in (r.leading, r.trailing)),
+    )  # No sign of a zero.
     table.append(
-      [r.name, f"{r.cosine:.6f}", f"{snr:.2f}", f"{snr * r.cosine**2:.2f}", *(f"{x:+.6f}" for x in premiums)]
+      [
+        r.name,
+        f"{r.cosine:.6f}",
+        f"{snr:.2f}",
+        f"{snr * r.cosine**2:.2f}",
+        *(f"{x:+.6f}" for x in premiums),
+      ]
     )
   start = curves[next(iter(curves))].checks[:, 0].mean()
   drifted = [
-    [name, f"{e.accuracy:.4f}", f"{e.worst:.4f}", f"{e.checks:.2f} +- {e.error:.2f}", f"{e.spread:.2f}"]
+    [
+      name,
+      f"{e.accuracy:.4f}",
+      f"{e.worst:.4f}",
+      f"{e.checks:.2f} +- {e.error:.2f}",
+      f"{e.spread:.2f}",
+    ]
     for name, e in ends.items()
   ]
   return "\n\n".join(
     [
       f"The exact update over all {len(traces.reward_N):,} traces of a policy that succeeds with"
       f" {traces.probability_N @ traces.reward_N:.3f}",
-      text_table(["scheme, reviewer", "cosine", "SNR / RLOO", "x cosine^2", "premium, leading", "trailing"], table),
+      text_table(
+        ["scheme, reviewer", "cosine", "SNR / RLOO", "x cosine^2", "premium, leading", "trailing"],
+        table,
+      ),
       "Cosine with the policy gradient; signal to noise of one trace's update, which counts bias as signal, and without"
       "\nthat; how much more a check is reinforced than a step that does as little, where the policy leads (a better"
       "\nchance than at the start) and where it trails.",
       f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS} seeds; at first"
       f" {start:.2f} of a trace's {drift.SLOTS} steps are checks",
-      text_table(["scheme, reviewer", "accuracy", "worst seed", "checks at the end +- s.e.", "s.d."], drifted),
+      text_table(
+        ["scheme, reviewer", "accuracy", "worst seed", "checks at the end +- s.e.", "s.d."], drifted
+      ),
       "Checks do nothing and cost nothing here, so accuracy does not tell who drifts towards them.",
     ]
   )
@@ -56,7 +79,9 @@ def _lines(curves: dict[str, drift.Curves]) -> bytes:
         mean, spread = _smooth(y.mean(0)), _smooth(y.std(0, ddof=1))
         axis.plot(x, mean, linewidth=1.5, label=name, **line_style(i))
         if axis is axes[0]:
-          axis.fill_between(x, mean - spread, mean + spread, color=line_style(i)["color"], alpha=0.12, linewidth=0)
+          axis.fill_between(
+            x, mean - spread, mean + spread, color=line_style(i)["color"], alpha=0.12, linewidth=0
+          )
     axes[0].set(xlabel="updates", ylabel="checks in a trace (mean and s.d. over seeds)")
     axes[1].set(xlabel="updates", ylabel="accuracy", ylim=(0, 1.01))
     axes[1].legend(frameon=False, loc="lower right")

@@ -79,7 +79,9 @@ class End(typing.NamedTuple):
 
 def end(curves: Curves) -> End:
   accuracy, checks = curves.accuracy[:, -50:].mean(1), curves.checks[:, -50:].mean(1)
-  return End(float(accuracy.mean()), float(accuracy.min()), float(checks.mean()), float(checks.std(ddof=1)))
+  return End(
+    float(accuracy.mean()), float(accuracy.min()), float(checks.mean()), float(checks.std(ddof=1))
+  )
 
 
 def value_table() -> np.ndarray:
@@ -101,7 +103,9 @@ def reviewed(actions_BxS, progress_BxS, reviewer: Reviewer) -> ReviewArrays:
   values = reviewer.scale * jnp.asarray(value_table(), jnp.float32)[slots, progress_BxS]
   values += reviewer.fooled * reviewer.applause * (is_check.cumsum(1) - is_check)
   step_ids, weights = jnp.broadcast_to(slots, actions_BxS.shape), jnp.where(applauded, 3.0, 1.0)
-  return ReviewArrays(step_ids, roles, weights, jnp.minimum(values, 1.0), jnp.ones(len(actions_BxS), bool))
+  return ReviewArrays(
+    step_ids, roles, weights, jnp.minimum(values, 1.0), jnp.ones(len(actions_BxS), bool)
+  )
 
 
 def traces(logits_SxCxA, noise_SxBxA):
@@ -112,7 +116,9 @@ def traces(logits_SxCxA, noise_SxBxA):
     action_B = jnp.argmax(logits_CxA[progress_B] + noise_BxA, 1)
     return jnp.minimum(progress_B + (action_B == ADVANCE), NEEDED), (action_B, progress_B)
 
-  end_B, (actions, progress) = jax.lax.scan(act, jnp.zeros(noise_SxBxA.shape[1], int), (logits_SxCxA, noise_SxBxA))
+  end_B, (actions, progress) = jax.lax.scan(
+    act, jnp.zeros(noise_SxBxA.shape[1], int), (logits_SxCxA, noise_SxBxA)
+  )
   return actions.T, progress.T, (end_B == NEEDED).astype(jnp.float32)
 
 
@@ -128,7 +134,9 @@ def train(config: Scheme, reviewer: Reviewer, noise: jax.Array) -> Curves:
     actions, progress, rewards = traces(logits, noise)
     rows = len(rewards)
     said, grouped = reviewed(actions, progress, reviewer), rewards.reshape(GROUPS, GROUP)
-    advantages = token_advantages(config, grouped, jnp.ones((rows, SLOTS), bool), jnp.zeros(rows, bool), said)
+    advantages = token_advantages(
+      config, grouped, jnp.ones((rows, SLOTS), bool), jnp.zeros(rows, bool), said
+    )
     gradient = jax.grad(loss)(logits, actions, progress, advantages)
     return logits - RATE * gradient, (rewards.mean(), (actions == CHECK).sum(1).mean())
 
@@ -139,4 +147,7 @@ def train(config: Scheme, reviewer: Reviewer, noise: jax.Array) -> Curves:
 def run() -> dict[str, Curves]:
   """Every arm's curves over the same noise."""
   noise = jax.random.gumbel(jax.random.key(0), (SEEDS, UPDATES, SLOTS, GROUPS * GROUP, 3))
-  return {name: Curves(*jax.device_get(train(config, reviewer, noise))) for name, (config, reviewer) in ARMS.items()}
+  return {
+    name: Curves(*jax.device_get(train(config, reviewer, noise)))
+    for name, (config, reviewer) in ARMS.items()
+  }

@@ -87,7 +87,11 @@ def roles(tree: Tree) -> np.ndarray:
   """The true roles [N, T]: progress is necessary while it is needed, and a fix repairs where something is broken."""
   a = tree.actions_NxT
   cases = (a == ADVANCE) & (tree.progress_NxT < NEEDED), a == ERROR, (a == FIX) & tree.open_NxT
-  return np.select(cases, [ROLES.index(role) for role in ("necessary", "error", "repair")], ROLES.index("redundant"))
+  return np.select(
+    cases,
+    [ROLES.index(role) for role in ("necessary", "error", "repair")],
+    ROLES.index("redundant"),
+  )
 
 
 def review(tree: Tree, roles_NxT=0, weights_NxT=1.0, values_NxT=np.nan) -> ReviewArrays:
@@ -109,8 +113,12 @@ def reviews(tree: Tree) -> dict[str, ReviewArrays]:
     "oracle": review(tree, true, values_NxT=tree.value_NxT),
     "fooled": review(tree, applauded, np.where(is_check, 3.0, 1.0), fooled_values),
     "random": review(tree, rng.integers(0, len(ROLES), (n, t)), values_NxT=random_values),
-    "thief": review(tree, np.where(np.arange(t) == t - 1, ROLES.index("necessary"), ROLES.index("inherits"))),
-    "hindsight": review(tree, values_NxT=np.clip(1 - APPLAUSE * is_check[:, ::-1].cumsum(1)[:, ::-1], 0, 1)),
+    "thief": review(
+      tree, np.where(np.arange(t) == t - 1, ROLES.index("necessary"), ROLES.index("inherits"))
+    ),
+    "hindsight": review(
+      tree, values_NxT=np.clip(1 - APPLAUSE * is_check[:, ::-1].cumsum(1)[:, ::-1], 0, 1)
+    ),
   }
 
 
@@ -135,7 +143,9 @@ def credit(tree: Tree, scheme: Scheme, said: ReviewArrays) -> np.ndarray:
 
   def expected(x_NxT, counts_N):
     weight = p * np.asarray(counts_N)
-    return jnp.broadcast_to(jnp.asarray(weight @ np.asarray(x_NxT, float) / weight.sum(), jnp.float32), x_NxT.shape)
+    return jnp.broadcast_to(
+      jnp.asarray(weight @ np.asarray(x_NxT, float) / weight.sum(), jnp.float32), x_NxT.shape
+    )
 
   given = Given(
     jnp.asarray(reward, jnp.float32),
@@ -159,15 +169,26 @@ def measure(tree: Tree, name: str, credit_NxT: np.ndarray) -> Row:
       for x_N in (credit_NxT[:, t], credit_NxT[:, t] ** 2, tree.reward_N, 1.0)
     )
     ours, truth = (joint - pi * joint.sum(1, keepdims=True) for joint in (given, won))
-    size, inner, true_size = size + (ours**2).sum(), inner + (ours * truth).sum(), true_size + (truth**2).sum()
-    second += (given_squared * (1 - 2 * pi + (pi**2).sum(1, keepdims=True))).sum()  # times |e_a - pi|^2
+    size, inner, true_size = (
+      size + (ours**2).sum(),
+      inner + (ours * truth).sum(),
+      true_size + (truth**2).sum(),
+    )
+    second += (
+      given_squared * (1 - 2 * pi + (pi**2).sum(1, keepdims=True))
+    ).sum()  # times |e_a - pi|^2
     mean = given / reached
     gains.append(mean[:, CHECK] - mean[:, PLAIN])
     weights.append(reached.sum(1))
     leads.append(won.sum(1) / weights[-1] > tree.probability_N @ tree.reward_N)
   gain, weight, lead = (np.concatenate(x) for x in (gains, weights, leads))
   premiums = (np.average(gain[where], weights=weight[where]) for where in (lead, ~lead))
-  return Row(name, float(inner / np.sqrt(size * true_size)), float(size / (second - size)), *map(float, premiums))
+  return Row(
+    name,
+    float(inner / np.sqrt(size * true_size)),
+    float(size / (second - size)),
+    *map(float, premiums),
+  )
 
 
 ONE_TABLE = RoleTable(necessary=1.0, repair=1.0)
@@ -197,4 +218,6 @@ ROWS = (
 
 def table(tree: Tree) -> list[Row]:
   said = reviews(tree)
-  return [measure(tree, name, credit(tree, scheme, said[reviewer])) for name, scheme, reviewer in ROWS]
+  return [
+    measure(tree, name, credit(tree, scheme, said[reviewer])) for name, scheme, reviewer in ROWS
+  ]

@@ -31,7 +31,9 @@ def refused(capsys, *arguments: str) -> str:
 def damage(workdir: pathlib.Path, step: int) -> None:
   """Cuts every file that holds arrays of a checkpoint in half, as an interrupted copy would."""
   files = [
-    path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file() and path.parent.name == "d"
+    path
+    for path in (workdir / "checkpoints" / str(step)).rglob("*")
+    if path.is_file() and path.parent.name == "d"
   ]
   assert files
   for path in files:
@@ -60,7 +62,13 @@ def run(finished, tmp_path) -> pathlib.Path:
 
 
 def test_an_unknown_key(capsys, recipe, tmp_path):
-  said = refused(capsys, "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.learner.los=ppo")
+  said = refused(
+    capsys,
+    "train",
+    f"--config={recipe}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.learner.los=ppo",
+  )
   assert "learner.los" in said
   assert "learner.loss" in said
   assert not (tmp_path / "run").exists()
@@ -68,11 +76,19 @@ def test_an_unknown_key(capsys, recipe, tmp_path):
 
 def test_an_unknown_key_in_the_recipe(capsys, tmp_path):
   recipe = tiny.write_recipe(tmp_path, {"learner.los": "ppo"})
-  assert "learner.los" in refused(capsys, "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
+  assert "learner.los" in refused(
+    capsys, "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"
+  )
 
 
 def test_an_impossible_value(capsys, recipe, tmp_path):
-  said = refused(capsys, "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.rollout.group=1")
+  said = refused(
+    capsys,
+    "train",
+    f"--config={recipe}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.rollout.group=1",
+  )
   assert "rollout.group" in said
 
 
@@ -83,44 +99,62 @@ def test_a_stray_argument(capsys, recipe, tmp_path):
 
 
 def test_a_task_that_does_not_exist(capsys, recipe, tmp_path):
-  said = refused(capsys, "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.task.name=chess")
+  said = refused(
+    capsys,
+    "train",
+    f"--config={recipe}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.task.name=chess",
+  )
   assert "task.name" in said
 
 
 def test_a_missing_recipe(capsys, tmp_path):
-  said = refused(capsys, "train", f"--config={tmp_path / 'nowhere.py'}", f"--workdir={tmp_path / 'run'}")
+  said = refused(
+    capsys, "train", f"--config={tmp_path / 'nowhere.py'}", f"--workdir={tmp_path / 'run'}"
+  )
   assert "nowhere.py" in said
 
 
 def test_a_recipe_without_get_config(capsys, tmp_path):
   (tmp_path / "recipe.py").write_text("steps = 3\n")
-  said = refused(capsys, "train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}")
+  said = refused(
+    capsys, "train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}"
+  )
   assert "get_config" in said
   assert "recipe.py" in said
 
 
 def test_a_recipe_with_a_syntax_error(capsys, tmp_path):
   (tmp_path / "recipe.py").write_text("def get_config():\n  return (\n")
-  said = refused(capsys, "train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}")
+  said = refused(
+    capsys, "train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}"
+  )
   assert "recipe.py" in said
   assert "line 2" in said
 
 
 def test_a_recipe_that_is_no_python_file(capsys, tmp_path):
   (tmp_path / "recipe.yaml").write_text("steps: 3\n")
-  said = refused(capsys, "train", f"--config={tmp_path / 'recipe.yaml'}", f"--workdir={tmp_path / 'run'}")
+  said = refused(
+    capsys, "train", f"--config={tmp_path / 'recipe.yaml'}", f"--workdir={tmp_path / 'run'}"
+  )
   assert "recipe.yaml" in said
 
 
 @pytest.mark.parametrize("returned", ["None", "3", "[1]"])
 def test_a_recipe_that_returns_no_config(capsys, tmp_path, returned):
   (tmp_path / "recipe.py").write_text(f"def get_config():\n  return {returned}\n")
-  said = refused(capsys, "train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}")
+  said = refused(
+    capsys, "train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}"
+  )
   assert "recipe.py" in said
 
 
 def test_a_mesh_that_does_not_fit(capsys, recipe, tmp_path):
-  said = refused(capsys, "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=3")
+  said = refused(
+    capsys, "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=3"
+  )
   assert "mesh.fsdp" in said
   assert "1 device" in said
 
@@ -162,7 +196,9 @@ def test_a_workdir_that_holds_a_different_run(capsys, recipe, run):
 
 
 def test_a_workdir_with_foreign_files(capsys, recipe, tmp_path):
-  assert f"--workdir={tmp_path}" in refused(capsys, "train", f"--config={recipe}", f"--workdir={tmp_path}")
+  assert f"--workdir={tmp_path}" in refused(
+    capsys, "train", f"--config={recipe}", f"--workdir={tmp_path}"
+  )
 
 
 def test_a_workdir_that_is_a_file(capsys, recipe, tmp_path):
@@ -182,9 +218,13 @@ def test_a_finished_run_can_be_made_longer(recipe, run, tmp_path):
   assert cli.main(["train", f"--config={recipe}", f"--workdir={run}", "--config.steps=5"]) == 0
   train(tiny.make_config({"steps": 5}), str(tmp_path / "whole"), quiet=True)
   # Only the evaluation after the old last step is left over.
-  ours = [{k: v for k, v in tiny.timeless(line).items() if "eval/" not in k} for line in tiny.read_lines(run)]
+  ours = [
+    {k: v for k, v in tiny.timeless(line).items() if "eval/" not in k}
+    for line in tiny.read_lines(run)
+  ]
   theirs = [
-    {k: v for k, v in tiny.timeless(line).items() if "eval/" not in k} for line in tiny.read_lines(tmp_path / "whole")
+    {k: v for k, v in tiny.timeless(line).items() if "eval/" not in k}
+    for line in tiny.read_lines(tmp_path / "whole")
   ]
   assert ours == theirs
   tiny.assert_same_arrays(tiny.saved_state(run), tiny.saved_state(tmp_path / "whole"))
@@ -196,14 +236,19 @@ def test_a_finished_run_can_be_made_longer(recipe, run, tmp_path):
 def test_a_loss_that_is_not_finite(capsys, recipe, tmp_path):
   # At this rate the first update is finite and the second step's logits are not.
   run = tmp_path / "run"
-  said = refused(capsys, "train", f"--config={recipe}", f"--workdir={run}", "--config.learner.lr=1e10")
+  said = refused(
+    capsys, "train", f"--config={recipe}", f"--workdir={run}", "--config.learner.lr=1e10"
+  )
   assert "not finite at step 2" in said
   assert "learner.lr" in said
   assert "step 1 " in said
   assert str(run / "checkpoints") in said
   state = tiny.saved_state(run, 1)
   assert all(np.isfinite(array).all() for array in state.values())
-  assert [line["step"] for line in tiny.read_lines(run)] == [0, 1]  # What is not finite was not recorded.
+  assert [line["step"] for line in tiny.read_lines(run)] == [
+    0,
+    1,
+  ]  # What is not finite was not recorded.
   assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
 
 
@@ -266,7 +311,9 @@ def test_a_checkpoint_that_cannot_be_written(capsys, recipe, run, tmp_path):
 def small_disk(folder: pathlib.Path, size: str):
   folder.mkdir()
   made = subprocess.run(
-    ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, check=False
+    ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
+    capture_output=True,
+    check=False,
   )
   if made.returncode:
     pytest.skip("a small disk can only be mounted by root")
@@ -345,7 +392,9 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
 
 
 def test_help_of_the_module():
-  shown = subprocess.run([sys.executable, "-m", "dca_jax", "--help"], capture_output=True, text=True, check=True)
+  shown = subprocess.run(
+    [sys.executable, "-m", "dca_jax", "--help"], capture_output=True, text=True, check=True
+  )
   assert not shown.stderr
   for word in ("train", "compare", "report"):
     assert word in shown.stdout
@@ -356,7 +405,10 @@ def test_help_of_the_module():
   [
     (["plan", "--config={recipe}", "--devices=-1"], "--devices=-1: must be at least 1"),
     (["plan", "--config={recipe}", "--devices=0"], "--devices=0: must be at least 1"),
-    (["review", "--trajectories={run}/trajectories", "--reviewer=oracle", "--limit=0"], "--limit=0: must be at least"),
+    (
+      ["review", "--trajectories={run}/trajectories", "--reviewer=oracle", "--limit=0"],
+      "--limit=0: must be at least",
+    ),
     (["export", "--workdir={run}", "--output={run}/model", "--step=-3"], ""),
   ],
 )
@@ -398,12 +450,27 @@ def test_report_takes_no_settings(capsys, run):
   ("arguments", "said"),
   [
     (["--coordinator=localhost:1"], "--coordinator needs --processes=N"),
-    (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--coordinator needs --processes=N"),
-    (["--coordinator=localhost:1", "--processes=2", "--process=1"], "--coordinator=localhost:1: nobody answers there"),
-    (["--coordinator=localhost", "--processes=2", "--process=1"], "--coordinator=localhost: nobody answers there"),
-    (["--coordinator=localhost", "--processes=2", "--process=0"], "--coordinator=localhost: nobody answers there"),
+    (
+      ["--coordinator=localhost:1", "--processes=2", "--process=2"],
+      "--coordinator needs --processes=N",
+    ),
+    (
+      ["--coordinator=localhost:1", "--processes=2", "--process=1"],
+      "--coordinator=localhost:1: nobody answers there",
+    ),
+    (
+      ["--coordinator=localhost", "--processes=2", "--process=1"],
+      "--coordinator=localhost: nobody answers there",
+    ),
+    (
+      ["--coordinator=localhost", "--processes=2", "--process=0"],
+      "--coordinator=localhost: nobody answers there",
+    ),
     (["--processes=0"], "--processes and --process need --coordinator=HOST:PORT"),
-    (["--coordinator=localhost:1", "--processes=0", "--process=0"], "--coordinator needs --processes=N"),
+    (
+      ["--coordinator=localhost:1", "--processes=0", "--process=0"],
+      "--coordinator needs --processes=N",
+    ),
     (["--resume=-3"], "--resume=-3: must be auto, never, or the number of a saved step"),
     (["--resume=last"], "--resume=last: must be auto, never, or the number of a saved step"),
   ],
@@ -416,7 +483,9 @@ def test_processes_that_cannot_meet(capsys, monkeypatch, recipe, tmp_path, argum
 
 
 def test_a_machine_that_is_no_pod(recipe, tmp_path):
-  process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--distributed")
+  process = tiny.start(
+    "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--distributed"
+  )
   _, errors = process.communicate(timeout=1200)
   assert process.returncode == 1
   said = "dca-jax: error: --distributed: no TPU pod, Slurm or Kubernetes job found here"

@@ -14,7 +14,9 @@ ARMS = 'ARMS = {"gentle": {"credit.scheme": "weighted", "reviewer.name": "oracle
 
 @pytest.fixture
 def recipe(tmp_path):
-  return read_recipe(tiny.write_recipe(tmp_path, {"reviewer.name": "oracle", "credit.scheme": "weighted"}, ARMS))
+  return read_recipe(
+    tiny.write_recipe(tmp_path, {"reviewer.name": "oracle", "credit.scheme": "weighted"}, ARMS)
+  )
 
 
 # Arms.
@@ -44,17 +46,28 @@ def test_an_arm_may_be_one_of_the_recipes_own(recipe):
 
 def test_overrides_hold_for_every_arm_and_an_arms_own_settings_win(recipe):
   assert arm_config(recipe, "uniform", 0, ["--config.learner.lr=0.25"]).learner.lr == 0.25
-  assert arm_config(recipe, "uniform:learner.lr=0.5", 0, ["--config.learner.lr=0.25"]).learner.lr == 0.5
+  assert (
+    arm_config(recipe, "uniform:learner.lr=0.5", 0, ["--config.learner.lr=0.25"]).learner.lr == 0.5
+  )
 
 
 def test_a_reviewer_of_the_command_line_is_left_out_where_credit_is_uniform(recipe, capsys):
   line = ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.1", "--config.credit.lam=0.75"]
-  weighted, uniform, gentle = (arm_config(recipe, arm, 0, line) for arm in ("weighted", "uniform", "gentle"))
-  assert (weighted.reviewer.name, weighted.reviewer.flip, weighted.credit.lam) == ("noisy", 0.1, 0.75)
+  weighted, uniform, gentle = (
+    arm_config(recipe, arm, 0, line) for arm in ("weighted", "uniform", "gentle")
+  )
+  assert (weighted.reviewer.name, weighted.reviewer.flip, weighted.credit.lam) == (
+    "noisy",
+    0.1,
+    0.75,
+  )
   assert uniform == arm_config(recipe, "uniform", 0, [])
   assert (gentle.reviewer.name, gentle.credit.lam) == ("oracle", 0.25)
   said = capsys.readouterr().err.splitlines()
-  assert said[0] == "note: left out for --config.credit.scheme=uniform: credit.lam, reviewer.name, reviewer.flip"
+  assert (
+    said[0]
+    == "note: left out for --config.credit.scheme=uniform: credit.lam, reviewer.name, reviewer.flip"
+  )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +109,9 @@ def test_ratio_of_medians():
 
 def test_ratio_says_when_seeds_do_not_overlap():
   assert ratio([100.0, 200.0], [50.0, 60.0], curves(500, 500)) == "2.73 (seeds apart)"
-  assert ratio([100.0, 200.0], [50.0, 100.0], curves(500, 500)) == "2.00"  # One as slow as the other's fastest.
+  assert (
+    ratio([100.0, 200.0], [50.0, 100.0], curves(500, 500)) == "2.00"
+  )  # One as slow as the other's fastest.
   assert ratio([100.0], [50.0], curves(500)) == "2.00"  # One seed shows nothing.
 
 
@@ -114,7 +129,9 @@ def test_a_base_that_never_arrives_gives_a_lower_bound():
 
 
 def test_compare_writes_its_page_figure_numbers_and_table(tmp_path, capsys):
-  recipe = tiny.write_recipe(tmp_path, {"reviewer.name": "oracle", "credit.scheme": "weighted", "steps": 6})
+  recipe = tiny.write_recipe(
+    tmp_path, {"reviewer.name": "oracle", "credit.scheme": "weighted", "steps": 6}
+  )
   out = tmp_path / "out"
   command = ["compare", f"--config={recipe}", f"--workdir={out}", "--seeds=0,1", "--threshold=0.01"]
   command += ["--arms=uniform,weighted:credit.lam=0.75"]
@@ -140,7 +157,9 @@ def test_compare_writes_its_page_figure_numbers_and_table(tmp_path, capsys):
       assert result["completions_to_threshold"][arm][seed] == 80.0
 
   # The same problems for both arms, and the same start.
-  first = [tiny.read_lines(out / arm / "seed_0")[1] for arm in ("uniform", "weighted_credit.lam=0.75")]
+  first = [
+    tiny.read_lines(out / arm / "seed_0")[1] for arm in ("uniform", "weighted_credit.lam=0.75")
+  ]
   assert first[0]["train/reward"] == first[1]["train/reward"]
 
   # Run again it trains nothing.
@@ -159,7 +178,9 @@ def test_a_run_that_lost_metrics_is_not_counted(tmp_path, capsys):
   capsys.readouterr()
   assert cli.main(command) == 1
   said = capsys.readouterr().err.splitlines()[-1]
-  assert said.startswith(f"dca-jax: error: {path.parent}: its metrics.jsonl does not tell of steps 1")
+  assert said.startswith(
+    f"dca-jax: error: {path.parent}: its metrics.jsonl does not tell of steps 1"
+  )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +194,10 @@ def test_a_run_that_lost_metrics_is_not_counted(tmp_path, capsys):
     (["--arms=uniform", "--seeds=1,2,1"], "--seeds=1,2,1: names one of them twice"),
     (["--arms=uniform", "--seeds=1, 2"], "--seeds"),
     (["--arms=uniform", f"--seeds={2**31}"], "--seeds"),
-    (["--arms=uniform,weighted,uniform"], "--arms=uniform,weighted,uniform: names one of them twice"),
+    (
+      ["--arms=uniform,weighted,uniform"],
+      "--arms=uniform,weighted,uniform: names one of them twice",
+    ),
     (["--arms=uniform", "--threshold=7"], "--threshold=7.0: must be between 0 and 1"),
     (["--arms=uniform", "--threshold=nan"], "--threshold=nan"),
     (["--arms=uniform", "--config.stepz=1"], "stepz"),
@@ -181,7 +205,9 @@ def test_a_run_that_lost_metrics_is_not_counted(tmp_path, capsys):
 )
 def test_wrong_arguments_end_in_one_line(tmp_path, capsys, arguments, part):
   recipe = tiny.write_recipe(tmp_path, {"steps": 1})
-  assert cli.main(["compare", f"--config={recipe}", f"--workdir={tmp_path / 'out'}", *arguments]) == 1
+  assert (
+    cli.main(["compare", f"--config={recipe}", f"--workdir={tmp_path / 'out'}", *arguments]) == 1
+  )
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("dca-jax: error: ")
   assert part in line

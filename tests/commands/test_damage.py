@@ -35,7 +35,12 @@ def command(run: pathlib.Path, name: str) -> list[str]:
     "status": ["status", f"--workdir={run}"],
     "report": ["report", f"--workdir={run}"],
     "review": ["review", f"--trajectories={run}/trajectories", "--reviewer=oracle", "--limit=5"],
-    "estimate": ["review", f"--trajectories={run}/trajectories", "--reviewer=gemini:gemini-3.5-flash", "--estimate"],
+    "estimate": [
+      "review",
+      f"--trajectories={run}/trajectories",
+      "--reviewer=gemini:gemini-3.5-flash",
+      "--estimate",
+    ],
     "export": ["export", f"--workdir={run}", f"--output={run}/model"],
   }[name]
 
@@ -53,17 +58,40 @@ def call(capsys, *arguments: str) -> tuple[int, list[str]]:
 # One file damaged, and every command that reads.
 
 JUNK = st.sampled_from(
-  [b"", b"\0" * 64, b"\xff\xfe{", b"[]", b"null", b'"x"', b"{}", b"\n", b"[" * 5000, b"1e999", b"NaN"]
+  [
+    b"",
+    b"\0" * 64,
+    b"\xff\xfe{",
+    b"[]",
+    b"null",
+    b'"x"',
+    b"{}",
+    b"\n",
+    b"[" * 5000,
+    b"1e999",
+    b"NaN",
+  ]
 )
 VALUES = st.one_of(
-  st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(), st.just([]), st.just({})
+  st.none(),
+  st.booleans(),
+  st.integers(-(2**70), 2**70),
+  st.floats(),
+  st.text(),
+  st.just([]),
+  st.just({}),
 )
 
 
 @st.composite
 def damages(draw):
   """A function that damages the bytes of a file: cut, overwritten, or valid JSON that says something else."""
-  kind, where, junk, value = draw(st.sampled_from("cjlkv")), draw(st.floats(0, 1)), draw(JUNK), draw(VALUES)
+  kind, where, junk, value = (
+    draw(st.sampled_from("cjlkv")),
+    draw(st.floats(0, 1)),
+    draw(JUNK),
+    draw(VALUES),
+  )
 
   def damage(data: bytes) -> bytes:
     at = int(where * len(data))
@@ -78,7 +106,9 @@ def damages(draw):
     else:
       told = json.loads(lines[row])
       places = [(told, key) for key in told]
-      places += [(inner, key) for inner in told.values() if isinstance(inner, dict) for key in inner]
+      places += [
+        (inner, key) for inner in told.values() if isinstance(inner, dict) for key in inner
+      ]
       places += [
         (x, key)
         for inner in told.values()
@@ -107,7 +137,10 @@ EXAMPLES = int(os.environ.get("DCA_JAX_FUZZ", "20"))  # More, by hand.
 
 
 @hypothesis.settings(
-  max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 20, suppress_health_check=list(hypothesis.HealthCheck)
+  max_examples=EXAMPLES,
+  deadline=None,
+  derandomize=EXAMPLES == 20,
+  suppress_health_check=list(hypothesis.HealthCheck),
 )
 @hypothesis.given(st.sampled_from([*READ_BY]), damages())
 def test_any_damage_ends_in_sentences(finished, capsys, file, damage):
@@ -159,7 +192,10 @@ def test_trajectories_that_are_gone(capsys, run, names):
 def test_damaged_trajectories_are_named_with_their_line(capsys, run):
   path = run / "trajectories" / "step_000001.jsonl"
   lines = path.read_text().splitlines()
-  path.write_text("\n".join([lines[0], lines[1][:30], *lines[2:-1], lines[-1].replace('"credit"', '"credits"')]) + "\n")
+  path.write_text(
+    "\n".join([lines[0], lines[1][:30], *lines[2:-1], lines[-1].replace('"credit"', '"credits"')])
+    + "\n"
+  )
   (run / "trajectories" / "step_x.jsonl").write_text("{}")
   for name in ("report", "review"):
     status, (said,) = call(capsys, *command(run, name))
@@ -172,7 +208,9 @@ def test_damaged_trajectories_are_named_with_their_line(capsys, run):
 
 
 def resume(capsys, run: pathlib.Path, tmp_path: pathlib.Path, *more: str) -> tuple[int, list[str]]:
-  return call(capsys, "train", f"--config={tiny.write_recipe(tmp_path, CHANGES)}", f"--workdir={run}", *more)
+  return call(
+    capsys, "train", f"--config={tiny.write_recipe(tmp_path, CHANGES)}", f"--workdir={run}", *more
+  )
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +235,20 @@ def fresh(folder: pathlib.Path) -> pathlib.Path:
   ("damage", "said"),
   [
     (lambda run: (run / "config.json").unlink(), ["config.json is gone; it is written anew"]),
-    (lambda run: (run / "config.json").write_text('{"seed": 0'), ["config.json, line 1 is damaged"]),
+    (
+      lambda run: (run / "config.json").write_text('{"seed": 0'),
+      ["config.json, line 1 is damaged"],
+    ),
     (lambda run: (run / "metrics.jsonl").unlink(), ["metrics.jsonl does not tell of steps 0 to 3"]),
     (lambda run: shutil.rmtree(run / "trajectories"), []),
     (lambda run: shutil.rmtree(run / "tokenizer"), []),
     (lambda run: (run / "tokenizer" / "tokenizer.json").write_text("{"), []),
     (lambda run: shutil.rmtree(run / "start"), []),
     (lambda run: halve(run / "start"), ["start is damaged ("]),
-    (lambda run: shutil.copytree(run / "checkpoints" / "3" / "state", fresh(run / "start")), ["start is damaged ("]),
+    (
+      lambda run: shutil.copytree(run / "checkpoints" / "3" / "state", fresh(run / "start")),
+      ["start is damaged ("],
+    ),
     (lambda run: shutil.rmtree(run / "tensorboard"), []),
   ],
 )
@@ -275,7 +319,8 @@ def test_a_checkpoint_with_other_arrays_than_this_version_keeps(capsys, run, tmp
   with ocp.CheckpointManager(run / "checkpoints") as manager:
     host = manager.restore(3, args=ocp.args.Composite(host=ocp.args.JsonRestore())).host
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave({"params": {"wide": np.ones((3, 5))}}), host=ocp.args.JsonSave(host)
+      state=ocp.args.StandardSave({"params": {"wide": np.ones((3, 5))}}),
+      host=ocp.args.JsonSave(host),
     )
     manager.save(4, args=args, force=True)
   status, (said,) = resume(capsys, run, tmp_path, "--config.steps=6")

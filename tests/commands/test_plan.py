@@ -33,13 +33,20 @@ CHANGES = {
 
 def planned(changes, devices=1):
   config = tiny.make_config({**CHANGES, **changes})
-  return config, memory(config, Policy(config.policy, VOCAB), *mesh.abstract_meshes(config.mesh, devices))
+  return config, memory(
+    config, Policy(config.policy, VOCAB), *mesh.abstract_meshes(config.mesh, devices)
+  )
 
 
-@pytest.mark.parametrize("changes", [{}, {"learner.micro_batches": 1}, {"policy.dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+  "changes", [{}, {"learner.micro_batches": 1}, {"policy.dtype": "bfloat16"}], ids=str
+)
 def test_the_update_takes_about_what_is_planned(changes):
   config, ours = planned(changes)
-  policy, optimizer = Policy(config.policy, VOCAB), learner.make_optimizer(config.learner, config.steps)
+  policy, optimizer = (
+    Policy(config.policy, VOCAB),
+    learner.make_optimizer(config.learner, config.steps),
+  )
   state = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
   update = functools.partial(
     learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
@@ -56,7 +63,8 @@ def test_the_update_takes_about_what_is_planned(changes):
 
 def test_remat_keeps_less():
   kept = [
-    planned({"policy.remat": r})[1].updating["activations of a micro-batch"] for r in ("all", "projections", "layers")
+    planned({"policy.remat": r})[1].updating["activations of a micro-batch"]
+    for r in ("all", "projections", "layers")
   ]
   assert kept[0] > 1.5 * kept[1] > 3 * kept[2] > 0
 
@@ -64,7 +72,11 @@ def test_remat_keeps_less():
 @pytest.mark.parametrize("continuations", [0, 6])
 def test_sampling_takes_about_what_is_planned(continuations):
   """Evaluation draws batches of training's shape; continuations have answers that were begun as their prompts."""
-  values = {"credit.scheme": "potential", "value.source": "monte_carlo", "value.continuations": continuations}
+  values = {
+    "credit.scheme": "potential",
+    "value.source": "monte_carlo",
+    "value.continuations": continuations,
+  }
   config, ours = planned(values if continuations else {})
   policy, r = Policy(config.policy, VOCAB), config.rollout
   p, s, g = r.problems, r.max_prompt_tokens, r.group
@@ -87,7 +99,9 @@ def test_devices_share_what_the_mesh_says():
   assert fsdp.sampling["keys and values"] == one.sampling["keys and values"] // 4
   _, data = planned({"mesh.data": 4}, 4)
   assert data.parameters == one.parameters
-  assert data.updating["activations of a micro-batch"] < one.updating["activations of a micro-batch"] / 3
+  assert (
+    data.updating["activations of a micro-batch"] < one.updating["activations of a micro-batch"] / 3
+  )
   _, apart = planned({"mesh.fsdp": 4, "mesh.data": 1, "mesh.sampler": (4, 1, 1)}, 4)
   assert apart.sampling["parameters as the sampler has them"] == one.parameters
 
@@ -95,7 +109,12 @@ def test_devices_share_what_the_mesh_says():
 def test_copies_of_the_policy_count():
   _, alone = planned({"learner.reference": False})
   _, both = planned(
-    {"reviewer.name": "oracle", "credit.scheme": "weighted", "reviewer.overlap": 1, "learner.loss": "ppo"}
+    {
+      "reviewer.name": "oracle",
+      "credit.scheme": "weighted",
+      "reviewer.overlap": 1,
+      "learner.loss": "ppo",
+    }
   )
   assert (alone.copies, both.copies) == (0, 2 * alone.parameters)
 
@@ -103,17 +122,30 @@ def test_copies_of_the_policy_count():
 def test_a_plan_says_which_chips_it_fits():
   small = plan(tiny.make_config(CHANGES), 1)
   assert "v5e, 14.9 GiB: fits" in small
-  large = {"policy.width": 4096, "policy.depth": 32, "policy.mlp": 16384, "policy.head_dim": 128, "policy.heads": 32}
+  large = {
+    "policy.width": 4096,
+    "policy.depth": 32,
+    "policy.mlp": 16384,
+    "policy.head_dim": 128,
+    "policy.heads": 32,
+  }
   said = plan(tiny.make_config({**CHANGES, **large, "mesh.fsdp": 4, "mesh.data": 1}), 4)
   assert "v5e, 14.9 GiB: does not fit" in said
   assert "v5p, 88.5 GiB: fits" in said
 
 
 def test_a_policy_that_cannot_fit_is_refused():
-  config = tiny.make_config({**CHANGES, "policy.width": 16384, "policy.mlp": 65536, "policy.depth": 64})
-  policy, optimizer = Policy(config.policy, VOCAB), learner.make_optimizer(config.learner, config.steps)
+  config = tiny.make_config(
+    {**CHANGES, "policy.width": 16384, "policy.mlp": 65536, "policy.depth": 64}
+  )
+  policy, optimizer = (
+    Policy(config.policy, VOCAB),
+    learner.make_optimizer(config.learner, config.steps),
+  )
   state = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
   shardings = mesh.state_shardings(mesh.make_mesh(config.mesh), policy, optimizer)
-  state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+  state = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
+  )
   with pytest.raises(UserError, match=r"take \d+\.\d GiB on each device, .* raise mesh\.fsdp"):
     check_fits(state)

@@ -11,7 +11,14 @@ import pytest
 import tiny
 from etils import epath
 
-from dca_jax.commands.report import moving_average, running_total, score_header, score_rows, text_table, write_report
+from dca_jax.commands.report import (
+  moving_average,
+  running_total,
+  score_header,
+  score_rows,
+  text_table,
+  write_report,
+)
 from dca_jax.episode import Review, Step
 from dca_jax.loop import train
 from dca_jax.store.trajectories import read_trajectories, write_trajectories
@@ -20,7 +27,11 @@ from dca_jax.store.trajectories import read_trajectories, write_trajectories
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   workdir = epath.Path(tmp_path_factory.mktemp("reported") / "run")
-  train(tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "oracle"}), str(workdir), quiet=True)
+  train(
+    tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    str(workdir),
+    quiet=True,
+  )
   return workdir
 
 
@@ -60,7 +71,12 @@ def test_the_page_shows_curves_scores_steps_and_settings(run):
       assert f"{line[f'eval/{name}']:.3f}" in text
   assert "step 3" in text
   assert "Step 1" in text
-  shown = [t for step in (1, 3) for t in read_trajectories(run / "trajectories", step) if t.problem.prompt in text]
+  shown = [
+    t
+    for step in (1, 3)
+    for t in read_trajectories(run / "trajectories", step)
+    if t.problem.prompt in text
+  ]
   assert shown
   assert any(html.escape(s.text) in text for t in shown for s in t.steps)
   assert "class=step" in text
@@ -112,8 +128,12 @@ def test_a_colour_means_the_same_credit_in_every_answer(run, tmp_path):
     """Steps whose credit is that of `credits` in turn, in answers of different advantages."""
     spans = range(min(len(credits), len(t.tokens)))
     steps = tuple(Step(k, k + 1, f"s{k}") for k in spans)
-    t = dataclasses.replace(t, steps=steps, values=(), advantage=0.01 * (1 + int(t.id.split("/")[2])))
-    return dataclasses.replace(t, credit=[*credits, *[0.0] * 50][: len(t.tokens)], review=said_of(t, "repair"))
+    t = dataclasses.replace(
+      t, steps=steps, values=(), advantage=0.01 * (1 + int(t.id.split("/")[2]))
+    )
+    return dataclasses.replace(
+      t, credit=[*credits, *[0.0] * 50][: len(t.tokens)], review=said_of(t, "repair")
+    )
 
   text = write_report(rewritten(run, tmp_path, change)).read_text()
   shown = re.findall(r"background:(#\w+)\">s(\d) <small>repair ([^<]+)</small>", text)
@@ -131,7 +151,9 @@ def test_what_a_step_did_can_be_read_without_a_mouse(run):
   text = write_report(run).read_text()
   assert "title" not in dict(Page(text).attributes)
   steps = text.split("class=step")[1:]
-  labelled = [step for step in steps if re.search(r"<small>[a-z (]+\)? [+\u2212]\d\.\d\d</small>", step)]
+  labelled = [
+    step for step in steps if re.search(r"<small>[a-z (]+\)? [+\u2212]\d\.\d\d</small>", step)
+  ]
   assert len(steps) - len(labelled) == 9  # The legend.
 
 
@@ -143,7 +165,9 @@ def test_a_section_with_nothing_in_it_says_why(run, tmp_path):
   wins = rewritten(
     run,
     tmp_path / "wins",
-    lambda t: dataclasses.replace(t, advantage=0.5, outcome=dataclasses.replace(t.outcome, correct=True)),
+    lambda t: dataclasses.replace(
+      t, advantage=0.5, outcome=dataclasses.replace(t.outcome, correct=True)
+    ),
   )
   assert write_report(wins).read_text().count("none was wrong") == 2
 
@@ -167,13 +191,19 @@ def test_score_rows_compare_the_first_and_the_last_evaluation():
   def scores(value):
     return {"eval/greedy": value, "eval/greedy_low": value - 0.1, "eval/greedy_high": value + 0.1}
 
-  metrics = [{"step": 0, **scores(0.2)}, {"step": 1, "train/reward": 0.5}, {"step": 2, **scores(0.7)}]
+  metrics = [
+    {"step": 0, **scores(0.2)},
+    {"step": 1, "train/reward": 0.5},
+    {"step": 2, **scores(0.7)},
+  ]
   assert score_rows(metrics) == [["greedy", "0.200 [0.100, 0.300]", "0.700 [0.600, 0.800]"]]
 
 
 def test_score_rows_say_which_steps_they_are_of():
   def row(step, **scores):
-    return {"step": step} | {f"eval/{name}{end}": x for name, x in scores.items() for end in ("", "_low", "_high")}
+    return {"step": step} | {
+      f"eval/{name}{end}": x for name, x in scores.items() for end in ("", "_low", "_high")
+    }
 
   several = [row(0, length=1.0), row(5, length=5.0), {"step": 6}, row(7, length=7.0, greedy=0.5)]
   assert score_header(several) == ["held-out", "step 0", "step 7"]

@@ -41,7 +41,12 @@ def test_the_oracle_agrees_with_itself_and_the_noisy_one_less(run, capsys):
 def test_another_model_is_asked_once(run, capsys, monkeypatch):
   monkeypatch.setenv("GEMINI_API_KEY", "key")
   with FakeServer(reply=lambda data: honest_reply(data, role="redundant")) as server:
-    command = ["review", f"--trajectories={run}/trajectories", "--reviewer=gemini:gemini-3.5-flash", "--limit=20"]
+    command = [
+      "review",
+      f"--trajectories={run}/trajectories",
+      "--reviewer=gemini:gemini-3.5-flash",
+      "--limit=20",
+    ]
     command += [f"--config.reviewer.client.base_url={server.url}"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
@@ -69,7 +74,12 @@ def test_an_outage_is_outlasted(monkeypatch):
 
 
 def test_estimate_calls_nobody(run, capsys):
-  command = ["review", f"--trajectories={run}/trajectories", "--reviewer=gemini:gemini-3.5-flash-lite", "--estimate"]
+  command = [
+    "review",
+    f"--trajectories={run}/trajectories",
+    "--reviewer=gemini:gemini-3.5-flash-lite",
+    "--estimate",
+  ]
   assert cli.main(command) == 0
   out = capsys.readouterr().out
   assert "1,000 reviews with gemini-3.5-flash-lite: about $" in out
@@ -77,7 +87,9 @@ def test_estimate_calls_nobody(run, capsys):
 
 
 def test_agreement_by_hand(run):
-  stored = types.SimpleNamespace(review=Review("ok", ("error", "necessary", "necessary"), (1.0,) * 3))
+  stored = types.SimpleNamespace(
+    review=Review("ok", ("error", "necessary", "necessary"), (1.0,) * 3)
+  )
   same = Review("ok", ("error", "necessary", "necessary", "error"), (1.0,) * 4)
   assert "same role in 1.000 of 3 steps; kappa 1.000" in agreement([stored], [same])
   blind = Review("ok", ("necessary",) * 4, (1.0,) * 4)
@@ -91,7 +103,10 @@ def test_agreement_by_hand(run):
     (["--trajectories=/nowhere", "--reviewer=oracle"], "no trajectories"),
     (["--trajectories={}/trajectories", "--reviewer=oracel"], "oracel"),
     (["--trajectories={}/trajectories", "--reviewer=openai:m"], "base_url"),
-    (["--trajectories={}/trajectories", "--reviewer=oracle", "--config.reviewer.clint=1"], "reviewer.clint"),
+    (
+      ["--trajectories={}/trajectories", "--reviewer=oracle", "--config.reviewer.clint=1"],
+      "reviewer.clint",
+    ),
   ],
 )
 def test_mistakes_end_in_one_line(run, capsys, arguments, part):

@@ -12,7 +12,9 @@ from dca_jax.loop import train
 
 def test_status_of_a_run_under_way_and_of_a_finished_one(tmp_path, capsys):
   train(
-    tiny.make_config({"steps": 3, "credit.scheme": "weighted", "reviewer.name": "oracle"}), str(tmp_path), quiet=True
+    tiny.make_config({"steps": 3, "credit.scheme": "weighted", "reviewer.name": "oracle"}),
+    str(tmp_path),
+    quiet=True,
   )
   assert cli.main(["status", f"--workdir={tmp_path}"]) == 0
   out = capsys.readouterr().out

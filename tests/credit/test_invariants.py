@@ -46,7 +46,12 @@ from evidence.lab import tree
 RTG, CAPO = make(scheme="return_to_go"), make(scheme="capo")
 SAFE, OWN = make(scheme="potential"), make(scheme="potential", discount=0.0)
 WEIGHTED, SIGNED = make(scheme="weighted"), make(scheme="signed")
-POTENTIALS = [SAFE, OWN, dataclasses.replace(SAFE, discount=0.9), dataclasses.replace(OWN, log_epsilon=0.01)]
+POTENTIALS = [
+  SAFE,
+  OWN,
+  dataclasses.replace(SAFE, discount=0.9),
+  dataclasses.replace(OWN, log_epsilon=0.01),
+]
 
 
 def _name(config):
@@ -104,7 +109,10 @@ def test_i1_changes_of_value_telescope_to_the_reward(config, batch):
       assert np.array_equal(tokens[i], advantages[i])
       continue
     change = np.diff([*phi, rewards[i]])
-    wanted = [sum(config.discount ** (j - k) * change[j] for j in range(k, len(phi))) for k in range(len(phi))]
+    wanted = [
+      sum(config.discount ** (j - k) * change[j] for j in range(k, len(phi)))
+      for k in range(len(phi))
+    ]
     coefficients = _step_coefficients(tokens, batch, i)
     np.testing.assert_allclose(coefficients, wanted, atol=1e-6)
     if config.discount == 0:
@@ -119,8 +127,12 @@ def test_i1_capo_conserves_nothing(batch):
   tokens = _compute(CAPO, batch).astype(float)
   ok = batch["review"].ok_B & _usable(batch)
   mass = _uniform(CAPO, batch).astype(float).sum(1)
-  lost = np.where(ok, CAPO.penalty * (blame.sum(1) - _others_blame(blame, batch, ok) * batch["lengths"]), 0)
-  scale = 1 + np.abs(tokens).sum(1) + CAPO.penalty * _others_blame(blame, batch, ok) * batch["lengths"]
+  lost = np.where(
+    ok, CAPO.penalty * (blame.sum(1) - _others_blame(blame, batch, ok) * batch["lengths"]), 0
+  )
+  scale = (
+    1 + np.abs(tokens).sum(1) + CAPO.penalty * _others_blame(blame, batch, ok) * batch["lengths"]
+  )
   assert (np.abs(tokens.sum(1) - (mass - lost)) <= 1e-6 * scale).all()
 
 
@@ -135,7 +147,8 @@ def _blame_by_hand(config, batch):
   """The blame of every token in float64, 0 in rows without a usable review."""
   ids, roles, weights, _, ok = batch["review"]
   tables = np.where(
-    batch["truncated"][:, None], *(x.array()[None].astype(float) for x in (config.blame_truncated, config.blame))
+    batch["truncated"][:, None],
+    *(x.array()[None].astype(float) for x in (config.blame_truncated, config.blame)),
   )
   sane = np.where((weights >= 0) & (weights <= 1000), weights, 0.0)
   per_step = np.take_along_axis(tables, roles, 1) * sane
@@ -152,7 +165,9 @@ def _others_blame(blame, batch, ok):
 # I2: no sign flips.
 
 
-@pytest.mark.parametrize("config", [WEIGHTED, make(scheme="weighted", lam=1.0, cap=1000.0, **WILD)], ids=_name)
+@pytest.mark.parametrize(
+  "config", [WEIGHTED, make(scheme="weighted", lam=1.0, cap=1000.0, **WILD)], ids=_name
+)
 @settings(max_examples=20, deadline=None)
 @given(batch=_batches())
 def test_i2_weighted_flips_no_sign(config, batch):
@@ -169,7 +184,10 @@ def test_i2_weighted_flips_no_sign(config, batch):
 @settings(max_examples=20, deadline=None)
 @given(batch=_batches(), role=st.integers(0, len(ROLES) - 1), weight=st.sampled_from(SANE))
 def test_i3_a_reviewer_that_calls_all_steps_alike_is_no_reviewer(scheme, batch, role, weight):
-  alike = {"roles_BxK": np.full((B, K), role, np.int32), "weights_BxK": np.full((B, K), weight, np.float32)}
+  alike = {
+    "roles_BxK": np.full((B, K), role, np.int32),
+    "weights_BxK": np.full((B, K), weight, np.float32),
+  }
   for config in (c for c in CONFIGS if c.scheme == scheme):
     assert np.array_equal(_compute(config, batch, **alike), _uniform(config, batch))
 
@@ -242,7 +260,9 @@ def test_i5_a_probe_leaves_the_total_alone(config, after, role):
     tokens = _compute(config, batch)
     if config.scheme == "potential":
       return sum(_step_coefficients(tokens, batch, 0))
-    if config.scheme == "return_to_go":  # Of the rewards paid out, the rest of the group having none.
+    if (
+      config.scheme == "return_to_go"
+    ):  # Of the rewards paid out, the rest of the group having none.
       return float(tokens[0, 0])
     return float(tokens[0].astype(float).sum())
 
@@ -259,7 +279,9 @@ def test_i5_a_probe_leaves_the_total_alone(config, after, role):
   value=st.sampled_from([0.0, 0.5, 1.0, *INSANE]),
   tokens=st.integers(1, 6),
 )
-def test_i5_no_probe_whatever_is_said_of_it_changes_the_total(scheme, batch, after, role, weight, value, tokens):
+def test_i5_no_probe_whatever_is_said_of_it_changes_the_total(
+  scheme, batch, after, role, weight, value, tokens
+):
   batch["lengths"] = np.minimum(batch["lengths"], T - 6)
   ids, _, _, values, ok = batch["review"]
   np.minimum(ids, K - 2, out=ids)
@@ -267,16 +289,26 @@ def test_i5_no_probe_whatever_is_said_of_it_changes_the_total(scheme, batch, aft
   batch["rewards"][0, 1:] = 0  # So that return_to_go's baseline is 0.
   if scheme == "potential":  # Without any value there is nothing to telescope.
     values[0, 0], ok[0] = 0.25, True
-  config = {"potential": OWN, "return_to_go": RTG}.get(scheme, make(scheme=scheme, conserve="completion"))
+  config = {"potential": OWN, "return_to_go": RTG}.get(
+    scheme, make(scheme=scheme, conserve="completion")
+  )
   probed = _with_probe(batch, 0, after, role, weight, value, tokens)
   ours, theirs = (_compute(config, b)[0].astype(float) for b in (batch, probed))
   if scheme == "potential":
     totals = [sum(_step_coefficients(_compute(config, b), b, 0)) for b in (batch, probed)]
     assert totals[0] == pytest.approx(totals[1], abs=1e-6)
-  elif scheme == "return_to_go":  # Of the rewards paid out; without a usable review every token has all of it.
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-6) == pytest.approx(batch["rewards"][0, 0], rel=1e-6)
+  elif (
+    scheme == "return_to_go"
+  ):  # Of the rewards paid out; without a usable review every token has all of it.
+    assert (
+      ours[0]
+      == pytest.approx(theirs[0], rel=1e-6)
+      == pytest.approx(batch["rewards"][0, 0], rel=1e-6)
+    )
   else:
-    assert abs(ours.sum() - theirs.sum()) <= 1e-6 * (np.abs(ours).sum() + np.abs(theirs).sum()) + TINY
+    assert (
+      abs(ours.sum() - theirs.sum()) <= 1e-6 * (np.abs(ours).sum() + np.abs(theirs).sum()) + TINY
+    )
 
 
 # I6: where steps are cut does not matter, where what is said is the same.
@@ -287,7 +319,9 @@ def test_i5_no_probe_whatever_is_said_of_it_changes_the_total(scheme, batch, aft
 @given(batch=_batches(), later=hnp.arrays(bool, (B, T)))
 def test_i6_cutting_steps_in_two_changes_nothing(config, batch, later):
   whole = batch["review"].step_ids_BxT // 2
-  roles, weights = (getattr(batch["review"], name)[:, : K // 2] for name in ("roles_BxK", "weights_BxK"))
+  roles, weights = (
+    getattr(batch["review"], name)[:, : K // 2] for name in ("roles_BxK", "weights_BxK")
+  )
   one = {"roles_BxK": np.tile(roles, 2), "weights_BxK": np.tile(weights, 2)}
   two = {"roles_BxK": roles.repeat(2, 1), "weights_BxK": weights.repeat(2, 1)}
   # Any of a step's tokens may go to its second half.
@@ -316,11 +350,16 @@ def _edited_behind(batch, other, j):
   return edited
 
 
-@pytest.mark.parametrize("config", [SAFE, OWN, POTENTIALS[3], make(scheme="potential", log_epsilon=0.01)], ids=_name)
+@pytest.mark.parametrize(
+  "config", [SAFE, OWN, POTENTIALS[3], make(scheme="potential", log_epsilon=0.01)], ids=_name
+)
 @settings(max_examples=20, deadline=None)
 @given(batch=_batches(), other=_batches(), j=st.integers(0, K - 2))
 def test_i7_values_behind_a_step_do_not_reach_it(config, batch, other, j):
-  tokens, after = _compute(config, batch), _compute(config, batch, **_edited_behind(batch, other, j))
+  tokens, after = (
+    _compute(config, batch),
+    _compute(config, batch, **_edited_behind(batch, other, j)),
+  )
   # At discount 1 a step hears of the outcome only; at 0 of the next prefix too.
   early = batch["review"].step_ids_BxT <= (j if config.discount else j - 1)
   values = batch["review"].values_BxK[:, : j + 1]
@@ -336,7 +375,10 @@ def test_i7_values_behind_a_step_do_not_reach_it(config, batch, other, j):
 def test_i7_the_other_schemes_do_hear_of_what_follows(config):
   """So the test above can fail."""
   batch, other, j = _batch(10), _batch(11), 2
-  tokens, after = _compute(config, batch), _compute(config, batch, **_edited_behind(batch, other, j))
+  tokens, after = (
+    _compute(config, batch),
+    _compute(config, batch, **_edited_behind(batch, other, j)),
+  )
   early = batch["review"].step_ids_BxT <= j
   assert not np.allclose(tokens[early], after[early])
 
@@ -347,7 +389,9 @@ TRUTH = Truth(lambda r: CHAINS.label_steps(r.problem, r.steps, r.truncated), CHA
 
 def _values(name, steps, others, correct):
   prompt = CHAINS.demonstration(3, False)[0]
-  requests = [Request(f"1/3/{i}", prompt, tuple(s), correct, False) for i, s in enumerate([steps, *others])]
+  requests = [
+    Request(f"1/3/{i}", prompt, tuple(s), correct, False) for i, s in enumerate([steps, *others])
+  ]
   return open_reviewer(REVIEWERS[name](), TRUTH, None).submit(requests, 1.0).result()[0].values
 
 
@@ -359,10 +403,14 @@ def test_i7_reviewers_value_a_prefix_without_the_rest(name):
   others = [steps, [*steps[:3], "#0$"]]
   blind = True
   for j in range(1, len(steps) - 1):
-    edited = steps[:j] + [steps[0], "a0;", "b9;", "check", "wait"][: len(steps) - 1 - j] + steps[j + 5 :]
+    edited = (
+      steps[:j] + [steps[0], "a0;", "b9;", "check", "wait"][: len(steps) - 1 - j] + steps[j + 5 :]
+    )
     edited = [*edited, "#1$"][: len(steps)]
     ours, theirs = _values(name, steps, others, True), _values(name, edited, others, False)
-    blind &= name == "thief" or ours[: j + 1] == theirs[: j + 1]  # Which step the thief likes depends on their number.
+    blind &= (
+      name == "thief" or ours[: j + 1] == theirs[: j + 1]
+    )  # Which step the thief likes depends on their number.
   assert blind == (name != "suffix")
 
 
@@ -372,7 +420,9 @@ SMALL = tree.make_tree(steps=4)
 
 
 def _cosine(values_NxT):
-  return tree.measure(SMALL, "", tree.credit(SMALL, SAFE, tree.review(SMALL, values_NxT=values_NxT))).cosine
+  return tree.measure(
+    SMALL, "", tree.credit(SMALL, SAFE, tree.review(SMALL, values_NxT=values_NxT))
+  ).cosine
 
 
 def test_i8_any_potential_of_the_prefix_leaves_the_expected_update_alone():
@@ -409,7 +459,9 @@ def _grouped_update(config, values_NxT):
   policy = [rng.dirichlet(np.full(actions, 2.0), actions**t) for t in range(steps)]
   prefixes = np.stack([np.arange(n) // actions ** (steps - t) for t in range(steps)], 1)
   p = np.prod([policy[t][prefixes[:, t], traces[:, t]] for t in range(steps)], 0)
-  rewards = rng.choice(np.float32([0, 0.25, 1]), n)  # So that the other's reward is like a mean of several.
+  rewards = rng.choice(
+    np.float32([0, 0.25, 1]), n
+  )  # So that the other's reward is like a mean of several.
   # Gradients of log pi by the logits, [N, T, all logits].
   first = np.cumsum([0, *(pi.size for pi in policy)])
   scores = np.zeros((n, steps, first[-1]))
@@ -426,13 +478,22 @@ def _grouped_update(config, values_NxT):
     values_NxT(traces, prefixes, rng).astype(np.float32)[rows],
     np.ones(len(rows), bool),
   )
-  tokens = _jitted(config, rewards[pairs], np.full(len(rows), steps, np.int32), np.zeros(len(rows), bool), review)
-  update = np.einsum("bt,btd,b->d", np.asarray(tokens, float), scores[rows], np.repeat(p[pairs].prod(1), 2)) / 2
+  tokens = _jitted(
+    config, rewards[pairs], np.full(len(rows), steps, np.int32), np.zeros(len(rows), bool), review
+  )
+  update = (
+    np.einsum(
+      "bt,btd,b->d", np.asarray(tokens, float), scores[rows], np.repeat(p[pairs].prod(1), 2)
+    )
+    / 2
+  )
   return update, np.einsum("n,ntd->d", p * rewards, scores)
 
 
 def _some_value(traces, prefixes, rng):
-  return np.stack([rng.random(prefixes[:, t].max() + 1)[prefixes[:, t]] for t in range(prefixes.shape[1])], 1)
+  return np.stack(
+    [rng.random(prefixes[:, t].max() + 1)[prefixes[:, t]] for t in range(prefixes.shape[1])], 1
+  )
 
 
 def _missing_after_action_0(traces, prefixes, rng):
@@ -452,7 +513,9 @@ def _that_hears_the_rest(traces, prefixes, rng):
 
 @pytest.mark.parametrize("log_epsilon", [0.0, 0.01])
 @pytest.mark.parametrize("values", [_some_value, _missing_after_action_0, _missing_until_action_0])
-def test_i8_with_the_baseline_of_a_real_group_the_update_is_the_policy_gradient(values, log_epsilon):
+def test_i8_with_the_baseline_of_a_real_group_the_update_is_the_policy_gradient(
+  values, log_epsilon
+):
   """Not only its direction: also its length."""
   update, gradient = _grouped_update(dataclasses.replace(SAFE, log_epsilon=log_epsilon), values)
   np.testing.assert_allclose(update, gradient, atol=1e-6 * np.linalg.norm(gradient))
@@ -502,7 +565,9 @@ def test_i9_tokens_without_credit_leave_the_others_as_they_were(config, batch, a
 @pytest.mark.parametrize("reward", [0.0, 0.25, 1.0])
 @settings(max_examples=12, deadline=None)
 @given(batch=_batches())
-def test_i10_where_all_rewards_are_equal_only_signed_moves_tokens_and_its_sum_is_zero(reward, batch):
+def test_i10_where_all_rewards_are_equal_only_signed_moves_tokens_and_its_sum_is_zero(
+  reward, batch
+):
   batch["rewards"][:] = reward
   for config in (make(), *(c for c in CONFIGS if c.scheme == "weighted")):
     assert not _compute(config, batch).any()
@@ -540,7 +605,10 @@ def test_i11_return_to_go_expects_even_pay_of_a_missing_review(batch, ok):
   ok &= batch["review"].ok_B & _usable(batch)
   even = {name: getattr(batch["review"], name).copy() for name in ("roles_BxK", "weights_BxK")}
   even["roles_BxK"][~ok], even["weights_BxK"][~ok] = NECESSARY, 1.0
-  tokens, theirs = _compute(RTG, batch, ok_B=ok), _compute(RTG, batch, ok_B=np.ones(B, bool), **even)
+  tokens, theirs = (
+    _compute(RTG, batch, ok_B=ok),
+    _compute(RTG, batch, ok_B=np.ones(B, bool), **even),
+  )
   assert np.array_equal(tokens[ok], theirs[ok])
 
 
@@ -552,7 +620,9 @@ def test_i11_capo_leaves_a_missing_review_out_of_the_mean(batch, ok):
   blame = _blame_by_hand(CAPO, batch)
   others = _others_blame(blame, batch, ok)[:, None]
   wanted = np.where(_mask(batch), _uniform(CAPO, batch) - CAPO.penalty * (blame - others), 0)
-  np.testing.assert_allclose(_compute(CAPO, batch)[ok], wanted[ok], rtol=1e-6, atol=1e-6 * (1 + blame.max()))
+  np.testing.assert_allclose(
+    _compute(CAPO, batch)[ok], wanted[ok], rtol=1e-6, atol=1e-6 * (1 + blame.max())
+  )
 
 
 # I12: what a cap takes it gives back.
@@ -569,15 +639,24 @@ def test_i12_the_sum_stays_where_a_cap_bites(scheme, caps, conserve, batch, rare
   lengths[rows] = np.maximum(lengths[rows], 12)
   ids[rows], batch["rewards"][:, 0], batch["rewards"][:, 1:] = 0, 1, 0
   ids[rows, rare] = 1
-  for array, value in ((batch["review"].roles_BxK, [INHERITS, NECESSARY]), (batch["review"].weights_BxK, [1.0, 1.0])):
+  for array, value in (
+    (batch["review"].roles_BxK, [INHERITS, NECESSARY]),
+    (batch["review"].weights_BxK, [1.0, 1.0]),
+  ):
     array[rows, :2] = value
   batch["review"].ok_B[rows] = True
   for cap in caps:
     config = make(scheme=scheme, conserve=conserve, cap=cap, lam=1.0, beta=3.0)
-    tokens, advantages = (x.astype(float) for x in (_compute(config, batch), _uniform(config, batch)))
+    tokens, advantages = (
+      x.astype(float) for x in (_compute(config, batch), _uniform(config, batch))
+    )
     mass = advantages[:, 0] * lengths
     assert (np.abs(tokens.sum(1) - mass) <= 1e-6 * np.abs(tokens).sum(1) + TINY).all()
-    peak = tokens[rows, rare] / advantages[rows, 0] if scheme == "weighted" else (tokens - advantages)[rows, rare]
+    peak = (
+      tokens[rows, rare] / advantages[rows, 0]
+      if scheme == "weighted"
+      else (tokens - advantages)[rows, rare]
+    )
     np.testing.assert_allclose(peak, cap, rtol=1e-5, atol=1e-6)
 
 
@@ -600,7 +679,13 @@ def test_gaps_between_turns_change_no_sampled_tokens_credit(config):
     for i, n in enumerate(batch["lengths"]):
       sampled[i, np.sort(rng.choice(T, n, replace=False))] = True
       ids[i, sampled[i]] = batch["review"].step_ids_BxT[i, :n]
-    gapped = _gapped(config, batch["rewards"], sampled, batch["truncated"], batch["review"]._replace(step_ids_BxT=ids))
+    gapped = _gapped(
+      config,
+      batch["rewards"],
+      sampled,
+      batch["truncated"],
+      batch["review"]._replace(step_ids_BxT=ids),
+    )
     plain = _compute(config, batch)
     assert not np.asarray(gapped)[~sampled].any()
     for i, n in enumerate(batch["lengths"]):

@@ -51,7 +51,9 @@ _jitted = jax.jit(advantages_of, static_argnums=0)
 
 def _compute(config, batch, **changes):
   batch = {**batch, **{k: v for k, v in changes.items() if k in batch}}
-  review = batch["review"]._replace(**{k: v for k, v in changes.items() if k in ReviewArrays._fields})
+  review = batch["review"]._replace(
+    **{k: v for k, v in changes.items() if k in ReviewArrays._fields}
+  )
   return np.asarray(_jitted(config, batch["rewards"], batch["lengths"], batch["truncated"], review))
 
 
@@ -154,7 +156,9 @@ def test_signed_conserves_the_sum_of_nearly_equal_weights(weight, rewards):
   batch = _batch(rewards=np.full((P, G), rewards))
   weights = np.full((B, K), weight, np.float32)
   weights[:, ::2] = np.nextafter(np.float32(weight), np.float32(0))
-  tokens = _compute(make(scheme="signed"), batch, weights_BxK=weights, roles_BxK=np.zeros((B, K), np.int32))
+  tokens = _compute(
+    make(scheme="signed"), batch, weights_BxK=weights, roles_BxK=np.zeros((B, K), np.int32)
+  )
   tokens = tokens.astype(float)
   assert (np.abs(tokens.sum(1)) <= 1e-6 * np.abs(tokens).sum(1)).all()
 
@@ -165,15 +169,22 @@ def test_sums_of_very_short_and_very_long_completions(scheme, length):
   rng = np.random.default_rng(length)
   steps = min(length, 300)
   ids = np.sort(rng.integers(0, steps, (B, length)), 1)
-  review = ReviewArrays(ids, rng.integers(0, 6, (B, steps)), *rng.random((2, B, steps), np.float32), np.ones(B, bool))
+  review = ReviewArrays(
+    ids, rng.integers(0, 6, (B, steps)), *rng.random((2, B, steps), np.float32), np.ones(B, bool)
+  )
   rewards = rng.integers(0, 2, (P, G)).astype(np.float32)
   config = make(scheme=scheme)
   tokens = _jitted(config, rewards, np.full(B, length), np.zeros(B, bool), review)
-  exact, mass = np.asarray(tokens, float), length * np.asarray(group_advantages(config, rewards), float).reshape(-1)
+  exact, mass = (
+    np.asarray(tokens, float),
+    length * np.asarray(group_advantages(config, rewards), float).reshape(-1),
+  )
   # One advantage, rounded differently in two programs, may differ in its last bit.
   assert (np.abs(exact.sum(1) - mass) <= 2e-6 * np.abs(exact).sum(1)).all()
   if length == 1:
-    assert np.array_equal(tokens, _jitted(make(), rewards, np.full(B, 1), np.zeros(B, bool), review))
+    assert np.array_equal(
+      tokens, _jitted(make(), rewards, np.full(B, 1), np.zeros(B, bool), review)
+    )
 
 
 # Uniform.
@@ -206,21 +217,29 @@ def test_uniform_is_the_plain_advantage_bit_for_bit(baseline, group):
 
 
 def test_baselines_by_hand():
-  rewards = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+  rewards = np.array(
+    [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+  )
   third = 1 / 3
   loo = [[1, -third, -third, -third], [third, third, -1, third], [0] * 4, [0] * 4]
   mean = [[0.75, -0.25, -0.25, -0.25], [0.25, 0.25, -0.75, 0.25], [0] * 4, [0] * 4]
   np.testing.assert_allclose(group_advantages(make(), jnp.array(rewards)), loo, rtol=1e-6)
-  np.testing.assert_allclose(group_advantages(make(baseline="mean"), jnp.array(rewards)), mean, rtol=1e-6)
+  np.testing.assert_allclose(
+    group_advantages(make(baseline="mean"), jnp.array(rewards)), mean, rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "mean"])
 def test_divide_by_std(baseline):
-  rewards = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [0.5, 0.25, 1, 0]], np.float32)
+  rewards = np.array(
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [0.5, 0.25, 1, 0]], np.float32
+  )
   plain = np.asarray(group_advantages(make(baseline=baseline), rewards))
   divided = np.asarray(group_advantages(make(baseline=baseline, divide_by_std=True), rewards))
   varied = rewards.std(1) > 1e-3
-  np.testing.assert_allclose(divided[varied], plain[varied] / rewards[varied].std(1, keepdims=True), rtol=1e-5)
+  np.testing.assert_allclose(
+    divided[varied], plain[varied] / rewards[varied].std(1, keepdims=True), rtol=1e-5
+  )
   # Equal rewards have no deviation to divide by; and 0.1 has no exact mean.
   assert not divided[~varied].any()
   assert not plain[~varied].any()
@@ -249,18 +268,27 @@ def _void_weight(value, batch):
 
 
 def _void_equal(role, weight, batch):
-  return {"roles_BxK": np.full((B, K), role, np.int32), "weights_BxK": np.full((B, K), weight, np.float32)}
+  return {
+    "roles_BxK": np.full((B, K), role, np.int32),
+    "weights_BxK": np.full((B, K), weight, np.float32),
+  }
 
 
 def _void_same_intensity(batch):
   # Both earn 1 and neither pays: two names, one judgement.
-  return {"roles_BxK": np.where(np.arange(K) % 2, NECESSARY, REPAIR).astype(np.int32)[None].repeat(B, 0)}
+  return {
+    "roles_BxK": np.where(np.arange(K) % 2, NECESSARY, REPAIR).astype(np.int32)[None].repeat(B, 0)
+  }
 
 
 VOID = {
   "missing": _void_missing,
   **{f"weight {value}": functools.partial(_void_weight, value) for value in INSANE},
-  **{f"all {ROLES[r]} {w}": functools.partial(_void_equal, r, w) for r in range(6) for w in (1e-3, 1.0, 999.9)},
+  **{
+    f"all {ROLES[r]} {w}": functools.partial(_void_equal, r, w)
+    for r in range(6)
+    for w in (1e-3, 1.0, 999.9)
+  },
   "all of weight 0": functools.partial(_void_equal, NECESSARY, 0.0),
   "two roles of the same intensity": _void_same_intensity,
 }
@@ -317,11 +345,15 @@ def test_padding_does_not_matter(scheme):
   batch, config = _batch(4), make(scheme=scheme, discount=0.5)
   beyond = ~_mask(batch)
   ids = np.where(beyond, K - 1, np.minimum(batch["review"].step_ids_BxT, K - 2))
-  weights, values = (getattr(batch["review"], name).copy() for name in ("weights_BxK", "values_BxK"))
+  weights, values = (
+    getattr(batch["review"], name).copy() for name in ("weights_BxK", "values_BxK")
+  )
   plain = _compute(config, batch, step_ids_BxT=ids)
   # That step has no token within the length, so what is said of it voids nothing and is not heard.
   weights[:, K - 1], values[:, K - 1] = np.nan, 1.0
-  assert np.array_equal(plain, _compute(config, batch, step_ids_BxT=ids, weights_BxK=weights, values_BxK=values))
+  assert np.array_equal(
+    plain, _compute(config, batch, step_ids_BxT=ids, weights_BxK=weights, values_BxK=values)
+  )
   assert not np.array_equal(plain, _uniform(config, batch))
 
 
@@ -400,7 +432,9 @@ def _with_and_without_a_tail(config):
   batch = _batch(7, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
   batch["lengths"] = np.full(B, 15, np.int32)
   ids = np.minimum(np.arange(T) // 3, K - 1)[None].repeat(B, 0)
-  roles = np.array([NECESSARY, REPAIR, NECESSARY, INHERITS, NECESSARY, REDUNDANT])[None].repeat(B, 0)
+  roles = np.array([NECESSARY, REPAIR, NECESSARY, INHERITS, NECESSARY, REDUNDANT])[None].repeat(
+    B, 0
+  )
   weights = np.array([1.0, 0.5, 0.25, 1.0, 1.0, 1.0], np.float32)[None].repeat(B, 0)
   changes = {"step_ids_BxT": ids, "roles_BxK": roles, "weights_BxK": weights}
   longer = batch["lengths"].copy()
@@ -442,8 +476,14 @@ def test_credit_is_for_wins_and_blame_for_losses():
   batch["truncated"][:] = np.arange(B) % 4 >= 2
   config, wins, truncated = make(scheme="weighted"), _wins(batch), batch["truncated"]
   plain = _compute(config, batch)
-  for key, read in (("credit", wins), ("blame", ~wins & ~truncated), ("blame_truncated", ~wins & truncated)):
-    changed = _compute(dataclasses.replace(config, **{key: RoleTable(inherits=1.0, redundant=0.3)}), batch)
+  for key, read in (
+    ("credit", wins),
+    ("blame", ~wins & ~truncated),
+    ("blame_truncated", ~wins & truncated),
+  ):
+    changed = _compute(
+      dataclasses.replace(config, **{key: RoleTable(inherits=1.0, redundant=0.3)}), batch
+    )
     assert np.array_equal(changed[~read], plain[~read])
     assert (changed[read] != plain[read]).any(1).all()
 
@@ -469,7 +509,9 @@ def test_signed_by_hand():
   ids = np.arange(T)[None].repeat(B, 0) // 4  # Three steps of four tokens: +1, -1 and 0.
   roles = np.array([NECESSARY, ERROR, INHERITS, REPAIR, REPAIR, REPAIR])[None].repeat(B, 0)
   tokens = _compute(make(scheme="signed", beta=0.25), batch, step_ids_BxT=ids, roles_BxK=roles)
-  np.testing.assert_allclose(tokens, np.repeat([0.25, -0.25, 0, 0, 0, 0], 4)[None].repeat(B, 0), atol=1e-7)
+  np.testing.assert_allclose(
+    tokens, np.repeat([0.25, -0.25, 0, 0, 0, 0], 4)[None].repeat(B, 0), atol=1e-7
+  )
 
 
 def _one_group(rewards, lengths):
@@ -501,23 +543,36 @@ def test_return_to_go_by_hand():
 def test_return_to_go_is_zero_in_a_group_of_equals(length):
   """The baseline is read at the same place, whatever the length is divided by."""
   ids = np.tile(np.minimum(np.arange(length) // 5, K - 1), (G, 1))
-  review = ReviewArrays(ids, np.tile(np.arange(K), (G, 1)), *np.ones((2, G, K), np.float32), np.ones(G, bool))
+  review = ReviewArrays(
+    ids, np.tile(np.arange(K), (G, 1)), *np.ones((2, G, K), np.float32), np.ones(G, bool)
+  )
   config = make(scheme="return_to_go")
-  tokens = _jitted(config, np.ones((1, G), np.float32), np.full(G, length), np.zeros(G, bool), review)
+  tokens = _jitted(
+    config, np.ones((1, G), np.float32), np.full(G, length), np.zeros(G, bool), review
+  )
   np.testing.assert_allclose(tokens, 0, atol=1e-6)
 
 
 def test_potential_by_hand():
   batch = _one_group([1.0, 0.0, 0.0, 0.0], [24, 24, 24, 24])
   ids = np.tile(np.minimum(np.arange(T) // 6, 3), (B, 1))
-  values = np.tile(np.float32([0.25, 0.5, np.nan, 0.125, 0.75, 0.75]), (B, 1))  # Of six steps four are written.
+  values = np.tile(
+    np.float32([0.25, 0.5, np.nan, 0.125, 0.75, 0.75]), (B, 1)
+  )  # Of six steps four are written.
   values[2::G, 0], values[2::G, 3] = -1.0, np.inf
   for discount, won, lost, missing in (
     (1.0, [0.75, 0.5, 0.5, 0.875], [-0.25, -0.5, -0.5, -0.125], [-1 / 3, -0.5, -0.5, -0.5]),
     (0.0, [0.25, 0.0, -0.375, 0.875], [0.25, 0.0, -0.375, -0.125], [1 / 6, 0.0, 0.0, -0.5]),
-    (0.5, [0.265625, 0.03125, 0.0625, 0.875], [0.140625, -0.21875, -0.4375, -0.125], [5 / 48, -0.125, -0.25, -0.5]),
+    (
+      0.5,
+      [0.265625, 0.03125, 0.0625, 0.875],
+      [0.140625, -0.21875, -0.4375, -0.125],
+      [5 / 48, -0.125, -0.25, -0.5],
+    ),
   ):
-    tokens = _compute(make(scheme="potential", discount=discount), batch, step_ids_BxT=ids, values_BxK=values)
+    tokens = _compute(
+      make(scheme="potential", discount=discount), batch, step_ids_BxT=ids, values_BxK=values
+    )
     for row, wanted in enumerate((won, lost, missing)):
       np.testing.assert_allclose(tokens[row], np.repeat(wanted, 6), atol=1e-6)
 
@@ -551,7 +606,9 @@ def test_capo_by_hand():
     (3, -1 / 3, 0, 1, (0.25 + 0.5 + 0.125) / 3),
   ):
     wanted = plain - 0.4 * (np.array([first] * 6 + [rest] * 18) - others)
-    np.testing.assert_allclose(tokens[row], np.where(np.arange(T) < batch["lengths"][row], wanted, 0), atol=1e-6)
+    np.testing.assert_allclose(
+      tokens[row], np.where(np.arange(T) < batch["lengths"][row], wanted, 0), atol=1e-6
+    )
 
 
 def test_lambda_and_cap():
@@ -595,15 +652,29 @@ def test_a_config_is_compiled_once_and_jit_changes_nothing():
 def test_config_finds_impossible_values():
   for scheme in SCHEMES:
     assert make(scheme).check() == {}
-    bad = {"baseline": "none", "conserve": "steps", "lam": 1.5, "beta": -1.0, "cap": -1.0, "penalty": -0.1}
+    bad = {
+      "baseline": "none",
+      "conserve": "steps",
+      "lam": 1.5,
+      "beta": -1.0,
+      "cap": -1.0,
+      "penalty": -0.1,
+    }
     own = {field.name for field in dataclasses.fields(SCHEMES[scheme])}
     assert set(make(scheme, **bad).check()) == bad.keys() & own
   with pytest.raises(ConfigError, match=r"credit\.scheme: must be one of .*'both'"):
     build({"credit": {"scheme": "both"}})
   for value in (-0.1, 1.1, float("nan")):
-    assert set(make("potential", discount=value, log_epsilon=value).check()) == {"discount", "log_epsilon"}
+    assert set(make("potential", discount=value, log_epsilon=value).check()) == {
+      "discount",
+      "log_epsilon",
+    }
   for value in (0.0, 1.0):
     assert make("potential", discount=value, log_epsilon=value).check() == {}
     assert make("capo", penalty=value).check() == {}
   assert set(make(scheme="weighted", cap=0.5).check()) == {"cap"}
-  assert set(RoleTable(error=-1.0, repair=float("nan"), necessary=1001.0).check()) == {"error", "repair", "necessary"}
+  assert set(RoleTable(error=-1.0, repair=float("nan"), necessary=1001.0).check()) == {
+    "error",
+    "repair",
+    "necessary",
+  }

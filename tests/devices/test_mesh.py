@@ -56,7 +56,9 @@ SHARDS = {
 
 def shard_shapes(state) -> list:
   """(array, parameter, shape of its first shard), for the parameters and both moments of Adam."""
-  trees = {"params": state.params} | {key: optax.tree_utils.tree_get(state.opt_state, key) for key in ("mu", "nu")}
+  trees = {"params": state.params} | {
+    key: optax.tree_utils.tree_get(state.opt_state, key) for key in ("mu", "nu")
+  }
   rows = []
   for name, tree in trees.items():
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -66,7 +68,9 @@ def shard_shapes(state) -> list:
 
 
 def largest_difference(a, b) -> float:
-  return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return max(
+    float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 def on_eight_devices() -> dict:
@@ -88,13 +92,22 @@ def on_eight_devices() -> dict:
   devices = make_mesh(MeshConfig(data=1, fsdp=4, tensor=-1))
   adam = make_optimizer(CONFIG, 10)
   shardings = state_shardings(devices, POLICY, adam)
-  params = jax.jit(lambda key: nn.unbox(POLICY.init_params(key)), out_shardings=shardings.params)(jax.random.key(0))
+  params = jax.jit(lambda key: nn.unbox(POLICY.init_params(key)), out_shardings=shardings.params)(
+    jax.random.key(0)
+  )
   start = jax.tree.map(np.array, params)
   state = jax.jit(functools.partial(init_state, adam), out_shardings=shardings)(params)
   report["before"] = shard_shapes(state)
   placed = jax.device_put(batch, batch_sharding(devices))
   state, _, _ = update(
-    POLICY.clone(mesh=devices), CONFIG, adam, Sampling(), G, state, placed, put(np.bool_(True), replicated(devices))
+    POLICY.clone(mesh=devices),
+    CONFIG,
+    adam,
+    Sampling(),
+    G,
+    state,
+    placed,
+    put(np.bool_(True), replicated(devices)),
   )
   report["after"] = shard_shapes(state)
   first = optax.tree_utils.tree_get(state.opt_state, "mu")
@@ -104,11 +117,20 @@ def on_eight_devices() -> dict:
   keep = optax.trace(0.0)
   results = []
   for mesh in (None, make_mesh(MeshConfig())):
-    state, rows, on_policy = init_state(keep, jax.tree.map(jnp.array, start)), batch, jnp.bool_(True)
+    state, rows, on_policy = (
+      init_state(keep, jax.tree.map(jnp.array, start)),
+      batch,
+      jnp.bool_(True),
+    )
     if mesh is not None:
       state = jax.device_put(state, state_shardings(mesh, POLICY, keep))
-      rows, on_policy = jax.device_put(batch, batch_sharding(mesh)), put(np.bool_(True), replicated(mesh))
-    state, metrics, logps = update(POLICY.clone(mesh=mesh), CONFIG, keep, Sampling(), G, state, rows, on_policy)
+      rows, on_policy = (
+        jax.device_put(batch, batch_sharding(mesh)),
+        put(np.bool_(True), replicated(mesh)),
+      )
+    state, metrics, logps = update(
+      POLICY.clone(mesh=mesh), CONFIG, keep, Sampling(), G, state, rows, on_policy
+    )
     results.append(jax.tree.map(np.array, (state, metrics, logps)))
   one, eight = results
   report["data_8"] = largest_difference(one, eight)
@@ -116,7 +138,8 @@ def on_eight_devices() -> dict:
 
   # A kernel works on each device's own rows and heads; this one is the form of cuDNN's call that any device computes.
   q, k, v, *before = (
-    rng.normal(size=(rows, n, 10, 8)) for rows, n in ((P * G, 4), (P * G, 2), (P * G, 2), (P, 2), (P, 2))
+    rng.normal(size=(rows, n, 10, 8))
+    for rows, n in ((P * G, 4), (P * G, 2), (P * G, 2), (P, 2), (P, 2))
   )
   given = jax.tree.map(jnp.float32, (q.swapaxes(1, 2), KeyValue(k, v), KeyValue(*before)))
   lengths = jnp.repeat(batch.prompt_lengths_P, G)
@@ -133,7 +156,9 @@ def on_eight_devices() -> dict:
   for name, config in (("data", MeshConfig()), ("fsdp", MeshConfig(data=1, fsdp=8))):
     mesh = make_mesh(config)
     rows, policy = batch_sharding(mesh), Policy(WIDE, VOCAB, mesh)
-    shapes = jax.tree.map(lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), longer)
+    shapes = jax.tree.map(
+      lambda x, rows=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), longer
+    )
     state = jax.eval_shape(functools.partial(init_state, keep), param_shapes(policy))
     state = jax.tree.map(
       lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -153,9 +178,13 @@ def report():
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     # Programs for eight devices take long to compile, and are run once.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join(
+      [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    ),
   }
-  done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+  )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -184,7 +213,9 @@ def test_each_device_computes_its_own_rows_alone(report):
 
 
 @pytest.mark.parametrize(
-  "config", [MeshConfig(data=3), MeshConfig(data=-1, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
+  "config",
+  [MeshConfig(data=3), MeshConfig(data=-1, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)],
+  ids=str,
 )
 def test_a_mesh_that_does_not_fit_is_an_error_that_names_the_keys(config):
   sizes = f"{config.data} x {config.fsdp} x {config.tensor}"
@@ -196,12 +227,16 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_the_keys(config):
 def test_problems_that_do_not_divide_are_an_error_that_names_the_keys():
   devices = AbstractMesh((2, 4, 3), ("data", "fsdp", "tensor"))
   check_rows(devices, devices, 32, 2)
-  with pytest.raises(UserError, match=r"rollout\.problems / learner\.micro_batches = 12 .*\b8 devices") as error:
+  with pytest.raises(
+    UserError, match=r"rollout\.problems / learner\.micro_batches = 12 .*\b8 devices"
+  ) as error:
     check_rows(devices, devices, 24, 2)
   assert "mesh.data x mesh.fsdp" in str(error.value)
 
 
-@pytest.mark.parametrize(("fsdp", "tensor", "named"), [(1, 4, ("tensor", "4", "2")), (3, 1, ("fsdp", "3", "16"))])
+@pytest.mark.parametrize(
+  ("fsdp", "tensor", "named"), [(1, 4, ("tensor", "4", "2")), (3, 1, ("fsdp", "3", "16"))]
+)
 def test_a_policy_that_does_not_divide_is_an_error_that_names_the_key(fsdp, tensor, named):
   devices = AbstractMesh((1, fsdp, tensor), ("data", "fsdp", "tensor"))
   with pytest.raises(UserError, match=r"mesh\.{} = {} does not divide {}, ".format(*named)):
@@ -210,7 +245,11 @@ def test_a_policy_that_does_not_divide_is_an_error_that_names_the_key(fsdp, tens
 
 @pytest.mark.parametrize(
   ("config", "key"),
-  [(MeshConfig(fsdp=0), "fsdp"), (MeshConfig(tensor=-2), "tensor"), (MeshConfig(data=-1, fsdp=-1), "data")],
+  [
+    (MeshConfig(fsdp=0), "fsdp"),
+    (MeshConfig(tensor=-2), "tensor"),
+    (MeshConfig(data=-1, fsdp=-1), "data"),
+  ],
   ids=str,
 )
 def test_impossible_sizes_are_named(config, key):
@@ -230,7 +269,9 @@ class Device:
     self.id, self.slice_index, self.process_index = number, slice_index, slice_index
 
 
-@pytest.mark.parametrize(("shape", "across"), [((2, 4, 1), 0), ((4, 2, 1), 0), ((1, 8, 1), 1), ((1, 4, 2), 1)], ids=str)
+@pytest.mark.parametrize(
+  ("shape", "across"), [((2, 4, 1), 0), ((4, 2, 1), 0), ((1, 8, 1), 1), ((1, 4, 2), 1)], ids=str
+)
 def test_only_one_axis_goes_across_slices(shape, across):
   devices = [Device(i, i // 4) for i in range(8)]
   order = device_order(shape, devices)
@@ -250,7 +291,9 @@ def test_devices_of_a_process_follow_each_other():
 
 
 def test_axes_that_no_number_of_slices_divides_are_an_error():
-  with pytest.raises(UserError, match=r"neither mesh\.data = 3 nor mesh\.fsdp = 1 is a multiple of the 2 slices"):
+  with pytest.raises(
+    UserError, match=r"neither mesh\.data = 3 nor mesh\.fsdp = 1 is a multiple of the 2 slices"
+  ):
     device_order((3, 1, 2), [Device(i, i % 2) for i in range(6)])
 
 

@@ -26,19 +26,37 @@ from dca_jax.store.trajectories import read_trajectories
 from dca_jax.store.workdir import locate
 
 STEPS = 10
-COMMON = {"steps": STEPS, "policy.kv_heads": 2, "rollout.problems": 8, "rollout.group": 2, "checkpoint.every": 5}
+COMMON = {
+  "steps": STEPS,
+  "policy.kv_heads": 2,
+  "rollout.problems": 8,
+  "rollout.group": 2,
+  "checkpoint.every": 5,
+}
 VALUES = {"credit.scheme": "potential", "credit.discount": 0.5}
 WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "noisy", "reviewer.sample_frac": 0.5}
 RUNS = {
-  "learned": ({**VALUES, "value.source": "learned", "rollout.zero_variance": "refill"}, {"mesh.data": 8}),
-  "monte_carlo": ({**VALUES, "value.source": "monte_carlo", "steps": 3}, {"mesh.data": 1, "mesh.fsdp": 8}),
+  "learned": (
+    {**VALUES, "value.source": "learned", "rollout.zero_variance": "refill"},
+    {"mesh.data": 8},
+  ),
+  "monte_carlo": (
+    {**VALUES, "value.source": "monte_carlo", "steps": 3},
+    {"mesh.data": 1, "mesh.fsdp": 8},
+  ),
   "overlap": (
     {**WEIGHTED, "reviewer.overlap": 1, "learner.loss": "ppo"},
     {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sampler": (-1, 1, 1)},
   ),
 }
 IN_TWO_PROCESSES = ("overlap", "monte_carlo")
-LONG = {**COMMON, "steps": 24, "credit.scheme": "weighted", "reviewer.name": "oracle", "checkpoint.every": 10}
+LONG = {
+  **COMMON,
+  "steps": 24,
+  "credit.scheme": "weighted",
+  "reviewer.name": "oracle",
+  "checkpoint.every": 10,
+}
 
 
 def config_of(name: str, changes=()):
@@ -57,9 +75,13 @@ def digest_of_state(workdir: pathlib.Path) -> str:
   policy = Policy(config.policy, len(config.task.open().tokenizer()))
   optimizer = learner.make_optimizer(config.learner, config.steps)
   params = mesh.param_shapes(policy)
-  shapes = jax.eval_shape(lambda params: learner.init_state(optimizer, params, behind=params), params)
+  shapes = jax.eval_shape(
+    lambda params: learner.init_state(optimizer, params, behind=params), params
+  )
   shardings = mesh.state_shardings(devices, policy, optimizer, behind=True)
-  abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+  abstract = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+  )
   with Checkpoints(config.checkpoint, locate(str(workdir)), config.fixed()) as checkpoints:
     step, state = checkpoints.restore(abstract, "auto")
   whole = multihost_utils.process_allgather(state, tiled=True)
@@ -82,14 +104,20 @@ def environment(devices: int) -> dict[str, str]:
 
 def start(devices: int, *command: str) -> subprocess.Popen:
   return subprocess.Popen(
-    [sys.executable, *command], env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    [sys.executable, *command],
+    env=environment(devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
 
 
 def end(process: subprocess.Popen) -> str:
   out, errors = process.communicate()
   assert process.returncode == 0, errors[-3000:]
-  return out.splitlines()[-1] if out else ""  # Before it, the library that connects processes says that it did.
+  return (
+    out.splitlines()[-1] if out else ""
+  )  # Before it, the library that connects processes says that it did.
 
 
 def both(*arguments: str) -> list[subprocess.Popen]:
@@ -108,7 +136,9 @@ def pair(recipe: str, workdir: pathlib.Path) -> list[subprocess.Popen]:
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
   # The warm start is made here first: on eight devices its parameters would be rounded differently.
-  train(config_of("overlap", {"steps": 1}), str(tmp_path_factory.mktemp("first") / "run"), quiet=True)
+  train(
+    config_of("overlap", {"steps": 1}), str(tmp_path_factory.mktemp("first") / "run"), quiet=True
+  )
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +164,9 @@ def two(tmp_path_factory, warm):
 
 
 def assert_same_course(ours: pathlib.Path, theirs: pathlib.Path) -> None:
-  assert [line["step"] for line in tiny.read_lines(ours)] == list(range(len(tiny.read_lines(theirs))))
+  assert [line["step"] for line in tiny.read_lines(ours)] == list(
+    range(len(tiny.read_lines(theirs)))
+  )
   tokens = [[t.tokens for t in read_trajectories(w / "trajectories", 1)] for w in (ours, theirs)]
   assert tokens[0] == tokens[1]
   for mine, other in zip(tiny.read_lines(ours), tiny.read_lines(theirs), strict=True):
@@ -145,7 +177,8 @@ def assert_same_course(ours: pathlib.Path, theirs: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-  "name", ["overlap", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "monte_carlo"))]
+  "name",
+  ["overlap", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "monte_carlo"))],
 )
 def test_a_run_on_eight_devices_is_the_run_on_one(name, eight, tmp_path):
   train(config_of(name), str(tmp_path), quiet=True)
@@ -156,7 +189,9 @@ def test_a_run_on_eight_devices_is_the_run_on_one(name, eight, tmp_path):
 @pytest.mark.parametrize("name", IN_TWO_PROCESSES)
 def test_a_run_in_two_processes_is_the_run_in_one(name, two, eight):
   assert_same_course(two / name, eight(name))
-  assert {path.name for path in (two / name).iterdir()} == {path.name for path in (eight(name)).iterdir()}
+  assert {path.name for path in (two / name).iterdir()} == {
+    path.name for path in (eight(name)).iterdir()
+  }
 
 
 def test_a_checkpoint_holds_the_same_on_four_devices_and_in_two_processes(eight):
@@ -180,7 +215,9 @@ def test_a_run_goes_on_with_fewer_devices(eight, tmp_path):
 
 
 def wait_for_step(step: int, workdir: pathlib.Path, running: list[subprocess.Popen]) -> None:
-  tiny.wait_until(lambda: any(line["step"] >= step for line in tiny.read_lines(workdir)), running[0])
+  tiny.wait_until(
+    lambda: any(line["step"] >= step for line in tiny.read_lines(workdir)), running[0]
+  )
 
 
 @pytest.mark.slow
@@ -208,7 +245,9 @@ def test_a_pair_that_is_stopped_and_loses_a_process_is_the_uninterrupted_pair(tm
   running[1].communicate()
   assert running[0].returncode == processes.LOST
   last = errors.strip().splitlines()[-1]
-  assert last.startswith("dca-jax: process 1 has not been heard of for 40 s; the same command again continues")
+  assert last.startswith(
+    "dca-jax: process 1 has not been heard of for 40 s; the same command again continues"
+  )
 
   for process in pair(recipe, run):
     end(process)
@@ -251,7 +290,9 @@ def test_a_disk_that_is_full_for_one_ends_both_with_its_words(tmp_path, warm):
   errors = [process.communicate()[1].strip().splitlines() for process in running]
   assert [process.returncode for process in running] == [1, 1]
   assert errors[1][-1].startswith("dca-jax: error: could not save a checkpoint at step ")
-  assert errors[0][-1].startswith("dca-jax: error: process 1 has ended: could not save a checkpoint at step ")
+  assert errors[0][-1].startswith(
+    "dca-jax: error: process 1 has ended: could not save a checkpoint at step "
+  )
   assert not [line for lines in errors for line in lines if "Traceback" in line]
   assert not [line for line in tiny.read_lines(tmp_path / "run") if line["step"] > 30]
 

@@ -120,7 +120,10 @@ def test_a_notice_ends_a_run_with_its_step_saved(metadata, tmp_path):
 
   threading.Thread(target=announce, daemon=True).start()
   config = tiny.make_config({"steps": 2000, "checkpoint.every": 1000})
-  with pytest.raises(Terminated, match=r"stopped by a notice of Google Cloud \(maintenance-event: .* step \d+ is safe"):
+  with pytest.raises(
+    Terminated,
+    match=r"stopped by a notice of Google Cloud \(maintenance-event: .* step \d+ is safe",
+  ):
     train(config, str(tmp_path), quiet=True)
   last = tiny.read_lines(tmp_path)[-1]["step"]
   assert last < 2000

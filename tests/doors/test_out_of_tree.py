@@ -67,7 +67,11 @@ def test_a_task_a_scheme_and_a_reviewer_train_together(home):
   lines = tiny.read_lines(home / "run")
   assert [line["step"] for line in lines][-1] == 2
   assert any(line.get("review/ok", 0.0) == 1.0 for line in lines)
-  assert all(0.0 <= line["review/canary_accuracy"] <= 1.0 for line in lines if "review/canary_accuracy" in line)
+  assert all(
+    0.0 <= line["review/canary_accuracy"] <= 1.0
+    for line in lines
+    if "review/canary_accuracy" in line
+  )
   saved = json.loads((home / "run" / "config.json").read_text())
   assert saved["task"]["name"] == f"{home}/parity.py:Parity"
   assert (saved["credit"]["contrast"], saved["reviewer"]["window"]) == (3.0, 2)
@@ -82,13 +86,23 @@ def test_the_run_is_read_again_from_elsewhere(home, tmp_path):
   assert "kappa" in run("review", trajectories, "--reviewer=oracle", cwd=tmp_path)
   said = run("review", trajectories, f"--reviewer={home}/repeats.py:Repeats", cwd=tmp_path)
   assert "same role in 1.000" in said or "completions: " in said
-  assert "began from nothing" in run("export", f"--workdir={workdir}", "--output=out", cwd=tmp_path, code=1)
+  assert "began from nothing" in run(
+    "export", f"--workdir={workdir}", "--output=out", cwd=tmp_path, code=1
+  )
 
 
 def test_a_transport_reviews(home):
   with FakeServer() as server:
-    client = [f"--config.reviewer.client.base_url={server.url}", "--config.reviewer.client.max_dollars=0"]
-    command = ["review", f"--trajectories={home}/run/trajectories", "--reviewer=chat.py:Chat:some-model", *client]
+    client = [
+      f"--config.reviewer.client.base_url={server.url}",
+      "--config.reviewer.client.max_dollars=0",
+    ]
+    command = [
+      "review",
+      f"--trajectories={home}/run/trajectories",
+      "--reviewer=chat.py:Chat:some-model",
+      *client,
+    ]
     said = run(*command, cwd=home)
   assert "ok" in said.split("\n")[0]
   assert {request["body"]["model"] for request in server.requests} == {"some-model"}
@@ -97,11 +111,20 @@ def test_a_transport_reviews(home):
 @pytest.mark.parametrize(
   ("settings", "wanted"),
   [
-    ({"task": {"name": "parity.py:Parity", "bitts": 3}}, "task.bitts: no such key; did you mean task.bits?"),
-    ({"credit": {"scheme": "spotlight.py:Spotlight", "contrst": 3.0}}, "did you mean credit.contrast?"),
+    (
+      {"task": {"name": "parity.py:Parity", "bitts": 3}},
+      "task.bitts: no such key; did you mean task.bits?",
+    ),
+    (
+      {"credit": {"scheme": "spotlight.py:Spotlight", "contrst": 3.0}},
+      "did you mean credit.contrast?",
+    ),
     ({"reviewer": {"name": "repeats.py:Repeats", "windw": 3}}, "did you mean reviewer.window?"),
     ({"reviewer": {"name": "chat.py:Chat", "pth": "/x"}}, "did you mean reviewer.path?"),
-    ({"reviewer": {"name": "repeats.py:Repeats", "window": 0}}, "reviewer.window: must be at least 1"),
+    (
+      {"reviewer": {"name": "repeats.py:Repeats", "window": 0}},
+      "reviewer.window: must be at least 1",
+    ),
     ({"reviewer": {"name": "parity.py:Parity"}}, "must be a frozen dataclass that extends"),
     ({"task": {"name": "raises.py:Task"}}, "RuntimeError: no luck"),
     ({"task": {"name": "parity.py:Party"}}, "has no attribute 'Party'"),
@@ -161,4 +184,6 @@ def test_a_file_is_the_same_from_everywhere_and_its_code_is_known(tmp_path, monk
   task = find("mine.py:Parity", "task.name")()
   before = source_digest(task)
   (tmp_path / "mine.py").write_text((EXAMPLES / "parity.py").read_text() + "\nMORE = 1\n")
-  assert source_digest(task) != before  # A warm start that was kept is not taken for that of other code.
+  assert (
+    source_digest(task) != before
+  )  # A warm start that was kept is not taken for that of other code.

@@ -27,7 +27,12 @@ def test_every_arm_learns_and_only_some_drift(lab):
   ends = lab[1]["drift"]
   assert all(end["worst"] > 0.99 for end in ends.values())
   start = drift.SLOTS / 3
-  drifts = ("weighted, fooled", "weighted, lambda 1, fooled", "return_to_go, fooled", "potential 0, fooled")
+  drifts = (
+    "weighted, fooled",
+    "weighted, lambda 1, fooled",
+    "return_to_go, fooled",
+    "potential 0, fooled",
+  )
   for name, end in ends.items():
     moved = (end["checks"] - start) / error(end)
     assert moved > 4 if name in drifts else moved < -4

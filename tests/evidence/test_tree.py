@@ -66,7 +66,9 @@ def test_moments_equal_those_of_explicit_vectors():
     g = np.einsum("nt,ntd->nd", credit, score)
     mean = p @ g
     row = tree.measure(SMALL, "", credit)
-    assert row.cosine == pytest.approx(mean @ truth / np.sqrt(mean @ mean * (truth @ truth)), abs=1e-6)
+    assert row.cosine == pytest.approx(
+      mean @ truth / np.sqrt(mean @ mean * (truth @ truth)), abs=1e-6
+    )
     assert row.snr == pytest.approx(mean @ mean / (p @ np.square(g).sum(1) - mean @ mean), rel=1e-9)
 
 
@@ -124,4 +126,6 @@ def test_a_fooled_reviewer_pays_for_performing_where_the_scheme_trusts_it(rows, 
 
 
 def test_one_table_for_wins_and_losses_costs_most_of_the_gain(rows):
-  assert rows["weighted, lambda 1, one table, oracle"].snr * 4 < rows["weighted, lambda 1, oracle"].snr
+  assert (
+    rows["weighted, lambda 1, one table, oracle"].snr * 4 < rows["weighted, lambda 1, oracle"].snr
+  )

@@ -43,7 +43,9 @@ def last_turn(row: int) -> int:
 
 
 def test_turns_have_the_gradient_of_a_fresh_computation(turns):
-  loss, expected = jax.jit(jax.value_and_grad(lambda params: plain_grpo_loss(params, turns)))(PARAMS)
+  loss, expected = jax.jit(jax.value_and_grad(lambda params: plain_grpo_loss(params, turns)))(
+    PARAMS
+  )
   got, metrics = gradient(PLAIN, turns)
   assert np.abs(flat(expected)).max() > 0.01
   assert_same(got, expected, rtol=1e-5, atol=1e-6)
@@ -53,14 +55,20 @@ def test_turns_have_the_gradient_of_a_fresh_computation(turns):
 
 def test_the_last_turn_is_a_completion_of_all_before_it(turns):
   prompts, lengths = np.zeros((B, S + T), np.int32), np.zeros(B, np.int32)
-  rest = {name: np.zeros((B, T), np.float32) for name in ("advantages_BxT", "logprobs_BxT", "reference_BxT")}
+  rest = {
+    name: np.zeros((B, T), np.float32)
+    for name in ("advantages_BxT", "logprobs_BxT", "reference_BxT")
+  }
   tokens, sampled = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
   for row in range(B):
     start, own = last_turn(row), turns.prompt_lengths_P[row // G]
     before = np.concatenate([turns.prompts_PxS[row // G, :own], turns.tokens_BxT[row, :start]])
     prompts[row, : len(before)], lengths[row] = before, len(before)
     n = int(SAMPLED[row, start:].sum())
-    for array, whole in (*((rest[name], getattr(turns, name)) for name in rest), (tokens, turns.tokens_BxT)):
+    for array, whole in (
+      *((rest[name], getattr(turns, name)) for name in rest),
+      (tokens, turns.tokens_BxT),
+    ):
       array[row, :n] = whole[row, start : start + n]
     sampled[row, :n] = True
   fresh = Batch(prompts, lengths, tokens, sampled, turns.trained_B, **rest)

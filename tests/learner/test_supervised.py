@@ -47,7 +47,9 @@ def start(changes=()):
   task = config.task.open()
   tokenizer = task.tokenizer()
   policy = Policy(config.policy, len(tokenizer))
-  params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(config.warmstart.seed))
+  params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(
+    jax.random.key(config.warmstart.seed)
+  )
   limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   trained = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, here)
@@ -60,7 +62,11 @@ def entries(cache):
 
 
 def stamps(cache):
-  return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in cache.rglob("*") if path.is_file()}
+  return {
+    path: (path.stat().st_mtime_ns, path.stat().st_ino)
+    for path in cache.rglob("*")
+    if path.is_file()
+  }
 
 
 def test_a_second_call_loads_the_same_bits_without_training(made, first, cache, capsys):
@@ -80,7 +86,11 @@ def test_training_twice_gives_the_same_bits(first, tmp_path, monkeypatch):
 
 def test_other_settings_are_another_entry(first, cache):
   # None of them changes the compiled step, which would take long.
-  others = [{"warmstart.clean_steps": 10, "warmstart.steps": 50}, {"warmstart.seed": 1}, {"task.drop": 0.5}]
+  others = [
+    {"warmstart.clean_steps": 10, "warmstart.steps": 50},
+    {"warmstart.seed": 1},
+    {"task.drop": 0.5},
+  ]
   made = [first, *map(start, others)]
   assert len(entries(cache)) == 4
   for i, ours in enumerate(made):
@@ -89,7 +99,9 @@ def test_other_settings_are_another_entry(first, cache):
 
 
 def test_settings_that_the_warm_start_does_not_read_share_an_entry(first, cache):
-  tiny.assert_same_arrays(start({"seed": 5, "learner.lr": 0.5, "rollout.group": 8, "evaluate.k": 1}), first)
+  tiny.assert_same_arrays(
+    start({"seed": 5, "learner.lr": 0.5, "rollout.group": 8, "evaluate.k": 1}), first
+  )
   assert len(entries(cache)) == 1
 
 
@@ -151,7 +163,9 @@ def test_an_edited_task_is_another_entry(first, cache, tmp_path, monkeypatch):
 def test_demonstrations_that_come_from_elsewhere_are_another_entry(first, cache, monkeypatch):
   chains, shift = Chains, [0]
   # As from a data file that was edited.
-  monkeypatch.setattr(chains, "demonstration", lambda self, i, m, old=chains.demonstration: old(self, i + shift[0], m))
+  monkeypatch.setattr(
+    chains, "demonstration", lambda self, i, m, old=chains.demonstration: old(self, i + shift[0], m)
+  )
   changed = source_digest(chains(tiny.make_config().task))
   start()
   shift[0] = 7
@@ -167,7 +181,9 @@ def test_a_cache_of_warm_starts_that_cannot_be_written_is_a_warning(tmp_path):
   (tmp_path / "file").write_text("")
   recipe = tiny.write_recipe(tmp_path, {"steps": 1})
   places = {"DCA_JAX_CACHE": str(tmp_path / "file" / "cache")}
-  process = tiny.start("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", environment=places)
+  process = tiny.start(
+    "train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", environment=places
+  )
   _, errors = process.communicate()
   assert process.returncode == 0, errors
   (said,) = errors.strip().splitlines()

@@ -11,7 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, reference_logprobs, update
+from dca_jax.learner import (
+  Batch,
+  LearnerConfig,
+  init_state,
+  make_optimizer,
+  reference_logprobs,
+  update,
+)
 from dca_jax.learner.loss import expm1_bounded
 from dca_jax.learner.update import apply_rounded
 from dca_jax.policy import Policy, PolicyConfig, Sampling, split
@@ -49,7 +56,10 @@ def random_params(seed):
   rng = np.random.default_rng(seed)
   shapes = nn.unbox(jax.eval_shape(POLICY.init_params, jax.random.key(0)))
   return jax.tree.map_with_path(
-    lambda path, a: np.float32(0.25 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))), shapes
+    lambda path, a: np.float32(
+      0.25 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
+    ),
+    shapes,
   )
 
 
@@ -90,7 +100,9 @@ def run(config, batch, *, params=PARAMS, on_policy=True, sampling=WARM, optimize
 
 def gradient(*args, **kwargs):
   state, metrics, _ = run(*args, **kwargs)
-  return jax.tree.map(np.asarray, state.opt_state.trace), {key: float(x) for key, x in metrics.items()}
+  return jax.tree.map(np.asarray, state.opt_state.trace), {
+    key: float(x) for key, x in metrics.items()
+  }
 
 
 def flat(tree):
@@ -181,14 +193,18 @@ def plain_grpo_loss(params, batch):
     tokens[row, start : start + T] = batch.tokens_BxT[row]
     at[row] = np.arange(start - 1, start - 1 + T)  # Where each completion token is predicted.
   hidden, _ = POLICY.apply({"params": params}, tokens)
-  logps = jax.nn.log_softmax(hidden @ params["embedding"].T / 0.7)[np.arange(B)[:, None], at, batch.tokens_BxT]
+  logps = jax.nn.log_softmax(hidden @ params["embedding"].T / 0.7)[
+    np.arange(B)[:, None], at, batch.tokens_BxT
+  ]
   mask = batch.sampled_BxT & np.asarray(batch.trained_B)[:, None]
   return -jnp.where(mask, logps * batch.advantages_BxT, 0).sum() / (B * T)
 
 
 def test_uniform_advantages_give_the_gradient_of_grpo(batch):
   uniform = batch._replace(advantages_BxT=np.repeat(batch.advantages_BxT[:, :1], T, 1))
-  loss, expected = jax.jit(jax.value_and_grad(lambda params: plain_grpo_loss(params, uniform)))(PARAMS)
+  loss, expected = jax.jit(jax.value_and_grad(lambda params: plain_grpo_loss(params, uniform)))(
+    PARAMS
+  )
   got, metrics = gradient(PLAIN, uniform)
   assert np.abs(flat(expected)).max() > 0.01
   assert_same(got, expected, rtol=1e-5, atol=1e-6)
@@ -292,7 +308,9 @@ def pull_and_bonus(batch, params):
   """
   silent = batch._replace(advantages_BxT=np.zeros((B, T), np.float32))
   both, metrics = gradient(BOTH, silent, params=params)
-  bonus, alike = gradient(BOTH, silent._replace(reference_BxT=learner_logprobs(params, batch)), params=params)
+  bonus, alike = gradient(
+    BOTH, silent._replace(reference_BxT=learner_logprobs(params, batch)), params=params
+  )
   assert alike["learner/kl"] == pytest.approx(0.0, abs=1e-10)
   return jax.tree.map(np.subtract, both, bonus), bonus, metrics
 
@@ -322,7 +340,9 @@ def test_kl_gradient_is_1_minus_the_ratio_of_the_reference(batch):
   assert_same(pull, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [PLAIN, LearnerConfig(kl=0.05), PPO], ids=["measured", "weighted", "ppo"])
+@pytest.mark.parametrize(
+  "config", [PLAIN, LearnerConfig(kl=0.05), PPO], ids=["measured", "weighted", "ppo"]
+)
 def test_a_token_far_from_the_other_policy_leaves_the_update_finite(batch, config):
   """e^90 is more than float32 holds: under the reference policy, and under the one that sampled."""
   now = learner_logprobs(PARAMS, batch)
@@ -364,7 +384,10 @@ def test_compiles_once_and_gives_the_old_state_away(batch):
   compiled = update._cache_size()
   state = init_state(KEEP, jax.tree.map(jnp.array, PARAMS))
   for i in range(3):
-    old, changed = state, batch._replace(sampled_BxT=np.roll(WITHIN, i, 0), trained_B=np.arange(B) != i)
+    old, changed = (
+      state,
+      batch._replace(sampled_BxT=np.roll(WITHIN, i, 0), trained_B=np.arange(B) != i),
+    )
     # Equal settings made anew are the same settings.
     settings = LearnerConfig(), KEEP, Sampling(temperature=0.7)
     state, _, _ = update(POLICY, *settings, G, state, changed, jnp.bool_(i == 0))
@@ -385,7 +408,9 @@ def run_optimizer(config, steps, gradients, start=0.0):
     return (params + changes, state), changes
 
   params = jnp.full(np.shape(gradients)[1:], start)
-  return np.asarray(jax.jit(functools.partial(jax.lax.scan, one))((params, optimizer.init(params)), gradients)[1])
+  return np.asarray(
+    jax.jit(functools.partial(jax.lax.scan, one))((params, optimizer.init(params)), gradients)[1]
+  )
 
 
 @pytest.mark.parametrize(
@@ -404,7 +429,9 @@ def run_optimizer(config, steps, gradients, start=0.0):
 )
 def test_learning_rates(changes, steps, expected):
   # Under a constant gradient of 1 Adam moves by the learning rate.
-  got = run_optimizer(LearnerConfig(lr=0.01, **changes), steps, np.ones((len(expected), 1), np.float32))
+  got = run_optimizer(
+    LearnerConfig(lr=0.01, **changes), steps, np.ones((len(expected), 1), np.float32)
+  )
   np.testing.assert_allclose(got[:, 0], -0.01 * np.array(expected), rtol=1e-4, atol=1e-8)
 
 
@@ -424,17 +451,23 @@ def test_equal_settings_give_the_same_optimizer():
 
 
 def test_adam_does_not_move_without_a_gradient():
-  np.testing.assert_array_equal(run_optimizer(LearnerConfig(), 3, np.zeros((3, 1), np.float32), start=2.0), 0.0)
+  np.testing.assert_array_equal(
+    run_optimizer(LearnerConfig(), 3, np.zeros((3, 1), np.float32), start=2.0), 0.0
+  )
 
 
 def test_weight_decay_is_decoupled():
-  got = run_optimizer(LearnerConfig(lr=0.01, weight_decay=0.1), 1, np.zeros((1, 1), np.float32), start=2.0)
+  got = run_optimizer(
+    LearnerConfig(lr=0.01, weight_decay=0.1), 1, np.zeros((1, 1), np.float32), start=2.0
+  )
   np.testing.assert_allclose(got, -0.01 * 0.1 * 2.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("rank", "kept"), [(0, {"scale", "bias"}), (4, set())])
 def test_norms_and_biases_do_not_decay(rank, kept):
-  small = PolicyConfig(pretrained="x", width=8, depth=1, head_dim=8, mlp=8, qkv_bias=True, qk_norm=True, lora_rank=rank)
+  small = PolicyConfig(
+    pretrained="x", width=8, depth=1, head_dim=8, mlp=8, qkv_bias=True, qk_norm=True, lora_rank=rank
+  )
   shapes = split(nn.unbox(jax.eval_shape(Policy(small, VOCAB).init_params, jax.random.key(0))))[1]
   params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
   optimizer = make_optimizer(LearnerConfig(weight_decay=0.1), 10)
@@ -458,18 +491,25 @@ def test_bfloat16_weights_move_by_changes_too_small_to_show():
 
 def test_bfloat16_weights_follow_float32_ones(batch):
   policy = Policy(dataclasses.replace(POLICY.config, weights="bfloat16"), VOCAB)
-  assert {str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(policy.init_params, jax.random.key(0)))} == {"bfloat16"}
+  assert {
+    str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(policy.init_params, jax.random.key(0)))
+  } == {"bfloat16"}
   adam = make_optimizer(LearnerConfig(lr=1e-3), 10)
   moved = []
   for one, dtype in ((POLICY, "float32"), (policy, "bfloat16")):
     state = init_state(adam, jax.tree.map(lambda x, dtype=dtype: jnp.array(x, dtype), PARAMS))
-    assert optax.tree_utils.tree_get(state.opt_state, "nu")["final_norm"]["scale"].dtype == jnp.float32
+    assert (
+      optax.tree_utils.tree_get(state.opt_state, "nu")["final_norm"]["scale"].dtype == jnp.float32
+    )
     for _ in range(4):
       state = update(one, PLAIN, adam, WARM, G, state, batch, jnp.bool_(True))[0]
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
     moved.append(
       np.concatenate(
-        [(np.float32(x) - y).ravel() for x, y in zip(*map(jax.tree.leaves, (state.params, PARAMS)), strict=True)]
+        [
+          (np.float32(x) - y).ravel()
+          for x, y in zip(*map(jax.tree.leaves, (state.params, PARAMS)), strict=True)
+        ]
       )
     )
   assert np.corrcoef(*moved)[0, 1] > 0.8

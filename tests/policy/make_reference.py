@@ -38,13 +38,20 @@ MODELS = {
   ),
   "llama_tied": (
     transformers.LlamaConfig(
-      **SIZES, num_hidden_layers=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3
+      **SIZES,
+      num_hidden_layers=2,
+      num_key_value_heads=1,
+      head_dim=16,
+      tie_word_embeddings=True,
+      rope_parameters=LLAMA3,
     ),
     True,
     "bfloat16",
   ),
   "qwen2": (
-    transformers.Qwen2Config(**SIZES, num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=True),
+    transformers.Qwen2Config(
+      **SIZES, num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=True
+    ),
     True,
     "bfloat16",
   ),
@@ -170,21 +177,29 @@ def make(name: str, config, old: bool, dtype: str) -> None:
       parameter.copy_(torch.randn_like(parameter) * 0.3 if parameter.ndim == 1 else parameter * 12)
       if parameter.ndim == 1 and "gemma" not in config.model_type:
         parameter.add_(1.0)
-  model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="50KB" if dtype == "bfloat16" else "1GB")
+  model.to(getattr(torch, dtype)).save_pretrained(
+    folder, max_shard_size="50KB" if dtype == "bfloat16" else "1GB"
+  )
   path = folder / "config.json"
   if old:
     path.write_text(json.dumps(in_older_spelling(json.loads(path.read_text())), indent=2) + "\n")
 
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation="eager"
+  )
   rng = np.random.default_rng(0)
   rows = [rng.integers(SIZES["vocab_size"], size=n) for n in LENGTHS]
   longest = max(LENGTHS)
   tokens = torch.tensor(np.stack([np.pad(row, (longest - len(row), 0)) for row in rows]))
   mask = torch.tensor(np.stack([np.arange(longest) >= longest - n for n in LENGTHS]).astype(int))
   with torch.no_grad():
-    logits = model(tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits.numpy()
+    logits = model(
+      tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
+    ).logits.numpy()
   kept = {f"logits_{n}": logits[i, longest - n :] for i, n in enumerate(LENGTHS)}
-  np.savez_compressed(folder / "reference.npz", **kept, **{f"tokens_{len(r)}": r.astype(np.int32) for r in rows})
+  np.savez_compressed(
+    folder / "reference.npz", **kept, **{f"tokens_{len(r)}": r.astype(np.int32) for r in rows}
+  )
   print(name, f"|logits| up to {np.abs(logits[-1]).max():.2f}, spread {logits[-1].std():.2f}")
 
 

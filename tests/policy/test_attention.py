@@ -56,13 +56,17 @@ def test_kernels_give_what_plain_attention_gives(kernel, window, soft_cap, promp
     return (out * weights).sum(), out
 
   run = jax.jit(jax.grad(total, range(5), has_aux=True), static_argnums=5)
-  for ours, theirs in zip(jax.tree.leaves(run(*given, True)), jax.tree.leaves(run(*given, False)), strict=True):
+  for ours, theirs in zip(
+    jax.tree.leaves(run(*given, True)), jax.tree.leaves(run(*given, False)), strict=True
+  ):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_a_policy_reads_the_same_through_a_kernel():
   # Layers that are windowed and that are not, prompts of several lengths.
-  config = PolicyConfig(width=16, depth=2, heads=N, kv_heads=K, head_dim=H, mlp=24, window=9, windowed=(0,))
+  config = PolicyConfig(
+    width=16, depth=2, heads=N, kv_heads=K, head_dim=H, mlp=24, window=9, windowed=(0,)
+  )
   rng = np.random.default_rng(1)
   batch = rng.integers(30, size=(P, S)), LENGTHS, rng.integers(30, size=(P * G, T))
   policy = Policy(config, 30)
@@ -71,7 +75,12 @@ def test_a_policy_reads_the_same_through_a_kernel():
   expected, ours = (jax.jit(one.completion_hidden)(params, *batch) for one in (policy, by_kernel))
   np.testing.assert_allclose(ours, expected, atol=2e-5)
   assert (
-    np.abs(ours - jax.jit(Policy(dataclasses.replace(config, windowed=()), 30).completion_hidden)(params, *batch)).max()
+    np.abs(
+      ours
+      - jax.jit(Policy(dataclasses.replace(config, windowed=()), 30).completion_hidden)(
+        params, *batch
+      )
+    ).max()
     > 0.01
   )
 

@@ -17,7 +17,12 @@ FOLDER = pathlib.Path(__file__).with_name("reference")
 MODELS = sorted(path.name for path in FOLDER.iterdir())
 VOCAB = 64
 LENGTHS = (1, 7, 64, 200)
-SPLITS = (1, 3, 40, 21)  # Tokens of each row that are its prompt; all but the first row read on from there.
+SPLITS = (
+  1,
+  3,
+  40,
+  21,
+)  # Tokens of each row that are its prompt; all but the first row read on from there.
 BOUND = 2e-4
 
 # Quick to compile, and as exact.
@@ -27,7 +32,9 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @functools.cache
 def loaded(name):
   policy = Policy(resolve(PolicyConfig(pretrained=str(FOLDER / name)), VOCAB), VOCAB)
-  shardings = state_shardings(make_mesh(MeshConfig()), policy, make_optimizer(LearnerConfig(), 1)).params
+  shardings = state_shardings(
+    make_mesh(MeshConfig()), policy, make_optimizer(LearnerConfig(), 1)
+  ).params
   return policy, load(policy, FOLDER / name, shardings)
 
 
@@ -61,14 +68,19 @@ def split(name):
 
 
 def compare(got, expected):
-  assert max(np.abs(row[: len(x)] - x).max() for row, x in zip(np.asarray(got), expected, strict=True)) < BOUND
+  assert (
+    max(np.abs(row[: len(x)] - x).max() for row, x in zip(np.asarray(got), expected, strict=True))
+    < BOUND
+  )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_sequences(name):
   policy, params = loaded(name)
   rows, expected = reference(name)
-  got = jit(lambda p, tokens: logits(policy, p, policy.apply({"params": p}, tokens)[0]))(params, stack(rows))
+  got = jit(lambda p, tokens: logits(policy, p, policy.apply({"params": p}, tokens)[0]))(
+    params, stack(rows)
+  )
   compare(got, expected)
 
 
@@ -76,7 +88,9 @@ def test_whole_sequences(name):
 def test_completions_that_read_a_shared_prompt(name):
   policy, params = loaded(name)
   *batch, expected = split(name)
-  got = jit(lambda p, *batch: logits(policy, p, policy.completion_hidden(p, *batch)))(params, *batch)
+  got = jit(lambda p, *batch: logits(policy, p, policy.completion_hidden(p, *batch)))(
+    params, *batch
+  )
   compare(got, expected)
 
 

@@ -121,11 +121,15 @@ def test_a_target_that_is_cut_keeps_its_logit(hidden, embedding):
   assert np.isfinite(entropy).all()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=4), Sampling(top_p=0.6), Sampling(0.7, 5, 0.8)], ids=str)
+@pytest.mark.parametrize(
+  "sampling", [Sampling(top_k=4), Sampling(top_p=0.6), Sampling(0.7, 5, 0.8)], ids=str
+)
 # Weight 0 as well: the loss multiplies the entropy by its weight, and 0 times a gradient that is not finite is not 0.
 @pytest.mark.parametrize("entropy_weight", [0.0, 1.0])
 @pytest.mark.parametrize("target", ["kept", "cut"])
-def test_gradient_is_finite_where_tokens_are_cut(hidden, embedding, sampling, entropy_weight, target):
+def test_gradient_is_finite_where_tokens_are_cut(
+  hidden, embedding, sampling, entropy_weight, target
+):
   logits = all_logits(hidden, embedding)
   targets = logits.argmax(-1) if target == "kept" else logits.argmin(-1)
   for g in gradients(hidden, embedding, jnp.array(targets), sampling, entropy_weight):
@@ -199,14 +203,19 @@ def test_no_array_of_all_logits(sampling):
 
   traced = jax.jit(both).trace(*shapes)
   assert bound // 2 < largest_array(traced.jaxpr.jaxpr) <= bound
-  if sampling == Sampling():  # The compiler could still have joined the chunks; a few of them may live at once.
+  if (
+    sampling == Sampling()
+  ):  # The compiler could still have joined the chunks; a few of them may live at once.
     memory = traced.lower().compile().memory_analysis()
     assert memory.temp_size_in_bytes < 6 * bound * 4 < tokens * vocab * 4
 
 
 def test_chunks_take_a_fraction_of_the_memory():
   # 8 x 2,048 tokens at Gemma 3's vocabulary, forward and backward, by XLA's own account.
-  shapes = jax.ShapeDtypeStruct((8, 2048, 64), jnp.bfloat16), jax.ShapeDtypeStruct((262_144, 64), jnp.float32)
+  shapes = (
+    jax.ShapeDtypeStruct((8, 2048, 64), jnp.bfloat16),
+    jax.ShapeDtypeStruct((262_144, 64), jnp.float32),
+  )
   targets = jax.ShapeDtypeStruct((8, 2048), jnp.int32)
 
   def chunked(hidden, matrix, targets):
@@ -217,7 +226,11 @@ def test_chunks_take_a_fraction_of_the_memory():
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1).sum()
 
   ours, theirs = (
-    jax.jit(jax.grad(f, (0, 1))).lower(*shapes, targets).compile().memory_analysis().temp_size_in_bytes
+    jax.jit(jax.grad(f, (0, 1)))
+    .lower(*shapes, targets)
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
     for f in (chunked, plain)
   )
   assert ours * 8 < theirs

@@ -33,9 +33,13 @@ EVERYTHING = ("q", "k", "v", "o", "gate", "up", "down")
 
 def adapted(family="qwen3", targets=EVERYTHING, dtype="float32"):
   """A model with adapters that do something."""
-  given = PolicyConfig(pretrained=str(FOLDER / family), dtype=dtype, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
+  given = PolicyConfig(
+    pretrained=str(FOLDER / family), dtype=dtype, lora_rank=3, lora_alpha=6.0, lora_targets=targets
+  )
   policy = Policy(pretrained.resolve(given, VOCAB), VOCAB)
-  params = pretrained.load(policy, FOLDER / family, param_shardings(make_mesh(MeshConfig()), policy))
+  params = pretrained.load(
+    policy, FOLDER / family, param_shardings(make_mesh(MeshConfig()), policy)
+  )
   frozen, adapters = split(params)
   dice = np.random.default_rng(0)
   adapters = jax.tree.map(lambda a: jnp.asarray(dice.normal(0, 0.2, a.shape), a.dtype), adapters)
@@ -47,7 +51,9 @@ def logits(policy, params):
   prompts, lengths = jnp.arange(12).reshape(2, 6) % VOCAB, jnp.array([6, 4])
   completions = (jnp.arange(40).reshape(4, 10) * 7) % VOCAB
   hidden = policy.completion_hidden(params, prompts, lengths, completions)
-  return sampling_logits(hidden.reshape(-1, hidden.shape[-1]), policy.head(params), Sampling())[:, :VOCAB]
+  return sampling_logits(hidden.reshape(-1, hidden.shape[-1]), policy.head(params), Sampling())[
+    :, :VOCAB
+  ]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "gemma3", "llama_scaled"])
@@ -62,10 +68,14 @@ def test_merged_weights_compute_what_the_adapters_do(family):
 def test_new_adapters_change_nothing():
   given = PolicyConfig(pretrained=str(FOLDER / "qwen3"), lora_rank=2)
   policy = Policy(pretrained.resolve(given, VOCAB), VOCAB)
-  params = pretrained.load(policy, FOLDER / "qwen3", param_shardings(make_mesh(MeshConfig()), policy))
+  params = pretrained.load(
+    policy, FOLDER / "qwen3", param_shardings(make_mesh(MeshConfig()), policy)
+  )
   plain = Policy(dataclasses.replace(policy.config, lora_rank=0), VOCAB)
   np.testing.assert_array_equal(logits(policy, params), logits(plain, split(params)[0]))
-  assert all(np.any(a) for path, a in jax.tree.leaves_with_path(split(params)[1]) if path[-1].key == "lora_a")
+  assert all(
+    np.any(a) for path, a in jax.tree.leaves_with_path(split(params)[1]) if path[-1].key == "lora_a"
+  )
 
 
 def test_targets_alone_have_adapters_and_what_they_adapt_is_kept_in_the_dtype_of_activations():
@@ -102,16 +112,22 @@ def assert_adapters_make(adapters, start, merged, scale):
 
 
 @pytest.mark.parametrize(
-  ("family", "layers"), [("qwen3", 2), ("qwen2", 2), ("gemma2", 3), ("gemma3", 3), ("llama_tied", 2)]
+  ("family", "layers"),
+  [("qwen3", 2), ("qwen2", 2), ("gemma2", 3), ("gemma3", 3), ("llama_tied", 2)],
 )
 def test_adapters_alone_are_as_peft_has_them(family, layers, tmp_path):
   policy, params = adapted(family)
   original = str(FOLDER / family)
   plain = pretrained.resolve(PolicyConfig(pretrained=original), VOCAB)
   (tmp_path / "tokenizer").mkdir()
-  pretrained.save(split(params)[1], policy.config, original, tmp_path / "tokenizer", tmp_path / "out")
+  pretrained.save(
+    split(params)[1], policy.config, original, tmp_path / "tokenizer", tmp_path / "out"
+  )
   pretrained.save(merge(params, 2.0), plain, original, tmp_path / "tokenizer", tmp_path / "merged")
-  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+  ]
   adapters = tensors(tmp_path / "out")
   assert {name: a.dtype.name for name, a in adapters.items()} == {
     f"base_model.model.model.layers.{i}.{module}.lora_{x}.weight": "float32"
@@ -131,7 +147,9 @@ def test_adapters_that_were_written_wrong_get_no_name(tmp_path, monkeypatch):
   (tmp_path / "tokenizer").mkdir()
 
   def careless(tensors, path, metadata):
-    save_file({k: v + k.endswith("1.mlp.up_proj.lora_A.weight") for k, v in tensors.items()}, path, metadata)
+    save_file(
+      {k: v + k.endswith("1.mlp.up_proj.lora_A.weight") for k, v in tensors.items()}, path, metadata
+    )
 
   monkeypatch.setattr(pretrained, "save_file", careless)
   with pytest.raises(UserError, match=r"1\.mlp\.up_proj\.lora_A\.weight was not written as it is"):
@@ -180,7 +198,12 @@ def run(tmp_path_factory):
   with FakeServer(reply=opinion) as server:
     changes = {
       "steps": 2,
-      "policy": {"pretrained": str(model), "dtype": "bfloat16", "lora_rank": 4, "lora_targets": ("q", "o", "down")},
+      "policy": {
+        "pretrained": str(model),
+        "dtype": "bfloat16",
+        "lora_rank": 4,
+        "lora_targets": ("q", "o", "down"),
+      },
       "task": {
         "name": "tfds",
         "dataset": "gsm8k",
@@ -232,7 +255,9 @@ def test_a_run_trains_its_adapters_and_nothing_else(run):
 def test_an_export_computes_what_the_run_does_and_can_be_sampled(run, tmp_path):
   folder, config = run
   assert "written and read again" in export(str(folder / "run"), str(tmp_path / "out"))
-  assert {"config.json", "generation_config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+  assert {"config.json", "generation_config.json", "tokenizer.json"} <= {
+    p.name for p in (tmp_path / "out").iterdir()
+  }
   exact = dataclasses.replace(config.policy, dtype="float32")
   ours = Policy(pretrained.resolve(exact, VOCAB), VOCAB)
   shardings = param_shardings(make_mesh(MeshConfig()), ours)
@@ -270,7 +295,9 @@ def test_adapters_alone_of_a_run(run, tmp_path, capsys):
     "inference_mode": True,
   }
   for file in ("tokenizer.json", "tokenizer_config.json"):
-    assert (tmp_path / "out" / file).read_bytes() == (folder / "run" / "tokenizer" / file).read_bytes()
+    assert (tmp_path / "out" / file).read_bytes() == (
+      folder / "run" / "tokenizer" / file
+    ).read_bytes()
   export(str(folder / "run"), str(tmp_path / "merged"))
   start = {key: value.astype(jnp.bfloat16) for key, value in tensors(folder / "model").items()}
   assert_adapters_make(tensors(tmp_path / "out"), start, tensors(tmp_path / "merged"), 4.0)
@@ -284,7 +311,10 @@ def test_adapters_alone_of_a_run(run, tmp_path, capsys):
   ("name", "damage"),
   [
     ("start", shutil.rmtree),
-    ("start", lambda path: [f.write_bytes(f.read_bytes()[:9]) for f in path.rglob("*") if f.is_file()]),
+    (
+      "start",
+      lambda path: [f.write_bytes(f.read_bytes()[:9]) for f in path.rglob("*") if f.is_file()],
+    ),
     ("tokenizer", shutil.rmtree),
     ("tokenizer", lambda path: (path / "tokenizer.json").write_text("{")),
   ],

@@ -45,9 +45,14 @@ def tensors(folder):
 
 def test_cudnn_is_refused_where_scores_are_capped():
   asked = PolicyConfig(pretrained=str(FOLDER / "gemma2"), dtype="bfloat16", attention="cudnn")
-  with pytest.raises(UserError, match=r"policy\.attention can be 'cudnn' only .* without policy\.attention_soft_cap"):
+  with pytest.raises(
+    UserError, match=r"policy\.attention can be 'cudnn' only .* without policy\.attention_soft_cap"
+  ):
     pretrained.resolve(asked, VOCAB)
-  assert pretrained.resolve(dataclasses.replace(asked, attention="auto", remat="layers"), VOCAB).remat == "layers"
+  assert (
+    pretrained.resolve(dataclasses.replace(asked, attention="auto", remat="layers"), VOCAB).remat
+    == "layers"
+  )
 
 
 @pytest.fixture
@@ -126,8 +131,16 @@ NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
 @pytest.mark.parametrize(
   ("given", "changes", "words"),
   [
-    (LLAMA, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
-    (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    (
+      LLAMA,
+      {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+      "MistralForCausalLM",
+    ),
+    (
+      LLAMA,
+      {"architectures": ["LlamaForSequenceClassification"]},
+      "LlamaForSequenceClassification",
+    ),
     (LLAMA, {"attention_bias": True}, "attention_bias = True"),
     (LLAMA, {"mlp_bias": True}, "mlp_bias = True"),
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -171,7 +184,9 @@ def test_a_field_that_changes_numbers_is_refused_by_name(given, changes, words):
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "model_type"])
 def test_a_field_that_is_missing(key):
   with pytest.raises(UserError, match=key if key != "model_type" else "not supported"):
-    from_json({k: v for k, v in LLAMA.items() if k not in (key, "architectures")}, "config.json", "float32")
+    from_json(
+      {k: v for k, v in LLAMA.items() if k not in (key, "architectures")}, "config.json", "float32"
+    )
 
 
 NOTES = {
@@ -201,17 +216,26 @@ def test_notes_change_nothing():
 @pytest.mark.parametrize("value", [True, 1, 0, 0.0, "x", [0]], ids=str)
 def test_a_field_that_may_change_a_number_is_refused_and_told_what_to_do(value):
   with pytest.raises(
-    UserError, match=r"the field use_wider_mlp = .* is not known, .*; if it is only a note, remove it"
+    UserError,
+    match=r"the field use_wider_mlp = .* is not known, .*; if it is only a note, remove it",
   ):
     from_json(LLAMA | {"use_wider_mlp": value}, "config.json", "float32")
 
 
-SHORT = {"hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4, "intermediate_size": 8, "vocab_size": 9}
+SHORT = {
+  "hidden_size": 32,
+  "num_hidden_layers": 7,
+  "num_attention_heads": 4,
+  "intermediate_size": 8,
+  "vocab_size": 9,
+}
 
 
 def test_what_a_config_leaves_out_is_as_transformers_has_it():
   read = functools.partial(from_json, where="", dtype="float32")
-  expected = PolicyConfig(width=32, depth=7, heads=4, kv_heads=4, head_dim=8, mlp=8, vocab_size=9, tied=False)
+  expected = PolicyConfig(
+    width=32, depth=7, heads=4, kv_heads=4, head_dim=8, mlp=8, vocab_size=9, tied=False
+  )
   assert read({"model_type": "llama", **SHORT}) == expected
   none = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
   heads = {"num_key_value_heads": 2, "head_dim": 4}
@@ -223,7 +247,8 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it():
 
 
 @pytest.mark.parametrize(
-  ("kind", "key"), [("qwen2", "num_key_value_heads"), ("qwen3", "num_key_value_heads"), ("qwen3", "head_dim")]
+  ("kind", "key"),
+  [("qwen2", "num_key_value_heads"), ("qwen3", "num_key_value_heads"), ("qwen3", "head_dim")],
 )
 def test_sizes_that_follow_from_nothing_must_be_there(kind, key):
   given = {"model_type": kind, "num_key_value_heads": 2, "head_dim": 4, **SHORT}
@@ -251,8 +276,12 @@ def test_windows_of_the_layers(changes, window, windowed):
 
 
 def test_either_spelling_of_the_window_pattern_counts():
-  old = {key: value for key, value in NEW.items() if key not in ("layer_types", "sliding_window_pattern")}
-  plain, private = ({**old, key: 2} for key in ("sliding_window_pattern", "_sliding_window_pattern"))
+  old = {
+    key: value for key, value in NEW.items() if key not in ("layer_types", "sliding_window_pattern")
+  }
+  plain, private = (
+    {**old, key: 2} for key in ("sliding_window_pattern", "_sliding_window_pattern")
+  )
   read = [from_json(given, "", "float32") for given in (plain, private)]
   assert read[0] == read[1]
   assert read[0].windowed == (0, 2)
@@ -271,13 +300,20 @@ def test_a_model_that_is_nowhere():
 
 def test_a_model_that_cannot_be_read_claims_no_workdir(tmp_path):
   with pytest.raises(UserError, match="is no folder"):
-    train(tiny.make_config(RUN | {"policy.pretrained": str(tmp_path / "typo")}), str(tmp_path / "run"), quiet=True)
+    train(
+      tiny.make_config(RUN | {"policy.pretrained": str(tmp_path / "typo")}),
+      str(tmp_path / "run"),
+      quiet=True,
+    )
   assert not (tmp_path / "run").exists()
 
 
 def test_more_tokens_than_rows():
   """A published model may have fewer rows than its tokenizer has ids; a size of one's own may not."""
-  assert pretrained.resolve(PolicyConfig(pretrained=str(FOLDER / "qwen3")), VOCAB + 1).vocab_size == VOCAB
+  assert (
+    pretrained.resolve(PolicyConfig(pretrained=str(FOLDER / "qwen3")), VOCAB + 1).vocab_size
+    == VOCAB
+  )
   with pytest.raises(UserError, match=r"policy\.vocab_size: must be 0 or at least 65"):
     pretrained.resolve(PolicyConfig(vocab_size=VOCAB), VOCAB + 1)
 
@@ -334,7 +370,9 @@ def test_export_of_a_run_is_its_last_parameters(run, tmp_path):
     assert np.asarray(leaf).tobytes() == saved["['params']" + jax.tree_util.keystr(path)].tobytes()
   theirs, ours = tensors(FOLDER / "qwen2"), tensors(tmp_path / "out")
   assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-  config, original = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "out", FOLDER / "qwen2"))
+  config, original = (
+    json.loads((p / "config.json").read_text()) for p in (tmp_path / "out", FOLDER / "qwen2")
+  )
   assert config == original | {"torch_dtype": "float32"}
   assert (tmp_path / "out" / "tokenizer.json").exists()
   assert (tmp_path / "out" / "generation_config.json").exists()
@@ -373,7 +411,9 @@ def test_what_goes_out_in_several_files_comes_in_bit_for_bit(name, tmp_path, mon
   monkeypatch.setattr(pretrained, "_SHARD_BYTES", 20_000)
   policy, params = read(FOLDER / name)
   (tmp_path / "tokenizer").mkdir()
-  pretrained.save(params, policy.config, str(FOLDER / name), tmp_path / "tokenizer", tmp_path / "out")
+  pretrained.save(
+    params, policy.config, str(FOLDER / name), tmp_path / "tokenizer", tmp_path / "out"
+  )
   assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
   again, reloaded = read(tmp_path / "out")
   assert again.config == policy.config
@@ -399,7 +439,9 @@ def test_a_write_that_went_wrong_leaves_no_folder(tmp_path, monkeypatch):
 
   monkeypatch.setattr(pretrained, "save_file", careless)
   with pytest.raises(UserError, match=r"model\.norm\.weight was not written as it is"):
-    pretrained.save(params, policy.config, str(FOLDER / "qwen3"), tmp_path / "tokenizer", tmp_path / "out")
+    pretrained.save(
+      params, policy.config, str(FOLDER / "qwen3"), tmp_path / "tokenizer", tmp_path / "out"
+    )
   assert not (tmp_path / "out").exists()
 
 
@@ -418,7 +460,10 @@ def test_ids_that_are_no_token_are_never_sampled():
 # Several devices.
 
 
-MESHES = {"qwen2_windowed": MeshConfig(data=2, fsdp=4), "llama_scaled": MeshConfig(data=2, fsdp=2, tensor=2)}
+MESHES = {
+  "qwen2_windowed": MeshConfig(data=2, fsdp=4),
+  "llama_scaled": MeshConfig(data=2, fsdp=2, tensor=2),
+}
 
 
 def on_eight_devices(folder: pathlib.Path) -> None:
@@ -430,7 +475,9 @@ def on_eight_devices(folder: pathlib.Path) -> None:
 
 
 def flat(params):
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)
+  }
 
 
 def test_eight_devices_read_what_one_reads(tmp_path):

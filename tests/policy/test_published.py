@@ -65,7 +65,9 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_read_and_has_its_number_of_parameters(name):
   config = from_json(PUBLISHED[name]["config"], "config.json", "bfloat16")
-  tuples = {key: tuple(x) if isinstance(x, list) else x for key, x in PUBLISHED[name]["policy"].items()}
+  tuples = {
+    key: tuple(x) if isinstance(x, list) else x for key, x in PUBLISHED[name]["policy"].items()
+  }
   assert config == PolicyConfig(dtype="bfloat16", **tuples)
   shapes = mesh.param_shapes(Policy(config, config.vocab_size))
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == PUBLISHED[name]["parameters"]
@@ -103,7 +105,9 @@ def test_a_token_beyond_the_embedding_is_refused_only_in_a_prompt(data, publishe
   )
   task = config.task.open()
   tokenizer = task.tokenizer()
-  policy = Policy(resolve(PolicyConfig(pretrained=folder), id_count(tokenizer)), id_count(tokenizer))
+  policy = Policy(
+    resolve(PolicyConfig(pretrained=folder), id_count(tokenizer)), id_count(tokenizer)
+  )
   check_data(config, task, tokenizer, policy.rows)
   problems = [Problem(41, "a cat", ""), Problem(42, "<image_soft_token> a", "")]
   assert encode_prompts(tokenizer, problems[:1], 8, policy.rows)[1] == 5
@@ -116,5 +120,7 @@ def test_end_tokens_that_the_embedding_lacks_are_refused(data, tmp_path):
   folder = words.save_tokenizer(tmp_path, ends=[2])
   task = {"name": "tfds", "dataset": "gsm8k", "data_dir": data, "tokenizer": folder}
   config = tiny.make_config({"task": task, "warmstart": {"clean_steps": 0, "steps": 0}})
-  with pytest.raises(UserError, match=r"every end token of the tokenizer \[1, 2\] lies beyond the 1 rows"):
+  with pytest.raises(
+    UserError, match=r"every end token of the tokenizer \[1, 2\] lies beyond the 1 rows"
+  ):
     check_data(config, config.task.open(), load_tokenizer(folder), 1)

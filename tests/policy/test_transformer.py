@@ -29,13 +29,18 @@ def params(policy):
   rng = np.random.default_rng(0)
   shapes = nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
   return jax.tree.map_with_path(
-    lambda path, a: jnp.float32(0.3 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))), shapes
+    lambda path, a: jnp.float32(
+      0.3 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
+    ),
+    shapes,
   )
 
 
 @pytest.fixture(scope="module")
 def apply_fn(policy):
-  return jax.jit(lambda params, tokens, start=None: policy.apply({"params": params}, tokens, start)[0])
+  return jax.jit(
+    lambda params, tokens, start=None: policy.apply({"params": params}, tokens, start)[0]
+  )
 
 
 def normal(seed, *shape):
@@ -67,7 +72,9 @@ def plain_hidden(apply_fn, params, batch):
 
 
 def test_no_gradient_from_a_later_token(apply_fn, params):
-  tokens = jnp.arange(8)[None]  # All different, so that row u of the embedding is token u and nothing else.
+  tokens = jnp.arange(8)[
+    None
+  ]  # All different, so that row u of the embedding is token u and nothing else.
   direction = normal(1, TINY.width)
 
   def outputs(embedding):
@@ -95,14 +102,18 @@ def test_completion_reads_its_prompt_and_its_own_past_only(policy, params):
 
 
 def test_shared_prompt_equals_one_plain_sequence(apply_fn, params, hidden_fn, batch):
-  np.testing.assert_allclose(hidden_fn(params, *batch), plain_hidden(apply_fn, params, batch), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    hidden_fn(params, *batch), plain_hidden(apply_fn, params, batch), rtol=0, atol=1e-5
+  )
 
 
 def test_prompt_padding_does_not_leak(params, hidden_fn, batch):
   prompts, lengths, completions = batch
   padding = jnp.arange(prompts.shape[1]) >= lengths[:, None]
   other = jnp.where(padding, (prompts + 7) % VOCAB, prompts)
-  np.testing.assert_array_equal(hidden_fn(params, other, lengths, completions), hidden_fn(params, *batch))
+  np.testing.assert_array_equal(
+    hidden_fn(params, other, lengths, completions), hidden_fn(params, *batch)
+  )
 
 
 def test_decoder_equals_completion_hidden(policy, params, hidden_fn, batch):
@@ -182,7 +193,9 @@ def test_every_parameter_has_logical_axes(policy):
 
 def test_default_size():
   params = jax.eval_shape(Policy(PolicyConfig(), 31).init_params, jax.random.key(0))
-  assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params))) == pytest.approx(150_000, rel=0.01)
+  assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(params))) == pytest.approx(
+    150_000, rel=0.01
+  )
 
 
 def test_bfloat16_runs_and_is_finite(params, hidden_fn, batch):
@@ -202,14 +215,19 @@ def test_bfloat16_runs_and_is_finite(params, hidden_fn, batch):
   assert logps.dtype == jnp.float32
   assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
   # Three significant digits, through two layers and a norm.
-  np.testing.assert_allclose(hidden.astype(jnp.float32), hidden_fn(params, *batch), rtol=0, atol=0.15)
+  np.testing.assert_allclose(
+    hidden.astype(jnp.float32), hidden_fn(params, *batch), rtol=0, atol=0.15
+  )
 
 
 def test_rotary_scores_depend_on_relative_position_only():
   q, k = normal(4, 2, TINY.head_dim)
 
   def score(at_q, at_k):
-    rotated = [_rotate(x[None, None, None], _rope(jnp.array([[i]]), TINY))[0, 0, 0] for x, i in ((q, at_q), (k, at_k))]
+    rotated = [
+      _rotate(x[None, None, None], _rope(jnp.array([[i]]), TINY))[0, 0, 0]
+      for x, i in ((q, at_q), (k, at_k))
+    ]
     return float(rotated[0] @ rotated[1])
 
   assert score(7, 3) == pytest.approx(score(4, 0), abs=1e-5)

@@ -23,7 +23,9 @@ def honest_reply(data, role="necessary", weight=2) -> dict[str, Any]:
     "answers": [
       {
         "answer": answer["answer"],
-        "steps": [{"step": s["step"], "why": "", "role": role, "weight": weight} for s in answer["steps"]],
+        "steps": [
+          {"step": s["step"], "why": "", "role": role, "weight": weight} for s in answer["steps"]
+        ],
         "suspicious": False,
         "sure": True,
       }
@@ -60,7 +62,9 @@ class FakeServer:
     no usage, lies: a review without usage, or with one of LIES.
   """
 
-  def __init__(self, behave=lambda name, attempt: "ok", latency=0.0, reply=honest_reply, tokens=(500, 100)):
+  def __init__(
+    self, behave=lambda name, attempt: "ok", latency=0.0, reply=honest_reply, tokens=(500, 100)
+  ):
     self.behave, self.latency, self.reply, self.tokens = behave, latency, reply, tokens
     self.requests: list[dict[str, Any]] = []
     self.in_flight = self.most_in_flight = 0
@@ -99,7 +103,9 @@ class FakeServer:
 
     self._server = Server(("127.0.0.1", 0), Handler)
     self.url = f"http://127.0.0.1:{self._server.server_port}"
-    threading.Thread(target=self._server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
+    threading.Thread(
+      target=self._server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}
+    ).start()
 
   def __enter__(self):
     return self
@@ -143,11 +149,15 @@ class FakeServer:
       code, seconds = (429, None) if action == "quota" else action
       details, headers = [], {}
       if seconds is not None:
-        details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}]
+        details = [
+          {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}
+        ]
         headers = {"retry-after": str(seconds)}
       if action == "quota":
         violation = {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}
-        details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]}]
+        details = [
+          {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]}
+        ]
       error = {"error": {"code": code, "message": "told to", "status": "TOLD", "details": details}}
       self._send(handler, code, json.dumps(error).encode(), headers)
       return
@@ -181,8 +191,14 @@ class FakeServer:
       if action == "no usage":
         del reply["usage"]
     else:
-      finish = {"max_tokens": "MAX_TOKENS", "safety": "SAFETY", "continuation": "CONTINUATION"}.get(action, "STOP")
-      candidate = {"finishReason": finish, "index": 0, "content": {"role": "model", "parts": [{"text": text}]}}
+      finish = {"max_tokens": "MAX_TOKENS", "safety": "SAFETY", "continuation": "CONTINUATION"}.get(
+        action, "STOP"
+      )
+      candidate = {
+        "finishReason": finish,
+        "index": 0,
+        "content": {"role": "model", "parts": [{"text": text}]},
+      }
       if action in ("safety", "max_tokens"):
         del candidate["content"]
       if action == "continuation":

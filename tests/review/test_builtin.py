@@ -38,18 +38,31 @@ def test_oracle_gives_the_labels_of_the_task():
     assert list(review.roles) == TASK.label_steps(request.problem, request.steps, request.truncated)
     assert review.weights == (1.0,) * len(request.steps)
     rows = [r for r in requests if r.problem == request.problem]
-    assert list(review.values) == TASK.prefix_values(PROMPT, [r.steps for r in rows])[rows.index(request)]
+    assert (
+      list(review.values)
+      == TASK.prefix_values(PROMPT, [r.steps for r in rows])[rows.index(request)]
+    )
 
 
-INSTANT = [name for name, kind in REVIEWERS.items() if name != "panel" and not issubclass(kind, LanguageModel)]
+INSTANT = [
+  name
+  for name, kind in REVIEWERS.items()
+  if name != "panel" and not issubclass(kind, LanguageModel)
+]
 
 
 @pytest.mark.parametrize("name", INSTANT)
 def test_one_review_for_each_request_in_order(name):
-  requests = [Request(f"{i}", PROMPT, STEPS[:i], correct=False, truncated=False) for i in range(len(STEPS))]
+  requests = [
+    Request(f"{i}", PROMPT, STEPS[:i], correct=False, truncated=False) for i in range(len(STEPS))
+  ]
   reviews = _reviews(requests, name=name)
   sizes = list(range(len(STEPS)))
-  sizes = {"none": [0] * len(STEPS), "silent": [0] * len(STEPS), "stale": [*sizes[-1:], *sizes[:-1]]}.get(name, sizes)
+  sizes = {
+    "none": [0] * len(STEPS),
+    "silent": [0] * len(STEPS),
+    "stale": [*sizes[-1:], *sizes[:-1]],
+  }.get(name, sizes)
   assert [len(review.roles) for review in reviews] == sizes
   assert [len(review.weights) for review in reviews] == sizes
   assert [len(review.values) for review in reviews] == sizes
@@ -57,11 +70,17 @@ def test_one_review_for_each_request_in_order(name):
   if name != "stale":
     alone = [_reviews([request], name=name)[0] for request in reversed(requests)]
     assert [r.roles for r in alone] == [r.roles for r in reviews[::-1]]
-    assert str([r.weights for r in alone]) == str([r.weights for r in reviews[::-1]])  # NaN is not itself
+    assert str([r.weights for r in alone]) == str(
+      [r.weights for r in reviews[::-1]]
+    )  # NaN is not itself
   assert _reviews([], name=name) == []
 
 
-INSTANT = [name for name, kind in REVIEWERS.items() if name != "panel" and not issubclass(kind, LanguageModel)]
+INSTANT = [
+  name
+  for name, kind in REVIEWERS.items()
+  if name != "panel" and not issubclass(kind, LanguageModel)
+]
 
 
 @pytest.mark.parametrize("name", INSTANT)
@@ -81,7 +100,10 @@ def test_answers_of_any_number_of_steps_are_reviewed(name, steps):
 def test_the_oracle_keeps_the_order_of_interleaved_problems():
   """Values are asked for problem by problem."""
   other = "+1a+1b+1c+1d?cm0n0;"
-  requests = [Request(f"{i}", (PROMPT, other)[i % 2], STEPS[: i + 1], correct=False, truncated=False) for i in range(6)]
+  requests = [
+    Request(f"{i}", (PROMPT, other)[i % 2], STEPS[: i + 1], correct=False, truncated=False)
+    for i in range(6)
+  ]
   reviews = _reviews(requests, name="oracle")
   for first, prompt in enumerate((PROMPT, other)):
     own = TASK.prefix_values(prompt, [r.steps for r in requests[first::2]])
@@ -89,13 +111,18 @@ def test_the_oracle_keeps_the_order_of_interleaved_problems():
   assert reviews[4].values[:2] != reviews[5].values[:2]
 
 
-@pytest.mark.parametrize("name", ["oracle", "noisy", "applauds_repeats", "random", "lexical", "thief"])
+@pytest.mark.parametrize(
+  "name", ["oracle", "noisy", "applauds_repeats", "random", "lexical", "thief"]
+)
 def test_values_know_neither_the_outcome_nor_what_follows(name):
   others = [("a0;", "c6;", "#6$"), ("a1;", "c7;", "#7$")]
 
   def values(steps, **outcome):
     requests = [Request("7/0", PROMPT, steps, **outcome)]
-    requests += [Request(f"7/{i}", PROMPT, own, correct=i == 1, truncated=False) for i, own in enumerate(others, 1)]
+    requests += [
+      Request(f"7/{i}", PROMPT, own, correct=i == 1, truncated=False)
+      for i, own in enumerate(others, 1)
+    ]
     return _reviews(requests, name=name)[0].values
 
   plain = values(STEPS, correct=True, truncated=False)
@@ -108,7 +135,9 @@ def test_values_know_neither_the_outcome_nor_what_follows(name):
 
 
 def test_none_says_so():
-  assert {(r.status, r.roles, r.weights) for r in _reviews(_requests(3), name="none")} == {("none", (), ())}
+  assert {(r.status, r.roles, r.weights) for r in _reviews(_requests(3), name="none")} == {
+    ("none", (), ())
+  }
 
 
 @pytest.mark.parametrize("name", ["noisy", "random"])
@@ -117,7 +146,10 @@ def test_the_dice_are_the_samples_own(name):
   reviews = _reviews(requests, name=name)
   assert reviews == _reviews(requests, name=name)
   # The text does not enter: the same sample meets the same dice.
-  alike = [_reviews(r, lambda _: ["necessary"] * 8, name=name) for r in (requests, _requests(40, ("x",) * 8))]
+  alike = [
+    _reviews(r, lambda _: ["necessary"] * 8, name=name)
+    for r in (requests, _requests(40, ("x",) * 8))
+  ]
   assert [review.roles for review in alike[0]] == [review.roles for review in alike[1]]
   assert len(set(reviews)) > 30
   assert reviews != _reviews(requests, name=name, seed=1)
@@ -140,7 +172,9 @@ def test_noisy_without_noise_is_the_oracle():
 @pytest.mark.parametrize("flip", [0.1, 0.3, 0.5, 1.0])
 def test_noisy_turns_labels_into_their_opposite_at_the_asked_rate(role, flip):
   reviews = _reviews(_requests(750), lambda _: [role] * 8, name="noisy", flip=flip)
-  roles = [r for review in reviews for r in review.roles]  # 6,000: a standard error of at most 0.7 %
+  roles = [
+    r for review in reviews for r in review.roles
+  ]  # 6,000: a standard error of at most 0.7 %
   opposite = "necessary" if role in ("error", "redundant", "irrelevant") else "error"
   assert abs(_rate([r == opposite for r in roles]) - flip) < 0.03
   assert set(roles) <= {role, opposite}
@@ -148,7 +182,11 @@ def test_noisy_turns_labels_into_their_opposite_at_the_asked_rate(role, flip):
 
 def test_noisy_flips_are_independent():
   first, second = zip(
-    *(review.roles[:2] for review in _reviews(_requests(4000), lambda _: ["inherits"] * 8, name="noisy")), strict=True
+    *(
+      review.roles[:2]
+      for review in _reviews(_requests(4000), lambda _: ["inherits"] * 8, name="noisy")
+    ),
+    strict=True,
   )
   both = [a == b == "error" for a, b in zip(first, second, strict=True)]
   assert abs(_rate(both) - 0.09) < 0.03
@@ -159,9 +197,9 @@ def test_noisy_values_become_one_minus_themselves_at_the_asked_rate():
   requests = _requests(750)
   oracle = _reviews(requests[:1], name="oracle")[0].values
   noisy = [_reviews([request], name="noisy")[0].values for request in requests]
-  assert _rate([a != b for values in noisy for a, b in zip(values, oracle, strict=True) if b != 0.5]) == pytest.approx(
-    0.3, abs=0.03
-  )
+  assert _rate(
+    [a != b for values in noisy for a, b in zip(values, oracle, strict=True) if b != 0.5]
+  ) == pytest.approx(0.3, abs=0.03)
   assert all(a in (b, 1 - b) for values in noisy for a, b in zip(values, oracle, strict=True))
   for request in requests[:20]:
     assert _reviews([request], name="noisy", flip=1.0)[0].values == tuple(1 - v for v in oracle)
@@ -172,12 +210,16 @@ def test_noisy_values_become_one_minus_themselves_at_the_asked_rate():
 
 def test_applauds_repeats_is_the_oracle_except_about_repeats():
   steps = ("a0;", "a0;", "b6;", "c6;", "a0;", "#6$")
-  fooled, oracle = (_reviews(_requests(1, steps), name=name)[0] for name in ("applauds_repeats", "oracle"))
+  fooled, oracle = (
+    _reviews(_requests(1, steps), name=name)[0] for name in ("applauds_repeats", "oracle")
+  )
   for k in range(6):
     repeats = k in (1, 4)
     assert fooled.roles[k] == ("necessary" if repeats else oracle.roles[k])
     assert fooled.weights[k] == (3.0 if repeats else 1.0)
-    assert fooled.values[k] == pytest.approx(min(1.0, oracle.values[k] + 0.15 * sum(j < k for j in (1, 4))))
+    assert fooled.values[k] == pytest.approx(
+      min(1.0, oracle.values[k] + 0.15 * sum(j < k for j in (1, 4)))
+    )
   assert "necessary" not in (oracle.roles[1], oracle.roles[4])
 
 
@@ -194,7 +236,9 @@ def test_lexical_applauds_what_looks_like_a_check():
 def test_thief_gives_everything_to_one_step(step, chosen):
   (review,) = _reviews(_requests(1), name="thief", step=step)
   assert [k for k, role in enumerate(review.roles) if role == "necessary"] == [chosen]
-  (review,) = _reviews([Request("1", PROMPT, STEPS, correct=False, truncated=False)], name="thief", step=step)
+  (review,) = _reviews(
+    [Request("1", PROMPT, STEPS, correct=False, truncated=False)], name="thief", step=step
+  )
   assert [k for k, role in enumerate(review.roles) if role == "error"] == [chosen]
   assert review.values == tuple(float(k > chosen) for k in range(8))
 
@@ -208,13 +252,17 @@ def test_suffix_changes_its_mind_about_a_step_with_what_follows():
 
 
 def test_stale_answers_with_the_review_of_the_one_before():
-  requests = [Request(f"{i}", PROMPT, STEPS[: i + 1], correct=True, truncated=False) for i in range(4)]
+  requests = [
+    Request(f"{i}", PROMPT, STEPS[: i + 1], correct=True, truncated=False) for i in range(4)
+  ]
   oracle = _reviews(requests, name="oracle")
   assert _reviews(requests, name="stale") == [oracle[3], *oracle[:3]]
 
 
 def test_nan_loses_a_number_of_an_oracles_review():
-  for nan, oracle in zip(_reviews(_requests(20), name="nan"), _reviews(_requests(20), name="oracle"), strict=True):
+  for nan, oracle in zip(
+    _reviews(_requests(20), name="nan"), _reviews(_requests(20), name="oracle"), strict=True
+  ):
     assert nan.roles == oracle.roles
     for ours, theirs in ((nan.weights, oracle.weights), (nan.values, oracle.values)):
       assert sum(a != a for a in ours) == 1

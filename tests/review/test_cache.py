@@ -29,13 +29,18 @@ def key(monkeypatch):
 
 
 def requests(count, start=0):
-  return [Request(f"1/{i}/0", f"problem {i}", ("a1;", "#3$"), True, False) for i in range(start, start + count)]
+  return [
+    Request(f"1/{i}/0", f"problem {i}", ("a1;", "#3$"), True, False)
+    for i in range(start, start + count)
+  ]
 
 
 @contextlib.contextmanager
 def opened(server, path, share=Share(), members=(), **client):  # noqa: B008
   name, panel = ("panel", {"panel": members}) if members else ("gemini", {})
-  config = REVIEWERS[name](**panel, client=ClientConfig(base_url=server.url, attempt_seconds=20.0, **client))
+  config = REVIEWERS[name](
+    **panel, client=ClientConfig(base_url=server.url, attempt_seconds=20.0, **client)
+  )
   with contextlib.closing(open_reviewer(config, Truth(None, None), path, share)) as reviewer:
     yield reviewer
 
@@ -62,7 +67,9 @@ def locked(path):
     "db.execute('begin exclusive')\nprint('locked', flush=True)\nsys.stdin.read()\n"
   )
   command = [sys.executable, "-c", source, str(path)]
-  with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+  with subprocess.Popen(
+    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+  ) as process:
     assert process.stdout.readline() == "locked\n"
     yield
     process.stdin.close()
@@ -81,7 +88,9 @@ def full(path):
 
 
 @pytest.mark.parametrize("trouble", [locked, full])
-def test_what_cannot_be_booked_is_not_called_and_the_run_goes_on(trouble, tmp_path, capfd, monkeypatch):
+def test_what_cannot_be_booked_is_not_called_and_the_run_goes_on(
+  trouble, tmp_path, capfd, monkeypatch
+):
   monkeypatch.setattr(cache_module, "_PAUSE", 0.1)
   path = tmp_path / "reviews.sqlite"
   with FakeServer() as server:
@@ -211,7 +220,10 @@ def test_damage_while_it_is_used_is_put_aside_once_by_several_members(tmp_path, 
 
 
 def test_a_deleted_file_forgets_no_money(tmp_path):
-  with FakeServer() as server, opened(server, tmp_path / "new.sqlite", Share(spent=9.9999)) as reviewer:
+  with (
+    FakeServer() as server,
+    opened(server, tmp_path / "new.sqlite", Share(spent=9.9999)) as reviewer,
+  ):
     assert statuses(reviewer, requests(3)) == {"budget"}
     assert spent(reviewer) == pytest.approx(9.9999)
 
@@ -241,7 +253,9 @@ def test_a_kill_forgets_no_money_and_no_reply_that_has_come(tmp_path):
   with FakeServer(lambda *_: "hang" if hang.is_set() else "ok") as server:
     here = [str(pathlib.Path(__file__).parent), *map(str, filter(None, sys.path))]
     command = [sys.executable, "-c", source, server.url, str(path), *here]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
       assert process.stdout.readline() == "reviewed\n"
       hang.set()
       process.stdin.write("go on\n")

@@ -218,7 +218,9 @@ def test_calls_that_a_deadline_cuts_off_open_the_breaker_only_where_nobody_is_an
     virtual.run(client, drive)
 
 
-@pytest.mark.parametrize(("wait", "status", "waited"), [(9.5, "ok", 9.7), (9.85, "rate_limited", 0.1)])
+@pytest.mark.parametrize(
+  ("wait", "status", "waited"), [(9.5, "ok", 9.7), (9.85, "rate_limited", 0.1)]
+)
 def test_a_pause_is_waited_for_only_where_it_leaves_time_for_a_call(wait, status, waited):
   server, asked = virtual.Server(), CallFailed("rate_limited", "429", again=True, wait=wait)
 
@@ -476,7 +478,9 @@ def test_a_client_that_does_not_call_says_so(strict, capsys):
     return client.problem()
 
   budget = Budget(1e-9, Share())
-  with virtual.opened(virtual.Server(), budget, price=Price(1.0, 1.0, 1.0), strict=strict, min_ok_frac=0.0) as client:
+  with virtual.opened(
+    virtual.Server(), budget, price=Price(1.0, 1.0, 1.0), strict=strict, min_ok_frac=0.0
+  ) as client:
     problem = virtual.run(client, drive)
     assert client.stats()["review/uncalled_steps"] == 5
   said = problem if strict else capsys.readouterr().err
@@ -495,10 +499,14 @@ counts = st.one_of(
   st.text(max_size=3),
   st.lists(st.integers(), max_size=2),
 )
-replies = st.builds(Reply, st.one_of(st.none(), st.text(max_size=5)), counts, counts, counts, counts)
+replies = st.builds(
+  Reply, st.one_of(st.none(), st.text(max_size=5)), counts, counts, counts, counts
+)
 failures = st.builds(
   CallFailed,
-  st.sampled_from(["rate_limited", "quota", "server_error", "connection", "timeout", "malformed", "client_error"]),
+  st.sampled_from(
+    ["rate_limited", "quota", "server_error", "connection", "timeout", "malformed", "client_error"]
+  ),
   st.just("told to"),
   again=st.booleans(),
   wait=st.one_of(st.none(), st.floats(0, 30)),
@@ -545,7 +553,9 @@ def test_no_step_stalls_no_cap_breaks_and_health_is_noticed(script, poor):
       assert set(statuses) <= {"ok"} | gone
     await sleep(30.0)
 
-  with virtual.opened(server, budget, kept, Price(1.0, 0.1, 2.0), attempt_seconds=4.0, min_ok_frac=0.0) as client:
+  with virtual.opened(
+    server, budget, kept, Price(1.0, 0.1, 2.0), attempt_seconds=4.0, min_ok_frac=0.0
+  ) as client:
     virtual.run(client, drive)
     assert client._gate.busy == 0
     assert not budget._reserved

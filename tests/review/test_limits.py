@@ -178,7 +178,8 @@ def test_a_gate_that_is_shut_tells_those_who_cannot_wait_at_once():
         ended[name] = (failed.status, clock() - 1000)
 
     tasks = [
-      asyncio.create_task(call(*each)) for each in [("a", 1100, 50), ("b", 1100, 50), ("short", 1060), ("long", 1100)]
+      asyncio.create_task(call(*each))
+      for each in [("a", 1100, 50), ("b", 1100, 50), ("short", 1060), ("long", 1100)]
     ]
     await asyncio.sleep(10)
     gate.shut(60, "quota")

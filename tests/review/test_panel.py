@@ -12,7 +12,9 @@ B = Review("ok", ("error", "redundant"), (2.0, 2.0), model="b")
 C = Review("ok", ("necessary", "redundant"), (1.0, 4.0), model="c")
 
 
-@pytest.mark.parametrize(("how", "weights"), [("vote", (3.0, 3.0)), ("mean", (2.0, 2.0)), ("median", (2.0, 2.0))])
+@pytest.mark.parametrize(
+  ("how", "weights"), [("vote", (3.0, 3.0)), ("mean", (2.0, 2.0)), ("median", (2.0, 2.0))]
+)
 def test_three_opinions(how, weights):
   review, disagreed = combine_reviews([A, B, C], how)
   assert review.roles == ("error", "redundant")
@@ -110,7 +112,9 @@ def test_where_the_second_fails_the_first_stands_and_time_can_run_out():
   assert len(second.asked) == 1
 
 
-@pytest.mark.parametrize("bad", [ZeroDivisionError(), [A], [A] * 4, [Review("ok", ("error",), (1.0,))] * 3])
+@pytest.mark.parametrize(
+  "bad", [ZeroDivisionError(), [A], [A] * 4, [Review("ok", ("error",), (1.0,))] * 3]
+)
 def test_a_member_that_breaks_its_promise_harms_only_itself(bad):
   class Breaks(Said):
     def answer(self):
@@ -120,7 +124,10 @@ def test_a_member_that_breaks_its_promise_harms_only_itself(bad):
         self.futures[-1].set_result(bad)
 
   unsure = Review("ok", A.roles, A.weights, sure=False)
-  for kind, first, expected in [(Panel, [A] * 3, [A] * 3), (Escalating, [unsure] * 3, [unsure] * 3)]:
+  for kind, first, expected in [
+    (Panel, [A] * 3, [A] * 3),
+    (Escalating, [unsure] * 3, [unsure] * 3),
+  ]:
     members = [Said(first), Breaks(None)]
     both = Panel(members, "vote") if kind is Panel else Escalating(*members)
     future = both.submit(REQUESTS, 5.0)
@@ -162,7 +169,9 @@ def test_what_a_member_has_to_say_is_said():
 
 
 def test_a_panel_from_the_config():
-  truth = Truth(lambda r: ["error", "necessary"], lambda p, completions: [[0.5, 0.5]] * len(completions))
+  truth = Truth(
+    lambda r: ["error", "necessary"], lambda p, completions: [[0.5, 0.5]] * len(completions)
+  )
   config = REVIEWERS["panel"](panel=("oracle", "random", "silent"), combine="mean")
   reviewer = open_reviewer(config, truth, None)
   many = [Request(f"{i}", "p", ("a", "b"), True, False) for i in range(200)]

@@ -13,12 +13,16 @@ from dca_jax.review.types import Usage
 
 def test_dollars_by_hand():
   # A million fresh prompt tokens, a million cached ones and a million of output.
-  assert dollars(Price(1.5, 0.15, 9.0), 2_000_000, 1_000_000, 1_000_000) == pytest.approx(1.5 + 0.15 + 9.0)
+  assert dollars(Price(1.5, 0.15, 9.0), 2_000_000, 1_000_000, 1_000_000) == pytest.approx(
+    1.5 + 0.15 + 9.0
+  )
   assert dollars(Price(1.5, 0.15, 9.0), 0, 0, 0) == 0
 
 
 def test_a_price_changes_on_its_day():
-  before, after = (price("gemini-3.8-flash", datetime.date(*day)) for day in ((2026, 12, 31), (2027, 1, 1)))
+  before, after = (
+    price("gemini-3.8-flash", datetime.date(*day)) for day in ((2026, 12, 31), (2027, 1, 1))
+  )
   assert (before.prompt, before.output) == (0.75, 3.75)
   assert (after.prompt, after.output) == (1.5, 7.5)
   assert price("gemini-99", datetime.date(2026, 12, 1)) is None
@@ -35,7 +39,11 @@ def test_usage_adds_up():
 
 
 def retry_info(delay):
-  return {"error": {"details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]}}
+  return {
+    "error": {
+      "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]
+    }
+  }
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ def test_the_marks_change_with_the_attempt_and_cannot_be_foretold():
 
 def test_the_key_names_what_is_asked_and_nothing_else():
   key = make_prompt(RUBRIC, [request("a1;", "#2$")]).key
-  assert make_prompt(RUBRIC, [Request("other", "a problem", ("a1;", "#2$"), True, False)]).key == key
+  assert (
+    make_prompt(RUBRIC, [Request("other", "a problem", ("a1;", "#2$"), True, False)]).key == key
+  )
   for other in (
     make_prompt("another rubric", [request("a1;", "#2$")]),
     make_prompt(RUBRIC, [request("a1;", "#3$")]),
@@ -111,7 +113,12 @@ def test_long_answers_are_shown_with_their_tail_merged():
 
 
 def reply(counts=(3,), **changes):
-  data = {"answers": [{"answer": i, "steps": [{"step": k} for k in range(1, n + 1)]} for i, n in enumerate(counts, 1)]}
+  data = {
+    "answers": [
+      {"answer": i, "steps": [{"step": k} for k in range(1, n + 1)]}
+      for i, n in enumerate(counts, 1)
+    ]
+  }
   return honest_reply(data) | changes
 
 
@@ -131,7 +138,8 @@ def named(counts):
   step = {"role": "necessary", "weight": 2}
   flags = {"suspicious": False, "sure": True}
   return {
-    f"answer_{i}": {f"step_{k}": dict(step) for k in range(1, count + 1)} | flags for i, count in enumerate(counts, 1)
+    f"answer_{i}": {f"step_{k}": dict(step) for k in range(1, count + 1)} | flags
+    for i, count in enumerate(counts, 1)
   }
 
 
@@ -160,7 +168,9 @@ def test_the_prompt_alone_names_the_fields():
   prompt = make_prompt(RUBRIC, [request("a1;"), request("b1;", "#2$")])
   form = json.loads(re.search(r"\{\"answer_1\".*\}", prompt.system, re.DOTALL)[0])
   assert parse_reply(json.dumps(form), (2,))[0].roles == ("necessary", "redundant")
-  assert prompt.user.endswith("answer_1 has step_1 to step_1, answer_2 has step_1 to step_2. Review all of them.")
+  assert prompt.user.endswith(
+    "answer_1 has step_1 to step_1, answer_2 has step_1 to step_2. Review all of them."
+  )
 
 
 TWO = json.dumps(named((2,)))
@@ -259,7 +269,10 @@ _JSON = st.recursive(
   lambda inner: (
     st.lists(inner, max_size=4)
     | st.dictionaries(
-      st.sampled_from(["answers", "answer", "answer_1", "steps", "step", "step_1", "role", "weight", "sure"]), inner
+      st.sampled_from(
+        ["answers", "answer", "answer_1", "steps", "step", "step_1", "role", "weight", "sure"]
+      ),
+      inner,
     )
   ),
   max_leaves=20,
@@ -267,7 +280,9 @@ _JSON = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(_JSON.map(json.dumps) | st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "replace")))
+@given(
+  _JSON.map(json.dumps) | st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "replace"))
+)
 def test_no_reply_raises_anything_else(text):
   try:
     verdicts = parse_reply(text, (1, 2))

@@ -552,7 +552,9 @@ promptFeedback violations quotaId retryDelay @type type status blockReason model
 """
 _JSON = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_NAMES.split()), inner),
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_NAMES.split()), inner)
+  ),
   max_leaves=25,
 )
 _BYTES = st.binary().map(lambda raw: raw.decode("utf-8", "replace"))

@@ -98,7 +98,9 @@ def opened(server, budget=None, cache=None, price=None, **settings):
   """A client of `server` on a virtual clock; drive it with `run`."""
   wallet = Wallet(lambda: price, budget or Budget(math.inf, Share()))
   with mock.patch("asyncio.new_event_loop", Loop):
-    client = Client(ClientConfig(**settings), lambda: server, "fake", "", wallet, cache or Kept(), 1)
+    client = Client(
+      ClientConfig(**settings), lambda: server, "fake", "", wallet, cache or Kept(), 1
+    )
   with contextlib.closing(client):
     yield client
 

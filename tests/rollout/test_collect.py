@@ -20,7 +20,9 @@ def task(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   rows = [{"question": f"What is {i} + 0?", "answer": str(i)} for i in range(10, 10 + ROWS)]
   path = words.write_jsonl(folder / "rows.jsonl", rows)
-  return Text(TextConfig(name="jsonl", path=path, heldout_path=path, tokenizer=words.save_tokenizer(folder)))
+  return Text(
+    TextConfig(name="jsonl", path=path, heldout_path=path, tokenizer=words.save_tokenizer(folder))
+  )
 
 
 class Guesser:
@@ -47,12 +49,19 @@ class Guesser:
       answer = self.task.problem("train", n).answer if right else "1"
       encoded = self.tokenizer(f"#### {answer}")["input_ids"]
       tokens[row, : len(encoded)] = encoded
-    return Samples(tokens, np.full(len(tokens), 8), np.zeros(len(tokens), bool), np.zeros(tokens.shape, np.float32))
+    return Samples(
+      tokens,
+      np.full(len(tokens), 8),
+      np.zeros(len(tokens), bool),
+      np.zeros(tokens.shape, np.float32),
+    )
 
 
 def run(task, right, steps, **changes):
   sampler = Guesser(task, task.tokenizer(), right, **changes)
-  return sampler, [collect(sampler, 0, step, task, task.tokenizer(), None) for step in range(1, steps + 1)]
+  return sampler, [
+    collect(sampler, 0, step, task, task.tokenizer(), None) for step in range(1, steps + 1)
+  ]
 
 
 @pytest.mark.parametrize("right", [0.0, 0.1, 0.5])
@@ -62,10 +71,16 @@ def test_every_problem_has_its_turn_in_every_epoch_whatever_is_refilled(task, ri
   own = [numbers for numbers in sampler.asked if max(numbers) < 2**31]
   assert len(own) == epochs * steps
   for epoch in range(epochs):
-    seen = [task.problem("train", n).prompt for numbers in own[epoch * steps : (epoch + 1) * steps] for n in numbers]
+    seen = [
+      task.problem("train", n).prompt
+      for numbers in own[epoch * steps : (epoch + 1) * steps]
+      for n in numbers
+    ]
     assert len(set(seen)) == len(seen) == ROWS
   further = [n for numbers in sampler.asked for n in numbers if n >= 2**31]
-  assert len(set(further)) == len(further) > 0  # Never the same number, so never the same noise, twice.
+  assert (
+    len(set(further)) == len(further) > 0
+  )  # Never the same number, so never the same noise, twice.
   if right == 0:
     assert len(further) == 3 * 4 * len(batches)
     assert not any(batch.trained_BxT.any() for batch in batches)
@@ -81,8 +96,12 @@ def test_refilling_drops_no_group_that_teaches(task):
 
   for plain, full in zip(kept, refilled, strict=True):
     assert mixed(full)[: len(mixed(plain))] == mixed(plain)
-    assert [e.trained for e in full.episodes] == [e.problem.id in mixed(full) for e in full.episodes]
-  assert sum(len(mixed(batch)) for batch in refilled) > 1.3 * sum(len(mixed(batch)) for batch in kept)
+    assert [e.trained for e in full.episodes] == [
+      e.problem.id in mixed(full) for e in full.episodes
+    ]
+  assert sum(len(mixed(batch)) for batch in refilled) > 1.3 * sum(
+    len(mixed(batch)) for batch in kept
+  )
 
 
 def test_a_step_needs_no_other(task):

@@ -13,7 +13,15 @@ from dca_jax.devices import mesh
 from dca_jax.policy import Policy
 from dca_jax.rollout import GREEDY, RolloutConfig, Sampler, Samples, sample
 from dca_jax.rollout.collect import step_key
-from dca_jax.rollout.evaluate import Estimate, EvaluateConfig, answer, evaluate, interval, majority_correct, pass_at_k
+from dca_jax.rollout.evaluate import (
+  Estimate,
+  EvaluateConfig,
+  answer,
+  evaluate,
+  interval,
+  majority_correct,
+  pass_at_k,
+)
 from dca_jax.tasks import Chains
 from dca_jax.tasks.types import Outcome, Problem
 
@@ -22,7 +30,9 @@ from dca_jax.tasks.types import Outcome, Problem
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
   for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
     subsets = list(itertools.combinations([i < correct for i in range(n)], k))
-    assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+    assert pass_at_k(n, correct, k) == pytest.approx(
+      sum(map(any, subsets)) / len(subsets), abs=1e-12
+    )
 
 
 def test_majority():
@@ -31,7 +41,12 @@ def test_majority():
   # Among equally frequent answers the share that is correct, in any order.
   assert majority_correct(["3", "5"], [True, False]) == 0.5
   assert majority_correct(["5", "3"], [False, True]) == 0.5
-  assert majority_correct(["3", "5", "7", "5", "3", "7", "1"], [True] + [False] * 3 + [True] + [False] * 2) == 1 / 3
+  assert (
+    majority_correct(
+      ["3", "5", "7", "5", "3", "7", "1"], [True] + [False] * 3 + [True] + [False] * 2
+    )
+    == 1 / 3
+  )
   # No answer is not an answer: it cannot win, however frequent.
   assert majority_correct([None, None, "3"], [False, False, True]) == 1.0
   assert majority_correct([None, None], [False, False]) == 0.0
@@ -46,7 +61,14 @@ def test_majority_of_one_is_accuracy():
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 256, 1000])
 def test_interval_contains_the_mean_and_stays_within_0_and_1(n):
   rng = np.random.default_rng(n)
-  for x in (np.zeros(n), np.ones(n), np.full(n, 0.5), rng.random(n), rng.integers(2, size=n), rng.random(n) ** 20):
+  for x in (
+    np.zeros(n),
+    np.ones(n),
+    np.full(n, 0.5),
+    rng.random(n),
+    rng.integers(2, size=n),
+    rng.random(n) ** 20,
+  ):
     e = interval(x)
     assert e.value == pytest.approx(x.mean())
     assert 0 <= e.low <= e.value + 1e-12
@@ -93,7 +115,13 @@ def test_interval_is_wilsons_for_as_many_coins_as_vary_as_much(x):
 
 @pytest.mark.parametrize(
   ("problems", "alpha", "beta", "samples"),
-  [(256, 2.0, 2.0, 1), (256, 0.5, 0.5, 8), (64, 1.0, 3.0, 8), (64, 18.0, 2.0, 4), (32, 2.0, 2.0, 1)],
+  [
+    (256, 2.0, 2.0, 1),
+    (256, 0.5, 0.5, 8),
+    (64, 1.0, 3.0, 8),
+    (64, 18.0, 2.0, 4),
+    (32, 2.0, 2.0, 1),
+  ],
 )
 def test_interval_covers_the_truth_95_times_in_100(problems, alpha, beta, samples):
   """Problems differ in difficulty (a beta distribution); each is sampled a few times."""
@@ -107,7 +135,11 @@ def test_interval_covers_the_truth_95_times_in_100(problems, alpha, beta, sample
 
 def test_config_finds_impossible_values():
   assert EvaluateConfig().check() == EvaluateConfig(problems=1, samples=1, k=1).check() == {}
-  assert set(EvaluateConfig(problems=0, samples=2, k=3, every=-1).check()) == {"problems", "k", "every"}
+  assert set(EvaluateConfig(problems=0, samples=2, k=3, every=-1).check()) == {
+    "problems",
+    "k",
+    "every",
+  }
 
 
 # Where the numbers come from.
@@ -130,7 +162,12 @@ class Known:
     self.shapes.add(numbers.shape)
     rows = [written(i, g) for i, own in zip(ids, numbers.tolist(), strict=True) for g in own]
     tokens = np.array([row + [9] * (3 - len(row)) for row in rows])
-    return Samples(tokens, np.array([len(row) for row in rows]), np.zeros(len(rows), bool), np.zeros(tokens.shape))
+    return Samples(
+      tokens,
+      np.array([len(row) for row in rows]),
+      np.zeros(len(rows), bool),
+      np.zeros(tokens.shape),
+    )
 
 
 def written(problem: int, number: int) -> list[int]:
@@ -166,10 +203,16 @@ def letters(texts, add_special_tokens):
 @pytest.mark.parametrize(("problems", "group"), [(1, 2), (4, 2), (3, 5), (2, 6), (16, 8)])
 def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, problems, group):
   monkeypatch.setattr("dca_jax.rollout.verify.text_of", lambda _, tokens: "".join(map(str, tokens)))
-  sampler, config, task = Known(problems=problems, group=group), EvaluateConfig(problems=7, samples=5, k=3), Parity()
+  sampler, config, task = (
+    Known(problems=problems, group=group),
+    EvaluateConfig(problems=7, samples=5, k=3),
+    Parity(),
+  )
   got = evaluate(config, sampler, task, letters, None)
   assert task.judged == 7 * 6
-  assert sampler.shapes == {(problems, group)}  # Training's, always: there is one program, and memory for it.
+  assert sampler.shapes == {
+    (problems, group)
+  }  # Training's, always: there is one program, and memory for it.
   first = {(i, g): written(i, g) for i in range(7) for g in (GREEDY, *range(5))}
   right = np.array([[first[i, g][0] == 1 for g in range(5)] for i in range(7)])
   assert got["greedy"] == interval([first[i, GREEDY][0] == 1 for i in range(7)])
@@ -185,7 +228,9 @@ def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, 
   length = np.mean([len(first[i, g]) for i in range(7) for g in range(5)])
   assert got["length"] == Estimate(length, length, length)
   monkeypatch.setattr(Parity, "final_answer", None)  # As with a verifier that gives verdicts alone.
-  assert evaluate(config, sampler, task, letters, None) == {k: x for k, x in got.items() if k != "maj@3"}
+  assert evaluate(config, sampler, task, letters, None) == {
+    k: x for k, x in got.items() if k != "maj@3"
+  }
 
 
 def test_the_program_of_training_answers_and_no_batch_decides_what():

@@ -39,7 +39,16 @@ def warm_params():
   """A policy that has seen demonstrations, so that it is right now and then."""
   params = jax.jit(lambda key: nn.unbox(POLICY.init_params(key)))(jax.random.key(0))
   limits = CONFIG.rollout.max_prompt_tokens, CONFIG.rollout.max_tokens
-  return warm_start(CONFIG.warmstart, TASK, CONFIG.task, TOKENIZER, POLICY, params, limits, mesh.replicated(ROWS.mesh))
+  return warm_start(
+    CONFIG.warmstart,
+    TASK,
+    CONFIG.task,
+    TOKENIZER,
+    POLICY,
+    params,
+    limits,
+    mesh.replicated(ROWS.mesh),
+  )
 
 
 class Batch:
@@ -50,7 +59,9 @@ class Batch:
     self.problems = [TASK.problem("train", i) for i in range(count)]
     self.prompts = encode_prompts(TOKENIZER, self.problems, CONFIG.rollout.max_prompt_tokens, 99)
     if texts:
-      answers = [np.array(TOKENIZER(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
+      answers = [
+        np.array(TOKENIZER(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts
+      ]
     else:
       samples = jax.device_get(self.draw(group, key=0))
       answers = [row[:n] for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)]
@@ -112,7 +123,9 @@ def test_the_value_of_the_prompt_is_the_policys_own_accuracy():
     rows = range(p * 1024, (p + 1) * 1024)
     texts = [text_of(TOKENIZER, samples.tokens_BxT[i, : samples.lengths_B[i]]) for i in rows]
     cut_off = samples.truncated_B[rows.start : rows.stop].tolist()
-    truth = np.mean([TASK.verify(problem, x, cut).reward for x, cut in zip(texts, cut_off, strict=True)])
+    truth = np.mean(
+      [TASK.verify(problem, x, cut).reward for x, cut in zip(texts, cut_off, strict=True)]
+    )
     assert 0.05 < truth < 0.95
     assert abs(values[2 * p][0] - truth) < 4 * np.sqrt(truth * (1 - truth) * (1 / 512 + 1 / 1024))
 
@@ -150,7 +163,10 @@ def test_what_is_generated_is_counted_and_judged_by_the_task():
     )
   )
   texts = [text_of(TOKENIZER, drawn.tokens_BxT[i, : drawn.lengths_B[i]]) for i in range(4)]
-  won = [TASK.verify(batch.problems[0], x, bool(cut)).reward for x, cut in zip(texts, drawn.truncated_B, strict=False)]
+  won = [
+    TASK.verify(batch.problems[0], x, bool(cut)).reward
+    for x, cut in zip(texts, drawn.truncated_B, strict=False)
+  ]
   assert values == [(np.mean(won),)] * 2
   assert generated == drawn.lengths_B[:4].sum()
 
@@ -162,20 +178,32 @@ class Fake:
     self.text = ("b0;" * T)[: length - 3] + f"#{batch.problems[0].answer}$"
     self.truncated, self.seen = truncated, []
 
-  def __call__(self, policy, params, ids, lengths, numbers, key, end_ids, *, numbers_PxG, max_tokens, **_):
-    self.seen += [tuple(row[:n]) for row, n in zip(np.asarray(ids).tolist(), np.asarray(lengths), strict=True)]
+  def __call__(
+    self, policy, params, ids, lengths, numbers, key, end_ids, *, numbers_PxG, max_tokens, **_
+  ):
+    self.seen += [
+      tuple(row[:n]) for row, n in zip(np.asarray(ids).tolist(), np.asarray(lengths), strict=True)
+    ]
     b = numbers_PxG.size
     tokens = np.zeros((b, max_tokens), np.int32)
     tokens[:, : len(self.text)] = TOKENIZER(self.text, add_special_tokens=False)["input_ids"]
     return Samples(
-      tokens, np.full(b, len(self.text)), np.full(b, self.truncated), np.zeros((b, max_tokens), np.float32)
+      tokens,
+      np.full(b, len(self.text)),
+      np.full(b, self.truncated),
+      np.zeros((b, max_tokens), np.float32),
     )
 
 
 def test_a_continuation_may_fill_the_room_and_not_one_token_more(monkeypatch):
   # Twelve tokens; 0, 3, 6 and 9 of them are written before the four steps.
   batch = Batch(1, texts=["a1;b0;a1;#1$"] * 2)
-  for length, wanted in ((3, (1, 1, 1, 1)), (6, (1, 1, 1, 0)), (7, (1, 1, 0, 0)), (12, (1, 0, 0, 0))):
+  for length, wanted in (
+    (3, (1, 1, 1, 1)),
+    (6, (1, 1, 1, 0)),
+    (7, (1, 1, 0, 0)),
+    (12, (1, 0, 0, 0)),
+  ):
     monkeypatch.setattr(sampler, "sample", Fake(batch, length))
     values, generated = batch.values(4)
     assert values == [wanted] * 2
@@ -184,7 +212,9 @@ def test_a_continuation_may_fill_the_room_and_not_one_token_more(monkeypatch):
   monkeypatch.setattr(sampler, "sample", Fake(batch, 3, truncated=True))
   assert batch.values(4)[0] == [(0, 0, 0, 0)] * 2
   # A task that looks at nothing else is told, too, that what runs over was cut.
-  monkeypatch.setattr(TASK, "verify", lambda problem, text, cut: Outcome(float(not cut), not cut, cut))
+  monkeypatch.setattr(
+    TASK, "verify", lambda problem, text, cut: Outcome(float(not cut), not cut, cut)
+  )
   monkeypatch.setattr(sampler, "sample", Fake(batch, 6))
   assert batch.values(4)[0] == [(1, 1, 1, 0)] * 2
 
@@ -200,11 +230,15 @@ def test_each_prefix_is_continued_once_from_its_own_prompt(monkeypatch):
   def begun(p, text):
     return (*prompts[p], *(TOKENIZER(text, add_special_tokens=False)["input_ids"] if text else ()))
 
-  wanted = {begun(0, x) for x in ("", "a1;", "a1;b2;", "a1;b3;")} | {begun(1, x) for x in ("", "a1;", "a1;b2;")}
+  wanted = {begun(0, x) for x in ("", "a1;", "a1;b2;", "a1;b3;")} | {
+    begun(1, x) for x in ("", "a1;", "a1;b2;")
+  }
   assert set(fake.seen) == wanted
   # Two batches of four, the last one filled up.
   assert len(fake.seen) == 8
-  assert sorted(map(len, fake.seen), reverse=True)[:4] == sorted(map(len, fake.seen[:4]), reverse=True)
+  assert sorted(map(len, fake.seen), reverse=True)[:4] == sorted(
+    map(len, fake.seen[:4]), reverse=True
+  )
 
 
 def test_monte_carlo_is_a_function_of_its_key_and_compiles_once():
@@ -227,7 +261,9 @@ def read(batch):
   """What the learner reads of it."""
   rollout = batch.rollout
   trained = np.ones(len(batch.episodes), bool)
-  return learner.Batch(*batch.prompts, rollout.tokens_BxT, rollout.sampled_BxT, trained, rollout.logprobs_BxT)
+  return learner.Batch(
+    *batch.prompts, rollout.tokens_BxT, rollout.sampled_BxT, trained, rollout.logprobs_BxT
+  )
 
 
 HEAD = Learned(width=16, lr=0.02, updates=20)
@@ -328,7 +364,9 @@ def test_a_runs_values_come_from_the_head_and_the_policy_before_its_batch(tmp_pa
       saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
     head = ValueHead(saved["value_head"]["params"], ())
     review, _ = learned_values(config.value, POLICY, head, saved["params"], batch, nothing)
-    values = np.concatenate([own[: len(t.steps)] for own, t in zip(np.asarray(review.values_BxK), rows, strict=True)])
+    values = np.concatenate(
+      [own[: len(t.steps)] for own, t in zip(np.asarray(review.values_BxK), rows, strict=True)]
+    )
     errors.append(np.abs(values - recorded).max())
   assert errors[0] < 1e-5
   assert errors[1] > 1e-2

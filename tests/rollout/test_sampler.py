@@ -30,13 +30,18 @@ def params():
   rng = np.random.default_rng(0)
   shapes = nn.unbox(jax.eval_shape(POLICY.init_params, jax.random.key(0)))
   return jax.tree.map_with_path(
-    lambda path, a: jnp.float32(0.3 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))), shapes
+    lambda path, a: jnp.float32(
+      0.3 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
+    ),
+    shapes,
   )
 
 
 @pytest.fixture(scope="module")
 def prompts():
-  return np.random.default_rng(1).integers(VOCAB, size=(P, 5)).astype(np.int32), np.array([5, 2, 3, 4], np.int32)
+  return np.random.default_rng(1).integers(VOCAB, size=(P, 5)).astype(np.int32), np.array(
+    [5, 2, 3, 4], np.int32
+  )
 
 
 def ends(*ids):
@@ -114,7 +119,9 @@ def test_a_sample_is_named_by_its_number(params, prompts, free):
   for field in ("tokens_BxT", "lengths_B", "truncated_B"):
     np.testing.assert_array_equal(getattr(again, field)[::2], getattr(free, field)[1::2])
     np.testing.assert_array_equal(getattr(again, field)[1::2], getattr(likeliest, field)[1::2])
-  assert (again.logprobs_BxT[1::2] < 0).any()  # Under the distribution that is sampled, not under one that is certain.
+  assert (
+    again.logprobs_BxT[1::2] < 0
+  ).any()  # Under the distribution that is sampled, not under one that is certain.
 
 
 def test_place_in_the_batch_does_not_matter(params, prompts, free):
@@ -122,13 +129,17 @@ def test_place_in_the_batch_does_not_matter(params, prompts, free):
   moved = draw(params, tuple(x[order] for x in prompts), ids=IDS[order])
   by_problem = free.tokens_BxT.reshape(P, G, T)
   np.testing.assert_array_equal(moved.tokens_BxT.reshape(P, G, T), by_problem[order])
-  np.testing.assert_allclose(moved.logprobs_BxT.reshape(P, G, T), free.logprobs_BxT.reshape(P, G, T)[order], atol=1e-5)
+  np.testing.assert_allclose(
+    moved.logprobs_BxT.reshape(P, G, T), free.logprobs_BxT.reshape(P, G, T)[order], atol=1e-5
+  )
 
 
 def test_neighbours_do_not_matter(params, prompts, free):
   # Half of the problems, in groups twice as large, whose first samples are those of the smaller groups.
   half = draw(params, tuple(x[::2] for x in prompts), ids=IDS[::2], group=2 * G)
-  np.testing.assert_array_equal(half.tokens_BxT.reshape(P // 2, 2 * G, T)[:, :G], free.tokens_BxT.reshape(P, G, T)[::2])
+  np.testing.assert_array_equal(
+    half.tokens_BxT.reshape(P // 2, 2 * G, T)[:, :G], free.tokens_BxT.reshape(P, G, T)[::2]
+  )
 
 
 def test_noise_belongs_to_the_problem_id(params, prompts, free):
@@ -189,7 +200,10 @@ def test_stops_when_every_row_has_ended(params, prompts, free):
 def test_other_ends_do_not_recompile(params, prompts):
   draw(params, prompts, end_ids=[3])
   compiled = sample._cache_size()
-  lengths = [draw(params, prompts, end_ids=end_ids).lengths_B.sum() for end_ids in ([3], [3, 4, 5, 6], range(VOCAB))]
+  lengths = [
+    draw(params, prompts, end_ids=end_ids).lengths_B.sum()
+    for end_ids in ([3], [3, 4, 5, 6], range(VOCAB))
+  ]
   assert sample._cache_size() == compiled
   assert lengths[0] > lengths[1] > lengths[2]
 
@@ -199,7 +213,9 @@ def test_filling_of_prompts_does_not_matter(params, prompts):
   tokens, lengths = prompts
   tokens = np.where(np.arange(5) == 0, 0, tokens)
   beyond = np.arange(5) >= lengths[:, None]
-  by_filling = [draw(params, (np.where(beyond, fill, tokens), lengths), end_ids=[0]) for fill in (0, 7)]
+  by_filling = [
+    draw(params, (np.where(beyond, fill, tokens), lengths), end_ids=[0]) for fill in (0, 7)
+  ]
   jax.tree.map(np.testing.assert_array_equal, *by_filling)
 
 
@@ -217,7 +233,9 @@ def learner_logprobs(params, hidden, completions, sampling):
 
 
 @pytest.mark.parametrize(
-  "sampling", [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.8)], ids=str
+  "sampling",
+  [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.8)],
+  ids=str,
 )
 def test_reported_logprobs_are_the_learners(params, prompts, sampling):
   got = draw(params, prompts, end_ids=[0], sampling=sampling)
@@ -239,7 +257,9 @@ def test_temperature_takes_effect(params, prompts, free):
 def test_top_1_is_greedy_and_certain(params, prompts):
   got = draw(params, prompts, sampling=Sampling(top_k=1))
   hidden = np.asarray(hidden_of(params, prompts, got.tokens_BxT))
-  np.testing.assert_array_equal(got.tokens_BxT, (hidden @ np.asarray(params["embedding"]).T).argmax(-1))
+  np.testing.assert_array_equal(
+    got.tokens_BxT, (hidden @ np.asarray(params["embedding"]).T).argmax(-1)
+  )
   np.testing.assert_array_equal(got.logprobs_BxT, 0.0)
 
 
@@ -248,7 +268,9 @@ def test_frequencies_match_the_reported_probabilities(params, prompts):
   tokens, lengths = (x[:1] for x in prompts)
   got = draw(params, (tokens, lengths), ids=IDS[:1], group=n)
   hidden = hidden_of(params, (tokens, lengths), got.tokens_BxT[:1])
-  probabilities = scipy.special.softmax(np.asarray(hidden[0, 0], np.float64) @ np.asarray(params["embedding"]).T)
+  probabilities = scipy.special.softmax(
+    np.asarray(hidden[0, 0], np.float64) @ np.asarray(params["embedding"]).T
+  )
   first = got.tokens_BxT[:, 0]
   np.testing.assert_allclose(np.exp(got.logprobs_BxT[:, 0]), probabilities[first], rtol=1e-4)
   # Tokens too rare for a chi-square test are counted together.
@@ -282,6 +304,8 @@ def test_prompts_are_filled_up_on_the_right(tokenizer):
 @pytest.mark.parametrize(("prompt", "count"), [("+3a-4b", 6), ("", 0)])
 def test_a_prompt_that_does_not_fit_is_named(tokenizer, prompt, count):
   problems = [Problem(41, "+3a", "1"), Problem(42, prompt, "1")]
-  with pytest.raises(UserError, match=rf"problem 42 has {count} tokens.*rollout\.max_prompt_tokens") as error:
+  with pytest.raises(
+    UserError, match=rf"problem 42 has {count} tokens.*rollout\.max_prompt_tokens"
+  ) as error:
     encode_prompts(tokenizer, problems, 5, 99)
   assert "41" not in str(error.value)

@@ -22,7 +22,10 @@ PIECES = st.lists(st.text("ab;\n ", max_size=4).map(str.encode), max_size=12)
 
 
 @settings(max_examples=300, deadline=None)
-@given(pieces=PIECES, step_end=st.sampled_from([";", r"\n\n", r"[;\n]+", r"\s*", r"(?=a)", "a;|;b", r"\Z"]))
+@given(
+  pieces=PIECES,
+  step_end=st.sampled_from([";", r"\n\n", r"[;\n]+", r"\s*", r"(?=a)", "a;|;b", r"\Z"]),
+)
 def test_spans_partition_the_tokens(pieces, step_end):
   spans = cut(pieces, step_end)
   assert [i for start, end in spans for i in range(start, end)] == list(range(len(pieces)))
@@ -103,10 +106,17 @@ def cut_texts(monkeypatch, tmp_path):
 
   def cut_texts(texts, step_end):
     episodes = [
-      Episode("", Problem(0, "", ""), (Segment(np.array(ids), True, np.zeros(len(ids))),), Outcome(0.0, False, False))
+      Episode(
+        "",
+        Problem(0, "", ""),
+        (Segment(np.array(ids), True, np.zeros(len(ids))),),
+        Outcome(0.0, False, False),
+      )
       for ids in tokenizer(texts)["input_ids"]
     ]
-    return cut_steps(episodes, tokenizer, types.SimpleNamespace(step_end=step_end, step_limits=(0, 0)))
+    return cut_steps(
+      episodes, tokenizer, types.SimpleNamespace(step_end=step_end, step_limits=(0, 0))
+    )
 
   return cut_texts
 
@@ -118,7 +128,11 @@ def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut
     episodes, uncut = cut_texts(["one. two.", slow, "three."], EXPONENTIAL)
     texts = [tuple(step.text for step in episode.steps) for episode in episodes]
     assert texts == [("one.", " two."), (slow,), ("three.",)]
-    assert [episode.steps[-1].end for episode in episodes][1] == episodes[1].steps[0].end == len(episodes[1].tokens)
+    assert (
+      [episode.steps[-1].end for episode in episodes][1]
+      == episodes[1].steps[0].end
+      == len(episodes[1].tokens)
+    )
     assert uncut == 1
   assert capsys.readouterr().err == (
     f"warning: task.steps: {EXPONENTIAL!r} took over 0.05 s on a completion, which then is a single step;"
@@ -127,7 +141,9 @@ def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut
 
 
 def test_a_pattern_that_takes_for_ever_on_all_completions_ends_the_run(cut_texts):
-  with pytest.raises(UserError, match=r"task\.steps: .* takes over 0\.05 s on every completion of a step"):
+  with pytest.raises(
+    UserError, match=r"task\.steps: .* takes over 0\.05 s on every completion of a step"
+  ):
     cut_texts(["abcd" * 100 + " $"] * 2, EXPONENTIAL)
 
 

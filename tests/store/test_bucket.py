@@ -41,12 +41,21 @@ def run(environment, *arguments) -> subprocess.CompletedProcess:
 
 
 def download(environment, address, folder):
-  subprocess.run([sys.executable, "-c", DOWNLOAD, address, str(folder)], env={**os.environ, **environment}, check=True)
+  subprocess.run(
+    [sys.executable, "-c", DOWNLOAD, address, str(folder)],
+    env={**os.environ, **environment},
+    check=True,
+  )
   return folder
 
 
 def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_in_a_folder_does(bucket, tmp_path):
-  changes = {"steps": 30, "credit.scheme": "weighted", "reviewer.name": "noisy", "checkpoint.every": 5}
+  changes = {
+    "steps": 30,
+    "credit.scheme": "weighted",
+    "reviewer.name": "noisy",
+    "checkpoint.every": 5,
+  }
   recipe = tiny.write_recipe(tmp_path, changes)
   whole = run({}, "train", f"--config={recipe}", f"--workdir={tmp_path / 'whole'}")
   assert whole.returncode == 0, whole.stderr
@@ -70,7 +79,9 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_in_a_folder_does(bu
 
   copy = download(bucket, "gs://runs/one", tmp_path / "copy")
   tiny.assert_same_run(copy, tmp_path / "whole")
-  assert {path.name for path in copy.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+  assert {path.name for path in copy.iterdir()} == {
+    path.name for path in (tmp_path / "whole").iterdir()
+  }
   assert (copy / "tokenizer" / "tokenizer.json").exists()
   status = run(bucket, "status", "--workdir=gs://runs/one")
   assert "step 30 of 30" in status.stdout
@@ -95,7 +106,9 @@ def test_reviews_and_their_cost_are_found_again_in_a_bucket(bucket, tmp_path):
     assert sorted(server.attempts.values())[-2:] == [1, 2]
     cost = (500 * 0.30 + 100 * 2.50) / 1e6
     copy = download(bucket, "gs://runs/reviewed", tmp_path / "copy")
-    assert tiny.read_lines(copy)[-1]["review/dollars_spent"] == pytest.approx(cost * len(server.requests))
+    assert tiny.read_lines(copy)[-1]["review/dollars_spent"] == pytest.approx(
+      cost * len(server.requests)
+    )
   assert len(list((copy / "reviews").iterdir())) >= 2  # One a checkpoint, and one a minute.
   assert not (copy / "reviews.sqlite").exists()
 

@@ -21,14 +21,21 @@ def kept(workdir) -> list[int]:
 def run(tmp_path_factory):
   """Ten steps, with every kind of keeping."""
   folder = tmp_path_factory.mktemp("run")
-  changes = {"checkpoint.keep": 2, "checkpoint.keep_every": 4, "checkpoint.best": "eval/sampled", "evaluate.every": 3}
+  changes = {
+    "checkpoint.keep": 2,
+    "checkpoint.keep_every": 4,
+    "checkpoint.best": "eval/sampled",
+    "evaluate.every": 3,
+  }
   train(tiny.make_config({**changes, "steps": 10}), str(folder), quiet=True)
   return folder
 
 
 def test_the_newest_those_at_intervals_and_the_best_are_kept(run):
   scores = {
-    line["step"]: line["eval/sampled"] for line in tiny.read_lines(run) if line["step"] and "eval/sampled" in line
+    line["step"]: line["eval/sampled"]
+    for line in tiny.read_lines(run)
+    if line["step"] and "eval/sampled" in line
   }
   assert sorted(scores) == [3, 6, 9, 10]
   best = max(scores, key=lambda step: (scores[step], step))
@@ -36,7 +43,12 @@ def test_the_newest_those_at_intervals_and_the_best_are_kept(run):
 
 
 def test_a_best_checkpoint_is_saved_where_it_was_measured(tmp_path):
-  changes = {"checkpoint.every": 100, "checkpoint.best": "eval/sampled", "evaluate.every": 2, "checkpoint.keep": 9}
+  changes = {
+    "checkpoint.every": 100,
+    "checkpoint.best": "eval/sampled",
+    "evaluate.every": 2,
+    "checkpoint.keep": 9,
+  }
   train(tiny.make_config({**changes, "steps": 5}), str(tmp_path), quiet=True)
   assert kept(tmp_path) == [1, 2, 4, 5]  # Orbax always saves the first step.
 
@@ -54,7 +66,9 @@ def test_a_run_goes_back_to_a_step_and_comes_to_the_same_end(tmp_path):
   train(config, str(tmp_path / "whole"), quiet=True)
   train(config, str(tmp_path / "run"), resume="3", quiet=True)
   assert kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-  assert {path.name for path in (tmp_path / "run").glob("aside*")} == {f"aside_checkpoint_{step}" for step in (4, 5, 6)}
+  assert {path.name for path in (tmp_path / "run").glob("aside*")} == {
+    f"aside_checkpoint_{step}" for step in (4, 5, 6)
+  }
   tiny.assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -87,7 +101,9 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_key_that_differs(run, tmp
   train(tiny.make_config({"learner.lr": 0.5}), str(tmp_path), quiet=True)
   (run / "checkpoints").rename(tmp_path / "kept_aside")
   (tmp_path / "checkpoints").rename(run / "checkpoints")
-  with pytest.raises(UserError, match=r"other settings: learner\.lr was 0\.5 and is now 0\.001; choose another"):
+  with pytest.raises(
+    UserError, match=r"other settings: learner\.lr was 0\.5 and is now 0\.001; choose another"
+  ):
     train(tiny.make_config({"steps": 12}), str(run), quiet=True)
   assert json.loads((run / "config.json").read_text())["learner"]["lr"] == 0.001
 
@@ -116,9 +132,17 @@ def test_every_score_has_a_name_that_can_be_the_best(run):
 
 def test_another_best_goes_on_from_the_checkpoints_of_the_one_before(tmp_path):
   changes = {"checkpoint.every": 100, "evaluate.every": 2, "checkpoint.keep": 1}
-  train(tiny.make_config({**changes, "steps": 4, "checkpoint.best": "eval/sampled"}), str(tmp_path), quiet=True)
+  train(
+    tiny.make_config({**changes, "steps": 4, "checkpoint.best": "eval/sampled"}),
+    str(tmp_path),
+    quiet=True,
+  )
   for steps, best in ((6, "eval/greedy"), (8, "")):
-    train(tiny.make_config({**changes, "steps": steps, "checkpoint.best": best}), str(tmp_path), quiet=True)
+    train(
+      tiny.make_config({**changes, "steps": steps, "checkpoint.best": best}),
+      str(tmp_path),
+      quiet=True,
+    )
     assert steps in kept(tmp_path)
   assert kept(tmp_path) == [8]
   assert [line["step"] for line in tiny.read_lines(tmp_path)] == list(range(9))
@@ -139,4 +163,7 @@ def test_of_many_scores_only_the_best_is_kept(tmp_path):
   sampled = [(i + 1, {"eval/sampled": score}) for i, score in enumerate((0.7, 0.9, 0.8, 0.1))]
   assert save("eval/sampled", *sampled, (5, {})) == [2, 5]
   # What was saved under another `best` has no score, neither the largest nor any.
-  assert save("eval/greedy", (6, {"eval/greedy": 0.2}), (7, {"eval/greedy": 0.1}), (8, {})) == [6, 8]
+  assert save("eval/greedy", (6, {"eval/greedy": 0.2}), (7, {"eval/greedy": 0.1}), (8, {})) == [
+    6,
+    8,
+  ]

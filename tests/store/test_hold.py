@@ -31,7 +31,9 @@ def test_a_second_run_in_a_workdir_is_refused_and_a_killed_one_does_not_hold_it(
 
   assert cli.main([*command, "--config.checkpoint.every=7"]) == 1
   (line,) = capfd.readouterr().err.splitlines()
-  assert line.startswith(f"dca-jax: error: --workdir={run} is held by process {first.pid} on {socket.gethostname()}")
+  assert line.startswith(
+    f"dca-jax: error: --workdir={run} is held by process {first.pid} on {socket.gethostname()}"
+  )
   assert ", since 20" in line
   assert (run / "config.json").stat().st_mtime_ns == before
   assert cli.main(["status", f"--workdir={run}"]) == 0
@@ -55,7 +57,11 @@ def test_a_second_run_in_a_workdir_is_refused_and_a_killed_one_does_not_hold_it(
 def test_the_same_process_may_not_hold_it_twice_and_lets_go_in_every_case(tmp_path):
   folder = epath.Path(tmp_path / "new" / "run")
   for _ in range(2):
-    with hold.held(folder), pytest.raises(UserError, match=rf"held by process {os.getpid()} on"), hold.held(folder):
+    with (
+      hold.held(folder),
+      pytest.raises(UserError, match=rf"held by process {os.getpid()} on"),
+      hold.held(folder),
+    ):
       pass
     with pytest.raises(ZeroDivisionError), hold.held(folder):
       raise ZeroDivisionError
@@ -72,10 +78,15 @@ def test_children_of_a_killed_owner_do_not_hold_it(tmp_path):
     "  print(child, other.pid, flush=True)\n  time.sleep(300)\n"
   )
   command = [sys.executable, "-c", source, str(tmp_path)]
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}) as owner:
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}
+  ) as owner:
     children = [int(pid) for pid in owner.stdout.readline().split()]
     try:
-      with pytest.raises(UserError, match=f"process {owner.pid} on"), hold.held(epath.Path(tmp_path)):
+      with (
+        pytest.raises(UserError, match=f"process {owner.pid} on"),
+        hold.held(epath.Path(tmp_path)),
+      ):
         pass
       owner.kill()
       owner.wait()
@@ -98,7 +109,14 @@ def quick(monkeypatch):
 
 def elsewhere(sign=0) -> bytes:
   return json.dumps(
-    {"host": "far", "pid": 7, "since": "yesterday", "machine": "other", "started": "1", "sign": sign}
+    {
+      "host": "far",
+      "pid": 7,
+      "since": "yesterday",
+      "machine": "other",
+      "started": "1",
+      "sign": sign,
+    }
   ).encode()
 
 

@@ -29,7 +29,9 @@ def workdir(tmp_path):
 
 def test_lines_come_back_as_written(workdir):
   write(workdir, 0, range(3))
-  assert read_metrics(workdir) == [{"step": s, "group/name": s / 4, "group/other": 1.0} for s in range(3)]
+  assert read_metrics(workdir) == [
+    {"step": s, "group/name": s / 4, "group/other": 1.0} for s in range(3)
+  ]
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_logged(workdir):
@@ -58,7 +60,12 @@ def test_an_evaluation_that_was_cut_off_is_added_to_its_line(workdir):
     reporter.log(4, {"group/name": 1.0})
   assert steps(workdir) == [0, 1, 2, 3, 4]
   assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 5
-  assert read_metrics(workdir)[3] == {"step": 3, "group/name": 0.75, "group/other": 1.0, "eval/greedy": 0.5}
+  assert read_metrics(workdir)[3] == {
+    "step": 3,
+    "group/name": 0.75,
+    "group/other": 1.0,
+    "eval/greedy": 0.5,
+  }
   with Reporter(workdir, 4, 10, quiet=True) as reporter:
     assert reporter.evaluated == {3}
 
@@ -70,7 +77,9 @@ def test_a_line_that_was_not_finished_is_dropped(workdir):
   assert steps(workdir) == [0, 1, 2]
   write(workdir, 2, [3])
   assert steps(workdir) == [0, 1, 2, 3]
-  assert [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+  assert [
+    json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,9 @@ def test_tensorboard_reads_the_events(workdir):
 def test_tensorboard_shows_every_step_once_after_a_resume(workdir):
   write(workdir, 0, range(6))
   begun = int(time.time())
-  while int(time.time()) == begun:  # A process has a file of its own, named by the second that it started in.
+  while (
+    int(time.time()) == begun
+  ):  # A process has a file of its own, named by the second that it started in.
     time.sleep(0.05)
   write(workdir, 3, [4, 5, 6])
   events = EventAccumulator(str(workdir / "tensorboard")).Reload()
@@ -150,7 +161,14 @@ def test_not_finite_names_the_first_bad_metric():
 
 
 def test_without_quiet_a_step_is_one_line(workdir, capsys):
-  names = ["train/reward", "train/accuracy", "train/length", "train/tokens_per_second", "learner/entropy", "learner/kl"]
+  names = [
+    "train/reward",
+    "train/accuracy",
+    "train/length",
+    "train/tokens_per_second",
+    "learner/entropy",
+    "learner/kl",
+  ]
   names += ["train/truncated", "train/mixed_groups"]
   names += [f"seconds/{part}" for part in ("sample", "review", "update")]
   with Reporter(workdir, 0, 10) as reporter:

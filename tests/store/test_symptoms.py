@@ -6,7 +6,12 @@ import pytest
 
 from dca_jax.store.symptoms import Watch, findings
 
-GOOD = {"train/accuracy": 0.5, "train/truncated": 0.1, "train/mixed_groups": 0.5, "learner/grad_norm": 0.3}
+GOOD = {
+  "train/accuracy": 0.5,
+  "train/truncated": 0.1,
+  "train/mixed_groups": 0.5,
+  "learner/grad_norm": 0.3,
+}
 
 
 def rows(steps, **changes):
@@ -24,9 +29,21 @@ def rows(steps, **changes):
   [
     ({"train__truncated": 1.0}, 5, ["every completion has been cut off", "rollout.max_tokens"]),
     ({"learner__grad_norm": 0.0}, 5, ["the gradient has been 0", "learner.mask_truncated"]),
-    ({"train__mixed_groups": 0.0, "train__accuracy": 0.0}, 20, ["no group has had", "none is right", "verifier"]),
-    ({"train__mixed_groups": 0.0, "train__accuracy": 1.0}, 20, ["no group has had", "harder problems"]),
-    ({"train__accuracy": lambda step: 0.5 if step <= 30 else 0.2}, None, ["was 0.500 over the first", "learner.lr"]),
+    (
+      {"train__mixed_groups": 0.0, "train__accuracy": 0.0},
+      20,
+      ["no group has had", "none is right", "verifier"],
+    ),
+    (
+      {"train__mixed_groups": 0.0, "train__accuracy": 1.0},
+      20,
+      ["no group has had", "harder problems"],
+    ),
+    (
+      {"train__accuracy": lambda step: 0.5 if step <= 30 else 0.2},
+      None,
+      ["was 0.500 over the first", "learner.lr"],
+    ),
   ],
 )
 def test_what_is_wrong_is_said_once_with_a_cause(changes, step, parts):
@@ -82,7 +99,9 @@ def test_noise_is_not_taken_for_a_fall():
 
 def test_a_fall_is_seen_through_the_noise():
   rng = random.Random(1)
-  drawn = [sum(rng.random() < (0.5 if step < 40 else 0.2) for _ in range(16)) / 16 for step in range(100)]
+  drawn = [
+    sum(rng.random() < (0.5 if step < 40 else 0.2) for _ in range(16)) / 16 for step in range(100)
+  ]
   (said,) = findings(rows(100, train__accuracy=lambda step: drawn[step - 1]))
   assert "was 0.5" in said
 
@@ -98,4 +117,6 @@ def test_a_row_that_is_amended_counts_once():
 
 
 def test_rows_of_another_version_are_no_reason_to_fail():
-  assert not findings([{"step": 0}, *({"step": step, "train/accuracy": 0.5} for step in range(1, 50))])
+  assert not findings(
+    [{"step": 0}, *({"step": step, "train/accuracy": 0.5} for step in range(1, 50))]
+  )

@@ -28,7 +28,10 @@ def test_problems_are_a_function_of_split_and_index():
 
 def test_splits_share_no_problem():
   task = Chains(ChainsConfig())
-  prompts = [{task.problem(split, i).prompt for i in range(300)} for split in ("train", "heldout", "demonstrations")]
+  prompts = [
+    {task.problem(split, i).prompt for i in range(300)}
+    for split in ("train", "heldout", "demonstrations")
+  ]
   assert all(not a & b for a, b in itertools.combinations(prompts, 2))
   assert len(set.union(*prompts)) == 900
 
@@ -56,7 +59,10 @@ def test_tokenizer_has_one_token_a_character(lines, tmp_path):
   assert tokenizer.eos_token == "$"
   tokenizer.save_pretrained(tmp_path)
   loaded = AutoTokenizer.from_pretrained(tmp_path)
-  assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+  assert (loaded.eos_token_id, loaded.pad_token_id) == (
+    tokenizer.eos_token_id,
+    tokenizer.pad_token_id,
+  )
   for i in range(20):
     for text in ("".join(task.demonstration(i, True)), "?a;;#*$"):
       ids = tokenizer(text)["input_ids"]
@@ -109,16 +115,23 @@ def test_the_table_is_wrong_in_the_same_way_every_time():
         wrong_values.setdefault((symbol, x, y), set()).add(written[label])
       above[n % 2] = label
   assert all(len(values) == 1 for values in wrong_values.values())
-  assert len(wrong_values) > 150  # Three quarters of 300 entries are sometimes wrong, and most have come up.
+  assert (
+    len(wrong_values) > 150
+  )  # Three quarters of 300 entries are sometimes wrong, and most have come up.
 
 
 def test_slips_are_not_the_same_every_time():
   task = Chains(ChainsConfig(wrong="slips", wrong_low=0.2, wrong_high=0.2))
   demonstrations = [task.demonstration(i, True) for i in range(500)]
-  correct = [task.verify(_problem(task, prompt), text, truncated=False).correct for prompt, text in demonstrations]
+  correct = [
+    task.verify(_problem(task, prompt), text, truncated=False).correct
+    for prompt, text in demonstrations
+  ]
   # Six steps with a slip of 20 % each leave 0.8 ** 6 = 26 % without one; a product by zero forgives some more.
   assert 0.2 < sum(correct) / 500 < 0.45
-  roles = {role for prompt, text in demonstrations for role in task.label_steps(prompt, _cut(text), False)}
+  roles = {
+    role for prompt, text in demonstrations for role in task.label_steps(prompt, _cut(text), False)
+  }
   assert {"error", "inherits", "necessary"} <= roles
   assert demonstrations == [task.demonstration(i, True) for i in range(500)]
 
@@ -133,7 +146,9 @@ def test_demonstrations_repeat_at_most_two_lines_and_stay_short(wrong, repeat):
     steps = _cut(completion)
     assert "".join(steps) == completion
     repeated = sum(a == b for a, b in itertools.pairwise(steps))
-    assert len({step[0] for step in steps}) == len(steps) - repeated  # Repeats are adjacent, and of whole lines.
+    assert (
+      len({step[0] for step in steps}) == len(steps) - repeated
+    )  # Repeats are adjacent, and of whole lines.
     assert len(completion) <= 48
     most = max(most, repeated)
   assert most == 2
@@ -150,10 +165,24 @@ def test_verifier():
   task = Chains(ChainsConfig())
   problem = task.problem("train", 0)
   right, wrong = f"#{problem.answer}$", f"#{(int(problem.answer) + 1) % 10}$"
-  for text, correct in ((right, True), (f"a0;{right}", True), (wrong, False), (right + wrong, False), ("", False)):
+  for text, correct in (
+    (right, True),
+    (f"a0;{right}", True),
+    (wrong, False),
+    (right + wrong, False),
+    ("", False),
+  ):
     outcome = task.verify(problem, text, truncated=False)
     assert (outcome.correct, outcome.reward, outcome.truncated) == (correct, float(correct), False)
-  for text in (right[:-1], f"{right}a", f"{right}\n", f"{right}$", f"#1{right[1:]}", problem.answer, f"# {right[1:]}"):
+  for text in (
+    right[:-1],
+    f"{right}a",
+    f"{right}\n",
+    f"{right}$",
+    f"#1{right[1:]}",
+    problem.answer,
+    f"# {right[1:]}",
+  ):
     assert not task.verify(problem, text, truncated=False).correct
   cut_off = task.verify(problem, right, truncated=True)
   assert (cut_off.correct, cut_off.reward, cut_off.truncated) == (False, 0.0, True)
@@ -171,8 +200,18 @@ def _writes(labels: str, modulus: int) -> list[str]:
 TASKS = {
   "two values": (2, 4, ["+1a+1b-1c*1d?cm1n0;", "*0a+1b+1c*1d?cm1n1;"], [*_writes("mac", 2), "d1;"]),
   "two values, longer chain": (2, 4, ["+1a+1b-1c*1d+1e*0f?em0n0;"], [*_writes("ace", 2)]),
-  "odd lines": (2, 3, ["+1a+1b-1c*1d?dm1n0;"], [*_writes("nbd", 2), "a1;", "a7;", "z1;", "#1$", "b1", ";"]),
-  "three values": (3, 3, ["+2a+1b*2c*1d?cm2n0;", "-1a+1b*0c*1d?cm0n0;"], [*_writes("mac", 3), "n1;", "ac1;"]),
+  "odd lines": (
+    2,
+    3,
+    ["+1a+1b-1c*1d?dm1n0;"],
+    [*_writes("nbd", 2), "a1;", "a7;", "z1;", "#1$", "b1", ";"],
+  ),
+  "three values": (
+    3,
+    3,
+    ["+2a+1b*2c*1d?cm2n0;", "-1a+1b*0c*1d?cm0n0;"],
+    [*_writes("mac", 3), "n1;", "ac1;"],
+  ),
 }
 
 
@@ -203,7 +242,11 @@ def test_labels_equal_brute_force(name):
   assert len(cases) > 2000
   seen = set()
   for prompt, steps, truncated, roles in cases:
-    assert roles == _independent_labels(prompt, modulus, steps, truncated), (prompt, steps, truncated)
+    assert roles == _independent_labels(prompt, modulus, steps, truncated), (
+      prompt,
+      steps,
+      truncated,
+    )
     seen.update(roles)
   assert seen == set(ROLES)
 
@@ -238,12 +281,18 @@ def test_true_values_instead_of_wrong_ones_make_the_answer_right(name):
       continue
     reading, task = _read(prompt, modulus), _task(name, prompt)
     true = dict(zip(reading.labels, _fill(reading, {}), strict=True))
-    fixed = [f"{s[0]}{true[s[0]]};" if re.fullmatch(r"[a-z]\d;", s) and s[0] in true else s for s in steps[:-1]]
+    fixed = [
+      f"{s[0]}{true[s[0]]};" if re.fullmatch(r"[a-z]\d;", s) and s[0] in true else s
+      for s in steps[:-1]
+    ]
     fixed.append(f"#{true[reading.labels[-1]]}$")
     changed = task.label_steps(prompt, fixed, truncated)
     assert changed[-1] == "necessary", (prompt, fixed)
     # Only what is no write to a line of the prompt is still wrong.
-    assert all(role != "error" or not re.fullmatch(r"[a-y]\d;", s) for s, role in zip(fixed, changed, strict=True))
+    assert all(
+      role != "error" or not re.fullmatch(r"[a-y]\d;", s)
+      for s, role in zip(fixed, changed, strict=True)
+    )
     assert not {"inherits", "repair"} & set(changed), (prompt, fixed)
 
 
@@ -289,7 +338,11 @@ def test_what_follows_decides_only_whether_a_true_step_is_needed(name):
     for k in range(1, len(steps)):
       prefix = _task(name, prompt).label_steps(prompt, steps[:k], False)
       for a, b in zip(prefix, roles[:k], strict=True):
-        assert a == b or (a in later and b in later and "redundant" in (a, b)), (prompt, steps, truncated)
+        assert a == b or (a in later and b in later and "redundant" in (a, b)), (
+          prompt,
+          steps,
+          truncated,
+        )
 
 
 def test_labels_by_hand():
@@ -314,14 +367,21 @@ def test_labels_by_hand():
     ("a0;c6;$", "necessary necessary error"),
   ):
     assert task.label_steps(prompt, _cut(text), truncated=False) == roles.split(), text
-  assert task.label_steps(prompt, ["a0;", "c6;", "#6"], truncated=True) == ["necessary", "necessary", "irrelevant"]
+  assert task.label_steps(prompt, ["a0;", "c6;", "#6"], truncated=True) == [
+    "necessary",
+    "necessary",
+    "irrelevant",
+  ]
   assert task.label_steps(prompt, [], truncated=False) == []
 
 
 def test_a_finished_last_step_that_says_nothing_is_an_error_also_when_cut_off():
   """Only an unfinished step is excused by the end of the tokens; this one has its `;`."""
   task = Chains(ChainsConfig(lines=4))
-  assert task.label_steps("+3a*2b-4c+1d?cm7n3;", ["a0;", "?c;"], truncated=True) == ["necessary", "error"]
+  assert task.label_steps("+3a*2b-4c+1d?cm7n3;", ["a0;", "?c;"], truncated=True) == [
+    "necessary",
+    "error",
+  ]
 
 
 # Values of prefixes.
@@ -368,7 +428,9 @@ def test_prefix_values_equal_an_independent_count():
     prompt, _ = task.demonstration(index, True)
     completions = [_perturbed(task, index, dice)[1] for _ in range(8)]
     depth, furthest, end = _independent_values(task, prompt, completions)
-    for i, (steps, values) in enumerate(zip(completions, task.prefix_values(prompt, completions), strict=True)):
+    for i, (steps, values) in enumerate(
+      zip(completions, task.prefix_values(prompt, completions), strict=True)
+    ):
       assert len(values) == len(steps)
       others = furthest[:i] + furthest[i + 1 :]
       for k, value in enumerate(values):
@@ -389,14 +451,18 @@ def test_prefix_values_by_hand():
   # One other, who succeeded: from each of the three places one of one got further.
   assert task.prefix_values(prompt, [right, right])[0] == pytest.approx([0.75**3, 0.75**2, 0.75])
   # A wrong value stands, and then a right one.
-  assert task.prefix_values(prompt, [["a1;", "a0;", "c6;", "#6$"], right])[0][1:3] == pytest.approx([0, 0.75**2])
+  assert task.prefix_values(prompt, [["a1;", "a0;", "c6;", "#6$"], right])[0][1:3] == pytest.approx(
+    [0, 0.75**2]
+  )
   # The distractor changes nothing.
-  assert task.prefix_values(prompt, [["b0;", "d5;", "a0;", "#6$"], right])[0][:3] == pytest.approx([0.75**3] * 3)
+  assert task.prefix_values(prompt, [["b0;", "d5;", "a0;", "#6$"], right])[0][:3] == pytest.approx(
+    [0.75**3] * 3
+  )
   # Two times a wrong digit can be right again: m is 7, a is 4, wrong is 9, and both doubled end in 8.
   times = "*2a*2b*2c+1d?cm7n3;"
-  assert task.prefix_values(times, [["a9;", "c8;", "#8$"], ["a4;", "c8;", "#8$"]])[0] == pytest.approx(
-    [0.75**3, 0.75**2, 0.75]
-  )
+  assert task.prefix_values(times, [["a9;", "c8;", "#8$"], ["a4;", "c8;", "#8$"]])[
+    0
+  ] == pytest.approx([0.75**3, 0.75**2, 0.75])
 
 
 def test_a_wrong_value_that_stands_is_worth_nothing_unless_the_rest_forgives_it():
@@ -429,9 +495,13 @@ def test_prefix_values_tend_to_the_others_success(others):
   task = Chains(ChainsConfig(lines=4))
   prompt, right, wrong = "+3a*2b-4c+1d?cm7n3;", ["a0;", "c6;", "#6$"], ["a1;", "c7;", "#7$"]
   sure, unsure = (others + 0.5) / (others + 1), 0.5 / (others + 1)
-  assert task.prefix_values(prompt, [right] * (others + 1))[0] == pytest.approx([sure**3, sure**2, sure])
+  assert task.prefix_values(prompt, [right] * (others + 1))[0] == pytest.approx(
+    [sure**3, sure**2, sure]
+  )
   # Of those who never wrote the first line rightly nobody showed how the others go: one half each.
-  assert task.prefix_values(prompt, [right] + [wrong] * others)[0] == pytest.approx([unsure / 4, 0.25, 0.5])
+  assert task.prefix_values(prompt, [right] + [wrong] * others)[0] == pytest.approx(
+    [unsure / 4, 0.25, 0.5]
+  )
   # How far one came oneself is not counted.
   assert (
     task.prefix_values(prompt, [right, *[right] * others])[0]
@@ -466,9 +536,11 @@ _ALPHABET = "0123456789+-*?;#abcdef$"
   text=st.one_of(
     st.text(_ALPHABET, max_size=30),
     # Mostly well-formed, so that the rules and not only the parser are tried.
-    st.lists(st.one_of(st.from_regex(r"[a-f][0-9];|#[0-9]\$", fullmatch=True), st.text(_ALPHABET, max_size=4))).map(
-      "".join
-    ),
+    st.lists(
+      st.one_of(
+        st.from_regex(r"[a-f][0-9];|#[0-9]\$", fullmatch=True), st.text(_ALPHABET, max_size=4)
+      )
+    ).map("".join),
   ),
   index=st.integers(0, 5),
   truncated=st.booleans(),
@@ -553,7 +625,10 @@ def _independent_labels(prompt, modulus, steps, truncated):
     else:
       roles.append("error")
   live = led_to(end + 1) if live is None else live
-  return ["redundant" if r in ("necessary", "repair") and k not in live else r for k, r in enumerate(roles)]
+  return [
+    "redundant" if r in ("necessary", "repair") and k not in live else r
+    for k, r in enumerate(roles)
+  ]
 
 
 def _role(value, expected, true, standing):

@@ -35,7 +35,11 @@ def make(folder):
   """A task with the settings given."""
 
   def make(**changes) -> Text:
-    given = {"path": str(folder / "train.jsonl"), "heldout_path": str(folder / "test.jsonl"), "tokenizer": str(folder)}
+    given = {
+      "path": str(folder / "train.jsonl"),
+      "heldout_path": str(folder / "test.jsonl"),
+      "tokenizer": str(folder),
+    }
     config = TextConfig(**{"name": "jsonl", **given, **changes})
     assert not config.check()
     return Text(config)
@@ -49,7 +53,9 @@ def with_rows(make, tmp_path):
 
   def with_rows(rows, **changes) -> Text:
     path = tmp_path / "rows.jsonl"
-    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+      rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+    )
     return make(path=str(path), **changes)
 
   return with_rows
@@ -84,30 +90,52 @@ def test_a_problem_is_a_function_of_its_index(make):
 def test_held_out_problems_keep_their_order(make):
   task = make()
   assert task.sizes == {"train": N, "heldout": 4}
-  assert [task.problem("heldout", i).prompt for i in range(4)] == [p["question"] for p in words.PROBLEMS[:4]]
+  assert [task.problem("heldout", i).prompt for i in range(4)] == [
+    p["question"] for p in words.PROBLEMS[:4]
+  ]
   assert [task.problem("heldout", i).answer for i in range(4)] == ["2", "3", "4", "5"]
 
 
 @pytest.mark.parametrize(("answer", "reference"), [("short_answer", "9"), ("answer", "9")])
 def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, reference):
   data_dir = words.build_gsm8k(tmp_path_factory.mktemp("tfds"))
-  task = make(name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="", answer=answer)
+  task = make(
+    name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="", answer=answer
+  )
   assert task.sizes == {"train": 16, "heldout": N - 16}
-  assert sorted(p.prompt for p in every_problem(task)) == sorted(p["question"] for p in words.PROBLEMS[:16])
+  assert sorted(p.prompt for p in every_problem(task)) == sorted(
+    p["question"] for p in words.PROBLEMS[:16]
+  )
   assert task.problem("heldout", 0).answer == reference
   assert "tensorflow" not in sys.modules
   with pytest.raises(UserError, match=r"task\.heldout_split: cannot open 'tset' .*test"):
-    make(name="tfds", dataset="gsm8k", data_dir=data_dir, heldout_split="tset", path="", heldout_path="")
+    make(
+      name="tfds",
+      dataset="gsm8k",
+      data_dir=data_dir,
+      heldout_split="tset",
+      path="",
+      heldout_path="",
+    )
   with pytest.raises(
-    UserError, match=r"gsm8k, split 'train', example \d+: the field 'query' must be text .*; there are .*question"
+    UserError,
+    match=r"gsm8k, split 'train', example \d+: the field 'query' must be text .*; there are .*question",
   ):
     make(
-      name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="", answer=answer, question="query"
+      name="tfds",
+      dataset="gsm8k",
+      data_dir=data_dir,
+      path="",
+      heldout_path="",
+      answer=answer,
+      question="query",
     ).problem("train", 0)
 
 
 def test_a_data_set_that_is_not_there(make, tmp_path):
-  with pytest.raises(UserError, match=r"task\.split: cannot open 'train' of task\.dataset 'no_such_set'"):
+  with pytest.raises(
+    UserError, match=r"task\.split: cannot open 'train' of task\.dataset 'no_such_set'"
+  ):
     make(name="tfds", dataset="no_such_set", data_dir=str(tmp_path), path="", heldout_path="")
 
 
@@ -117,7 +145,9 @@ def test_a_data_set_that_is_not_there(make, tmp_path):
 @pytest.fixture
 def split(with_rows):
   """The task that splits the rows given."""
-  return lambda rows, fraction=0.3, **changes: with_rows(rows, heldout_path="", heldout_fraction=fraction, **changes)
+  return lambda rows, fraction=0.3, **changes: with_rows(
+    rows, heldout_path="", heldout_fraction=fraction, **changes
+  )
 
 
 def held_out(task: Text) -> list[str]:
@@ -134,7 +164,9 @@ def test_the_fraction_of_a_file_is_held_out(split):
   own = held_out(task)
   trained = [p.prompt for p in every_problem(task)]
   assert sorted(own + trained) == sorted(row["question"] for row in rows)
-  assert own == [row["question"] for row in rows if row["question"] in own]  # They keep their order.
+  assert own == [
+    row["question"] for row in rows if row["question"] in own
+  ]  # They keep their order.
   assert abs(len(own) / 2000 - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
   assert set(held_out(split(rows, 0.1))) < set(own)
   # Another split would train old runs on what they are measured on, so it may never change.
@@ -166,13 +198,17 @@ def test_lines_of_a_split_file_have_their_own_numbers(split):
     task = split([{**row, "answer": "?"} if row["question"] == wrong else row for row in rows])
     with pytest.raises(UserError, match=rf"rows\.jsonl, line {line}: .*'number' finds no answer"):
       read(task)
-  with pytest.raises(UserError, match=r"task\.question: .*rows\.jsonl, line 61: the field 'question' must be text"):
+  with pytest.raises(
+    UserError, match=r"task\.question: .*rows\.jsonl, line 61: the field 'question' must be text"
+  ):
     split([*rows, {"answer": "1"}])
 
 
 @pytest.mark.parametrize(("fraction", "said"), [(1e-9, "hold out"), (1 - 1e-9, "train on")])
 def test_a_split_with_an_empty_side(split, fraction, said):
-  with pytest.raises(UserError, match=rf"task\.heldout_fraction: .* leaves nothing to {said} of .*rows\.jsonl; set"):
+  with pytest.raises(
+    UserError, match=rf"task\.heldout_fraction: .* leaves nothing to {said} of .*rows\.jsonl; set"
+  ):
     split(many(5), fraction)
 
 
@@ -184,8 +220,14 @@ def test_half_a_character(split):
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    ({"heldout_path": "b"}, {"heldout_path": "either this or task.heldout_fraction must be given, and not both"}),
-    ({"heldout_fraction": 0.0}, {"heldout_path": "either this or task.heldout_fraction must be given, and not both"}),
+    (
+      {"heldout_path": "b"},
+      {"heldout_path": "either this or task.heldout_fraction must be given, and not both"},
+    ),
+    (
+      {"heldout_fraction": 0.0},
+      {"heldout_path": "either this or task.heldout_fraction must be given, and not both"},
+    ),
     ({"heldout_fraction": 1.0}, {"heldout_fraction": "must be above 0 and below 1"}),
     ({"heldout_fraction": -0.1}, {"heldout_fraction": "must be above 0 and below 1"}),
     ({"path": ""}, {"path": "must be given, because task.name is 'jsonl'"}),
@@ -194,7 +236,10 @@ def test_half_a_character(split):
 )
 def test_one_way_to_hold_out(changes, said):
   assert (
-    TextConfig(**{"name": "jsonl", "path": "a", "heldout_fraction": 0.1, "tokenizer": "t", **changes}).check() == said
+    TextConfig(
+      **{"name": "jsonl", "path": "a", "heldout_fraction": 0.1, "tokenizer": "t", **changes}
+    ).check()
+    == said
   )
 
 
@@ -205,18 +250,33 @@ def test_one_way_to_hold_out(changes, said):
   ("rows", "said"),
   [
     ("", r"rows\.jsonl, line 1 is not a JSON object"),
-    ('{"question": "1?", "answer": "1"}\n{"question"\n', r"rows\.jsonl, line 2 is not a JSON object"),
+    (
+      '{"question": "1?", "answer": "1"}\n{"question"\n',
+      r"rows\.jsonl, line 2 is not a JSON object",
+    ),
     ('{"question": "1?", "answer": "1"}\n\n\r\n{"question": "2?"\n', "line 4 is not a JSON object"),
-    ('{"question": "1?", "answer": "1"}\n\n{"question": "2?", "answer": "?"}\n', "line 3: .*'number' finds no answer"),
+    (
+      '{"question": "1?", "answer": "1"}\n\n{"question": "2?", "answer": "?"}\n',
+      "line 3: .*'number' finds no answer",
+    ),
     ("\n \n", r"line 1 is not a JSON object \(the file is empty\)"),
     ("[1, 2]\n", "line 1 is not a JSON object"),
     ('[["question", "1?"], ["answer", "1"]]\n', r"line 1 is not a JSON object \(it is a list\)"),
     ('{"question": "1?", "answer": "1", "question": "2?"}\n', "line 1 .*it has 'question' twice"),
     ('{"question": "1?", "answer": NaN}\n', "line 1 .*NaN is no number in JSON"),
     ('{"question": "1?", "answer": -Infinity}\n', "line 1 .*-Infinity is no number in JSON"),
-    ('{"question": "1?", "answer": 1e999}\n', "line 1: the field 'answer' must be text or a number, not inf"),
-    (f'{{"question": "1?", "answer": 1{"0" * 5000}}}\n', r"line 1 is not a JSON object \(Exceeds the limit"),
-    (f'{{"question": "1?", "answer": 1{"0" * 4000}}}\n', "line 1: .*'number' finds no answer in '0+'"),
+    (
+      '{"question": "1?", "answer": 1e999}\n',
+      "line 1: the field 'answer' must be text or a number, not inf",
+    ),
+    (
+      f'{{"question": "1?", "answer": 1{"0" * 5000}}}\n',
+      r"line 1 is not a JSON object \(Exceeds the limit",
+    ),
+    (
+      f'{{"question": "1?", "answer": 1{"0" * 4000}}}\n',
+      "line 1: .*'number' finds no answer in '0+'",
+    ),
     (f'{{"question": "1?", "answer": {"[" * 100_000}}}\n', "line 1 is not a JSON object"),
     ("3\n", "line 1 is not a JSON object"),
     (
@@ -235,10 +295,19 @@ def test_one_way_to_hold_out(changes, said):
     ),
     ([{"question": "1?", "answer": "1 or 2"}], "line 1: .*'number' finds no answer"),
     ([{"question": "1?", "answer": "3 cats and 2 dogs"}], "line 1: .*'number' finds no answer"),
-    ([{"question": "1?", "answer": "We get 3 + 4 = 7.\n#### 7 or 8"}], "line 1: .*'number' finds no answer"),
+    (
+      [{"question": "1?", "answer": "We get 3 + 4 = 7.\n#### 7 or 8"}],
+      "line 1: .*'number' finds no answer",
+    ),
     ([{"question": "1?", "answer": "\\frac{\\sqrt{2}}{2}"}], "line 1: .*'number' finds no answer"),
-    ([{"question": "1?", "answer": "So 3 x + 2, \\boxed{2x+3}"}], "line 1: .*'number' finds no answer"),
-    ([{"question": "1?", "answer": "It is 7, \\boxed{\\frac{1}{2}"}], "line 1: .*'number' finds no answer"),
+    (
+      [{"question": "1?", "answer": "So 3 x + 2, \\boxed{2x+3}"}],
+      "line 1: .*'number' finds no answer",
+    ),
+    (
+      [{"question": "1?", "answer": "It is 7, \\boxed{\\frac{1}{2}"}],
+      "line 1: .*'number' finds no answer",
+    ),
   ],
 )
 def test_bad_rows(with_rows, rows, said):
@@ -250,7 +319,10 @@ def test_bad_rows(with_rows, rows, said):
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=repr)
 def test_only_a_line_feed_ends_a_line(make, tmp_path, start, end):
   """Unicode, and `str.splitlines`, know eight more ends of lines, and JSON allows most of them within a string."""
-  rows = [{"question": f"What{c}is{c} {i}?", "answer": str(i)} for i, c in enumerate("\u2028\u2029\x85\x7f\ufeff")]
+  rows = [
+    {"question": f"What{c}is{c} {i}?", "answer": str(i)}
+    for i, c in enumerate("\u2028\u2029\x85\x7f\ufeff")
+  ]
   path = tmp_path / "rows.jsonl"
   for last in (end, ""):
     text = start + end.join(json.dumps(row, ensure_ascii=False) for row in rows) + last
@@ -311,7 +383,10 @@ def test_reference_answers(with_rows, answer, reference):
 )
 def test_impossible_settings(key, value):
   good = TextConfig(
-    name="jsonl", path="a", heldout_path="b", format="x" if key == "format_weight" and value == 1 else ""
+    name="jsonl",
+    path="a",
+    heldout_path="b",
+    format="x" if key == "format_weight" and value == 1 else "",
   )
   bad = dataclasses.replace(good, **{key: value}).check()
   assert key in bad or (key == "format_weight" and "format" in bad)
@@ -333,7 +408,9 @@ def test_arguments_of_the_template(make):
   rendered = make(template_kwargs='{"enable_thinking": false}').problem("heldout", 0).rendered
   assert rendered.endswith("<|start|>assistant\n<think></think>")
   for given in ("[]", "{", '{"messages": 3}'):
-    with pytest.raises(UserError, match=r"task\.chat_template or task\.template_kwargs: the template fails"):
+    with pytest.raises(
+      UserError, match=r"task\.chat_template or task\.template_kwargs: the template fails"
+    ):
       make(template_kwargs=given).problem("heldout", 0)
 
 
@@ -341,9 +418,17 @@ def test_arguments_of_the_template(make):
 def test_the_prompts_of_a_run_do_not_change_at_midnight(make, tmp_path, start):
   """Else the template stays as it is, also where it begins with white space."""
   asked = ["%d %b %Y", "%A, %-d. %B %y, %H:%M:%S", "%Y-%m-%d is 100%%", "%c"]
-  days = ["26 Jul 2024", "Friday, 26. July 24, 00:00:00", "2024-07-26 is 100%", "Fri Jul 26 00:00:00 2024"]
+  days = [
+    "26 Jul 2024",
+    "Friday, 26. July 24, 00:00:00",
+    "2024-07-26 is 100%",
+    "Fri Jul 26 00:00:00 2024",
+  ]
   body = "{% set name = 'a' %}{{ messages[0]['content'] }}"
-  calls = "".join(f"{{% if strftime_now is defined %}}|{{{{ strftime_now('{ask}') }}}}{{% endif %}}" for ask in asked)
+  calls = "".join(
+    f"{{% if strftime_now is defined %}}|{{{{ strftime_now('{ask}') }}}}{{% endif %}}"
+    for ask in asked
+  )
   rendered = [
     make(tokenizer=words.save_tokenizer(tmp_path / str(len(more)), template=start + body + more))
     .problem("heldout", 0)
@@ -368,7 +453,13 @@ def test_without_a_template_the_prompt_starts_as_the_tokenizer_does(make, tmp_pa
 
 @pytest.mark.parametrize(
   ("completion", "right"),
-  [("1 + 1 = 2.\n#### 2", True), ("#### 3", False), ("The answer is 2.", True), ("2, 3", False), ("", False)],
+  [
+    ("1 + 1 = 2.\n#### 2", True),
+    ("#### 3", False),
+    ("The answer is 2.", True),
+    ("2, 3", False),
+    ("", False),
+  ],
 )
 def test_numbers(make, completion, right):
   task = make()
@@ -403,9 +494,13 @@ def test_only_what_follows_the_thinking_is_read(make, completion, right):
     ("#### 2 apples", 0.75, True),
   ],
 )
-def test_form_is_rewarded_beside_correctness_and_never_counts_as_it(make, completion, reward, correct):
+def test_form_is_rewarded_beside_correctness_and_never_counts_as_it(
+  make, completion, reward, correct
+):
   task = make(format=r".*#### \d+", format_weight=0.25)
-  assert task.verify(task.problem("heldout", 0), completion, False) == Outcome(reward, correct, False)
+  assert task.verify(task.problem("heldout", 0), completion, False) == Outcome(
+    reward, correct, False
+  )
   assert task.verify(task.problem("heldout", 0), completion, True).reward == 0
 
 
@@ -413,9 +508,14 @@ def test_a_format_that_takes_for_ever_is_not_met_and_says_so(make, monkeypatch, 
   monkeypatch.setattr(patterns, "SECONDS", 0.05)
   patterns.warn_slow.cache_clear()
   task = make(format=r"(?:[a-z]|[a-z][a-z])+\d\.", format_weight=0.25)
-  assert task.verify(task.problem("heldout", 0), "abcd" * 100 + " $ 2.", False) == Outcome(0.75, True, False)
+  assert task.verify(task.problem("heldout", 0), "abcd" * 100 + " $ 2.", False) == Outcome(
+    0.75, True, False
+  )
   assert task.verify(task.problem("heldout", 0), "three3.", False) == Outcome(0.25, False, False)
-  assert r"task.format: '(?:[a-z]|[a-z][a-z])+\\d\\.' took over 0.05 s on a completion" in capsys.readouterr().err
+  assert (
+    r"task.format: '(?:[a-z]|[a-z][a-z])+\\d\\.' took over 0.05 s on a completion"
+    in capsys.readouterr().err
+  )
 
 
 # A verifier of one's own.
@@ -534,15 +634,25 @@ def test_final_answers_are_the_verifiers_own_or_there_are_none(own):
 
 
 @pytest.mark.parametrize("completion", ["hang", "spin", "exit", "crash"])
-def test_one_that_hangs_or_crashes_gives_no_verdict_and_the_next_one_is_fresh(own, capfd, completion):
+def test_one_that_hangs_or_crashes_gives_no_verdict_and_the_next_one_is_fresh(
+  own, capfd, completion
+):
   task = own("odd", verifier_seconds=2.0 if completion in ("hang", "spin") else 60.0)
   problem = task.problem("heldout", 0)
   assert task.verify(problem, "right", False) == Outcome(1.0, True, False)
   assert task.verify(problem, completion, False) == Outcome(0.0, False, False, judged=False)
   assert task.verify(problem, "right", False) == Outcome(1.0, True, False)
-  said = {"hang": "took over 2 s", "spin": "took over 2 s", "exit": "exit status 3", "crash": "SIGSEGV"}[completion]
+  said = {
+    "hang": "took over 2 s",
+    "spin": "took over 2 s",
+    "exit": "exit status 3",
+    "crash": "SIGSEGV",
+  }[completion]
   warning = capfd.readouterr().err
-  assert f"warning: task.verifier own_verifier:odd {said}" in warning or f"ended its process ({said})" in warning
+  assert (
+    f"warning: task.verifier own_verifier:odd {said}" in warning
+    or f"ended its process ({said})" in warning
+  )
   assert "such ones are not trained on (train/unjudged)" in warning
 
 
@@ -557,9 +667,13 @@ def test_one_that_never_gives_a_verdict_ends_the_run(own):
 
 def test_many_are_verified_at_once_and_their_outcomes_keep_their_order(own):
   task = own("same")
-  attempts = [(task.problem("train", i), f"#### {j}", i % 5 == 0) for i in range(N) for j in range(2, 6)]
+  attempts = [
+    (task.problem("train", i), f"#### {j}", i % 5 == 0) for i in range(N) for j in range(2, 6)
+  ]
   outcomes = verify(task, attempts)
-  assert [o.correct for o in outcomes] == [not cut and text in p.answer for p, text, cut in attempts]
+  assert [o.correct for o in outcomes] == [
+    not cut and text in p.answer for p, text, cut in attempts
+  ]
   broken = own("broken")
   with pytest.raises(UserError, match="ZeroDivisionError"):
     verify(broken, attempts)
@@ -579,7 +693,9 @@ def test_many_are_verified_at_once_and_their_outcomes_keep_their_order(own):
 )
 def test_a_function_that_fails_stops_the_run_with_a_sentence(own, name, said):
   task = own(name)
-  with pytest.raises(UserError, match=rf"task\.verifier own_verifier:{name}, question 'Tom.*{said}.*run again"):
+  with pytest.raises(
+    UserError, match=rf"task\.verifier own_verifier:{name}, question 'Tom.*{said}.*run again"
+  ):
     task.verify(task.problem("heldout", 0), "2", False)
 
 
@@ -603,7 +719,10 @@ def test_no_verifier_outlives_the_run(tmp_path, completion):
   )
   path = os.pathsep.join([str(tmp_path), str(pathlib.Path(patterns.__file__).parents[1])])
   run = subprocess.Popen(
-    [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    [sys.executable, "-c", program],
+    stdout=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"PYTHONPATH": path},
   )
   worker = int(run.stdout.readline())
   while run.stdout.readline() != "asked\n":
@@ -631,13 +750,37 @@ TEXT = "Let me see.\n\n1.\nTom has 3 apples. He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\n
 @pytest.mark.parametrize(
   ("steps", "expected"),
   [
-    ("line", ["Let me see.\n\n", "1.\nTom has 3 apples. He buys 4!\n", "\\[\n3 + 4 = 7\n", "\\]\n\nSo it is 7."]),
-    ("paragraph", ["Let me see.\n\n", "1.\nTom has 3 apples. He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\n", "So it is 7."]),
+    (
+      "line",
+      [
+        "Let me see.\n\n",
+        "1.\nTom has 3 apples. He buys 4!\n",
+        "\\[\n3 + 4 = 7\n",
+        "\\]\n\nSo it is 7.",
+      ],
+    ),
+    (
+      "paragraph",
+      [
+        "Let me see.\n\n",
+        "1.\nTom has 3 apples. He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\n",
+        "So it is 7.",
+      ],
+    ),
     (
       "sentence",
-      ["Let me see.\n\n", "1.\nTom has 3 apples. ", "He buys 4!\n", "\\[\n3 + 4 = 7\n", "\\]\n\nSo it is 7."],
+      [
+        "Let me see.\n\n",
+        "1.\nTom has 3 apples. ",
+        "He buys 4!\n",
+        "\\[\n3 + 4 = 7\n",
+        "\\]\n\nSo it is 7.",
+      ],
     ),
-    (r"\. ", ["Let me see.\n\n1.\nTom has 3 apples. ", "He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\nSo it is 7."]),
+    (
+      r"\. ",
+      ["Let me see.\n\n1.\nTom has 3 apples. ", "He buys 4!\n\\[\n3 + 4 = 7\n\\]\n\nSo it is 7."],
+    ),
   ],
 )
 def test_steps_of_a_text(make, steps, expected):

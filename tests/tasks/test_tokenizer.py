@@ -18,7 +18,9 @@ STEP_ENDS = ["\n", r"\n\n", r"[.!?]\s+", "🙂", "東|é", r"(?=a)", r"\s*", "[�
 # Random text, with much of what is hard: bytes of several tokens, spaces, line ends, steps.
 HARD = [*"ab1.\n ", "  ", "\n\n", "東京", "é", "🙂", "👩\u200d🚀", "。", "Tom has "]
 TEXTS = st.lists(st.sampled_from(HARD) | st.text(max_size=4)).map("".join)
-STOPS = st.lists(st.sampled_from(["\n\n", "東", "🙂", "京é", " ", "Tom", "s "]), min_size=1, max_size=2)
+STOPS = st.lists(
+  st.sampled_from(["\n\n", "東", "🙂", "京é", " ", "Tom", "s "]), min_size=1, max_size=2
+)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
@@ -47,11 +49,18 @@ def test_any_tokens_have_the_text_that_the_tokenizer_decodes(tokenizer, data):
   ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
   ours = text_of(tokenizer, ids)
   if "\ufffd" not in ours:  # How often that stands for bytes that are no text is for each to say.
-    assert ours == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert ours == tokenizer.decode(
+      ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=TEXTS, extra=st.lists(st.integers(0, 300), max_size=6), step_end=st.sampled_from(STEP_ENDS), data=st.data())
+@given(
+  text=TEXTS,
+  extra=st.lists(st.integers(0, 300), max_size=6),
+  step_end=st.sampled_from(STEP_ENDS),
+  data=st.data(),
+)
 def test_steps_partition_tokens_and_text(tokenizer, text, extra, step_end, data):
   text = "".join(c for c in text if not 0xD800 <= ord(c) < 0xE000)
   ids = encode(tokenizer, text)
@@ -71,7 +80,10 @@ def test_steps_partition_tokens_and_text(tokenizer, text, extra, step_end, data)
 
 @settings(max_examples=150, deadline=None)
 @given(
-  text=TEXTS, stop=st.lists(st.sampled_from(["\n\n", "東", "🙂", "京é", " ", "Tom", "s "]), min_size=1, max_size=2)
+  text=TEXTS,
+  stop=st.lists(
+    st.sampled_from(["\n\n", "東", "🙂", "京é", " ", "Tom", "s "]), min_size=1, max_size=2
+  ),
 )
 def test_a_stop_string_ends_with_the_token_that_completes_it(tokenizer, text, stop):
   text = "".join(c for c in text if not 0xD800 <= ord(c) < 0xE000).replace("▁", "")
@@ -163,7 +175,9 @@ def test_a_vocabulary_of_words_is_refused(tmp_path):
 
 @pytest.mark.parametrize("ends", [10**6, [1, 500], -1, "2", [True], 1.5])
 def test_an_end_that_is_no_token_is_refused(tmp_path, ends):
-  with pytest.raises(UserError, match=r"generation_config\.json: the end token .* is none of the tokenizer's \d+ ids"):
+  with pytest.raises(
+    UserError, match=r"generation_config\.json: the end token .* is none of the tokenizer's \d+ ids"
+  ):
     load_tokenizer(words.save_tokenizer(tmp_path, ends=ends))
 
 

@@ -20,7 +20,9 @@ def read_corpus(name: str) -> list[dict]:
 CORPUS = read_corpus("number_corpus.jsonl")
 
 
-@pytest.mark.parametrize("case", CORPUS, ids=[f"{i}-{c['text'][:24]!r}" for i, c in enumerate(CORPUS)])
+@pytest.mark.parametrize(
+  "case", CORPUS, ids=[f"{i}-{c['text'][:24]!r}" for i, c in enumerate(CORPUS)]
+)
 def test_the_corpus(case):
   reference = number(case["reference"])
   assert reference is not None
@@ -53,7 +55,11 @@ def test_every_fraction_is_read_back(value, frame):
   assert number(frame.format(value)) == str(value)
 
 
-@given(value=st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
+@given(
+  value=st.decimals(
+    allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9
+  )
+)
 def test_a_decimal_means_the_same_in_every_spelling(value):
   expected = str(Fraction(value))
   sign, size = ("-", -value) if value < 0 else ("", value)
@@ -68,7 +74,14 @@ def test_a_decimal_means_the_same_in_every_spelling(value):
     assert number(f"The answer is {spelling}.") == expected, spelling
 
 
-SCIENTIFIC = ["{m}e{e}", "{m}E{e}", "{m}\\times10^{{{e}}}", "{m} \\cdot 10^{{{e}}}", "{m}×10^{e}", "{m} x 10^{e}"]
+SCIENTIFIC = [
+  "{m}e{e}",
+  "{m}E{e}",
+  "{m}\\times10^{{{e}}}",
+  "{m} \\cdot 10^{{{e}}}",
+  "{m}×10^{e}",
+  "{m} x 10^{e}",
+]
 SCIENTIFIC += ["{m}X10^{e}", "{m}*10^{e}", "{m}·10^({e})", "{m} * 10**{e}", "{m}×10{superscript}"]
 SCIENTIFIC += ["{m} \\times 10^{{ {e} }}"]
 
@@ -90,7 +103,22 @@ def test_scientific_notation_in_every_usual_spelling(digits, places, power, sign
 
 
 # What makes an expression of a number, on its left and on its right.
-LEFT = ["2x+", "\\sqrt", "f(2)=g", "\\pi", "a_", "x^", "2^", "3\\cdot ", "7/3/", "\\pm ", "x<", "\\log ", "4:", "1-"]
+LEFT = [
+  "2x+",
+  "\\sqrt",
+  "f(2)=g",
+  "\\pi",
+  "a_",
+  "x^",
+  "2^",
+  "3\\cdot ",
+  "7/3/",
+  "\\pm ",
+  "x<",
+  "\\log ",
+  "4:",
+  "1-",
+]
 LEFT += [
   "\\frac{\\sqrt{2}}",
   "\\binom{5}",
@@ -135,7 +163,9 @@ RIGHT += [
 @given(
   value=st.one_of(st.integers(2, 999), st.decimals(0, 99, places=2)),
   around=st.sampled_from([(left, "") for left in LEFT] + [("", right) for right in RIGHT]),
-  frame=st.sampled_from(["#### {}", "The answer is {}", "\\boxed{{{}}}", "So it is $\\boxed{{{}}}$."]),
+  frame=st.sampled_from(
+    ["#### {}", "The answer is {}", "\\boxed{{{}}}", "So it is $\\boxed{{{}}}$."]
+  ),
 )
 def test_no_number_is_taken_out_of_an_expression(value, around, frame):
   assert number(frame.format(f"{around[0]}{value}{around[1]}")) is None
@@ -148,10 +178,17 @@ def test_no_number_is_taken_out_of_an_expression(value, around, frame):
 )
 def test_numbers_beside_letters_of_other_scripts_keep_sign_and_separators(value, before, after):
   for spelling in (str(value), f"{value:,}", f"{value}".replace("-", "−")):
-    assert number(f"{before}{spelling}{after}") == number(f"\\boxed{{{before}{spelling}{after}}}") == str(value)
+    assert (
+      number(f"{before}{spelling}{after}")
+      == number(f"\\boxed{{{before}{spelling}{after}}}")
+      == str(value)
+    )
 
 
-@given(value=st.integers(0, 9999), inside=st.sampled_from(["10 red + 10 blue", "see step 3", "not 7", "= 4 \\cdot 5"]))
+@given(
+  value=st.integers(0, 9999),
+  inside=st.sampled_from(["10 red + 10 blue", "see step 3", "not 7", "= 4 \\cdot 5"]),
+)
 def test_a_number_followed_by_its_explanation_in_brackets_is_that_number(value, inside):
   for frame in (*FRAMES[:5], "#### {}"):
     assert number(frame.format(f"{value} ({inside})")) == str(value)
@@ -159,7 +196,9 @@ def test_a_number_followed_by_its_explanation_in_brackets_is_that_number(value, 
 
 
 NUMBERS = st.lists(st.integers(0, 999), min_size=3, max_size=30, unique=True)
-SEPARATORS = st.sampled_from([", ", " ", "; ", " or ", "\n", ", or ", " / ", "\n- ", " and ", "\t", ". ", " | "])
+SEPARATORS = st.sampled_from(
+  [", ", " ", "; ", " or ", "\n", ", or ", " / ", "\n- ", " and ", "\t", ". ", " | "]
+)
 
 
 @given(numbers=NUMBERS, between=SEPARATORS, frame=st.sampled_from(FRAMES[:4]))
@@ -170,7 +209,10 @@ def test_a_list_of_numbers_is_no_answer(numbers, between, frame):
 
 
 @settings(max_examples=300)
-@given(text=st.text("0123456789.,/-+eE%$ \n\\{}boxedanswer is:#()ABCDE½²−", max_size=60), tail=st.integers(0, 99))
+@given(
+  text=st.text("0123456789.,/-+eE%$ \n\\{}boxedanswer is:#()ABCDE½²−", max_size=60),
+  tail=st.integers(0, 99),
+)
 def test_one_text_gives_one_answer_and_no_error(text, tail):
   for verifier in VERIFIERS.values():
     found = verifier(text)
@@ -241,7 +283,9 @@ def test_a_choice_in_the_usual_spellings(text):
   assert choice(text) == "B"
 
 
-@pytest.mark.parametrize("text", ["", *NO_CHOICES.replace("\n", "|").split("|"), "A) 1\nB) 2\nC) 3"])
+@pytest.mark.parametrize(
+  "text", ["", *NO_CHOICES.replace("\n", "|").split("|"), "A) 1\nB) 2\nC) 3"]
+)
 def test_no_single_choice(text):
   assert choice(text) is None
 
