@@ -24,7 +24,7 @@ ARMS = {
   },
   "fooled": {
     "credit.scheme": "weighted",
-    "reviewer.name": "applauds_repeats",
+    "reviewer.name": "fooled",
     "learner.lr": 1.5e-3,
   },
   "signed": {"learner.lr": 2e-3},

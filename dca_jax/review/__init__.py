@@ -1,7 +1,7 @@
 """Reviewers: they read an answer step by step and say what every step did for the outcome. Free of jax."""
 
 from dca_jax.review.builtin import (
-  ApplaudsRepeats,
+  Fooled,
   Lexical,
   NaN,
   Nobody,
@@ -20,7 +20,7 @@ from dca_jax.review.transports import CallFailed, Reply, Transport
 from dca_jax.review.types import Request, Review, Reviewer, Share, Trial, Truth
 
 _KINDS = (
-  *(Nobody, Oracle, Noisy, ApplaudsRepeats, Random, Lexical, Thief, Suffix, Stale, NaN, Silent),
+  *(Nobody, Oracle, Noisy, Fooled, Random, Lexical, Thief, Suffix, Stale, NaN, Silent),
   *(PanelConfig, GeminiModel, OpenAIModel),
 )
 REVIEWERS: dict[str, type[ReviewerConfig]] = {kind.name: kind for kind in _KINDS}

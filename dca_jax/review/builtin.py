@@ -171,10 +171,10 @@ class Noisy(Oracle):
 
 
 @dataclasses.dataclass(frozen=True)
-class ApplaudsRepeats(Oracle):
+class Fooled(Oracle):
   """The oracle, fooled by one thing: a step that says again what an earlier one said."""
 
-  name: str = "applauds_repeats"
+  name: str = "fooled"
 
   def distort(self, request: Request, review: Review) -> Review:
     repeats = [step in request.steps[:k] for k, step in enumerate(request.steps)]

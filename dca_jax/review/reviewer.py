@@ -41,7 +41,7 @@ class ReviewerConfig:
   name: str = ""
   """`none`; `gemini` or `openai` (any server that speaks OpenAI's chat completions), called as
   `client` says; `oracle`, the task's own labels and prefix values; `noisy`, the oracle with labels
-  flipped; `panel`, several at once; or your own, MODULE:CLASS. And controls: `applauds_repeats`, the
+  flipped; `panel`, several at once; or your own, MODULE:CLASS. And controls: `fooled`, the
   oracle except that a step which repeats an earlier one is necessary, with weight 3; `random`;
   `lexical` applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes its
   mind about a step with what follows it; `stale` answers with the review of the completion before;

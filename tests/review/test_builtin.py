@@ -111,9 +111,7 @@ def test_the_oracle_keeps_the_order_of_interleaved_problems():
   assert reviews[4].values[:2] != reviews[5].values[:2]
 
 
-@pytest.mark.parametrize(
-  "name", ["oracle", "noisy", "applauds_repeats", "random", "lexical", "thief"]
-)
+@pytest.mark.parametrize("name", ["oracle", "noisy", "fooled", "random", "lexical", "thief"])
 def test_values_know_neither_the_outcome_nor_what_follows(name):
   others = [("a0;", "c6;", "#6$"), ("a1;", "c7;", "#7$")]
 
@@ -208,11 +206,9 @@ def test_noisy_values_become_one_minus_themselves_at_the_asked_rate():
 # Controls.
 
 
-def test_applauds_repeats_is_the_oracle_except_about_repeats():
+def test_fooled_is_the_oracle_except_about_repeats():
   steps = ("a0;", "a0;", "b6;", "c6;", "a0;", "#6$")
-  fooled, oracle = (
-    _reviews(_requests(1, steps), name=name)[0] for name in ("applauds_repeats", "oracle")
-  )
+  fooled, oracle = (_reviews(_requests(1, steps), name=name)[0] for name in ("fooled", "oracle"))
   for k in range(6):
     repeats = k in (1, 4)
     assert fooled.roles[k] == ("necessary" if repeats else oracle.roles[k])
