@@ -10,8 +10,8 @@ cache of its own, because a cache that goes through a scan is copied at every to
 
 import dataclasses
 import math
+import typing
 from collections.abc import Sequence
-from typing import cast
 
 import flax.linen as nn
 import jax
@@ -187,7 +187,7 @@ def _param(
   module: nn.Module, name: str, init, axes: tuple[str, ...], shape: tuple[int, ...]
 ) -> jax.Array:
   """A float32 parameter that carries its logical axis names while it is boxed."""
-  return cast(
+  return typing.cast(
     jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
   )
 
@@ -316,6 +316,21 @@ class Block(nn.Module):
     return x_BxTxD, own
 
 
+class Prompts(typing.NamedTuple):
+  """P prompts that have been read: what their continuations need of them."""
+
+  last_PxD: jax.Array
+  """The hidden states that predict the first tokens after them."""
+  cache: KeyValue
+  """Their keys and values in every layer, [L, P, K, S, H]."""
+  lengths_P: jax.Array
+
+  @property
+  def mask_PxS(self) -> jax.Array:
+    """True where a prompt has a token."""
+    return jnp.arange(self.cache.v.shape[3]) < self.lengths_P[:, None]
+
+
 class Policy(nn.Module):
   """The transformer. `init_params` makes its parameters; the other public methods are pure functions of them."""
 
@@ -398,17 +413,22 @@ class Policy(nn.Module):
     Row p * G + g is completion g of prompt p. The first token is predicted from the prompt's last state, so the last
     completion token is never read.
     """
-    groups = completions_BxT.shape[0] // prompts_PxS.shape[0]
-    last_PxD, prompt, mask_PxS = self._read_prompts(params, prompts_PxS, prompt_lengths_P)
-    start_B = jnp.repeat(prompt_lengths_P, groups)
-    hidden, _ = self.apply({"params": params}, completions_BxT[:, :-1], start_B, prompt, mask_PxS)
-    return jnp.concatenate([jnp.repeat(last_PxD, groups, 0)[:, None], hidden], 1)
+    prompts = self.read_prompts(params, prompts_PxS, prompt_lengths_P)
+    return self.continuation_hidden(params, prompts, completions_BxT)
 
-  def _read_prompts(self, params, prompts_PxS, prompt_lengths_P):
-    """The last hidden state of each prompt [P, D], the prompts' keys and values, and their mask [P, S]."""
-    hidden_PxSxD, prompt = self.apply({"params": params}, prompts_PxS)
+  def read_prompts(self, params, prompts_PxS, prompt_lengths_P) -> Prompts:
+    """Runs the prompts once; what stands behind their lengths is never read."""
+    hidden_PxSxD, cache = typing.cast(typing.Any, self.apply({"params": params}, prompts_PxS))
     last_PxD = jnp.take_along_axis(hidden_PxSxD, prompt_lengths_P[:, None, None] - 1, 1)[:, 0]
-    return last_PxD, prompt, jnp.arange(prompts_PxS.shape[1]) < prompt_lengths_P[:, None]
+    return Prompts(last_PxD, cache, prompt_lengths_P)
+
+  def continuation_hidden(self, params, prompts: Prompts, completions_BxT) -> jax.Array:
+    """`completion_hidden` after prompts that have been read."""
+    groups = completions_BxT.shape[0] // prompts.lengths_P.shape[0]
+    start_B = jnp.repeat(prompts.lengths_P, groups)
+    read = completions_BxT[:, :-1], start_B, prompts.cache, prompts.mask_PxS
+    hidden, _ = self.apply({"params": params}, *read)
+    return jnp.concatenate([jnp.repeat(prompts.last_PxD, groups, 0)[:, None], hidden], 1)
 
   def decoder(self, params, prompts_PxS, prompt_lengths_P, groups: int, length: int):
     """Runs the prompts and prepares to write `groups` completions of up to `length` tokens for each.
@@ -418,13 +438,15 @@ class Policy(nn.Module):
       reads token number `index` of every row and returns (hidden states [B, D], cache).
     """
     c = self.config
-    last_PxD, prompt, mask_PxS = self._read_prompts(params, prompts_PxS, prompt_lengths_P)
+    prompts = self.read_prompts(params, prompts_PxS, prompt_lengths_P)
     start_B = jnp.repeat(prompt_lengths_P, groups)
-    layers = [jax.tree.map(lambda a, i=i: a[i], (params["blocks"], prompt)) for i in range(c.depth)]
+    both = params["blocks"], prompts.cache
+    layers = [jax.tree.map(lambda a, i=i: a[i], both) for i in range(c.depth)]
     empty = jnp.zeros((start_B.shape[0], c.kv_heads, length, c.head_dim), c.dtype)
 
     def step(cache: Sequence[KeyValue], index: jax.Array, tokens_B: jax.Array):
-      views = _views(c, start_B, jnp.array([index]), jnp.arange(length), mask_PxS)
+      queries, keys = jnp.array([index]), jnp.arange(length)
+      views = _views(c, start_B, queries, keys, prompts.mask_PxS)
       x = self.apply({"params": params}, tokens_B[:, None], method="_embed")
       updated = []
       for i, ((block, keys), own) in enumerate(zip(layers, cache, strict=True)):
@@ -435,7 +457,7 @@ class Policy(nn.Module):
         updated.append(read)
       return self.apply({"params": params}, x, method="_finish")[:, 0], tuple(updated)  # type: ignore[call-overload]
 
-    return last_PxD, (KeyValue(empty, empty),) * c.depth, step
+    return prompts.last_PxD, (KeyValue(empty, empty),) * c.depth, step
 
 
 def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[tuple, ...]:
