@@ -8,14 +8,8 @@ import statistics
 from collections.abc import Sequence
 
 from dca_jax import config as config_lib
-from dca_jax.commands.report import (
-  chart,
-  html_table,
-  moving_average,
-  page,
-  running_total,
-  text_table,
-)
+from dca_jax.commands.pages import markup, render
+from dca_jax.commands.report import chart, moving_average, running_total, text_table
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
@@ -110,12 +104,15 @@ def compare(
     "The tokens include continuations sampled for prefix values, and no reviewer's. "
     "At the end: held-out problems."
   )
-  body = [
-    chart(panels, "completions sampled", size),
-    f"<p class=note>{note}</p>",
-    html_table(header, rows),
-  ]
-  (folder / "compare.html").write_text(page(f"dca-jax: {', '.join(arms)}", body))
+  page = render(
+    "compare.html",
+    title=f"dca-jax: {', '.join(arms)}",
+    chart=markup(chart(panels, "completions sampled", size)),
+    about=note,
+    header=header,
+    rows=rows,
+  )
+  (folder / "compare.html").write_text(page)
   result = {"threshold": threshold, "seeds": list(seeds), "curves": curves["completions"]}
   result |= {
     "completions_to_threshold": spent["completions"],

@@ -1,7 +1,6 @@
 """A run, or a comparison of runs, as one self-contained HTML page."""
 
 import bisect
-import html
 import io
 import itertools
 import json
@@ -12,27 +11,13 @@ from typing import Any
 
 from etils import epath
 
+from dca_jax.commands.pages import markup, render
 from dca_jax.config import ConfigError, flatten, read_saved
 from dca_jax.episode import Episode
 from dca_jax.store.metrics import missing_steps, read_metrics
 from dca_jax.store.symptoms import findings
 from dca_jax.store.trajectories import read_trajectories
 
-_ANSWERS = """
-.answer { font-family: ui-monospace, monospace; margin: .6rem 0 1.1rem; }
-.answer, .step { white-space: pre-wrap; overflow-wrap: anywhere; }
-.step { display: inline-block; padding: 0 .3rem; margin: .1rem .15rem .1rem 0; border-radius: .25rem; }
-.step { border: 1px solid #d5d9de; color: #1c2024; } small { font-size: .72rem; }
-"""
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid #e3e6ea; }
-svg { max-width: 100%; height: auto; } .note { color: #5d6671; } details { margin: .4rem 0; }
-pre { background: #f6f7f9; padding: .8rem; overflow: auto; }
-.wide { overflow-x: auto; } .wide svg { max-width: none; }
-"""
 PALETTE = ("#5d6671", "#0b7285", "#d9480f", "#6741d9", "#2b8a3e", "#c2255c", "#846800", "#1864ab")
 
 
@@ -46,22 +31,21 @@ def write_report(workdir: epath.Path) -> epath.Path:
   trained = [m for m in metrics if "train/accuracy" in m]
   if not trained:
     raise ConfigError(f"--workdir={workdir} holds a run that has not finished a step yet")
-  sections = [
-    ("Held-out problems", _scores(metrics)),
-    ("What looks wrong", [html_list(findings(metrics))] if findings(metrics) else []),
-    ("Learning curve", _curves(trained)),
-    ("Where the seconds go", [html_table(["", "median per step"], _seconds(trained))]),
-    ("What credit did", _examples(workdir, trained)),
-  ]
-  body = [_note(_about(flatten(saved)))]
-  if lost := missing_steps(metrics):
-    body.append(_note(f"metrics.jsonl does not tell of steps {lost}, so they are not counted."))
-  for title, content in sections:
-    body += [f"<h2>{title}</h2>", *content] if content else []
-  settings = html.escape(json.dumps(saved, indent=2))
-  body.append(f"<details><summary>config.json</summary><pre>{settings}</pre></details>")
+  text = render(
+    "report.html",
+    title=f"dca-jax: {workdir.parent.name}/{workdir.name}",
+    about=_about(flatten(saved)),
+    lost=missing_steps(metrics),
+    scores_header=["", *score_header(metrics)[1:]],
+    scores=score_rows(metrics),
+    findings=findings(metrics),
+    charts=[markup(svg) for svg in _curves(trained)],
+    seconds=_seconds(trained),
+    legend=_legend(),
+    examples=_examples(workdir, trained),
+    settings=json.dumps(saved, indent=2),
+  )
   path = workdir / "report.html"
-  text = page(f"dca-jax: {workdir.parent.name}/{workdir.name}", body)
   path.write_bytes(text.encode(errors="replace"))  # Data may hold halves of characters.
   return path
 
@@ -78,12 +62,6 @@ def _about(config: dict[str, Any]) -> str:
   )
 
 
-def _scores(metrics: list[dict]) -> list[str]:
-  if rows := score_rows(metrics):
-    return [html_table(["", *score_header(metrics)[1:]], rows)]
-  return [_note("No evaluation stands in metrics.jsonl.")]
-
-
 def _curves(trained: list[dict]) -> list[str]:
   completions = running_total(trained, "train/completions")
 
@@ -96,31 +74,13 @@ def _curves(trained: list[dict]) -> list[str]:
   keys = ("train/length", "learner/entropy", "learner/kl")
   others = [(label, {"": of(key)}) for label, key in zip(labels, keys, strict=True)]
   charts = [(sampled, (7.5, 3.2)), (others, (7.5, 2.4))]
-  drawn = [chart(panels, "completions sampled", size) for panels, size in charts]
-  return [f"<div class=wide>{svg}</div>" for svg in drawn]
+  return [chart(panels, "completions sampled", size) for panels, size in charts]
 
 
 def _seconds(trained: list[dict]) -> list[list[str]]:
   keys = [key for key in trained[-1] if key.startswith("seconds/")]
   medians = {key: statistics.median(m[key] for m in trained if key in m) for key in keys}
   return [[key.removeprefix("seconds/"), f"{seconds:.3f} s"] for key, seconds in medians.items()]
-
-
-def _note(text: str) -> str:
-  return f"<p class=note>{html.escape(text)}</p>"
-
-
-def html_list(items: Sequence[str]) -> str:
-  return "<ul>" + "".join(f"<li>{html.escape(item)}" for item in items) + "</ul>"
-
-
-def page(title: str, body: Sequence[str]) -> str:
-  return (
-    "<!doctype html><html lang=en><meta charset=utf-8>"
-    "<meta name=viewport content='width=device-width'>"
-    f"<title>{html.escape(title)}</title><style>{_STYLE}{_ANSWERS}</style>"
-    f"<h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</html>\n"
-  )
 
 
 def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
@@ -220,43 +180,28 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  cells = "".join(f"<th>{html.escape(h)}" for h in header)
-  body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}" for c in row) for row in rows)
-  return f"<div class=wide><table><tr>{cells}{body}</table></div>"
-
-
-def _examples(workdir: epath.Path, trained: list[dict]) -> list[str]:
+def _examples(workdir: epath.Path, trained: list[dict]) -> list[dict[str, Any]]:
   """Two wins and two losses of the first and of the last step, of different problems if they can."""
-  shades = "".join(_span(label, shade) for shade, label in _legend())
-  parts = [
-    _note("Answers of the first and the last step; each step with its role and its mean credit."),
-    f"<p class=note>Credit per token: {shades}</p>",
-  ]
+  examples = []
   for step in dict.fromkeys([trained[0]["step"], trained[-1]["step"]]):
-    parts.append(f"<h3>Step {step}</h3>")
     kept = [*read_trajectories(workdir / "trajectories", step)]
     told = [t for t in kept if t.advantage]
-    if not told:
-      why = "The completions of every problem fared alike, so credit moved nothing." if kept else ""
-      parts.append(
-        _note(why or f"The trajectories of this step are not in {workdir / 'trajectories'}.")
-      )
+    why = ""
+    if not kept:
+      why = f"The trajectories of this step are not in {workdir / 'trajectories'}."
+    elif not told:
+      why = "The completions of every problem fared alike, so credit moved nothing."
+    kinds = []
     for correct, kind in ((True, "right"), (False, "wrong")) if told else ():
       by_problem = {t.problem.id: t for t in told if t.outcome.correct == correct}
-      parts += map(_example, [*by_problem.values()][:2])
-      if not by_problem:
-        parts.append(_note(f"Of problems whose completions fared differently, none was {kind}."))
-  return parts
+      kinds.append((kind, [_answer(t) for t in [*by_problem.values()][:2]]))
+    examples.append({"step": step, "why": why, "kinds": kinds})
+  return examples
 
 
 _BOUNDS = (0.05, 0.2, 0.5, 1.0)  # Of the shades: the same in every answer and in every report.
 _GREENS = ("#ffffff", "#e6f5ea", "#bfe6c8", "#8fd19e", "#57b66d")
 _REDS = ("#ffffff", "#fdeaea", "#fac8c8", "#f29d9d", "#e56b6b")
-
-
-def _span(content: str, shade: str) -> str:
-  return f'<span class=step style="background:{shade}">{content}</span>'
 
 
 def _shade(credit: float) -> str:
@@ -275,19 +220,21 @@ def _legend() -> list[tuple[str, str]]:
 
 def credit_html(episodes: Iterable[Episode]) -> str:
   """The text of episodes as HTML for a notebook, each step in the colour of its credit."""
-  return f"<style>{_ANSWERS}</style>" + "".join(map(_example, episodes))
+  return render("answers.html", answers=[*map(_answer, episodes)])
 
 
-def _example(e: Episode) -> str:
-  steps = ""
+def _answer(e: Episode) -> dict[str, Any]:
+  """What a page shows of an episode."""
+  steps = []
   for k, step in enumerate(e.steps):
     credit = statistics.fmean(e.credit[step.start : step.end] or [0.0])
     role = e.review.roles[k] if e.review.roles else f"no review ({e.review.status})"
-    label = html.escape(f"{role} {credit:+.2f}".replace("-", "\u2212"))
-    steps += _span(f"{html.escape(step.text)} <small>{label}</small>", _shade(credit))
+    label = f"{role} {credit:+.2f}".replace("-", "\u2212")
+    steps.append({"text": step.text, "label": label, "shade": _shade(credit)})
   truncated = "truncated" if e.outcome.truncated else f"wrong, the answer is {e.problem.answer}"
   verdict = "correct" if e.outcome.correct else truncated
-  return (
-    f"<div class=answer>{html.escape(e.problem.prompt)}<br>{steps or '(no step)'}<br>"
-    f"<span class=note>{html.escape(verdict)}; advantage {e.advantage:+.3f}</span></div>"
-  )
+  return {
+    "prompt": e.problem.prompt,
+    "steps": steps,
+    "verdict": f"{verdict}; advantage {e.advantage:+.3f}",
+  }

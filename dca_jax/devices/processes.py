@@ -24,7 +24,7 @@ from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
-from jax._src import distributed  # The client of the key-value store has no public name.
+from jax._src import distributed  # See `_client`.
 from jax.sharding import NamedSharding, Sharding
 
 from dca_jax.errors import Terminated, UserError
@@ -175,6 +175,9 @@ def _hear(client, process: int, place: str) -> Any:
 
 
 def _client() -> Any:
+  """The client of the key-value store, which has no public name: not in `jax.distributed` or
+  `jax.experimental.multihost_utils` (jax 0.10.2), nor in `orbax.checkpoint.multihost` (0.11.20 to
+  0.12.8)."""
   return distributed.global_state.client
 
 
