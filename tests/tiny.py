@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+import dca_jax
 from dca_jax import config as config_lib
 from dca_jax.config import Config
 
@@ -74,7 +75,7 @@ def write_recipe(folder: pathlib.Path, changes=(), more: str = "") -> str:
 def start(*arguments: str, environment: dict[str, str] | None = None, cwd=None) -> subprocess.Popen:
   """The command line in a process of its own, its output in pipes."""
   command = [sys.executable, "-m", "dca_jax", *arguments]
-  root = str(pathlib.Path(config_lib.__file__).parents[1])
+  root = str(pathlib.Path(dca_jax.__file__).parents[1])
   path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
   return subprocess.Popen(
     command,

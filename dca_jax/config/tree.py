@@ -1,0 +1,202 @@
+"""The settings of a run: Config, its sections, and what they say of each other."""
+
+import dataclasses
+import json
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from dca_jax.checks import at_least, between
+from dca_jax.credit import Scheme, Uniform
+from dca_jax.devices.mesh import MeshConfig
+from dca_jax.doors import nearest
+from dca_jax.errors import UserError
+from dca_jax.learner import LearnerConfig
+from dca_jax.learner.supervised import WarmstartConfig
+from dca_jax.policy import PolicyConfig
+from dca_jax.review import Nobody, ReviewerConfig
+from dca_jax.rollout import RolloutConfig
+from dca_jax.rollout.evaluate import EvaluateConfig
+from dca_jax.rollout.prefixes import FromReviewer, Values
+from dca_jax.store.checkpoints import CheckpointConfig
+from dca_jax.tasks import ChainsConfig, TaskConfig
+
+
+class ConfigError(UserError):
+  """A mistake in a config; the message names the key and says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that determines a run. A recipe sets what differs from these defaults."""
+
+  seed: int = 0
+  """Decides the problems and the noise of every step."""
+  steps: int = 100
+  """Training steps: batches sampled, reviewed and trained on."""
+  task: TaskConfig = ChainsConfig()
+  policy: PolicyConfig = PolicyConfig()
+  warmstart: WarmstartConfig = WarmstartConfig()
+  rollout: RolloutConfig = RolloutConfig()
+  reviewer: ReviewerConfig = Nobody()
+  value: Values = FromReviewer()
+  credit: Scheme = Uniform()
+  learner: LearnerConfig = LearnerConfig()
+  evaluate: EvaluateConfig = EvaluateConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  def check(self) -> dict[str, str]:
+    """Mistakes that no section can see alone."""
+    bad = at_least(1, self, "steps") | between(0, 2**31 - 1, self, "seed")
+    if self.policy.pretrained and self.warmstart.total:
+      bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = (
+        "must be 0 with policy.pretrained"
+      )
+    if self.rollout.problems % self.learner.micro_batches:
+      bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
+    if self.checkpoint.best and self.checkpoint.best not in self.evaluate.scores:
+      bad["checkpoint.best"] = f"is no score{nearest(self.checkpoint.best, self.evaluate.scores)}"
+    if self.reviewer.overlap and self.learner.loss != "ppo":
+      bad["learner.loss"] = (
+        "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
+      )
+    if "labels" not in self.task.offers and (readers := _labelled(self.reviewer.members)):
+      bad["reviewer.name"] = (
+        f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
+      )
+    elif missing := self._lacks:
+      bad["reviewer.name"] = missing
+    if "demonstrations" not in self.task.offers:
+      for key in (*_WARM, "reviewer.canary_every"):
+        if operator.attrgetter(key)(self):
+          bad[key] = f"must be 0, because task '{self.task.name}' has no demonstrations"
+    return bad
+
+  @property
+  def _wanted(self) -> set[str]:
+    """What the scheme reads of reviews: roles, values or both."""
+    return {*self.credit.reads} - (set() if self.value.from_reviewer else {"values"})
+
+  @property
+  def _unheard(self) -> bool:
+    """Whether the scheme reads what nobody says."""
+    return bool(self._wanted) and not any(member.gives for member in self.reviewer.members)
+
+  @property
+  def _lacks(self) -> str:
+    """Why the scheme gets nothing, or not all, of what it reads from reviews; empty if it does."""
+    scheme = f"credit.scheme '{self.credit.scheme}'"
+    if self._unheard:
+      return f"is '{self.reviewer.name}', so {scheme} would be uniform; choose a reviewer"
+    for member in self.reviewer.members:
+      if missing := self._wanted - member.gives_of(self.task.offers):
+        what = "prefix values" if "values" in missing else "roles"
+        who = (
+          f"is '{member.name}', which" if member is self.reviewer else f"asks {member.name}, which"
+        )
+        return f"{who} gives no {what}, which {scheme} reads; see the value section"
+    return ""
+
+  def unused(self) -> dict[str, str]:
+    """The keys that have no effect beside the others, and why."""
+    unused, scheme = {}, f"credit.scheme is '{self.credit.scheme}'"
+    if self.policy.pretrained:
+      unused["warmstart.seed"] = "policy.pretrained is set, so no weights are drawn"
+    if "values" not in self.credit.reads:
+      unused["value.source"] = f"{scheme}, which reads no values"
+    if not self.credit.reads:
+      unused["reviewer.name"] = f"{scheme}, which reads no review"
+    elif "roles" not in self.credit.reads and not self.value.from_reviewer:
+      unused["reviewer.name"] = f"{scheme} and value.source '{self.value.source}'"
+    if (
+      self.learner.loss == "ppo"
+      and self.learner.updates_per_batch == 1
+      and not self.reviewer.overlap
+    ):
+      # With one update on a fresh batch the ratio is exactly 1, so its clip never acts.
+      why = "learner.updates_per_batch is 1 and reviewer.overlap 0"
+      unused |= dict.fromkeys(("learner.clip_low", "learner.clip_high"), why)
+    return unused
+
+  def implied(self) -> dict[str, Any]:
+    """What other settings decide of the keys that nobody set."""
+    values = {
+      f"task.{key}": value for key, value in self.task.implied(self.policy.pretrained).items()
+    }
+    if "demonstrations" not in self.task.offers or self.policy.pretrained:
+      values |= {"warmstart.clean_steps": 0, "warmstart.steps": 0}
+    return values
+
+  def gives_way(self) -> set[str]:
+    """Keys at odds with another one, which are left out where the other was said later."""
+    gives, offers = set(), self.task.offers
+    if "demonstrations" not in offers or self.policy.pretrained:
+      gives |= {key for key in _WARM if operator.attrgetter(key)(self)}
+    if "demonstrations" not in offers and self.reviewer.canary_every:
+      gives.add("reviewer.canary_every")
+    if "labels" not in offers:
+      gives |= {"reviewer.name"} if _labelled(self.reviewer.first) else set()
+      gives |= {"reviewer.escalate"} if _labelled(self.reviewer.second) else set()
+    if self._unheard:
+      gives.add("credit.scheme")
+    return gives
+
+  def to_json(self) -> str:
+    """The text of a workdir's config.json."""
+    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+  def fixed(self) -> dict[str, Any]:
+    """All keys that change what is computed, and their values."""
+    return {k: v for k, v in flatten(dataclasses.asdict(self)).items() if not is_free(k, self)}
+
+
+def _labelled(members: Sequence[ReviewerConfig]) -> list[str]:
+  """Those of some reviewers that read a task's own step labels."""
+  return [member.name for member in members if "labels" in member.reads_truth]
+
+
+_WARM = ("warmstart.clean_steps", "warmstart.steps")
+
+# Keys that a resumed run may change: they alter what is saved, measured and spent, not what is
+# learnt from.
+_FREE = (
+  "checkpoint.",
+  "evaluate.",
+  "mesh.",
+  "reviewer.canary_every",
+  "reviewer.deadline",
+  "reviewer.required",
+  "reviewer.client.",
+  "task.verifier_seconds",
+)
+# Except for these keys of reviewer.client, which decide what is asked.
+_ASKED = ("model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens")
+
+
+def is_free(key: str, config: Config) -> bool:
+  """Whether a resumed run may change the key."""
+  if key == "steps":
+    # More steps continue the same run, unless the learning rate depends on where the end is.
+    return config.learner.schedule == "constant"
+  return key.startswith(_FREE) and key.removeprefix("reviewer.client.") not in _ASKED
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The settings of nested sections by their full keys, each begun with `prefix`."""
+  flat: dict[str, Any] = {}
+  for key, value in nested.items():
+    flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return flat
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+  """The sections of flat settings; the opposite of `flatten`."""
+  sections: dict[str, Any] = {}
+  for key, value in flat.items():
+    *path, name = key.split(".")
+    place = sections
+    for section in path:
+      place = place.setdefault(section, {})
+    place[name] = value
+  return sections
