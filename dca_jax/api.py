@@ -17,6 +17,7 @@ from dca_jax.credit import Scheme
 from dca_jax.devices import mesh
 from dca_jax.devices.processes import put
 from dca_jax.episode import Episode
+from dca_jax.intervals import Estimate
 from dca_jax.loop import train as run_training
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.review import ReviewerConfig
@@ -124,7 +125,7 @@ class SavedPolicy:
     pieces = [text_of(self._tokenizer, [token]) for token in ids]
     return list(zip(pieces, np.asarray(scored)[0, : len(ids)].tolist(), strict=True))
 
-  def evaluate(self) -> dict[str, evaluation.Estimate]:
+  def evaluate(self) -> dict[str, Estimate]:
     """Scores on the task's held-out problems, as config.evaluate says."""
     return evaluation.evaluate(
       self._config.evaluate, self._sampler, self._task, self._tokenizer, self._params
@@ -177,7 +178,7 @@ def load(workdir: str | os.PathLike) -> Run:
   return Run(os.fspath(workdir), config_lib.saved_config(os.fspath(workdir)))
 
 
-def evaluate(run: Run | str | os.PathLike) -> dict[str, evaluation.Estimate]:
+def evaluate(run: Run | str | os.PathLike) -> dict[str, Estimate]:
   """Scores of a run's newest policy on the held-out problems of its task."""
   return (run if isinstance(run, Run) else load(run)).policy.evaluate()
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from dca_jax.credit import Advantages, Scheme
 from dca_jax.episode import ROLES, Outcome, Review
+from dca_jax.intervals import Estimate
 from dca_jax.review.episodes import Asked
 from dca_jax.review.types import Usage
 from dca_jax.rollout import Rollout
-from dca_jax.rollout.evaluate import Estimate
 
 
 class Clock:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dca_jax.checks import at_least
 from dca_jax.devices.processes import gather, put
+from dca_jax.intervals import Estimate, share
 from dca_jax.rollout import GREEDY, Sampler, cut_at_stops, encode_prompts
 from dca_jax.rollout.verify import attempts, verify
 from dca_jax.tasks import Task
@@ -43,14 +44,6 @@ class EvaluateConfig:
     )
 
 
-class Estimate(typing.NamedTuple):
-  """A mean over problems with its 95 % interval."""
-
-  value: float
-  low: float
-  high: float
-
-
 class Answer(typing.NamedTuple):
   """What became of one completion."""
 
@@ -69,9 +62,9 @@ def evaluate(
   sampled = np.array([[answers[i, g].correct for g in samples] for i in problems])
   length = float(np.mean([answers[i, g].length for i in problems for g in samples]))
   scores = {
-    "greedy": interval(greedy),
-    "sampled": interval(sampled.mean(1)),
-    f"pass@{config.k}": interval(
+    "greedy": share(greedy),
+    "sampled": share(sampled.mean(1)),
+    f"pass@{config.k}": share(
       [pass_at_k(config.samples, int(row.sum()), config.k) for row in sampled]
     ),
     "length": Estimate(length, length, length),
@@ -79,7 +72,7 @@ def evaluate(
   if task.final_answer:
     voted = [[answers[i, g] for g in range(config.k)] for i in problems]
     majority = [majority_correct([a.final for a in own], [a.correct for a in own]) for own in voted]
-    scores[f"maj@{config.k}"] = interval(majority)
+    scores[f"maj@{config.k}"] = share(majority)
   return scores
 
 
@@ -127,21 +120,3 @@ def majority_correct(answers: Sequence[str | None], correct: list[bool]) -> floa
   best = statistics.multimode(a for a in answers if a is not None)
   right = {a for a, ok in zip(answers, correct, strict=True) if ok}
   return sum(a in right for a in best) / max(1, len(best))
-
-
-def interval(per_problem) -> Estimate:
-  """Wilson's 95 % interval for the mean of numbers in [0, 1], one per problem.
-
-  Problems, not samples, are independent, so the sample size is the number of independent coin flips that would have the
-  observed variance between problems (Korn and Graubard 1998). Unlike a bootstrap it has a width when all are right.
-  """
-  x = np.asarray(per_problem, float)
-  n, p, z = len(x), float(x.mean()), 1.96
-  variance = float(x.var(ddof=1)) if n > 1 else 0.0
-  size = max(n, p * (1 - p) / (variance / n)) if variance > 0 else n
-  centre, spread = (
-    p + z * z / (2 * size),
-    z * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size)),
-  )
-  scale = 1 + z * z / size
-  return Estimate(p, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))

@@ -10,15 +10,14 @@ import pytest
 import tiny
 
 from dca_jax.devices import mesh
+from dca_jax.intervals import Estimate, share
 from dca_jax.policy import Policy
 from dca_jax.rollout import GREEDY, RolloutConfig, Sampler, Samples, sample
 from dca_jax.rollout.collect import step_key
 from dca_jax.rollout.evaluate import (
-  Estimate,
   EvaluateConfig,
   answer,
   evaluate,
-  interval,
   majority_correct,
   pass_at_k,
 )
@@ -58,61 +57,6 @@ def test_majority_of_one_is_accuracy():
     assert majority_correct([given], [ok]) == float(ok)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 256, 1000])
-def test_interval_contains_the_mean_and_stays_within_0_and_1(n):
-  rng = np.random.default_rng(n)
-  for x in (
-    np.zeros(n),
-    np.ones(n),
-    np.full(n, 0.5),
-    rng.random(n),
-    rng.integers(2, size=n),
-    rng.random(n) ** 20,
-  ):
-    e = interval(x)
-    assert e.value == pytest.approx(x.mean())
-    assert 0 <= e.low <= e.value + 1e-12
-    assert e.value - 1e-12 <= e.high <= 1
-    assert e.high > e.low
-
-
-def test_interval_has_a_width_when_all_are_right_or_all_wrong():
-  # Wilson's bound, n / (n + z^2): with 20 successes of 20 about 84 %.
-  assert interval([True] * 20).low == pytest.approx(20 / (20 + 1.96**2))
-  assert interval([False] * 20).high == pytest.approx(1.96**2 / (20 + 1.96**2))
-
-
-def test_interval_of_coin_flips_is_wilsons():
-  n, right = 50, 40
-  p, z = right / n, 1.96
-  e = interval([1] * right + [0] * (n - right))
-  # The bounds are the p0 at which the score test just rejects: |p - p0| = z * sqrt(p0 (1 - p0) / n).
-  for bound in (e.low, e.high):
-    assert abs(p - bound) == pytest.approx(z * np.sqrt(bound * (1 - bound) / n))
-
-
-def test_interval_shrinks_with_problems_and_with_samples():
-  rng = np.random.default_rng(0)
-  data = rng.integers(2, size=32)
-  widths = [e.high - e.low for e in (interval(np.tile(data, k)) for k in (1, 4, 16))]
-  assert widths[0] > 1.8 * widths[1] > 3 * widths[2]
-  # Means of several samples vary less than single ones around the same accuracy.
-  one, eight = (interval(rng.binomial(s, 0.5, 200) / s) for s in (1, 8))
-  assert eight.high - eight.low < 0.5 * (one.high - one.low)
-
-
-@pytest.mark.parametrize(
-  "x", [[0.25, 0.5, 0.75, 0.5, 0.25], [0, 1, 1, 0.5, 1], [0.9, 1, 1], [0.4, 0.6], [0.125]], ids=str
-)
-def test_interval_is_wilsons_for_as_many_coins_as_vary_as_much(x):
-  n, p = len(x), sum(x) / len(x)
-  of_the_mean = sum((y - p) ** 2 for y in x) / (n - 1) / n if n > 1 else 0
-  coins = max(n, p * (1 - p) / of_the_mean) if of_the_mean else n
-  e = interval(x)
-  for bound in (e.low, e.high):
-    assert abs(p - bound) == pytest.approx(1.96 * np.sqrt(bound * (1 - bound) / coins))
-
-
 @pytest.mark.parametrize(
   ("problems", "alpha", "beta", "samples"),
   [
@@ -129,7 +73,7 @@ def test_interval_covers_the_truth_95_times_in_100(problems, alpha, beta, sample
   runs = 3000
   x = rng.binomial(samples, rng.beta(alpha, beta, (runs, problems))) / samples
   truth = alpha / (alpha + beta)
-  covered = np.mean([e.low <= truth <= e.high for e in map(interval, x)])
+  covered = np.mean([e.low <= truth <= e.high for e in map(share, x)])
   assert 0.93 < covered < 0.975  # The standard error of this share is 0.4 %.
 
 
@@ -215,8 +159,8 @@ def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, 
   }  # Training's, always: there is one program, and memory for it.
   first = {(i, g): written(i, g) for i in range(7) for g in (GREEDY, *range(5))}
   right = np.array([[first[i, g][0] == 1 for g in range(5)] for i in range(7)])
-  assert got["greedy"] == interval([first[i, GREEDY][0] == 1 for i in range(7)])
-  assert got["sampled"] == interval(right.mean(1))
+  assert got["greedy"] == share([first[i, GREEDY][0] == 1 for i in range(7)])
+  assert got["sampled"] == share(right.mean(1))
   chosen = list(itertools.combinations(range(5), 3))
   passed = [np.mean([right[i, list(c)].any() for c in chosen]) for i in range(7)]
   assert got["pass@3"].value == pytest.approx(np.mean(passed))
@@ -224,7 +168,7 @@ def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, 
   for i in range(7):
     ones, zeros = (sum(first[i, g][0] == x for g in range(3)) for x in (1, 0))
     majority.append(1.0 if ones > zeros else 0.5 if ones == zeros > 0 else 0.0)
-  assert got["maj@3"] == interval(majority)
+  assert got["maj@3"] == share(majority)
   length = np.mean([len(first[i, g]) for i in range(7) for g in range(5)])
   assert got["length"] == Estimate(length, length, length)
   monkeypatch.setattr(Parity, "final_answer", None)  # As with a verifier that gives verdicts alone.
