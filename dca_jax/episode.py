@@ -85,6 +85,28 @@ class Step(NamedTuple):
   text: str
 
 
+class Check(NamedTuple):
+  """A spot check of a step: rewards of answers that the policy went on to write from before the
+  step, and from after it. After the last step there is nothing to write, and the reward is the
+  episode's own."""
+
+  before: tuple[float, ...]
+  after: tuple[float, ...]
+
+  @property
+  def effect(self) -> float:
+    """How much the step changed the chance of success, measured without bias."""
+    return float(np.mean(self.after) - np.mean(self.before))
+
+  @property
+  def variance(self) -> float:
+    """Of `effect`, estimated without bias; not a number with a single answer."""
+    sides = [np.array(side) for side in self]
+    if min(map(len, sides)) < 2:
+      return math.nan
+    return float(sum(side.var(ddof=1) / len(side) for side in sides))
+
+
 @dataclasses.dataclass(frozen=True)
 class Episode:
   """One attempt. What is not known at the beginning is filled in as it goes through a training
@@ -99,6 +121,8 @@ class Episode:
   steps: tuple[Step, ...] = ()
   """They partition the sampled tokens."""
   trained: bool = True
+  checks: Mapping[int, Check] = dataclasses.field(default_factory=dict)
+  """Spot checks, by the number of the step."""
   review: Review = Review("none")
   values: Sequence[float] = ()
   """Of the prefixes before each step, as credit read them; not a number where there is none."""
@@ -145,6 +169,9 @@ class Episode:
       line |= {"role": self.review.roles[k], "weight": self.review.weights[k]}
     if len(self.values) and not math.isnan(self.values[k]):
       line["value"] = self.values[k]
+    if k in self.checks:
+      before, after = self.checks[k]
+      line |= {"before": list(before), "after": list(after)}
     return line
 
   @classmethod
@@ -169,6 +196,11 @@ class Episode:
       outcome,
       tuple(Step(step["start"], step["end"], step["text"]) for step in steps),
       line["trained"],
+      {
+        k: Check(tuple(step["before"]), tuple(step["after"]))
+        for k, step in enumerate(steps)
+        if "before" in step
+      },
       review,
       tuple(step.get("value", math.nan) for step in steps),
       line["advantage"],

@@ -13,6 +13,7 @@ from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
 from dca_jax.review.episodes import Asked, ask, canary_accuracy, wait_for_reviews, worth_a_review
 from dca_jax.rollout import Continues, Rollout, collect, step_key
+from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
 from dca_jax.tally import Clock, Credited, Tally, merge, tally
@@ -42,8 +43,12 @@ def train_step(t: Trainer, step: int) -> Measured:
 
     # The reference runs on the devices while the host waits for reviews.
     batch = t.reference(on_devices(t, rollout))
+    spot_tokens = None
+    if t.config.spot.share:  # While the reviewer reads.
+      rollout, spot_tokens = spot_checked(t, step, params, rollout)
+      clock.lap("spot")
     reviews = reviews_of(t, asked)
-    policy = Continues(t.sampler, params, value_key(t, step), t.task, t.tokenizer)
+    policy = Continues(t.sampler, params, further_key(t, step), t.task, t.tokenizer)
     reviews, continued = t.values.ask(policy, rollout, reviews)
     del params, policy  # A layout of its own would stand beside the gradients.
     clock.lap("review")
@@ -68,7 +73,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     t.state = t.state._replace(value_head=head)
 
     host, values_BxK = fetch((advantages, said.values_BxK), t.rows)
-    credited = Credited(reviews, values_BxK, host, continued)
+    credited = Credited(reviews, values_BxK, host, continued, spot_tokens)
     episodes = finished(rollout.episodes, credited)
     write_trajectories(t.folder / "trajectories", step, jax.process_index(), episodes)
     stats = jax.device_get(stats | more)
@@ -121,6 +126,12 @@ def on_devices(t: Trainer, rollout: Rollout) -> Batch:
   return Batch(*put((*arrays, trained_B, rollout.logprobs_BxT), t.rows))
 
 
+def spot_checked(t: Trainer, step: int, params, rollout: Rollout) -> tuple[Rollout, int]:
+  """The batch with its spot checks, and the tokens they took."""
+  policy = Continues(t.sampler, params, further_key(t, step, 2**31), t.task, t.tokenizer)
+  return measured(t.config.spot, t.config.seed, policy, rollout)
+
+
 def reviews_of(t: Trainer, asked: Asked) -> list[Review]:
   deadline = t.config.reviewer.deadline
   t.stops.phase("reviews", seconds=deadline)
@@ -145,7 +156,7 @@ def update(t: Trainer, batch: Batch) -> dict[str, jax.Array]:
 
 def finished(episodes: list[Episode], credited: Credited) -> list[Episode]:
   """The episodes with all that happened to them."""
-  reviews, values_BxK, (own_PxG, tokens_BxT), _ = credited
+  reviews, values_BxK, (own_PxG, tokens_BxT) = credited[:3]
   return [
     dataclasses.replace(
       episode,
@@ -160,6 +171,7 @@ def finished(episodes: list[Episode], credited: Credited) -> list[Episode]:
   ]
 
 
-def value_key(t: Trainer, step: int) -> jax.Array:
-  """The key of a step's continuations; sampling uses none of these, because seeds end below 2**31."""
-  return step_key(t.config.seed + 2**31, step, t.sampler.end_ids_E.sharding)
+def further_key(t: Trainer, step: int, kind: int = 0) -> jax.Array:
+  """The key of a step's further answers; sampling uses none of these, because seeds end below
+  2**31, and so do steps, so `kind` sets those of spot checks apart from those of values."""
+  return step_key(t.config.seed + 2**31, kind + step, t.sampler.end_ids_E.sharding)

@@ -48,6 +48,8 @@ class Credited(NamedTuple):
   advantages: Advantages
   continued: int
   """Tokens generated for prefix values."""
+  spot_tokens: int | None
+  """Tokens generated for spot checks; None where the run makes none."""
 
 
 def tally(
@@ -65,9 +67,15 @@ def tally(
   means |= _outcomes(rollout) | _reviews(credited.reviews, asked)
   sums = {
     "train/completions": float(len(rollout.outcomes)),
-    "train/generated_tokens": float(rollout.generated + credited.continued),
+    "train/generated_tokens": float(
+      rollout.generated + credited.continued + (credited.spot_tokens or 0)
+    ),
     "train/tokens_per_second": float(rollout.sampled_BxT.sum() / total),
   }
+  if credited.spot_tokens is not None:
+    effects = [check.effect for episode in rollout.episodes for check in episode.checks.values()]
+    sums |= {"spot/steps": float(len(effects)), "spot/tokens": float(credited.spot_tokens)}
+    means["spot/effect"] = sum(effects), len(effects)
   said = {key: (float(x), float(count)) for key, (x, count) in means.items()}
   return Tally(said, sums, largest | more, reviewer)
 
@@ -134,7 +142,7 @@ def _credit(scheme: Scheme, rollout: Rollout, credited: Credited) -> tuple[Means
 
 
 # Means that say nothing where they are over nothing; of the others it is 0.
-_LEFT_OUT = ("review/weight_entropy", "value/brier")
+_LEFT_OUT = ("review/weight_entropy", "value/brier", "spot/effect")
 # What of a reviewer's metrics adds up over processes; the rest are shares and medians.
 _ADD_UP = {field.name for field in dataclasses.fields(Usage)} | {"dollars_spent", "concurrency"}
 

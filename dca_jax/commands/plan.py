@@ -64,7 +64,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   heads = c.kv_heads // sampler.shape["tensor"]
   # Evaluation draws batches of the same shape; continuations have answers begun as their prompts.
   prompts, length, group = problems, rollout.max_prompt_tokens, rollout.group
-  if further := config.value.answers:
+  if further := max(config.value.answers, config.spot.answers if config.spot.share else 0):
     prompts, length, group = problems * group, length + rollout.max_tokens, further
   positions = prompts * (length + group * rollout.max_tokens)
   read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)

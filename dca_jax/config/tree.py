@@ -18,6 +18,7 @@ from dca_jax.review import Nobody, ReviewerConfig
 from dca_jax.rollout import RolloutConfig
 from dca_jax.rollout.evaluate import EvaluateConfig
 from dca_jax.rollout.prefixes import FromReviewer, Values
+from dca_jax.rollout.spot import SpotConfig
 from dca_jax.store.checkpoints import CheckpointConfig
 from dca_jax.tasks import ChainsConfig, TaskConfig
 
@@ -40,6 +41,7 @@ class Config:
   rollout: RolloutConfig = RolloutConfig()
   reviewer: ReviewerConfig = Nobody()
   value: Values = FromReviewer()
+  spot: SpotConfig = SpotConfig()
   credit: Scheme = Uniform()
   learner: LearnerConfig = LearnerConfig()
   evaluate: EvaluateConfig = EvaluateConfig()

@@ -19,6 +19,8 @@ class _Step(BaseModel):
   role: str | None = None
   weight: float | None = None
   value: float | None = None
+  before: list[float] | None = None
+  after: list[float] | None = None
 
 
 class _Line(BaseModel):

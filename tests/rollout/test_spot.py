@@ -1,0 +1,119 @@
+"""Spot checks: which steps are measured, and that the measurement is the step's own effect."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_prefixes import CONFIG, END_IDS, POLICY, ROWS, TASK, TOKENIZER, Batch, T
+
+from dca_jax.episode import Check, Episode, Outcome
+from dca_jax.loop import train
+from dca_jax.rollout import Sampler
+from dca_jax.rollout.prefixes import Continues, monte_carlo
+from dca_jax.rollout.spot import SpotConfig, chosen, measured
+from dca_jax.store.trajectories import read_trajectories
+
+TEXTS = ["a1;b2;#3$", "a1;b3;#4$", "a0;#0$", "#1$"]
+
+
+def named(batch: Batch, rewards) -> Batch:
+  """The batch with ids and outcomes."""
+  batch.episodes = [
+    dataclasses.replace(e, id=f"1/{e.problem.id}/{i}", outcome=Outcome(r, bool(r), False))
+    for i, (e, r) in enumerate(zip(batch.episodes, rewards, strict=True))
+  ]
+  return batch
+
+
+def policy(batch: Batch, key: int = 3) -> Continues:
+  sampler = Sampler(POLICY, CONFIG.rollout, jnp.asarray(END_IDS), ROWS)
+  return Continues(sampler, batch.params, jax.random.key(key), TASK, TOKENIZER)
+
+
+def places(batch: Batch, share: float, seed: int = 0, group: int = 4):
+  return [tuple(p) for p in chosen(SpotConfig(share), seed, batch.episodes, group)]
+
+
+def test_steps_of_mixed_groups_are_drawn_by_what_an_episode_is_called():
+  batch = named(Batch(1, texts=TEXTS), [1.0, 0.0, 0.0, 0.0])
+  every = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+  assert places(batch, 1.0) == every
+  assert places(batch, 0.0) == []
+  draws = {seed: places(batch, 0.5, seed) for seed in range(200)}
+  assert draws == {seed: places(batch, 0.5, seed) for seed in range(200)}
+  assert abs(np.mean([len(d) for d in draws.values()]) - 4) < 4 * np.sqrt(8 / 4 / 200)
+  # What it says and how it was reviewed decide nothing, and neither does its place in the batch.
+  first = batch.episodes[0]
+  said = [s._replace(text="check: " + s.text) for s in first.steps]
+  batch.episodes[0] = dataclasses.replace(first, steps=tuple(said))
+  assert all(places(batch, 0.5, seed) == draws[seed] for seed in range(20))
+  batch.episodes = [batch.episodes[i] for i in (1, 0, 2, 3)]
+  swapped = {0: 1, 1: 0, 2: 2}
+  for seed in range(20):
+    assert {(swapped[i], k) for i, k in places(batch, 0.5, seed)} == set(draws[seed])
+  assert places(named(batch, [1.0] * 4), 1.0) == []
+  untrained = [dataclasses.replace(e, trained=False) for e in batch.episodes]
+  batch.episodes = untrained
+  assert places(named(batch, [1.0, 0, 0, 0]), 1.0) == []
+
+
+def test_a_check_is_the_difference_of_the_values_on_both_sides():
+  """The values of `monte_carlo` from other noise are the same within their errors, and the last
+  step ends in the outcome itself."""
+  n = 256
+  batch = named(Batch(1, texts=TEXTS), [1.0, 0.0, 0.0, 0.0])
+  checked, generated = measured(SpotConfig(1.0, n), 0, policy(batch), batch.rollout)
+  reviews, _ = monte_carlo(n, policy(batch, key=8), batch.rollout)
+  assert 5 * n <= generated <= 6 * n * T  # Six distinct prefixes.
+  compared = 0
+  for episode, review in zip(checked.episodes[:3], reviews[:3], strict=True):
+    ends = (*review.values, episode.outcome.reward)
+    assert len(episode.checks) == len(episode.steps)
+    for k, check in episode.checks.items():
+      wanted = ends[k + 1] - ends[k]
+      assert abs(check.effect - wanted) < 4 * np.sqrt(2 * check.variance + 1e-9)
+      compared += check.variance > 0
+    assert check.after == (episode.outcome.reward,) * n
+  assert compared >= 6
+  assert not checked.episodes[3].checks
+  # Steps that share a prefix share its answers.
+  assert checked.episodes[0].checks[0].after == checked.episodes[1].checks[0].after
+
+
+def test_the_variance_is_that_of_the_effect():
+  rng = np.random.default_rng(0)
+  drawn = [Check(*map(tuple, rng.random((2, 4)) < [[0.3], [0.8]])) for _ in range(4000)]
+  assert abs(np.mean([c.effect for c in drawn]) - 0.5) < 0.02
+  assert abs(np.mean([c.variance for c in drawn]) / np.var([c.effect for c in drawn]) - 1) < 0.1
+  assert np.isnan(Check((1.0,), (0.0,)).variance)
+
+
+def test_a_run_keeps_its_checks_and_counts_their_tokens(tmp_path):
+  changes = {"spot.share": 0.5, "spot.answers": 2}
+  train(tiny.make_config({**changes, "steps": 3}), str(tmp_path / "whole"), quiet=True)
+  train(tiny.make_config({**changes, "steps": 2}), str(tmp_path / "parts"), quiet=True)
+  train(tiny.make_config({**changes, "steps": 3}), str(tmp_path / "parts"), quiet=True)
+  name = "trajectories/step_000003.jsonl"
+  assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+  plain = tmp_path / "plain"
+  train(tiny.make_config({"steps": 3}), str(plain), quiet=True)
+  # They are a measurement: nothing that is learnt depends on them.
+  tiny.assert_same_arrays(tiny.saved_state(plain), tiny.saved_state(tmp_path / "whole"))
+  rows, plain_rows = tiny.read_lines(tmp_path / "whole")[1:], tiny.read_lines(plain)[1:]
+  assert any(row["spot/steps"] for row in rows)
+  for row, plain_row in zip(rows, plain_rows, strict=True):
+    episodes = list(read_trajectories(tmp_path / "whole" / "trajectories", row["step"]))
+    checks = [check for e in episodes for check in e.checks.values()]
+    assert len(checks) == row["spot/steps"]
+    spent = row["train/generated_tokens"] - plain_row["train/generated_tokens"]
+    assert spent == row["spot/tokens"]
+    assert bool(spent) == bool(checks)
+    if checks:
+      assert row["spot/effect"] == pytest.approx(np.mean([c.effect for c in checks]))
+    assert all(
+      Episode.from_json(json.loads(json.dumps(e.to_json()))).checks == e.checks for e in episodes
+    )
