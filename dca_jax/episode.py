@@ -68,13 +68,25 @@ class Review:
     return Review("invalid")
 
 
-class Segment(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
   """Tokens that one side wrote: the policy (`sampled`), or its environment."""
 
   tokens: np.ndarray
   sampled: bool
   logprobs: np.ndarray
   """Of each token under the policy that sampled it; anything for what was given."""
+
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, Segment):
+      return NotImplemented
+    return (
+      self.sampled == other.sampled
+      and np.array_equal(self.tokens, other.tokens)
+      and np.array_equal(self.logprobs, other.logprobs)
+    )
+
+  __hash__ = None  # type: ignore[assignment]  # Arrays may change.
 
 
 class Step(NamedTuple):
@@ -107,7 +119,7 @@ class Check(NamedTuple):
     return float(sum(side.var(ddof=1) / len(side) for side in sides))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Episode:
   """One attempt. What is not known at the beginning is filled in as it goes through a training
   step."""
@@ -130,6 +142,16 @@ class Episode:
   """The episode's own, before credit moved it."""
   credit: Sequence[float] = ()
   """The advantage of every token."""
+
+  def __eq__(self, other: object) -> bool:
+    """Whether all is the same; a value that there is not is the same as another."""
+    if not isinstance(other, Episode):
+      return NotImplemented
+    return self._comparable() == other._comparable()
+
+  def _comparable(self) -> dict[str, Any]:
+    values = [None if math.isnan(value) else value for value in self.values]
+    return {**vars(self), "values": values, "credit": list(self.credit)}
 
   @property
   def tokens(self) -> list[int]:
@@ -176,7 +198,7 @@ class Episode:
 
   @classmethod
   def from_json(cls, line: dict[str, Any]) -> "Episode":
-    """The inverse of `to_json`, but for log-probabilities, which are not kept.
+    """The inverse of `to_json`, except for log-probabilities, which are not kept.
 
     Raises:
       KeyError, TypeError: it is no such line.

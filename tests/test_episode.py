@@ -44,6 +44,41 @@ def reviewed(turns: Episode) -> Episode:
   )
 
 
+def test_episodes_with_the_same_content_are_equal():
+  ours, same = (
+    reviewed(TURNS),
+    reviewed(episode(("a1;b2", True), (";a0;", False), ("b3;#3$", True))),
+  )
+  assert ours == same
+  assert ours.segments == same.segments
+  assert ours != ours.id
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"id": "1/7/1"},
+    {"outcome": Outcome(0.5, True, True)},
+    {"review": Review("none")},
+    {"values": (math.nan, 0.25)},
+    {"credit": ()},
+    {"segments": TURNS.segments[:-1]},
+    {"segments": (dataclasses.replace(TURNS.segments[0], sampled=False), *TURNS.segments[1:])},
+    {"segments": (segment("a1;b3", True), *TURNS.segments[1:])},
+    {
+      "segments": (
+        dataclasses.replace(TURNS.segments[0], logprobs=np.zeros(5, np.float32)),
+        *TURNS.segments[1:],
+      )
+    },
+  ],
+  ids=lambda change: next(iter(change)),
+)
+def test_episodes_that_differ_are_not_equal(change):
+  ours = reviewed(TURNS)
+  assert dataclasses.replace(ours, **change) != ours
+
+
 def spans(e: Episode) -> list[tuple[list[int], bool]]:
   return [(s.tokens.tolist(), s.sampled) for s in e.segments if len(s.tokens)]
 
