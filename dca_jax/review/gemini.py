@@ -14,12 +14,14 @@ from dca_jax.review.transports import (
   CallFailed,
   Reply,
   ended_early,
+  malformed,
   object_with,
   part_of,
   stated,
   tokens,
+  version_of,
 )
-from dca_jax.review.wire import close, connection_failure, only_answers
+from dca_jax.review.wire import close, connection_failure, open_session
 
 _LEAST_SECONDS = 10
 """The Developer API refuses a shorter limit; shorter ones are kept by the caller."""
@@ -54,15 +56,11 @@ class Gemini:
       parts["thinking_level"] = Part((True, False), "thinking")
     self._dialect = Dialect(config.base_url or "Gemini", parts)
 
-  def _connect(self):
+  def _connect(self) -> Any:
     from google.genai import types
 
     config = self._config
-    self._session = self._session or aiohttp.ClientSession(
-      connector=aiohttp.TCPConnector(limit=2 * config.concurrency),
-      trust_env=True,
-      middlewares=(only_answers,),
-    )
+    self._session = self._session or open_session(config.concurrency, trust_env=True)
     options = types.HttpOptions(
       base_url=config.base_url or None,
       timeout=1000 * max(_LEAST_SECONDS, math.ceil(config.attempt_seconds)),
@@ -75,7 +73,9 @@ class Gemini:
       return self._open(enterprise=True, project=project, location=location, http_options=options)
     return self._open(enterprise=False, api_key=self._key, http_options=options)
 
-  async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
+  async def __call__(
+    self, system: str, user: str, schema: dict[str, Any], max_tokens: int, seed: int
+  ) -> Reply:
     from google.auth.exceptions import GoogleAuthError
     from google.genai import types
 
@@ -128,14 +128,13 @@ def read_reply(text: str, model: str) -> Reply:
   candidate, usage = part_of(answer, "candidates", 0), answer.get("usageMetadata")
   thought = tokens(part_of(usage, "thoughtsTokenCount")) or 0
   answered = tokens(part_of(usage, "candidatesTokenCount"))
-  version = answer.get("modelVersion")
   reply = Reply(
     None,
     tokens(part_of(usage, "promptTokenCount")),
     tokens(part_of(usage, "cachedContentTokenCount")) or 0,
     None if answered is None else answered + thought,
     thought,
-    version if isinstance(version, str) else model,
+    version_of(answer.get("modelVersion"), model),
   )
   if answered is None and reply.prompt_tokens is not None and not part_of(candidate, "content"):
     reply = reply._replace(output_tokens=thought)  # Nothing was written, so nothing is stated.
@@ -148,6 +147,6 @@ def read_reply(text: str, model: str) -> Reply:
     raise ended_early("blocked", f"the model stopped: {finish}", used)
   parts = part_of(candidate, "content", "parts")
   if not isinstance(parts, list):
-    raise CallFailed("malformed", "the reply has no text", True, usage=used, billed=bool(used))
+    raise malformed("the reply has no text", used)
   said = [part_of(part, "text") for part in parts if not part_of(part, "thought")]
   return reply._replace(text="".join(text for text in said if isinstance(text, str)))

@@ -8,16 +8,17 @@ from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.dialect import Dialect, Part
 from dca_jax.review.keys import key_from_environment
 from dca_jax.review.transports import (
-  CallFailed,
   Reply,
   ended_early,
   http_failure,
+  malformed,
   object_with,
   part_of,
   stated,
   tokens,
+  version_of,
 )
-from dca_jax.review.wire import close, connection_failure, only_answers
+from dca_jax.review.wire import close, connection_failure, open_session
 
 # Of a limit's name; its value too can be refused, as too large.
 _NO_SUCH = "(?:un(?:supported|known|recogni|expected)|extra|not (?:a|support|permit|recogni))"
@@ -41,15 +42,14 @@ class OpenAI:
       parts["reasoning_effort"] = Part((True, False), "reasoning|thinking")
     self._dialect = Dialect(config.base_url, parts)
 
-  async def __call__(self, system, user, schema, max_tokens, seed) -> Reply:
-    if self._session is None:  # Within the loop, where it belongs.
-      self._session = aiohttp.ClientSession(
-        headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-        connector=aiohttp.TCPConnector(limit=2 * self._connections),
-        timeout=aiohttp.ClientTimeout(total=None),  # The caller's limit is the one that holds.
-        middlewares=(only_answers,),
-      )
-    session = self._session
+  async def __call__(
+    self, system: str, user: str, schema: dict[str, Any], max_tokens: int, seed: int
+  ) -> Reply:
+    session = self._session = self._session or open_session(
+      self._connections,
+      headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+      timeout=aiohttp.ClientTimeout(total=None),  # The caller's limit is the one that holds.
+    )
 
     async def send(ways: dict[str, Any]) -> Reply:
       body: dict[str, Any] = {
@@ -86,14 +86,13 @@ def read_reply(text: str, model: str) -> Reply:
   answer = object_with(text, "choices")
   choice, usage = part_of(answer, "choices", 0), answer.get("usage")
   said, finish = part_of(choice, "message"), part_of(choice, "finish_reason")
-  version = answer.get("model")
   reply = Reply(
     None,
     tokens(part_of(usage, "prompt_tokens")),
     tokens(part_of(usage, "prompt_tokens_details", "cached_tokens")) or 0,
     tokens(part_of(usage, "completion_tokens")),
     tokens(part_of(usage, "completion_tokens_details", "reasoning_tokens")) or 0,
-    version if isinstance(version, str) else model,
+    version_of(answer.get("model"), model),
   )
   used = stated(reply)
   if error := part_of(choice, "error"):
@@ -104,7 +103,7 @@ def read_reply(text: str, model: str) -> Reply:
   if finish == "content_filter" or (part_of(said, "refusal") and not content):
     raise ended_early("blocked", "the model refused", used)
   if not isinstance(said, dict):
-    raise CallFailed("malformed", "the reply has no message", True, usage=used, billed=bool(used))
+    raise malformed("the reply has no message", used)
   thought = _text(said.get("reasoning_content")) or _text(said.get("reasoning"))
   return reply._replace(text=content if content.strip() else thought)
 

@@ -4,6 +4,7 @@ Each transport sends one prompt and returns one reply, and tells every failure i
 """
 
 import contextlib
+import dataclasses
 import email.utils
 import json
 import re
@@ -27,37 +28,33 @@ class Reply(NamedTuple):
   model: str = ""
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class CallFailed(Exception):
-  """A call without a usable reply. No key of the environment can stand in its message.
+  """A call without a usable reply."""
 
-  Attributes:
-    status: `rate_limited`; `quota`, one that does not refill within minutes; `server_error`,
-      `connection`, `timeout`; `malformed`; `truncated` and `blocked`, replies that ended early;
-      `client_error`, what we sent was refused.
-    again: whether another try can help.
-    wait: the seconds that the server asked for, in full.
-    billed: whether it may have been billed all the same.
-    usage: the tokens that the server stated for it, if it did; then the text is None.
-    about: what has to change before it works: the `server`, whose faults pass; the `content`, this
-      very text; or the `settings`: key, model, address, and what has been paid for.
-    until: when a quota refills, as seconds since 1970, where that is known.
-  """
+  status: str
+  """`rate_limited`; `quota`, one that does not refill within minutes; `server_error`, `connection`,
+  `timeout`; `malformed`; `truncated` and `blocked`, replies that ended early; `client_error`, what
+  we sent was refused."""
+  message: dataclasses.InitVar[str]
+  """No key of the environment is in what is shown of it."""
+  again: bool = False
+  """Whether another try can help."""
+  wait: float | None = None
+  """The seconds that the server asked for, in full."""
+  billed: bool = False
+  """Whether it may have been billed all the same."""
+  usage: Reply | None = None
+  """The tokens that the server stated for it, if it did; then the text is None."""
+  about: str = "server"
+  """What has to change before it works: the `server`, whose faults pass; the `content`, this very
+  text; or the `settings`: key, model, address, and what has been paid for."""
+  until: float | None = None
+  """When a quota refills, as seconds since 1970, where that is known."""
 
-  def __init__(
-    self,
-    status: str,
-    message: str,
-    again: bool = False,
-    wait: float | None = None,
-    billed: bool = False,
-    usage: Reply | None = None,
-    about: str = "server",
-    until: float | None = None,
-  ):
-    super().__init__()
+  def __post_init__(self, message: str) -> None:
+    super().__init__()  # Without the message, which repr would show with its keys.
     self._message = message
-    self.status, self.again, self.wait, self.billed = status, again, wait, billed
-    self.usage, self.about, self.until = usage, about, until
 
   def __str__(self) -> str:
     return struck_out(self._message)[:400]
@@ -141,6 +138,16 @@ def asked_wait(headers: Mapping[str, str], body: Any) -> float | None:
 def ended_early(status: str, message: str, used: Reply | None) -> CallFailed:
   """A reply that was cut off or filtered, which has been paid for."""
   return CallFailed(status, message, billed=True, usage=used, about="content")
+
+
+def malformed(what: str, used: Reply | None) -> CallFailed:
+  """A reply with no answer in it."""
+  return CallFailed("malformed", what, again=True, usage=used, billed=bool(used))
+
+
+def version_of(said: Any, asked: str) -> str:
+  """The model as the server names it, or as it was asked for where the server does not say."""
+  return said if isinstance(said, str) else asked
 
 
 def stated(reply: Reply) -> Reply | None:

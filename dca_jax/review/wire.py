@@ -1,6 +1,7 @@
 """HTTP for the transports: nothing but an answer of the server that was asked gets through."""
 
 import asyncio
+from typing import Any
 
 import aiohttp
 
@@ -54,6 +55,12 @@ def connection_failure(error: Exception) -> CallFailed:
     reached = not isinstance(error, (aiohttp.ClientConnectorError, ConnectionRefusedError))
     return CallFailed("connection", f"{name}: {error}", again=True, billed=reached)
   return CallFailed("client_error", f"{name}: {error}", about="settings")
+
+
+def open_session(concurrency: int, **more: Any) -> aiohttp.ClientSession:
+  """For so many calls at once; `more` goes to aiohttp. Opened within the loop, where it belongs."""
+  connector = aiohttp.TCPConnector(limit=2 * concurrency)
+  return aiohttp.ClientSession(connector=connector, middlewares=(only_answers,), **more)
 
 
 async def close(session: aiohttp.ClientSession | None) -> None:
