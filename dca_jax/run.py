@@ -25,7 +25,7 @@ from dca_jax.devices.memory import check_fits
 from dca_jax.devices.preemption import Stops
 from dca_jax.devices.processes import agree, check_alike, gather, mark, put
 from dca_jax.errors import UserError, reason
-from dca_jax.learner.supervised import cache_folder, warm_start
+from dca_jax.learner.supervised import Demonstrations, cache_folder, warm_start
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.review import Request, Reviewer, Share, Trial, Truth, open_reviewer
 from dca_jax.review.episodes import Asked, Canary
@@ -356,9 +356,8 @@ def starting_policy(
     else:
       params = on.init_params(jax.random.key(config.warmstart.seed))
       limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
-      params = warm_start(
-        config.warmstart, task, config.task, tokenizer, policy, params, limits, on.everywhere
-      )
+      demonstrations = Demonstrations(task, config.task, tokenizer, limits)
+      params = warm_start(config.warmstart, demonstrations, policy, params, on.everywhere)
     try:
       checkpointer.save(kept, args=ocp.args.StandardSave(params))
     except Exception as error:  # Orbax and TensorStore report a full disk with types of their own.

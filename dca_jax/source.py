@@ -16,7 +16,8 @@ _INSTALLED = (_OURS, *_PATHS)
 
 
 def source_digest(thing: Any) -> str:
-  """Of the files that define an object and what it holds, and of the user's files that those import.
+  """Of the files that define an object and what it holds, and of the user's files that those
+  import.
 
   Installed packages are left out, except for the folder that the object's class is in.
   """
@@ -39,6 +40,8 @@ def source_digest(thing: Any) -> str:
 def package_digest(pattern: str) -> str:
   """Of this package's own files that fit a pattern, such as `policy/*.py`."""
   files = sorted(pathlib.Path(_OURS).glob(pattern))
+  if not files:
+    raise ValueError(f"no file of this package fits {pattern}")
   return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import sys
 import uuid
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import optax.contrib
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding
 from tqdm import tqdm
 
 from dca_jax.checks import at_least, positive
@@ -26,9 +27,10 @@ from dca_jax.errors import UserError, reason
 from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.rollout import encode_prompts
 from dca_jax.source import package_digest, source_digest
-from dca_jax.tasks import Demonstrated, Problem, Task
+from dca_jax.tasks import Demonstrated, Problem, Task, TaskConfig
 
-_SAMPLED = 256  # Demonstrations, spread over all, by which a changed data file shows.
+# Demonstrations, spread over all, by which a changed data file shows.
+_SAMPLED = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,8 @@ class WarmstartConfig:
   """Of the initial weights."""
 
   def check(self) -> dict[str, str]:
-    return (
-      at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch") | positive(self, "lr")
-    )
+    bad = at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch")
+    return bad | positive(self, "lr")
 
   def unused(self) -> dict[str, str]:
     return {} if self.total else dict.fromkeys(("batch", "lr"), "there are no warm-start steps")
@@ -59,26 +60,59 @@ class WarmstartConfig:
 
 def cache_folder() -> pathlib.Path:
   """Where warm starts and compiled programs are kept: $DCA_JAX_CACHE, or ~/.cache/dca-jax."""
-  return pathlib.Path(
-    os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")
-  ).absolute()
+  folder = os.environ.get("DCA_JAX_CACHE") or os.path.expanduser("~/.cache/dca-jax")
+  return pathlib.Path(folder).absolute()
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrations:
+  """A task's worked solutions, as the policy reads them."""
+
+  task: Task
+  section: TaskConfig
+  """The task's settings."""
+  tokenizer: Any
+  limits: tuple[int, int]
+  """Most prompt tokens and most completion tokens."""
+
+  def batch(self, indices: range, mistakes: bool, rows: int) -> tuple[np.ndarray, ...]:
+    """Prompts [B, S], prompt lengths [B], completions [B, T] and their lengths [B].
+
+    Args:
+      rows: of the policy's embedding, which no token may exceed.
+
+    Raises:
+      UserError: one is too long.
+    """
+    pairs = self.texts(indices, mistakes)
+    problems = [Problem(i, prompt, "") for i, (prompt, _) in zip(indices, pairs, strict=True)]
+    prompts = encode_prompts(self.tokenizer, problems, self.limits[0], rows)
+    texts, most = [completion for _, completion in pairs], self.limits[1]
+    ids_B = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    completions = np.zeros((len(pairs), most), np.int32)
+    for row, ids, i in zip(completions, ids_B, indices, strict=True):
+      if len(ids) > most:
+        allowed = f"rollout.max_tokens allows {most}: raise it"
+        raise UserError(f"demonstration {i} has {len(ids)} tokens; {allowed}")
+      row[: len(ids)] = ids
+    return *prompts, completions, np.array([len(ids) for ids in ids_B], np.int32)
+
+  def texts(self, indices: range, mistakes: bool) -> list[tuple[str, str]]:
+    """Prompts and worked solutions."""
+    return [cast(Demonstrated, self.task).demonstration(i, mistakes) for i in indices]
 
 
 def warm_start(
   config: WarmstartConfig,
-  task: Task,
-  task_config,
-  tokenizer,
+  demonstrations: Demonstrations,
   policy: Policy,
-  params,
-  limits: tuple[int, int],
-  everywhere,
-):
+  params: Any,
+  everywhere: Sharding,
+) -> Any:
   """Trains `params` on demonstrations, or loads the result of an earlier run that did the same.
 
   Args:
     params: freshly initialised; their shardings are kept.
-    limits: most prompt tokens and most completion tokens.
     everywhere: the sharding of what every device has.
 
   Returns:
@@ -86,36 +120,34 @@ def warm_start(
   """
   if config.total == 0:
     return params
-  sections = map(dataclasses.asdict, (config, task_config, policy.config))
-  ours = [package_digest("warmstart.py"), package_digest("policy/*.py")]
-  theirs = [source_digest(task), _sample(config, task)]
-  settings = json.dumps([*ours, *theirs, *sections, limits, jax.default_backend()])
-  folder = cache_folder() / "warmstart" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+  folder = cache_folder() / "warmstart" / _digest(config, demonstrations, policy)
   cached = _load(
     folder,
     jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params),
   )
   if cached is not None:
     return cached
-  params = _train(config, task, tokenizer, policy, params, limits, everywhere)
-  if (
-    jax.process_count() == 1
-  ):  # Otherwise hosts have caches of their own, and each holds only parts of them.
+  params = _train(config, demonstrations, policy, params, everywhere)
+  # The caches of several hosts would each hold only parts of them.
+  if jax.process_count() == 1:
     _keep(folder, params)
   return params
 
 
-def _sample(config: WarmstartConfig, task: Task) -> list[tuple[str, str]]:
-  """Some of the demonstrations."""
-  every = max(1, config.total * config.batch // _SAMPLED)
-  indices = range(0, config.total * config.batch, every)
-  return [
-    cast(Demonstrated, task).demonstration(i, i >= config.clean_steps * config.batch)
-    for i in indices
-  ]
+def _digest(config: WarmstartConfig, demonstrations: Demonstrations, policy: Policy) -> str:
+  """Of all that decides what the parameters become."""
+  sections = map(dataclasses.asdict, (config, demonstrations.section, policy.config))
+  ours = [package_digest("learner/supervised.py"), package_digest("policy/*.py")]
+  count, clean = config.total * config.batch, config.clean_steps * config.batch
+  every = max(1, count // _SAMPLED)
+  sample = demonstrations.texts(range(0, clean, every), False)
+  sample += demonstrations.texts(range(-(-clean // every) * every, count, every), True)
+  theirs = [source_digest(demonstrations.task), sample]
+  settings = [*ours, *theirs, *sections, demonstrations.limits, jax.default_backend()]
+  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def _load(folder: pathlib.Path, abstract):
+def _load(folder: pathlib.Path, abstract: Any) -> Any:
   """What `_keep` kept, or None."""
   if not all(gather("cached warm start", os.path.exists(folder))):
     return None
@@ -129,7 +161,7 @@ def _load(folder: pathlib.Path, abstract):
     return None
 
 
-def _keep(folder: pathlib.Path, params) -> None:
+def _keep(folder: pathlib.Path, params: Any) -> None:
   """Puts the parameters into the cache; where that fails the run goes on, as it does not need it."""
   partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
   try:
@@ -144,32 +176,43 @@ def _keep(folder: pathlib.Path, params) -> None:
 
 
 def _train(
-  config: WarmstartConfig, task: Task, tokenizer, policy: Policy, params, limits, everywhere
-):
+  config: WarmstartConfig,
+  demonstrations: Demonstrations,
+  policy: Policy,
+  params: Any,
+  everywhere: Sharding,
+) -> Any:
   lr, total = config.lr, config.total
   schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(20, total // 2), total, lr * 0.1)
-  # Muon (Jordan et al. 2024) learns the procedure in far fewer steps than Adam, which moves what is no matrix;
-  # `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one learning rate serves both.
+  # Muon (Jordan et al. 2024) learns the procedure in far fewer steps than Adam, which moves what is
+  # no matrix; `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one learning
+  # rate serves both.
   muon = optax.contrib.muon(
     schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes
   )
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
 
-  def loss(params, prompts_BxS, prompt_lengths_B, completions_BxT, lengths_B):
+  def loss(
+    params: Any,
+    prompts_BxS: jax.Array,
+    prompt_lengths_B: jax.Array,
+    completions_BxT: jax.Array,
+    lengths_B: jax.Array,
+  ) -> jax.Array:
     hidden = policy.completion_hidden(params, prompts_BxS, prompt_lengths_B, completions_BxT)
     logp, _ = token_logprobs(hidden, policy.head(params), completions_BxT, Sampling())
     mask = jnp.arange(completions_BxT.shape[1]) < lengths_B[:, None]
     return -jnp.where(mask, logp, 0.0).sum() / mask.sum()
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, opt_state, batch):
+  def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
     value, grads = jax.value_and_grad(loss)(params, *batch)
     changes, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, changes), opt_state, value
 
-  def make_batch(i: int):
+  def make_batch(i: int) -> tuple[np.ndarray, ...]:
     indices = range(i * config.batch, (i + 1) * config.batch)
-    return _encode(task, tokenizer, indices, i >= config.clean_steps, limits, policy.rows)
+    return demonstrations.batch(indices, i >= config.clean_steps, policy.rows)
 
   opt_state = optimizer.init(params)
   # The next batch is made while the device works on this one.
@@ -187,10 +230,11 @@ def _train(
   return params
 
 
-def _contracted_axes(params):
-  """For each weight matrix of the policy, which axes are contracted and which are made; None for everything else."""
+def _contracted_axes(params: Any) -> Any:
+  """For each weight matrix of the policy, which axes are contracted and which are made; None for
+  everything else."""
 
-  def axes(path, x):
+  def axes(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
     if path[-1].key != "kernel":
       return None
     inputs = 2 if path[-2].key == "o" else 1
@@ -198,21 +242,3 @@ def _contracted_axes(params):
     return optax.contrib.MuonDimensionNumbers(matrix[:inputs], matrix[inputs:])
 
   return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def _encode(
-  task: Task, tokenizer, indices: range, mistakes: bool, limits: tuple[int, int], rows: int
-):
-  """Demonstrations as prompts [B, S], prompt lengths [B], completions [B, T] and their lengths [B]."""
-  pairs = [cast(Demonstrated, task).demonstration(i, mistakes) for i in indices]
-  problems = [Problem(i, prompt, "") for i, (prompt, _) in zip(indices, pairs, strict=True)]
-  prompts = encode_prompts(tokenizer, problems, limits[0], rows)
-  ids_B = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
-  completions = np.zeros((len(pairs), limits[1]), np.int32)
-  for row, ids, i in zip(completions, ids_B, indices, strict=True):
-    if len(ids) > limits[1]:
-      raise UserError(
-        f"demonstration {i} has {len(ids)} tokens; rollout.max_tokens allows {limits[1]}: raise it"
-      )
-    row[: len(ids)] = ids
-  return *prompts, completions, np.array([len(ids) for ids in ids_B], np.int32)

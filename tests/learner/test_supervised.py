@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dca_jax.learner.supervised import cache_folder, warm_start
+from dca_jax.learner.supervised import Demonstrations, cache_folder, warm_start
 from dca_jax.policy import Policy
 from dca_jax.run import use_compilation_cache
 from dca_jax.source import source_digest
@@ -52,7 +52,8 @@ def start(changes=()):
   )
   limits = config.rollout.max_prompt_tokens, config.rollout.max_tokens
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  trained = warm_start(config.warmstart, task, config.task, tokenizer, policy, params, limits, here)
+  demonstrations = Demonstrations(task, config.task, tokenizer, limits)
+  trained = warm_start(config.warmstart, demonstrations, policy, params, here)
   leaves, _ = jax.tree_util.tree_flatten_with_path(trained)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

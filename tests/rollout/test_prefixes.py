@@ -15,7 +15,7 @@ from dca_jax import learner
 from dca_jax.credit import ReviewArrays
 from dca_jax.devices import mesh
 from dca_jax.episode import Episode, Outcome, Review, Segment, Step
-from dca_jax.learner.supervised import warm_start
+from dca_jax.learner.supervised import Demonstrations, warm_start
 from dca_jax.learner.values import Learned, ValueHead, fit_head, init_head, learned_values
 from dca_jax.loop import train
 from dca_jax.policy import Policy
@@ -39,16 +39,9 @@ def warm_params():
   """A policy that has seen demonstrations, so that it is right now and then."""
   params = jax.jit(lambda key: nn.unbox(POLICY.init_params(key)))(jax.random.key(0))
   limits = CONFIG.rollout.max_prompt_tokens, CONFIG.rollout.max_tokens
-  return warm_start(
-    CONFIG.warmstart,
-    TASK,
-    CONFIG.task,
-    TOKENIZER,
-    POLICY,
-    params,
-    limits,
-    mesh.replicated(ROWS.mesh),
-  )
+  demonstrations = Demonstrations(TASK, CONFIG.task, TOKENIZER, limits)
+  everywhere = mesh.replicated(ROWS.mesh)
+  return warm_start(CONFIG.warmstart, demonstrations, POLICY, params, everywhere)
 
 
 class Batch:
