@@ -1,19 +1,22 @@
-"""`dca-jax train | compare | plan | status | report | export | review`: the parser, and what it calls."""
+"""`dca-jax train | compare | plan | status | report | export | review`: the parser, and what it
+calls."""
 
 import argparse
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns its exit status."""
-  os.environ.setdefault(
-    "TRANSFORMERS_VERBOSITY", "error"
-  )  # It would say on every start that there is no PyTorch.
+  # It would say on every start that there is no PyTorch.
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   args, overrides = parser().parse_known_args(argv)
   from dca_jax.errors import Terminated, UserError
@@ -29,11 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"dca-jax: {error}", file=sys.stderr)
     return error.status
   except OSError as error:
-    where = error.filename or getattr(args, "workdir", "")
-    print(
-      f"dca-jax: error: {where}: {error.strerror or error}; what was saved before is intact",
-      file=sys.stderr,
-    )
+    what = f"{error.filename or getattr(args, 'workdir', '')}: {error.strerror or error}"
+    print(f"dca-jax: error: {what}; what was saved before is intact", file=sys.stderr)
   except KeyboardInterrupt:
     print("\ndca-jax: interrupted; what was saved before is intact", file=sys.stderr)
     return 130
@@ -41,12 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+  """What can be said on the command line; settings, `--config.section.key=value`, are left over."""
   what = "Reinforcement learning with Deliberative Credit Assignment."
   top = argparse.ArgumentParser(prog="dca-jax", description=what)
   commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-  def command(run, what: str, settings: bool, workdir: str | None = "") -> argparse.ArgumentParser:
-    """The parser of a command that `run` carries out; `settings` where it reads `--config.section.key=value`."""
+  def command(
+    run: Command, what: str, settings: bool, workdir: str | None = ""
+  ) -> argparse.ArgumentParser:
+    """The parser of a command that `run` carries out; `settings` where it reads
+    `--config.section.key=value`."""
     epilog = "any setting can be overridden: --config.section.key=value" if settings else None
     p = commands.add_parser(run.__name__[1:], help=what, epilog=epilog, allow_abbrev=False)
     p.set_defaults(run=run, settings=settings)
@@ -58,17 +62,9 @@ def parser() -> argparse.ArgumentParser:
 
   where = "where the run lives; the same command again continues it"
   p = command(_train, "train a policy, or continue a run", True, where)
-  p.add_argument(
-    "--resume", default="auto", help="auto, never, or the number of a saved step to go back to"
-  )
-  several = p.add_argument_group("several processes, each with the same command")
-  what = "find the others as a TPU pod, Slurm or Kubernetes say"
-  several.add_argument("--distributed", action="store_true", help=what)
-  several.add_argument(
-    "--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 listens"
-  )
-  several.add_argument("--processes", type=int, help="how many there are")
-  several.add_argument("--process", type=int, help="which one this is, from 0")
+  what = "auto, never, or the number of a saved step to go back to"
+  p.add_argument("--resume", default="auto", help=what)
+  _several_processes(p)
 
   p = command(
     _compare, "train several arms and draw their curves", True, "where the runs and the figure go"
@@ -76,9 +72,8 @@ def parser() -> argparse.ArgumentParser:
   what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
   p.add_argument("--arms", required=True, help=what)
   p.add_argument("--seeds", default="0", help="numbers, by commas")
-  p.add_argument(
-    "--threshold", type=float, default=0.8, help="accuracy that the samples are counted to"
-  )
+  what = "accuracy that the samples are counted to"
+  p.add_argument("--threshold", type=float, default=0.8, help=what)
 
   p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
   p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
@@ -89,18 +84,26 @@ def parser() -> argparse.ArgumentParser:
   p = command(_export, "write a run's policy as a Hugging Face folder", False)
   p.add_argument("--output", required=True, help="the folder to make")
   p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
-  p.add_argument(
-    "--adapters", action="store_true", help="LoRA's adapters alone, for peft; else they are merged"
-  )
+  what = "LoRA's adapters alone, for peft; else they are merged"
+  p.add_argument("--adapters", action="store_true", help=what)
 
   p = command(_review, "have stored trajectories read by another reviewer", True, workdir=None)
   p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
-  p.add_argument(
-    "--reviewer", required=True, help="NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite"
-  )
+  what = "NAME or NAME:MODEL, such as gemini:gemini-3.5-flash-lite"
+  p.add_argument("--reviewer", required=True, help=what)
   p.add_argument("--limit", type=int, default=200, help="completions to read")
   p.add_argument("--estimate", action="store_true", help="only say what it would cost")
   return top
+
+
+def _several_processes(train: argparse.ArgumentParser) -> None:
+  group = train.add_argument_group("several processes, each with the same command")
+  what = "find the others as a TPU pod, Slurm or Kubernetes say"
+  group.add_argument("--distributed", action="store_true", help=what)
+  what = "or by hand: where process 0 listens"
+  group.add_argument("--coordinator", default="", metavar="HOST:PORT", help=what)
+  group.add_argument("--processes", type=int, help="how many there are")
+  group.add_argument("--process", type=int, help="which one this is, from 0")
 
 
 def run() -> NoReturn:
@@ -118,25 +121,26 @@ def run() -> NoReturn:
     sys.exit(0)
   from dca_jax.devices.processes import end
 
-  end(
-    status
-  )  # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
+  # At once: after a full disk, threads of libraries would add tracebacks to what has been said.
+  end(status)
 
 
-def _end_now(number: int, frame) -> NoReturn:
-  """What a signal does where no run minds it; every file is written whole, so a process may end anywhere."""
+def _end_now(number: int, frame: types.FrameType | None) -> NoReturn:
+  """What a signal does where no run handles it; every file is written whole, so a process may end
+  anywhere."""
   name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
   os.write(2, f"\ndca-jax: ended by {name}; what was saved before is intact\n".encode())
   os._exit(128 + number)
 
 
-def _unraisable(error) -> None:
-  """Leaves out what TensorStore says of a file that it still wanted when the disk was full already."""
+def _unraisable(error: Any) -> None:
+  """Leaves out what TensorStore says of a file that it still wanted when the disk was full
+  already."""
   if str(error.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(error)
 
 
-def _train(args, overrides) -> None:
+def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   from dca_jax import config
   from dca_jax.commands import train
 
@@ -149,27 +153,25 @@ def _train(args, overrides) -> None:
     print(said)
 
 
-def _compare(args, overrides) -> None:
+def _compare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   from dca_jax import config
   from dca_jax.commands.compare import compare
 
   arms = [arm for arm in args.arms.split(",") if arm]
   seeds = [int(seed) for seed in args.seeds.split(",") if seed.isascii() and seed.isdigit()]
   if len(seeds) != args.seeds.count(",") + 1 or max(seeds) >= 2**31:
-    raise config.ConfigError(
-      f"--seeds={args.seeds}: must be whole numbers from 0 to 2^31 - 1, separated by commas"
-    )
+    must = "must be whole numbers from 0 to 2^31 - 1, separated by commas"
+    raise config.ConfigError(f"--seeds={args.seeds}: {must}")
   for name, values in (("arms", arms), ("seeds", seeds)):
     if len(set(values)) < len(values):
       raise config.ConfigError(f"--{name}={getattr(args, name)}: names one of them twice")
   _between(args, "threshold", 0, 1)
-  table = compare(
-    config.read_recipe(args.config), arms, seeds, args.threshold, args.workdir, overrides
-  )
+  recipe = config.read_recipe(args.config)
+  table = compare(recipe, arms, seeds, args.threshold, args.workdir, overrides)
   print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
 
 
-def _plan(args, overrides) -> None:
+def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   import jax
 
   from dca_jax import config
@@ -180,7 +182,7 @@ def _plan(args, overrides) -> None:
   print(plan(config.load(args.config, overrides), args.devices or jax.device_count()))
 
 
-def _between(args, name: str, least: float, most: float = float("inf")) -> None:
+def _between(args: argparse.Namespace, name: str, least: float, most: float = float("inf")) -> None:
   from dca_jax.config import ConfigError
 
   if not least <= getattr(args, name) <= most:
@@ -188,26 +190,26 @@ def _between(args, name: str, least: float, most: float = float("inf")) -> None:
     raise ConfigError(f"--{name}={getattr(args, name)}: must be {must}")
 
 
-def _status(args, _) -> None:
+def _status(args: argparse.Namespace, _: Sequence[str]) -> None:
   from dca_jax.commands.status import status
 
   print(status(args.workdir))
 
 
-def _report(args, _) -> None:
+def _report(args: argparse.Namespace, _: Sequence[str]) -> None:
   from dca_jax.commands.report import write_report
   from dca_jax.store.workdir import locate
 
   print(f"report: {write_report(locate(args.workdir))}")
 
 
-def _export(args, _) -> None:
+def _export(args: argparse.Namespace, _: Sequence[str]) -> None:
   from dca_jax.commands.export import export
 
   print(export(args.workdir, args.output, args.step, args.adapters))
 
 
-def _review(args, overrides) -> None:
+def _review(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   from dca_jax.commands import review as rereview
 
   _between(args, "limit", 1)

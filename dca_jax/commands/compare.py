@@ -6,6 +6,9 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
 
 from dca_jax import config as config_lib
 from dca_jax.commands.pages import markup, render
@@ -21,9 +24,10 @@ from dca_jax.store.workdir import locate
 def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
   """The config of one arm.
 
-  An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to settings), followed by
-  any number of `:section.key=value`. It goes before `overrides`, those of the command line, as they go before the
-  recipe: what an arm cannot use of theirs, such as a reviewer where credit is uniform, is left out.
+  An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to
+  settings), followed by any number of `:section.key=value`. It goes before `overrides`, those of
+  the command line, as they go before the recipe: what an arm cannot use of theirs, such as a
+  reviewer where credit is uniform, is left out.
   """
   name, *settings = arm.split(":")
   arms = getattr(recipe, "ARMS", {})
@@ -43,87 +47,117 @@ def compare(
   workdir: str,
   overrides: Sequence[str],
 ) -> str:
-  """Trains every arm with every seed and writes compare.png, compare.html and compare.json; run again, it resumes.
+  """Trains every arm with every seed and writes compare.png, compare.html and compare.json; run
+  again, it resumes.
 
   Returns:
     The table, as text.
   """
   if not arms:
     raise ConfigError("--arms: name at least one")
-  of_arm = {arm: arm_config(recipe, arm, seeds[0], overrides) for arm in arms}
-  configs = {
-    (arm, seed): dataclasses.replace(of_arm[arm], seed=seed) for arm in arms for seed in seeds
-  }
+  configs = {arm: arm_config(recipe, arm, seeds[0], overrides) for arm in arms}
   folder = locate(workdir)
-  runs = {}
+  runs: Runs = {}
   for seed, arm in itertools.product(seeds, arms):
     print(f"\n{arm}, seed {seed}", flush=True)
     run = folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
-    train(configs[arm, seed], str(run))
+    train(dataclasses.replace(configs[arm], seed=seed), str(run))
     runs[arm, seed] = read_metrics(run)
     if lost := missing_steps(runs[arm, seed]):
       raise UserError(
-        f"{run}: its metrics.jsonl does not tell of steps {lost}, so nothing can be counted; remove it"
+        f"{run}: its metrics.jsonl does not tell of steps {lost}, so nothing can be counted;"
+        " remove it"
       )
 
-  curves, spent = {}, {}
-  for what in ("completions", "generated_tokens"):
-    curves[what] = {
-      arm: [_curve(runs[arm, seed], f"train/{what}") for seed in seeds] for arm in arms
-    }
-    spent[what] = {
-      arm: [samples_to(x, y, threshold) for x, y in own] for arm, own in curves[what].items()
-    }
-  rows = []
-  for arm in arms:
-    row = [arm, f"{configs[arm, seeds[0]].learner.lr:g}"]
-    for what, unit, sign in (("completions", 1, ""), ("generated_tokens", 1000, "k")):
-      row.append(
-        " ".join("never" if n is None else f"{n / unit:,.0f}{sign}" for n in spent[what][arm])
-      )
-      row.append(ratio(spent[what][arms[0]], spent[what][arm], curves[what][arms[0]]))
-    for score, digits in (("sampled", 3), ("greedy", 3), ("length", 1)):
-      row.append(" ".join(f"{runs[arm, seed][-1][f'eval/{score}']:.{digits}f}" for seed in seeds))
-    rows.append(row)
-  versus = f"{arms[0]} / arm"
-  header = [
-    "arm",
-    "lr",
-    f"completions to {threshold:g}",
-    versus,
-    f"tokens to {threshold:g}",
-    versus,
-  ]
-  header += ["sampled at the end", "greedy", "length"]
-  panels = [("accuracy", curves["completions"])]
-  size = (6.4 if len(arms) < 5 else 8.0, 3.6)
+  spent = {what: _spent(runs, arms, seeds, what, threshold) for what in _COUNTED}
+  rates = {arm: config.learner.lr for arm, config in configs.items()}
+  header = _header(arms[0], threshold)
+  rows = [[arm, f"{rates[arm]:g}", *_row(arm, runs, seeds, spent)] for arm in arms]
+  _write(folder, seeds, threshold, spent, header, rows)
+  return text_table(header, rows)
+
+
+# By arm and seed, the rows of a run's metrics.
+Runs = dict[tuple[str, int], list[dict[str, Any]]]
+Curve = tuple[list[float], list[float]]
+# What is counted, in which unit, and what says so behind a number.
+_COUNTED = {"completions": (1, ""), "generated_tokens": (1000, "k")}
+
+
+class Spent(NamedTuple):
+  """What one kind of spending bought, by arm and for each seed."""
+
+  curves: dict[str, list[Curve]]
+  """What had been spent after each step, and the accuracy by then."""
+  to_threshold: dict[str, list[float | None]]
+
+
+def _spent(
+  runs: Runs, arms: Sequence[str], seeds: Sequence[int], what: str, threshold: float
+) -> Spent:
+  curves = {arm: [_curve(runs[arm, seed], f"train/{what}") for seed in seeds] for arm in arms}
+  reached = {arm: [samples_to(x, y, threshold) for x, y in own] for arm, own in curves.items()}
+  return Spent(curves, reached)
+
+
+def _header(base: str, threshold: float) -> list[str]:
+  versus = f"{base} / arm"
+  counted = f"completions to {threshold:g}", versus, f"tokens to {threshold:g}", versus
+  return ["arm", "lr", *counted, "sampled at the end", "greedy", "length"]
+
+
+def _row(arm: str, runs: Runs, seeds: Sequence[int], spent: dict[str, Spent]) -> list[str]:
+  """What the table says of an arm, behind its learning rate."""
+  row = []
+  for what, (unit, sign) in _COUNTED.items():
+    curves, reached = spent[what]
+    base = next(iter(curves))
+    row.append(" ".join("never" if n is None else f"{n / unit:,.0f}{sign}" for n in reached[arm]))
+    row.append(ratio(reached[base], reached[arm], curves[base]))
+  for score, digits in (("sampled", 3), ("greedy", 3), ("length", 1)):
+    row.append(" ".join(f"{runs[arm, seed][-1][f'eval/{score}']:.{digits}f}" for seed in seeds))
+  return row
+
+
+def _write(
+  folder: epath.Path,
+  seeds: Sequence[int],
+  threshold: float,
+  spent: dict[str, Spent],
+  header: list[str],
+  rows: list[list[str]],
+) -> None:
+  """Writes the figure, the page and the numbers."""
+  curves = spent["completions"].curves
+  panels, size = [("accuracy", curves)], (6.4 if len(curves) < 5 else 8.0, 3.6)
   (folder / "compare.png").write_bytes(chart(panels, "completions sampled", size, "png"))
-  note = (
-    f"Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed ({', '.join(map(str, seeds))}). "
-    f"Completions, and tokens generated, until that mean reaches {threshold:g}, a number a seed; ratios of medians. "
-    "The tokens include continuations sampled for prefix values, and no reviewer's. "
-    "At the end: held-out problems."
-  )
   page = render(
     "compare.html",
-    title=f"dca-jax: {', '.join(arms)}",
+    title=f"dca-jax: {', '.join(curves)}",
     chart=markup(chart(panels, "completions sampled", size)),
-    about=note,
+    about=(
+      "Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed "
+      f"({', '.join(map(str, seeds))}). Completions, and tokens generated, until that mean reaches "
+      f"{threshold:g}, a number a seed; ratios of medians. The tokens include continuations sampled "
+      "for prefix values, and no reviewer's. At the end: held-out problems."
+    ),
     header=header,
     rows=rows,
   )
   (folder / "compare.html").write_text(page)
-  result = {"threshold": threshold, "seeds": list(seeds), "curves": curves["completions"]}
-  result |= {
-    "completions_to_threshold": spent["completions"],
-    "tokens_to_threshold": spent["generated_tokens"],
+  result = {
+    "threshold": threshold,
+    "seeds": list(seeds),
+    "curves": curves,
+    "completions_to_threshold": spent["completions"].to_threshold,
+    "tokens_to_threshold": spent["generated_tokens"].to_threshold,
   }
   (folder / "compare.json").write_text(json.dumps(result) + "\n")
-  return text_table(header, rows)
 
 
-def _curve(metrics: list[dict], spent: str) -> tuple[list[float], list[float]]:
-  """What of the metric `spent` had been spent after each step, and the accuracy by then, mean of five steps."""
+def _curve(metrics: list[dict[str, Any]], spent: str) -> Curve:
+  """What of the metric `spent` had been spent after each step, and the accuracy by then, mean of
+  five steps."""
   trained = [m for m in metrics if "train/accuracy" in m]
   return running_total(trained, spent), moving_average([m["train/accuracy"] for m in trained])
 

@@ -107,10 +107,8 @@ class Chains:
     """Problem number `index` of `split`; the same one on every call and every machine."""
     n, m = self.config.lines, self.config.modulus
     rng = np.random.default_rng([n, m, SPLITS.index(split), index])
-    symbols, digits = (
-      rng.integers(len(_SYMBOLS), size=n).tolist(),
-      rng.integers(m, size=n + 2).tolist(),
-    )
+    symbols = rng.integers(len(_SYMBOLS), size=n).tolist()
+    digits = rng.integers(m, size=n + 2).tolist()
     lines = "".join(f"{_SYMBOLS[symbols[i]]}{digits[i]}{_LETTERS[i]}" for i in range(n))
     start = "".join(f"{_LETTERS[i]}{digits[i]}" for i in (n, n + 1))
     prompt = f"{lines}?{_LETTERS[n - 1 - rng.integers(2)]}{start};"
@@ -124,7 +122,8 @@ class Chains:
     return character_tokenizer("0123456789+-*?;#" + _LETTERS[: self.config.lines + 2], _EOS)
 
   def demonstration(self, index: int, mistakes: bool) -> tuple[str, str]:
-    """A problem and a worked solution in line order, its mistakes, if any, carried forward consistently."""
+    """A problem and a worked solution in line order; its mistakes, if any, are carried forward
+    consistently."""
     prompt = self.problem("demonstrations", index).prompt
     parsed, config, m = self._parse(prompt), self.config, self.config.modulus
     rng = np.random.default_rng([21, index])
@@ -138,9 +137,8 @@ class Chains:
       chance, shift = slip_chance, slip
       if config.wrong == "table":
         chance, shift = self._wrong_chance[kind][x][y], self._wrong_shift[kind][x][y]
-      values[label] = (
-        _OPERATIONS[symbol](x, y) + (shift if mistakes and wrong < chance else 0)
-      ) % m
+      slipped = shift if mistakes and wrong < chance else 0
+      values[label] = (_OPERATIONS[symbol](x, y) + slipped) % m
       if label not in parsed.chain[parsed.query] and drop < config.drop:
         continue
       written.append(f"{label}{values[label]};")
@@ -160,15 +158,18 @@ class Chains:
   def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
     """The exact role of every step.
 
-    A step `x7;` is a write of line x; the last step `#7$` is the answer and reads the query. With `expected` the value
-    that follows from what the step reads, and `true` the line's true value:
+    A step `x7;` is a write of line x; the last step `#7$` is the answer and reads the query. With
+    `expected` the value that follows from what the step reads, and `true` the line's true value:
 
-    * `irrelevant`: a write to the other chain, or the unfinished last step of a truncated completion;
+    * `irrelevant`: a write to the other chain, or the unfinished last step of a truncated
+      completion;
     * `redundant`: rewrites the value that already stands, or is right but not live;
-    * `error`: the value is neither expected nor true; also any text that is neither a write nor the answer;
+    * `error`: the value is neither expected nor true; also any text that is neither a write nor the
+      answer;
     * `inherits`: the value is expected but not true: it follows correctly from an earlier error;
     * `repair`: the value is true although another was expected, or it replaces a wrong value;
-    * `necessary`: any other true value that the answer reads, or, where there is no answer, would have read.
+    * `necessary`: any other true value that the answer reads, or, where there is no answer, would
+      have read.
     """
     parsed = self._parse(prompt)
     chain = parsed.chain[parsed.query]
@@ -182,14 +183,12 @@ class Chains:
       write, answer = _WRITE.fullmatch(step), _ANSWER.search(step) if last else None
       label, digit = write.groups() if write else (parsed.query, answer[1]) if answer else ("", "0")
       value = int(digit)
-      if (last and truncated and not step.endswith(";")) or (
-        label in parsed.chain and label not in chain
-      ):
+      unfinished = last and truncated and not step.endswith(";")
+      if unfinished or (label in parsed.chain and label not in chain):
         roles.append("irrelevant")
         continue
-      if (
-        label not in chain
-      ):  # A label that the prompt does not have says nothing that could be true.
+      if label not in chain:
+        # A label that the prompt does not have says nothing that could be true.
         roles.append("error")
         continue
       if write and state.get(label) == value:
@@ -197,42 +196,34 @@ class Chains:
         continue
       above = chain[: chain.index(label) + (0 if write else 1)]
       source = next((x for x in reversed(above) if x in state), None)
-      expected = (
-        parsed.start[label]
-        if source is None
-        else self._follow(parsed, source, label, state[source])
-      )
+      if source is None:
+        expected = parsed.start[label]
+      else:
+        expected = self._follow(parsed, source, label, state[source])
       true = parsed.value[label]
       if value == true:
-        roles.append(
-          "repair" if expected != true or state.get(label, true) != true else "necessary"
-        )
+        replaces = expected != true or state.get(label, true) != true
+        roles.append("repair" if replaces else "necessary")
       else:
         roles.append("inherits" if value == expected else "error")
       reads[k] = writer.get(source or "")
       if write:
         state[label], writer[label] = value, k
 
-    # Walk back from the answer; where there is none, from what it would have read.
-    live: int | None = len(steps) - 1
-    if live not in reads or _WRITE.fullmatch(steps[-1]):
-      live = writer.get(next(x for x in reversed(chain) if x in state))
-    alive = set()
-    while live is not None:
-      alive.add(live)
-      live = reads[live]
-    return [
-      "redundant" if role in ("necessary", "repair") and k not in alive else role
-      for k, role in enumerate(roles)
-    ]
+    # Where there is no answer, what it would have read.
+    end: int | None = len(steps) - 1
+    if end not in reads or _WRITE.fullmatch(steps[-1]):
+      end = writer.get(next(x for x in reversed(chain) if x in state))
+    return _without_dead(roles, end, reads)
 
   def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
-    """See `Task`. The share of the other completions that got as far as this prefix and then succeeded, smoothed.
+    """See `Valued`. The share of the other completions that got as far as this prefix and then
+    succeeded, smoothed.
 
-    A prefix has got as far as the last line of the queried chain that is written, if what stands there leads to the
-    right answer when it is followed correctly; otherwise its value is 0. From each line on, the chance to get one
-    further is counted over the others, with half a success and half a failure added; a value is the product of what
-    is left, the answer's own chance included.
+    A prefix has got as far as the last line of the queried chain that is written, if what stands
+    there leads to the right answer when it is followed correctly; otherwise its value is 0. From
+    each line on, the chance to get one further is counted over the others, with half a success and
+    half a failure added; a value is the product of what is left, the answer's own chance included.
     """
     parsed = self._parse(prompt)
     chain, true = parsed.chain[parsed.query], parsed.value[parsed.query]
@@ -279,3 +270,19 @@ class Chains:
       value[label] = _OPERATIONS[symbol](value[above[-2]], y) % self.config.modulus
       above.append(label)
     return _Parsed(operation, chain, starts, value, query)
+
+
+def _without_dead(roles: list[str], end: int | None, reads: dict[int, int | None]) -> list[str]:
+  """The roles, where a right step that nothing on the way to step `end` has read is redundant.
+
+  Args:
+    reads: for each step the step whose write it reads, or None.
+  """
+  live = set()
+  while end is not None:
+    live.add(end)
+    end = reads[end]
+  return [
+    "redundant" if role in ("necessary", "repair") and k not in live else role
+    for k, role in enumerate(roles)
+  ]
