@@ -53,48 +53,38 @@ def train_step(t: Trainer, step: int) -> Measured:
     del params, policy  # A layout of its own would stand beside the gradients.
     clock.lap("review")
 
-    rewards, truncated, said = put(
-      (
-        rollout.rewards_B.reshape(-1, t.config.rollout.group),
-        rollout.truncated_B,
-        ReviewArrays.of(reviews, rollout.step_ids_BxT),
-      ),
-      t.rows,
-    )
+    rewards_PxG = rollout.rewards_B.reshape(-1, t.config.rollout.group)
+    said = ReviewArrays.of(reviews, rollout.step_ids_BxT)
+    rewards_PxG, truncated_B, said = put((rewards_PxG, rollout.truncated_B, said), t.rows)
     said, memory = t.values.read(t.policy, t.state.value_head, t.whole(t.state.params), batch, said)
-    advantages = assign_credit(t.scheme, rewards, batch.sampled_BxT, truncated, said)
+    advantages = assign_credit(t.scheme, rewards_PxG, batch.sampled_BxT, truncated_B, said)
     batch = batch._replace(advantages_BxT=advantages.tokens_BxT)
 
     t.check_held()
     t.stops.phase("update", at_once=False)  # From here on the step is finished.
     t.checkpoints.release()
     stats = update(t, batch)
-    head, more = t.values.learn(t.state.value_head, memory, batch, rewards)
+    head, more = t.values.learn(t.state.value_head, memory, batch, rewards_PxG)
     t.state = t.state._replace(value_head=head)
 
     host, values_BxK = fetch((advantages, said.values_BxK), t.rows)
     credited = Credited(reviews, values_BxK, host, continued, spot_tokens)
-    episodes = finished(rollout.episodes, credited)
+    episodes = credited.finished(rollout.episodes)
     write_trajectories(t.folder / "trajectories", step, jax.process_index(), episodes)
-    stats = jax.device_get(stats | more)
+    stats = {key: float(x) for key, x in jax.device_get(stats | more).items()}
     clock.lap("update")
 
-  own = t.reviewer.stats()
-  if t.canaries and step % t.config.reviewer.canary_every == 0:
-    deadline = t.config.reviewer.deadline
-    own["review/canary_accuracy"] = canary_accuracy(t.reviewer, t.canaries, deadline)
-  mine = tally(t.scheme, rollout, asked, credited, own, clock)
+  mine = tally(t.scheme, rollout, asked, credited, reviewer_metrics(t, step), clock)
   # The one place in a step where processes hear of each other's samples, beside the arrays.
   told = gather("metrics", [mine, t.reviewer.problem(), t.stops.reason])
-  metrics = merge([Tally(*said) for said, _, _ in told])
   return Measured(
-    metrics | {key: float(x) for key, x in stats.items()},
+    merge([Tally(*said) for said, _, _ in told]) | stats,
     next((problem for _, problem, _ in told if problem), None),
     next((reason for _, _, reason in told if reason), ""),
   )
 
 
-def next_batch(t: Trainer, step: int, params) -> tuple[Rollout, Asked]:
+def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
   """The batch to train on in `step`; with `reviewer.overlap` it was sampled a step ago, and the
   next one is on its way to the reviewer."""
   if not t.config.reviewer.overlap:
@@ -105,7 +95,7 @@ def next_batch(t: Trainer, step: int, params) -> tuple[Rollout, Asked]:
   return batch
 
 
-def begin(t: Trainer, step: int, params) -> tuple[Rollout, Asked]:
+def begin(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
   """Samples a batch and hands it to the reviewer, who reads it while the devices go on."""
   c = t.config
   rollout = collect(t.sampler, c.seed, step, t.task, t.tokenizer, params)
@@ -126,7 +116,7 @@ def on_devices(t: Trainer, rollout: Rollout) -> Batch:
   return Batch(*put((*arrays, trained_B, rollout.logprobs_BxT), t.rows))
 
 
-def spot_checked(t: Trainer, step: int, params, rollout: Rollout) -> tuple[Rollout, int]:
+def spot_checked(t: Trainer, step: int, params: Any, rollout: Rollout) -> tuple[Rollout, int]:
   """The batch with its spot checks, and the tokens they took."""
   policy = Continues(t.sampler, params, further_key(t, step, 2**31), t.task, t.tokenizer)
   return measured(t.config.spot, t.config.seed, policy, rollout)
@@ -154,21 +144,13 @@ def update(t: Trainer, batch: Batch) -> dict[str, jax.Array]:
   return stats | {"sampler/logprob_error": first["sampler/logprob_error"]}
 
 
-def finished(episodes: list[Episode], credited: Credited) -> list[Episode]:
-  """The episodes with all that happened to them."""
-  reviews, values_BxK, (own_PxG, tokens_BxT) = credited[:3]
-  return [
-    dataclasses.replace(
-      episode,
-      review=review,
-      values=values_K[: len(episode.steps)].astype(float).tolist(),
-      advantage=float(own),
-      credit=credit_T[: len(episode.tokens)].tolist(),
-    )
-    for episode, review, values_K, own, credit_T in zip(
-      episodes, reviews, values_BxK, own_PxG.reshape(-1), tokens_BxT, strict=True
-    )
-  ]
+def reviewer_metrics(t: Trainer, step: int) -> dict[str, float]:
+  """What the reviewer says of itself, and now and then how it does on solutions that are known."""
+  metrics = t.reviewer.stats()
+  if t.canaries and step % t.config.reviewer.canary_every == 0:
+    deadline = t.config.reviewer.deadline
+    metrics["review/canary_accuracy"] = canary_accuracy(t.reviewer, t.canaries, deadline)
+  return metrics
 
 
 def further_key(t: Trainer, step: int, kind: int = 0) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dca_jax.credit import Advantages, Scheme
-from dca_jax.episode import ROLES, Outcome, Review
+from dca_jax.episode import ROLES, Episode, Outcome, Review
 from dca_jax.intervals import Estimate
 from dca_jax.review.episodes import Asked
 from dca_jax.review.types import Usage
@@ -50,6 +50,21 @@ class Credited(NamedTuple):
   """Tokens generated for prefix values."""
   spot_tokens: int | None
   """Tokens generated for spot checks; None where the run makes none."""
+
+  def finished(self, episodes: Sequence[Episode]) -> list[Episode]:
+    """The batch's episodes with all that happened to them."""
+    own_PxG, tokens_BxT = self.advantages
+    rows = self.reviews, self.values_BxK, own_PxG.reshape(-1), tokens_BxT
+    return [
+      dataclasses.replace(
+        episode,
+        review=review,
+        values=values_K[: len(episode.steps)].astype(float).tolist(),
+        advantage=float(own),
+        credit=credit_T[: len(episode.tokens)].tolist(),
+      )
+      for episode, review, values_K, own, credit_T in zip(episodes, *rows, strict=True)
+    ]
 
 
 def tally(
