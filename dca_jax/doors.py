@@ -87,6 +87,14 @@ def _from_file(path: str) -> Any:
   return sys.modules[name]
 
 
+def require(package: str, extra: str, key: str) -> None:
+  """Raises UserError where the package of an optional `extra` is not installed, which the setting
+  `key` needs."""
+  if not importlib.util.find_spec(package):
+    name = package.replace("_", "-")
+    raise UserError(f"{key}: needs the package {name}: pip install 'dca-jax[{extra}]'")
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
   """The end of a sentence about a name that is not known: the nearest one, or all."""
   known = sorted(known)

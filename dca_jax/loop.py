@@ -48,7 +48,7 @@ def train(
     notices() as stops,
     watched(stops),
     opened(config, workdir, resume, stops, quiet) as t,
-    Reporter(t.growing.folder, t.done, config.steps, quiet) as reporter,
+    Reporter(t.growing.folder, t.done, config.steps, quiet, t.log) as reporter,
   ):
     if jax.process_index() == 0:
       forget_trajectories(t.folder / "trajectories", t.done)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import os
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from dca_jax.store.checkpoints import Checkpoints, put_aside
 from dca_jax.store.hold import held
 from dca_jax.store.metrics import dollars_spent
 from dca_jax.store.workdir import Growing, locate
+from dca_jax.store.writers import Log, LogConfig
 from dca_jax.tasks import Demonstrated, Task
 from dca_jax.tasks.tokenizer import end_ids, id_count, text_of
 
@@ -133,6 +135,12 @@ class Trainer:
   def values(self) -> Values:
     return self.config.value
 
+  @property
+  def log(self) -> Log:
+    """Where its metrics go: process 0 alone writes them."""
+    to = self.config.log if jax.process_index() == 0 else LogConfig(())
+    return Log(to, self.folder, json.loads(self.config.to_json()))
+
 
 @contextlib.contextmanager
 def opened(
@@ -163,6 +171,8 @@ def _opened(
   check_held: Callable[[], None],
 ) -> Iterator[Trainer]:
   use_compilation_cache()
+  if jax.process_index() == 0:
+    config.log.kinds()
   task = config.task.open()
   tokenizer = task.tokenizer()
   ids = id_count(tokenizer)

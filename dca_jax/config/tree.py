@@ -20,6 +20,7 @@ from dca_jax.rollout.evaluate import EvaluateConfig
 from dca_jax.rollout.prefixes import FromReviewer, Values
 from dca_jax.rollout.spot import SpotConfig
 from dca_jax.store.checkpoints import CheckpointConfig
+from dca_jax.store.writers import LogConfig
 from dca_jax.tasks import ChainsConfig, TaskConfig
 
 
@@ -46,6 +47,7 @@ class Config:
   learner: LearnerConfig = LearnerConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
   mesh: MeshConfig = MeshConfig()
 
   def check(self) -> dict[str, str]:
@@ -165,6 +167,7 @@ _WARM = ("warmstart.clean_steps", "warmstart.steps")
 _FREE = (
   "checkpoint.",
   "evaluate.",
+  "log.",
   "mesh.",
   "reviewer.canary_every",
   "reviewer.deadline",

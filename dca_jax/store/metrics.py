@@ -1,4 +1,4 @@
-"""What a run reports while it goes: metrics.jsonl, TensorBoard events, a progress bar and one line per step."""
+"""What a run reports while it goes: metrics.jsonl, TensorBoard and the like, a progress bar and one line per step."""
 
 import contextlib
 import itertools
@@ -6,17 +6,14 @@ import json
 import math
 import pathlib
 import sys
-import time
 from typing import Any
 
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from dca_jax.store.symptoms import Watch
 from dca_jax.store.workdir import place_aside, write_whole
+from dca_jax.store.writers import Log, LogConfig, Writers
 
 
 class Reporter(contextlib.AbstractContextManager):
@@ -25,7 +22,14 @@ class Reporter(contextlib.AbstractContextManager):
   On resume, what an interrupted run had written beyond `start` is taken back, so that every step appears once.
   """
 
-  def __init__(self, workdir: pathlib.Path, start: int, steps: int, quiet: bool = False):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    start: int,
+    steps: int,
+    quiet: bool = False,
+    log: Log | None = None,
+  ):
     self._path = workdir / "metrics.jsonl"
     rows, damage = _read(self._path)
     if damage:
@@ -44,11 +48,7 @@ class Reporter(contextlib.AbstractContextManager):
     self._watch = Watch()
     for row in self._kept:
       self._watch.read(row)
-    # Not SummaryWriter: the queue to its thread can lose a wake-up to Ctrl-C, and closing it then waits for ever.
-    (workdir / "tensorboard").mkdir(exist_ok=True)
-    self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-    # TensorBoard hides what an interrupted run wrote from this step on.
-    self._write_event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+    self._writers = Writers(log or Log(LogConfig(), epath.Path(workdir), {}), workdir, start, rows)
     self._quiet = quiet
     self._bar = tqdm(
       total=steps, initial=start, unit="step", disable=quiet or not sys.stderr.isatty(), leave=False
@@ -57,7 +57,7 @@ class Reporter(contextlib.AbstractContextManager):
   def __exit__(self, *error):
     self._bar.close()
     self._file.close()
-    self._events.close()
+    self._writers.close(stopped=error[0] is not None)
 
   def _begin(self):
     """The file with the kept lines, open for more."""
@@ -73,16 +73,11 @@ class Reporter(contextlib.AbstractContextManager):
       self._file = self._begin()
     self.log(step, metrics)
 
-  def _write_event(self, **content) -> None:
-    self._events.write_event(Event(wall_time=time.time(), **content))
-
   def log(self, step: int, metrics: dict[str, float]) -> None:
     """Records the metrics of one step, flat keys `group/name`."""
     self._file.write(json.dumps({"step": step, **metrics}) + "\n")
     self._file.flush()
-    for key, value in metrics.items():
-      self._write_event(step=step, summary=scalar(key, value))
-    self._events.flush()
+    self._writers.log(step, metrics)
     self._bar.update(step - self._bar.n)
     for said in self._watch.read({"step": step, **metrics}) if not self._quiet else ():
       print(f"warning: {said}", file=sys.stderr)
