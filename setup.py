@@ -13,7 +13,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
   packages=find_packages(include=["dca_jax", "dca_jax.*"]),
-  package_data={"dca_jax.commands": ["templates/*"]},
+  package_data={"dca_jax": ["py.typed"], "dca_jax.commands": ["templates/*"]},
   install_requires=[
     "absl-py",
     "aiohttp>=3.12",

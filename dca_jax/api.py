@@ -140,8 +140,8 @@ class SavedPolicy:
 
 
 def train(
-  config: Config | ConfigDict | dict | str | os.PathLike,
-  workdir: str | os.PathLike,
+  config: Config | ConfigDict | dict[str, Any] | str | os.PathLike[str],
+  workdir: str | os.PathLike[str],
   resume: str = "auto",
   quiet: bool = False,
   *,
@@ -169,7 +169,7 @@ def train(
   return run
 
 
-def load(workdir: str | os.PathLike) -> Run:
+def load(workdir: str | os.PathLike[str]) -> Run:
   """The run in a workdir.
 
   Raises:
@@ -178,7 +178,7 @@ def load(workdir: str | os.PathLike) -> Run:
   return Run(os.fspath(workdir), config_lib.saved_config(os.fspath(workdir)))
 
 
-def evaluate(run: Run | str | os.PathLike) -> dict[str, Estimate]:
+def evaluate(run: Run | str | os.PathLike[str]) -> dict[str, Estimate]:
   """Scores of a run's newest policy on the held-out problems of its task."""
   return (run if isinstance(run, Run) else load(run)).policy.evaluate()
 
@@ -187,7 +187,7 @@ _SECTIONS = {"task": "task.name", "reviewer": "reviewer.name", "scheme": "credit
 
 
 def _config(
-  given: Config | ConfigDict | dict | str | os.PathLike, chosen: Mapping[str, Any]
+  given: Config | ConfigDict | dict[str, Any] | str | os.PathLike[str], chosen: Mapping[str, Any]
 ) -> Config:
   """The config, with the settings of objects in the place of the sections that they stand for."""
   if isinstance(given, Config):

@@ -21,13 +21,16 @@ from dca_jax.store.metrics import Reporter, not_finite
 from dca_jax.store.trajectories import forget_trajectories
 from dca_jax.tally import eval_metrics
 
+Callback = Callable[[int, Mapping[str, float]], None]
+"""Called with a step and its metrics, when the step is recorded."""
+
 
 def train(
   config: Config,
   workdir: str,
   resume: str = "auto",
   quiet: bool = False,
-  callbacks: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
+  callbacks: Sequence[Callback] = (),
 ) -> None:
   """Runs `config` in `workdir`, or continues the run that is there.
 
@@ -61,7 +64,7 @@ def train(
       one_step(t, step, reporter, callbacks if jax.process_index() == 0 else ())
 
 
-def one_step(t: Trainer, step: int, reporter: Reporter, callbacks: Sequence[Callable]) -> None:
+def one_step(t: Trainer, step: int, reporter: Reporter, callbacks: Sequence[Callback]) -> None:
   """Trains, evaluates where it is due, records and saves."""
   metrics, problem, stop = train_step(t, step)
   if size := t.task.sizes.get("train"):

@@ -54,7 +54,7 @@ class Programs:
       suffice.
   """
 
-  def __init__(self, config: Config, policy: Policy, tokenizer, head):
+  def __init__(self, config: Config, policy: Policy, tokenizer: Any, head: Any):
     rollout, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
     devices = mesh.make_mesh(config.mesh)
     self.policy = policy = policy.clone(mesh=devices)
@@ -74,7 +74,7 @@ class Programs:
 
     overlap = bool(config.reviewer.overlap)
 
-    def new_state(params, head):
+    def new_state(params: Any, head: Any) -> learner.TrainState:
       return learner.init_state(
         optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None
       )
@@ -120,7 +120,7 @@ class Trainer:
   ahead: tuple[Rollout, Asked] | None = None
   """The next batch, where it is sampled a step ahead."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     p = self.programs
     self.policy, self.rows, self.update = p.policy, p.rows, p.update
     self.sampler, self.for_sampler = p.sampler, p.for_sampler
@@ -256,7 +256,9 @@ def tried_reviewer(config: Config, task: Task, growing: Growing, quiet: bool) ->
   return reviewer
 
 
-def _reference(config: Config, programs: Programs, start):
+def _reference(
+  config: Config, programs: Programs, start: Any
+) -> Callable[[learner.Batch], learner.Batch]:
   """Without a reference, `start` is not held."""
   if not config.learner.reference:
     return lambda batch: batch
@@ -267,7 +269,7 @@ def _reference(config: Config, programs: Programs, start):
 
 
 @jax.jit
-def copy(params):
+def copy(params: Any) -> Any:
   return jax.tree.map(jnp.copy, params)
 
 
@@ -286,7 +288,7 @@ def make_canaries(config: Config, task: Task) -> list[Canary]:
   return canaries
 
 
-def check_data(config: Config, task: Task, tokenizer, rows: int) -> dict[str, float]:
+def check_data(config: Config, task: Task, tokenizer: Any, rows: int) -> dict[str, float]:
   """Reads every problem of a task that has an end: a bad one is found now (UserError), not in the middle of a run.
 
   Args:
@@ -341,8 +343,8 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
 
 
 def starting_policy(
-  config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer, on: Programs
-):
+  config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer: Any, on: Programs
+) -> Any:
   """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
   kept = folder / "start"
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -377,7 +379,7 @@ def starting_policy(
     return checkpointer.restore(kept, args=ocp.args.StandardRestore(on.start))
 
 
-def alike(config: Config, task: Task, tokenizer) -> dict[str, Any]:
+def alike(config: Config, task: Task, tokenizer: Any) -> dict[str, Any]:
   """What all processes of a run must share."""
   settings = {f"setting {key}": value for key, value in flatten(dataclasses.asdict(config)).items()}
   return {

@@ -71,14 +71,14 @@ def train_step(t: Trainer, step: int) -> Measured:
     credited = Credited(reviews, values_BxK, host, continued, spot_tokens)
     episodes = credited.finished(rollout.episodes)
     write_trajectories(t.folder / "trajectories", step, jax.process_index(), episodes)
-    stats = {key: float(x) for key, x in jax.device_get(stats | more).items()}
+    numbers = {key: float(x) for key, x in jax.device_get(stats | more).items()}
     clock.lap("update")
 
   mine = tally(t.scheme, rollout, asked, credited, reviewer_metrics(t, step), clock)
   # The one place in a step where processes hear of each other's samples, beside the arrays.
   told = gather("metrics", [mine, t.reviewer.problem(), t.stops.reason])
   return Measured(
-    merge([Tally(*said) for said, _, _ in told]) | stats,
+    merge([Tally(*said) for said, _, _ in told]) | numbers,
     next((problem for _, problem, _ in told if problem), None),
     next((reason for _, _, reason in told if reason), ""),
   )

@@ -19,7 +19,7 @@ from dca_jax.rollout import Rollout
 class Clock:
   """Seconds between laps."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.seconds: dict[str, float] = {}
     self._last = time.perf_counter()
 

@@ -12,8 +12,9 @@ N traces, T = 6 steps, A = 5 actions.
 
 import functools
 import itertools
-import typing
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +28,7 @@ NEEDED = 2
 BIAS = np.array([1.0, 0.5, 0.5, 0.0, 0.0])
 
 
-class Tree(typing.NamedTuple):
+class Tree(NamedTuple):
   """Every trace of the policy, in lexicographic order, and what is true of it."""
 
   actions_NxT: np.ndarray
@@ -84,14 +85,16 @@ def roles(tree: Tree) -> np.ndarray:
   )
 
 
-def review(tree: Tree, roles_NxT=0, weights_NxT=1.0, values_NxT=np.nan) -> ReviewArrays:
+def review(
+  tree: Tree, roles_NxT: Any = 0, weights_NxT: Any = 1.0, values_NxT: Any = np.nan
+) -> ReviewArrays:
   n, t = tree.actions_NxT.shape
   said = (np.arange(t), roles_NxT, np.float32(weights_NxT), np.float32(values_NxT))
   ids, roles, weights, values = (np.broadcast_to(x, (n, t)) for x in said)
   return ReviewArrays(ids, roles, weights, values, np.ones(n, bool))
 
 
-class Row(typing.NamedTuple):
+class Row(NamedTuple):
   """The exact expected update of one scheme with one reviewer."""
 
   name: str
@@ -111,7 +114,7 @@ def credit(tree: Tree, scheme: Scheme, said: ReviewArrays) -> np.ndarray:
   group's mean."""
   reward, p = tree.reward_N, tree.probability_N
 
-  def expected(x_NxT, counts_N):
+  def expected(x_NxT: Any, counts_N: Any) -> jax.Array:
     weight = p * np.asarray(counts_N)
     return jnp.broadcast_to(
       jnp.asarray(weight @ np.asarray(x_NxT, float) / weight.sum(), jnp.float32), x_NxT.shape

@@ -147,7 +147,7 @@ def token_advantages(
   return jnp.where(sampled_BxT, said_BxT, 0.0)
 
 
-def _sanitised(scheme: Scheme, sampled_BxT, review: ReviewArrays) -> ReviewArrays:
+def _sanitised(scheme: Scheme, sampled_BxT: jax.Array, review: ReviewArrays) -> ReviewArrays:
   """The review without weights that are no numbers, and `ok_B` false where what the scheme reads
   cannot be used."""
   sane_BxK = (review.weights_BxK >= 0) & (review.weights_BxK <= 1000)  # false for NaN too
@@ -161,7 +161,9 @@ def _sanitised(scheme: Scheme, sampled_BxT, review: ReviewArrays) -> ReviewArray
   return review._replace(weights_BxK=weights_BxK, ok_B=review.ok_B & usable_B)
 
 
-def _others_mean(baseline: str, group: int, sampled_BxT, x_BxT, counts_B) -> jax.Array:
+def _others_mean(
+  baseline: str, group: int, sampled_BxT: jax.Array, x_BxT: jax.Array, counts_B: jax.Array
+) -> jax.Array:
   """See `Given.expected`; with the baseline `mean` the episode itself counts too."""
   b, t = x_BxT.shape
   length_Bx1 = sampled_BxT.sum(1, keepdims=True).astype(jnp.uint32)
@@ -193,7 +195,11 @@ class Advantages(typing.NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def assign_credit(
-  scheme: Scheme, rewards_PxG, sampled_BxT, truncated_B, review: ReviewArrays
+  scheme: Scheme,
+  rewards_PxG: jax.Array,
+  sampled_BxT: jax.Array,
+  truncated_B: jax.Array,
+  review: ReviewArrays,
 ) -> Advantages:
   tokens_BxT = token_advantages(scheme, rewards_PxG, sampled_BxT, truncated_B, review)
   return Advantages(group_advantages(scheme, rewards_PxG), tokens_BxT)

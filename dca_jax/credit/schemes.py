@@ -5,7 +5,7 @@ and `signed` are uniform also where a review calls every step alike.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +229,7 @@ class Potential(Scheme):
     is_last_BxK = jnp.arange(k) >= steps_B[:, None] - 1
     next_BxK = jnp.roll(phi_BxK, -1, 1)
 
-    def back(later_B, x):
+    def back(later_B: Any, x: Any) -> tuple[Any, Any]:
       next_B, is_last_B = x
       ahead_B = (1 - self.discount) * next_B + self.discount * later_B
       g_B = jnp.where(is_last_B, rewards_B, ahead_B)
@@ -289,11 +289,11 @@ def _blame(blame: RoleTable, blame_truncated: RoleTable, given: Given) -> jax.Ar
   return jnp.where(given.truncated_B[:, None], full_BxT, ended_BxT)
 
 
-def _centred(x_BxT, sampled_BxT) -> jax.Array:
+def _centred(x_BxT: jax.Array, sampled_BxT: jax.Array) -> jax.Array:
   mean_B = x_BxT.sum(1, where=sampled_BxT) / jnp.maximum(sampled_BxT.sum(1), 1)
   return jnp.where(sampled_BxT, x_BxT - mean_B[:, None], 0.0)
 
 
-def _all_equal(x_BxT, sampled_BxT) -> jax.Array:
+def _all_equal(x_BxT: jax.Array, sampled_BxT: jax.Array) -> jax.Array:
   largest_B = jnp.where(sampled_BxT, x_BxT, -jnp.inf).max(1)
   return largest_B == jnp.where(sampled_BxT, x_BxT, jnp.inf).min(1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import optax
@@ -14,19 +15,19 @@ class LearnerConfig:
   """The `learner` section."""
 
   loss: str = "reinforce"
-  """`reinforce` (Williams 1992) or `ppo` (Schulman et al. 2017): the importance ratio against the policy that sampled,
-  clipped."""
+  """`reinforce` (Williams 1992) or `ppo` (Schulman et al. 2017): the importance ratio against the
+  policy that sampled, clipped."""
   clip_low: float = 0.2
   clip_high: float = 0.2
-  """`ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high]; a larger upper bound keeps rare tokens alive (DAPO,
-  Yu et al. 2025)."""
+  """`ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high]; a larger upper bound keeps rare
+  tokens alive (DAPO, Yu et al. 2025)."""
   updates_per_batch: int = 1
   """Optimizer steps on each batch, every one on the whole batch."""
   micro_batches: int = 1
   """Parts that a batch is cut into, to save memory; the gradient is the same."""
   normalizer: str = "constant"
-  """The loss is a sum over tokens divided by completions x rollout.max_tokens (`constant`, Liu et al. 2025) or by the
-  number of tokens that are trained on (`tokens`)."""
+  """The loss is a sum over tokens divided by completions x rollout.max_tokens (`constant`, Liu et
+  al. 2025) or by the number of tokens that are trained on (`tokens`)."""
   mask_truncated: bool = False
   """Leave completions that ran out of tokens out of the loss."""
   kl: float = 0.0
@@ -34,14 +35,16 @@ class LearnerConfig:
   reference, as in GRPO. Its value is unbiased; its gradient on samples of the policy is that of
   the opposite divergence, from the reference to the policy, token by token (Tang and Munos 2025)."""
   reference: bool = True
-  """Keep the policy that the run started from as the reference, and measure the KL divergence to it at every step."""
+  """Keep the policy that the run started from as the reference, and measure the KL divergence to it
+  at every step."""
   entropy: float = 0.0
   """Weight of the entropy bonus."""
   lr: float = 1e-3
   schedule: str = "constant"
   """`constant`, `linear` or `cosine`, the latter two down to 0 at the last step."""
   warmup_updates: int = 0
-  """Optimizer steps below the full learning rate, which rises evenly; the first of n has 1 / (n + 1)."""
+  """Optimizer steps below the full learning rate, which rises evenly; the first of n has
+  1 / (n + 1)."""
   adam_b1: float = 0.9
   adam_b2: float = 0.98
   weight_decay: float = 0.0
@@ -50,14 +53,12 @@ class LearnerConfig:
   """Gradients are clipped to this global norm; 0 does not clip."""
 
   def check(self) -> dict[str, str]:
-    bad = one_of(self, "loss", "reinforce", "ppo") | one_of(
-      self, "normalizer", "constant", "tokens"
-    )
+    bad = one_of(self, "loss", "reinforce", "ppo")
+    bad |= one_of(self, "normalizer", "constant", "tokens")
     bad |= one_of(self, "schedule", "constant", "linear", "cosine") | positive(self, "lr")
     bad |= at_least(1, self, "updates_per_batch", "micro_batches")
-    bad |= at_least(
-      0, self, "clip_high", "kl", "entropy", "warmup_updates", "weight_decay", "max_grad_norm"
-    )
+    bad |= at_least(0, self, "clip_high", "kl", "entropy", "warmup_updates", "weight_decay")
+    bad |= at_least(0, self, "max_grad_norm")
     for key in ("clip_low", "adam_b1", "adam_b2"):
       if not 0 <= getattr(self, key) < 1:
         bad[key] = "must be at least 0 and below 1"
@@ -77,9 +78,11 @@ class LearnerConfig:
 
 @functools.lru_cache
 def make_optimizer(config: LearnerConfig, steps: int) -> optax.GradientTransformation:
-  """Adam with the configured schedule, clipping and decoupled weight decay; `steps` batches end the schedule.
+  """Adam with the configured schedule, clipping and decoupled weight decay; `steps` batches end the
+  schedule.
 
-  Cached, so that equal settings give the same object and a jitted function that closes over it is compiled once.
+  Cached, so that equal settings give the same object and a jitted function that closes over it is
+  compiled once.
   """
   updates = steps * config.updates_per_batch
   after = max(1, updates - config.warmup_updates)
@@ -93,18 +96,17 @@ def make_optimizer(config: LearnerConfig, steps: int) -> optax.GradientTransform
     lowest = config.lr / (config.warmup_updates + 1)
     rising = optax.linear_schedule(lowest, config.lr, config.warmup_updates)
     rate = optax.join_schedules([rising, rate], [config.warmup_updates])
-  clip = (
-    optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-  )
+  most = config.max_grad_norm
+  clip = optax.clip_by_global_norm(most) if most else optax.identity()
   decay, decayed = config.weight_decay, _decayed if config.weight_decay else None
   adam = optax.adamw(rate, config.adam_b1, config.adam_b2, weight_decay=decay, mask=decayed)
   return optax.chain(clip, adam)
 
 
-def _decayed(params):
+def _decayed(params: Any) -> Any:
   """Which parameters decay: not norms and biases, which set levels."""
 
-  def decays(path, _) -> bool:
+  def decays(path: Any, _: Any) -> bool:
     return jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias")
 
   return jax.tree.map_with_path(decays, params)

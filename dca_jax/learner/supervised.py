@@ -136,7 +136,8 @@ def warm_start(
 
 def _digest(config: WarmstartConfig, demonstrations: Demonstrations, policy: Policy) -> str:
   """Of all that decides what the parameters become."""
-  sections = map(dataclasses.asdict, (config, demonstrations.section, policy.config))
+  read = config, demonstrations.section, policy.config
+  sections = [dataclasses.asdict(section) for section in read]
   ours = [package_digest("learner/supervised.py"), package_digest("policy/*.py")]
   count, clean = config.total * config.batch, config.clean_steps * config.batch
   every = max(1, count // _SAMPLED)

@@ -3,7 +3,7 @@ outcomes of earlier batches (the value baseline of PPO, Schulman et al. 2017).""
 
 import dataclasses
 import functools
-import typing
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -32,13 +32,17 @@ class Learned(Values):
   def check(self) -> dict[str, str]:
     return at_least(1, self, "width", "updates") | positive(self, "lr")
 
-  def init(self, width, seed):
+  def init(self, width: int, seed: int) -> "ValueHead":
     return init_head(self, width, seed)
 
-  def read(self, policy, head, params, batch, review):
+  def read(
+    self, policy: Policy, head: "ValueHead", params: Any, batch: Batch, review: ReviewArrays
+  ) -> "tuple[ReviewArrays, Memory]":
     return learned_values(self, policy, head, params, batch, review)
 
-  def learn(self, head, memory, batch, rewards_PxG):
+  def learn(
+    self, head: "ValueHead", memory: "Memory", batch: Batch, rewards_PxG: jax.Array
+  ) -> "tuple[ValueHead, dict[str, jax.Array]]":
     head, loss = fit_head(self, head, memory, batch.sampled_BxT, rewards_PxG)
     return head, {"value/loss": loss}
 
@@ -46,11 +50,11 @@ class Learned(Values):
 VALUES: dict[str, type[Values]] = {c.source: c for c in (FromReviewer, MonteCarlo, Learned)}
 
 
-class ValueHead(typing.NamedTuple):
+class ValueHead(NamedTuple):
   """Parameters and optimizer state of the head."""
 
-  params: typing.Any
-  opt_state: typing.Any
+  params: Any
+  opt_state: Any
 
 
 def _head(config: Learned) -> nn.Module:
@@ -60,8 +64,8 @@ def _head(config: Learned) -> nn.Module:
   )
 
 
-def _logits(config: Learned, params, hidden_BxTxD) -> jax.Array:
-  return typing.cast(jax.Array, _head(config).apply(params, hidden_BxTxD))[..., 0]
+def _logits(config: Learned, params: Any, hidden_BxTxD: jax.Array) -> jax.Array:
+  return cast(jax.Array, _head(config).apply(params, hidden_BxTxD))[..., 0]
 
 
 def init_head(config: Learned, width: int, seed: int) -> ValueHead:
@@ -70,7 +74,7 @@ def init_head(config: Learned, width: int, seed: int) -> ValueHead:
   return ValueHead(params, optax.adam(config.lr).init(params))
 
 
-class Memory(typing.NamedTuple):
+class Memory(NamedTuple):
   """What values were read from, for the head to learn from when the update is done."""
 
   hidden_BxTxD: jax.Array
@@ -79,7 +83,12 @@ class Memory(typing.NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config", "policy"))
 def learned_values(
-  config: Learned, policy: Policy, head: ValueHead, params, batch: Batch, review: ReviewArrays
+  config: Learned,
+  policy: Policy,
+  head: ValueHead,
+  params: Any,
+  batch: Batch,
+  review: ReviewArrays,
 ) -> tuple[ReviewArrays, Memory]:
   """The review with the head's values in it, and what they were read from.
 
@@ -99,19 +108,23 @@ def learned_values(
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="head")
 def fit_head(
-  config: Learned, head: ValueHead, memory: Memory, sampled_BxT, rewards_PxG
+  config: Learned,
+  head: ValueHead,
+  memory: Memory,
+  sampled_BxT: jax.Array,
+  rewards_PxG: jax.Array,
 ) -> tuple[ValueHead, jax.Array]:
   """Trains the head to predict outcomes from step boundaries; returns it, and its loss (nats)
   before that."""
   counts_BxT = _first_of_step(memory.step_ids_BxT, sampled_BxT)
   rewards_Bx1 = rewards_PxG.reshape(-1, 1)
 
-  def loss(params):
+  def loss(params: Any) -> jax.Array:
     logits_BxT = _logits(config, params, memory.hidden_BxTxD)
     nats_BxT = optax.sigmoid_binary_cross_entropy(logits_BxT, rewards_Bx1)
     return nats_BxT.mean(where=counts_BxT)
 
-  def update(head, _):
+  def update(head: ValueHead, _: None) -> tuple[ValueHead, jax.Array]:
     value, grads = jax.value_and_grad(loss)(head.params)
     changes, opt_state = optax.adam(config.lr).update(grads, head.opt_state)
     return ValueHead(optax.apply_updates(head.params, changes), opt_state), value
@@ -120,7 +133,7 @@ def fit_head(
   return head, losses[0]
 
 
-def _first_of_step(step_ids_BxT, sampled_BxT) -> jax.Array:
+def _first_of_step(step_ids_BxT: Array, sampled_BxT: jax.Array) -> jax.Array:
   """Whether a token is the first that the policy sampled of its step."""
   so_far_BxT = jax.lax.cummax(jnp.where(sampled_BxT, step_ids_BxT, -1), 1)
   return sampled_BxT & (jnp.diff(so_far_BxT, axis=1, prepend=-1) > 0)

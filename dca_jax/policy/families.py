@@ -226,7 +226,7 @@ class _Fields:
         )
 
 
-def _sizes(fields: _Fields, kind: str) -> dict[str, int]:
+def _sizes(fields: _Fields, kind: str) -> dict[str, Any]:
   """They are checked when the shapes of the weights are."""
   sizes = {
     "width": fields.number("hidden_size"),
@@ -246,7 +246,8 @@ def _sizes(fields: _Fields, kind: str) -> dict[str, int]:
 
 def _rotations(fields: _Fields, kind: str) -> dict[str, Any]:
   """The settings of rotary positions; Gemma 3's windowed layers have a base of their own."""
-  gemma3, settings = kind == "gemma3_text", {}
+  gemma3 = kind == "gemma3_text"
+  settings: dict[str, Any] = {}
   base = {"rope_theta": fields.take("rope_theta", 1e6 if gemma3 else 1e4)}
   parameters = fields.take("rope_parameters", None)
   if gemma3:
