@@ -2,21 +2,22 @@
 
 Adapters of rank 16 are trained beside weights that stay in bfloat16.
 
-**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 6.9 GiB, of the chip's 16
-GB; compiled for a v5e the update takes 6.9 and sampling 4.3. Arithmetic and memory alone take 2.7 s a step, so expect
-200 steps to take 10 to 30 minutes, or longer where the reviewer is slower than that:
+**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 6.9 GiB,
+of the chip's 16 GB; compiled for a v5e the update takes 6.9 and sampling 4.3. Arithmetic and memory
+alone take 2.7 s a step, so expect 200 steps to take 10 to 30 minutes, or longer where the reviewer
+is slower than that:
 
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_gemma3_1b_lora.py --topology=v5e:2x2 --devices=1
 
 If half of the 64 completions of a step get a review (`weighted` credit needs none where a group
-fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $9 at the table price of the reviewer;
-`reviewer.client.max_dollars` caps it.
+fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $9 at the table price of
+the reviewer; `reviewer.client.max_dollars` caps it.
 
     dca-jax plan --config=configs/gsm8k_gemma3_1b_lora.py --devices=1
     dca-jax train --config=configs/gsm8k_gemma3_1b_lora.py --workdir=gs://BUCKET/gsm8k_gemma3_1b_lora
 
-It needs the model from the hub (whose terms you must accept), GSM8K (which TensorFlow Datasets downloads), and
-GEMINI_API_KEY.
+It needs the model from the hub (whose terms you must accept), GSM8K (which TensorFlow Datasets
+downloads), and GEMINI_API_KEY.
 """
 
 from ml_collections import ConfigDict

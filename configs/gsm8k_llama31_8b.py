@@ -2,22 +2,23 @@
 
 Parameters, gradients and moments are float32 and spread over all chips; products are bfloat16.
 
-**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 17.8 GiB on each chip, of
-the 32 GB of a v6e; compiled for a v6e-16 the update takes 13.5 beside the reference policy's 1.9, and sampling 10.1
-beside 7.5 that stay. Arithmetic and memory alone take 4.8 s a step, so expect 200 steps to take 15 to 60 minutes, or
-longer where the reviewer is slower than that:
+**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 17.8 GiB
+on each chip, of the 32 GB of a v6e; compiled for a v6e-16 the update takes 13.5 beside the
+reference policy's 1.9, and sampling 10.1 beside 7.5 that stay. Arithmetic and memory alone take 4.8
+s a step, so expect 200 steps to take 15 to 60 minutes, or longer where the reviewer is slower than
+that:
 
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_llama31_8b.py --topology=v6e:4x4
 
-If half of the 512 completions of a step get a review (`weighted` credit needs none where a group fares alike), of 1,200
-prompt and 400 output tokens, 200 steps cost about $70 at the table price of the reviewer; `reviewer.client.max_dollars`
-caps it.
+If half of the 512 completions of a step get a review (`weighted` credit needs none where a group
+fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $70 at the table price of
+the reviewer; `reviewer.client.max_dollars` caps it.
 
     dca-jax plan --config=configs/gsm8k_llama31_8b.py --devices=16
     dca-jax train --config=configs/gsm8k_llama31_8b.py --workdir=gs://BUCKET/gsm8k_llama31_8b --distributed
 
-It needs the model from the hub (whose terms you must accept), GSM8K (which TensorFlow Datasets downloads), and
-GEMINI_API_KEY.
+It needs the model from the hub (whose terms you must accept), GSM8K (which TensorFlow Datasets
+downloads), and GEMINI_API_KEY.
 """
 
 from ml_collections import ConfigDict

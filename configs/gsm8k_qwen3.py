@@ -1,17 +1,20 @@
-"""Qwen3 0.6B on GSM8K, all parameters, for a TPU v5e-8; 1.7B with --config.policy.pretrained=Qwen/Qwen3-1.7B.
+"""Qwen3 0.6B on GSM8K, all parameters, for a TPU v5e-8; 1.7B with
+--config.policy.pretrained=Qwen/Qwen3-1.7B.
 
-Parameters, gradients and moments are float32 and spread over the eight chips; products are bfloat16.
+Parameters, gradients and moments are float32 and spread over the eight chips;
+products are bfloat16.
 
-**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 6.1 GiB (1.7B: 12.0) on
-each chip, of its 16 GB; compiled for a v5e the update takes 6.1 (11.8) beside the reference policy's 0.3 (0.8), and
-sampling 4.7 (8.6). Arithmetic and memory alone take 3.1 s (6.5) a step, so expect 200 steps to take 10 to 30 minutes
-(20 to 60), or longer where the reviewer is slower than that:
+**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 6.1 GiB
+(1.7B: 12.0) on each chip, of its 16 GB; compiled for a v5e the update takes 6.1 (11.8) beside the
+reference policy's 0.3 (0.8), and sampling 4.7 (8.6). Arithmetic and memory alone take 3.1 s (6.5) a
+step, so expect 200 steps to take 10 to 30 minutes (20 to 60), or longer where the reviewer is
+slower than that:
 
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
 
-If half of the 256 completions of a step get a review (`weighted` credit needs none where a group fares alike), of 1,200
-prompt and 400 output tokens, 200 steps cost about $35 at the table price of the reviewer; `reviewer.client.max_dollars`
-caps it.
+If half of the 256 completions of a step get a review (`weighted` credit needs none where a group
+fares alike), of 1,200 prompt and 400 output tokens, 200 steps cost about $35 at the table price of
+the reviewer; `reviewer.client.max_dollars` caps it.
 
     dca-jax plan --config=configs/gsm8k_qwen3.py --devices=8
     dca-jax train --config=configs/gsm8k_qwen3.py --workdir=gs://BUCKET/gsm8k_qwen3

@@ -1,17 +1,21 @@
-"""Two interleaved chains of modular arithmetic from a policy that has learnt them wrong: credit by step against RLOO.
+"""Two interleaved chains of modular arithmetic from a policy that has learnt them wrong:
+credit by step against RLOO.
 
-The warm start teaches a policy of about 150,000 parameters to write worked solutions. Three fifths of the entries of
-its arithmetic table are wrong more often than not, in a fixed way, so that the wrong digit is often the likeliest one.
-From there reinforcement learning has only the final digit to go by.
+The warm start teaches a policy of about 150,000 parameters to write worked solutions. Three fifths
+of the entries of its arithmetic table are wrong more often than not, in a fixed way, so that the
+wrong digit is often the likeliest one. From there reinforcement learning has only the final digit
+to go by.
 
-Expect sampled accuracy on held-out problems to rise from 0.18 (greedy 0.15). In 120 steps of 128 completions, three
-seeds: `weighted` passes 0.8 after 2,800 to 3,600 completions and ends at 0.96 to 0.97, `uniform` (RLOO) after 9,200 to
-10,900 and at 0.92 to 0.93; README.md has the command. The first run makes the warm start, which is kept.
+Expect sampled accuracy on held-out problems to rise from 0.18 (greedy 0.15). In 120 steps of 128
+completions, three seeds: `weighted` passes 0.8 after 2,800 to 3,600 completions and ends at 0.96 to
+0.97, `uniform` (RLOO) after 9,200 to 10,900 and at 0.92 to 0.93; README.md has the command. The
+first run makes the warm start, which is kept.
 """
 
 from ml_collections import ConfigDict
 
-# Arms for `dca-jax compare`, each with its own best learning rate; docs/method.md says how they were chosen.
+# Arms for `dca-jax compare`, each with its own best learning rate; docs/method.md says how they
+# were chosen.
 _POTENTIAL = {"credit.scheme": "potential", "credit.discount": 0.0}
 ARMS = {
   "uniform": {"learner.lr": 5e-4},

@@ -1,4 +1,5 @@
-"""Doors: what a user brings is found by MODULE:ATTRIBUTE or path/to/file.py:ATTRIBUTE, like a built-in by its name."""
+"""Doors: what a user brings is found by MODULE:ATTRIBUTE or path/to/file.py:ATTRIBUTE, like a
+built-in by its name."""
 
 import dataclasses
 import difflib

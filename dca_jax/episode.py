@@ -41,7 +41,8 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Review:
-  """What a reviewer says of each step; where `status` is not `ok` nothing, and credit is uniform."""
+  """What a reviewer says of each step; where `status` is not `ok` nothing,
+  and credit is uniform."""
 
   status: str
   roles: tuple[str, ...] = ()

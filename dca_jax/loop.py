@@ -1,9 +1,10 @@
 """The training loop.
 
-A training step is in `step.py`; what it uses is opened in `run.py`. What a step does is a function of
-(config, step, train state) alone: problems are numbered, noise is keyed by what it is for, a review
-by the sample that it judges. So a run that was killed and started again equals one that was not.
-Several processes all run this, each with the problems of its own devices (`devices/processes.py`).
+A training step is in `step.py`; what it uses is opened in `run.py`. What a step does is a function
+of (config, step, train state) alone: problems are numbered, noise is keyed by what it is for, a
+review by the sample that it judges. So a run that was killed and started again equals one that was
+not. Several processes all run this, each with the problems of its own devices
+(`devices/processes.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +42,8 @@ def train(
     callbacks: called by process 0 with a step and its metrics, when the step is recorded.
 
   Raises:
-    UserError: bad input, another run in `workdir`, a metric that is not finite, or a checkpoint that
-      cannot be written; nothing that was saved is lost.
+    UserError: bad input, another run in `workdir`, a metric that is not finite, or a checkpoint
+      that cannot be written; nothing that was saved is lost.
     Terminated: the run was asked to stop, by SIGTERM, as before a preemption, or by Ctrl-C. The
       last step that was finished is saved.
   """

@@ -289,13 +289,15 @@ def make_canaries(config: Config, task: Task) -> list[Canary]:
 
 
 def check_data(config: Config, task: Task, tokenizer: Any, rows: int) -> dict[str, float]:
-  """Reads every problem of a task that has an end: a bad one is found now (UserError), not in the middle of a run.
+  """Reads every problem of a task that has an end: a bad one is found now (UserError),
+  not in the middle of a run.
 
   Args:
     rows: of the policy's embedding.
 
   Returns:
-    A metric of such a task: the share of the held-out problems to be evaluated that are training problems too.
+    A metric of such a task: the share of the held-out problems to be evaluated
+    that are training problems too.
   """
   prompts: dict[str, list[str]] = {}
   if min(end_ids(tokenizer)) >= rows:
@@ -345,7 +347,8 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
 def starting_policy(
   config: Config, folder: epath.Path, policy: Policy, task: Task, tokenizer: Any, on: Programs
 ) -> Any:
-  """The parameters that the run starts from; kept in the workdir, because they are also the reference policy."""
+  """The parameters that the run starts from; kept in the workdir, because they are also the
+  reference policy."""
   kept = folder / "start"
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
     if all(gather("starting policy", kept.exists())):
@@ -392,7 +395,8 @@ def alike(config: Config, task: Task, tokenizer: Any) -> dict[str, Any]:
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs between processes, where JAX_COMPILATION_CACHE_DIR or else DCA_JAX_CACHE say."""
+  """Keeps compiled programs between processes, where JAX_COMPILATION_CACHE_DIR or else
+  DCA_JAX_CACHE say."""
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder() / "xla")
   try:
     if "://" not in folder:

@@ -10,7 +10,8 @@ _TEMP = pathlib.Path(tempfile.gettempdir()) / f"dca-jax-tests-{getpass.getuser()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Most of the tests' time is compilation, so programs are optimized little, and kept from run to run.
+# Most of the tests' time is compilation, so programs are optimized little, and kept from run to
+# run.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_TEMP / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"

@@ -1,8 +1,10 @@
-"""As much of Google Cloud Storage's JSON interface as its real clients need to keep a run in a bucket.
+"""As much of Google Cloud Storage's JSON interface
+as its real clients need to keep a run in a bucket.
 
     python tests/fake_bucket.py PORT
 
-Objects live in memory and have generations; a write or a delete can be made conditional on one, as OCDBT does.
+Objects live in memory and have generations; a write
+or a delete can be made conditional on one, as OCDBT does.
 """
 
 import email

@@ -1,4 +1,5 @@
-"""Pairs of processes that meet, fail, stop and wait for each other, without training: one import, then forks.
+"""Pairs of processes that meet, fail, stop and wait for each other, without training:
+one import, then forks.
 
 python tests/pairs.py FOLDER    writes FOLDER/NAME_PROCESS.out and prints exit statuses as JSON
 """

@@ -464,7 +464,8 @@ def test_what_an_override_makes_pointless_is_left_out_and_said(
   because, names = said.removeprefix("note: left out for ").split(": ")
   assert because.split() == overrides[:causes]
   assert left_out in (None, names)
-  # What was left out is as if the recipe had never said it: the result is whole, and can be built again.
+  # What was left out is as if the recipe had never said it: the result is whole, and can be built
+  # again.
   assert build(ConfigDict(json.loads(config.to_json()))) == config
 
 

@@ -34,7 +34,8 @@ KNOWN = {
 
 
 def commands(page: pathlib.Path) -> list[str]:
-  """Everything that calls `dca-jax` with arguments, in a block or between backticks; variables filled in."""
+  """Everything that calls `dca-jax` with arguments, in a block or between backticks;
+  variables filled in."""
   text = page.read_text()
   variables = dict(
     re.findall(r'([A-Z]+)=("[^"]*"|\S+)', "\n".join(re.findall(r"export (.+)", text)))

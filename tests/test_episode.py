@@ -112,7 +112,8 @@ def test_an_episode_comes_back_from_its_line(texts, tmp_path):
 def test_steps_partition_the_turns_and_cross_none():
   (whole,), uncut = cut_steps([TURNS], TOKENIZER, TASK)
   assert uncut == 0
-  # The first turn ends in the middle of a line, and so does its last step; what was given is in no step.
+  # The first turn ends in the middle of a line, and so does its last step; what was given is in no
+  # step.
   assert whole.steps == (
     Step(0, 3, "a1;"),
     Step(3, 5, "b2"),

@@ -34,7 +34,8 @@ def test_interval_of_coin_flips_is_wilsons():
   n, right = 50, 40
   p, z = right / n, 1.96
   e = share([1] * right + [0] * (n - right))
-  # The bounds are the p0 at which the score test just rejects: |p - p0| = z * sqrt(p0 (1 - p0) / n).
+  # The bounds are the p0 at which the score test just rejects: |p - p0| = z * sqrt(p0 (1 - p0) /
+  # n).
   for bound in (e.low, e.high):
     assert abs(p - bound) == pytest.approx(z * np.sqrt(bound * (1 - bound) / n))
 

@@ -17,7 +17,8 @@ QUICKSTART = ROOT / "docs" / "quickstart.ipynb"
 
 
 def execute(change: str) -> list[dict]:
-  """The outputs of all cells, and then of those about Gemma once more, after the code in `change`."""
+  """The outputs of all cells, and then of those about Gemma once more,
+  after the code in `change`."""
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   gemma = [
     cell.source for cell in notebook.cells if cell.cell_type == "code" and "gemma" in cell.source
@@ -63,7 +64,8 @@ def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
   )
   monkeypatch.setenv("DCA_JAX_STEPS", "2")
   monkeypatch.delenv("GEMINI_API_KEY", raising=False)
-  # The second half is left out where there is no accelerator, and where the hub does not give the model.
+  # The second half is left out where there is no accelerator, and where the hub does not give the
+  # model.
   outputs = execute("GEMMA_STEPS, GEMMA_SETTINGS = '1', ['--config.policy.pretrained=no/model']")
   said = printed(outputs)
   assert "cpu: " in said

@@ -1,4 +1,5 @@
-"""How a pair of processes ends: together, with the words and the exit status of the one that could not go on."""
+"""How a pair of processes ends: together, with the words and the exit status of the one
+that could not go on."""
 
 import json
 import pathlib

@@ -1,4 +1,5 @@
-"""The recipes for language models, each two steps long, on a model of its family that is small enough for here."""
+"""The recipes for language models, each two steps long, on a model of its family
+that is small enough for here."""
 
 import pathlib
 

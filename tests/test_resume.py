@@ -1,4 +1,5 @@
-"""A run that is killed at any instant and started again equals the uninterrupted one bit for bit."""
+"""A run that is killed at any instant and started again equals the uninterrupted one bit for
+bit."""
 
 import os
 import pathlib
@@ -55,7 +56,8 @@ def kill_at_random(recipe: str, workdir: pathlib.Path, dice: random.Random) -> N
   """Kills a few steps after the process has begun to work, at any point of a step."""
   before = {line["step"] for line in tiny.read_lines(workdir)}
   process = tiny.start("train", f"--config={recipe}", f"--workdir={workdir}")
-  # A resumed run first takes steps back that were not saved, then repeats them, so wait for its own lines.
+  # A resumed run first takes steps back that were not saved, then repeats them, so wait for its own
+  # lines.
   target = max(before, default=0) + dice.randint(4, 8)
   tiny.wait_until(lambda: any(line["step"] >= target for line in tiny.read_lines(workdir)), process)
   time.sleep(dice.uniform(0, 0.05))
@@ -65,7 +67,8 @@ def kill_at_random(recipe: str, workdir: pathlib.Path, dice: random.Random) -> N
 
 
 def kill_while_saving(recipe: str, workdir: pathlib.Path) -> None:
-  """Kills while the folder of an unfinished checkpoint stands in the workdir; for a run's first process."""
+  """Kills while the folder of an unfinished checkpoint stands in the workdir;
+  for a run's first process."""
   process = tiny.start("train", f"--config={recipe}", f"--workdir={workdir}")
 
   def saving() -> bool:
@@ -111,7 +114,8 @@ def test_a_killed_run_equals_an_uninterrupted_one(name, in_save, kills, whole, t
 
 
 def test_a_run_killed_before_its_first_checkpoint(tmp_path):
-  # While the starting policy is being saved, or a moment later: nothing but the settings is there yet.
+  # While the starting policy is being saved, or a moment later: nothing but the settings is there
+  # yet.
   changes = {"steps": 2}
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train(tiny.make_config(changes), str(whole), quiet=True)

@@ -20,7 +20,8 @@ def key(monkeypatch):
 
 
 def by_length(data):
-  """A reviewer with an opinion: short answers owe it to their first step, long ones to their last."""
+  """A reviewer with an opinion: short answers owe it to their first step,
+  long ones to their last."""
   reply = honest_reply(data, weight=1)
   for answer in reply["answers"]:
     answer["steps"][0 if len(answer["steps"]) % 2 else -1]["weight"] = 4

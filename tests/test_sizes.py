@@ -10,7 +10,8 @@ FILES = sorted(path for room in ("dca_jax", "evidence") for path in (ROOT / room
 LINES, PARAMETERS = 60, 7
 # What is longer or takes more, and why.
 EXCEPTIONS = {
-  # A jitted program: what it is compiled for (static) and what it is called with are both arguments.
+  # A jitted program: what it is compiled for (static) and what it is called with are both
+  # arguments.
   "dca_jax/learner/update.py: update",
   "dca_jax/rollout/sampler.py: sample",
   # One formula with its masks; in parts, each part would take most of the others' arrays.

@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C at every moment of a run: when it ends, with what status, what it says, and what is lost."""
+"""SIGTERM and Ctrl-C at every moment of a run: when it ends, with what status, what it says,
+and what is lost."""
 
 import signal
 import threading

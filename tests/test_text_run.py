@@ -1,4 +1,5 @@
-"""Runs on free text: a tiny policy that begins from nothing, a real tokenizer, and data from TFDS and JSONL."""
+"""Runs on free text: a tiny policy that begins from nothing, a real tokenizer,
+and data from TFDS and JSONL."""
 
 import dataclasses
 import json

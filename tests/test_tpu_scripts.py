@@ -1,4 +1,5 @@
-"""The scripts for TPUs, run for real; in place of Google Cloud a `gcloud` that records how it was called.
+"""The scripts for TPUs, run for real; in place of Google Cloud a `gcloud`
+that records how it was called.
 
 What it is told to run on a worker it runs here, with a home directory that the test has made.
 """
@@ -24,7 +25,8 @@ PROVISIONING = [
 ]
 NODE = ["compute", "tpus", "tpu-vm"]
 
-# Every call is one line of calls.jsonl. Whoever asks for a state gets the next line of `states`, the last one for ever.
+# Every call is one line of calls.jsonl. Whoever asks for a state gets the next line of `states`,
+# the last one for ever.
 GCLOUD = """#!{python}
 import json, os, pathlib, shutil, subprocess, sys
 home = pathlib.Path(os.environ["WORKER"])
@@ -91,7 +93,8 @@ class Cloud:
     (self.folder / "states").write_text("\n".join(states))
 
   def trainer(self, text: str) -> None:
-    """A `dca-jax` for the worker that leaves its arguments behind; `text` is the rest of it. And the repository."""
+    """A `dca-jax` for the worker that leaves its arguments behind; `text` is the rest of it.
+    And the repository."""
     remember = (
       'import json, os, pathlib, signal, sys, time\nhome = pathlib.Path(os.environ["HOME"])\n'
     )
@@ -311,7 +314,8 @@ def test_delete_asks_and_deletes_once(cloud):
 
 @pytest.fixture
 def uv(cloud):
-  """Makes the environment that the scripts ask for, with a Python that believes in TPUs; records its arguments."""
+  """Makes the environment that the scripts ask for, with a Python that believes in TPUs;
+  records its arguments."""
   cloud.write(
     cloud.bin / "uv",
     '#!/bin/sh\necho "$*" >>"$HOME/uv"\n[ "$1" = pip ] && exit\nmkdir -p "$HOME/dca-jax-env/bin"\n'
@@ -427,7 +431,8 @@ def test_watch_makes_a_preempted_tpu_anew_and_ends_with_the_run(cloud, uv):
   (cloud.worker / "dca-jax-env/bin").mkdir(parents=True)
   cloud.write(cloud.worker / "dca-jax-env/bin/python", "#!/bin/sh\n")
   cloud.write(cloud.worker / "dca-jax-env/bin/dca-jax", '#!/bin/sh\ntouch "$HOME/ran"\n')
-  # watch.sh and create.sh look at an empty TPU; watch.sh, create.sh and delete.sh at a lost one; then it is made.
+  # watch.sh and create.sh look at an empty TPU; watch.sh, create.sh and delete.sh at a lost one;
+  # then it is made.
   cloud.states(
     "READY", "READY", *["PREEMPTED"] * 3, "CREATING", "READY", "PERMISSION_DENIED", "READY"
   )

@@ -42,7 +42,8 @@ def records(workdir, step):
 
 @pytest.fixture(scope="module")
 def everything_run(tmp_path_factory):
-  """A run of eight steps in two parts, and the programs compiled in each with the number of the last finished step."""
+  """A run of eight steps in two parts, and the programs compiled in each with the number of the
+  last finished step."""
   workdir = tmp_path_factory.mktemp("everything")
   compiled, on = [], True
 
@@ -182,7 +183,8 @@ OVERLAP = {**WEIGHTED, "reviewer.overlap": 1, "learner.loss": "ppo", "steps": 5}
 
 
 def test_one_step_ahead_batches_come_from_the_policy_before(tmp_path):
-  """Without learning, one step behind or not makes no difference; with it, from the second batch on it does."""
+  """Without learning, one step behind or not makes no difference; with it,
+  from the second batch on it does."""
   still = {"learner.lr": 1e-30, "steps": 3}
   train(tiny.make_config({**OVERLAP, **still}), str(tmp_path / "ahead"), quiet=True)
   train(tiny.make_config({**WEIGHTED, **still}), str(tmp_path / "fresh"), quiet=True)
@@ -193,7 +195,8 @@ def test_one_step_ahead_batches_come_from_the_policy_before(tmp_path):
     ]
   train(tiny.make_config(OVERLAP), str(tmp_path / "learning"), quiet=True)
   lines = tiny.read_lines(tmp_path / "learning")
-  # The first batch and the second come from the start; the first update's ratio is 1, the others' is not.
+  # The first batch and the second come from the start; the first update's ratio is 1, the others'
+  # is not.
   assert lines[1]["learner/ratio"] == pytest.approx(1, abs=1e-5)
   assert [t.tokens for t in records(tmp_path / "learning", 2)] == [
     t.tokens for t in records(tmp_path / "fresh", 2)

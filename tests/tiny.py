@@ -18,8 +18,9 @@ import dca_jax
 from dca_jax import config as config_lib
 from dca_jax.config import Config
 
-# Two values in the task and a short warm start, so that groups are often mixed and every update moves the policy. The
-# shapes of the evaluation are those of training, so that one compiled sampler serves both.
+# Two values in the task and a short warm start, so that groups are often mixed and every update
+# moves the policy. The shapes of the evaluation are those of training, so that one compiled sampler
+# serves both.
 SETTINGS = {
   "steps": 3,
   "task": {"lines": 2, "modulus": 2, "repeat": 0.0},
@@ -30,8 +31,8 @@ SETTINGS = {
   "checkpoint": {"every": 1},
 }
 
-# As many of the things that could go out of step between two processes as fit into one run. Tests share these settings
-# and the ones above, because compiling an update takes longer than running it.
+# As many of the things that could go out of step between two processes as fit into one run. Tests
+# share these settings and the ones above, because compiling an update takes longer than running it.
 EVERYTHING = {
   "credit.scheme": "weighted",
   "reviewer.name": "noisy",
@@ -140,7 +141,8 @@ def timeless(line: dict) -> dict:
 
 
 def assert_same_run(ours: pathlib.Path, theirs: pathlib.Path) -> None:
-  """The last parameters and optimizer state, the metrics and the trajectories are equal bit for bit."""
+  """The last parameters and optimizer state, the metrics
+  and the trajectories are equal bit for bit."""
   assert [timeless(line) for line in read_lines(ours)] == [
     timeless(line) for line in read_lines(theirs)
   ]

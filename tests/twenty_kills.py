@@ -1,11 +1,13 @@
-"""Kills one run with SIGKILL again and again, at random moments, and compares it with one left alone.
+"""Kills one run with SIGKILL again and again, at random moments, and compares it
+with one left alone.
 
     python tests/twenty_kills.py --seed=0
 
 The reviewer is a language model's client against a server on the loopback, so that paid reviews are
-at stake too. What can be paid for twice is what was under way at a kill: sent, and its reply not yet
-committed. A reply that was in reviews.sqlite when the process died is never asked for again. Whether
-a reply had reached the machine does not count: a process without a processor cannot read it.
+at stake too. What can be paid for twice is what was under way at a kill: sent, and its reply not
+yet committed. A reply that was in reviews.sqlite when the process died is never asked for again.
+Whether a reply had reached the machine does not count: a process without a processor cannot read
+it.
 """
 
 import argparse
@@ -34,7 +36,8 @@ from dca_jax.store.trajectories import read_trajectories
 
 
 class Recording(FakeServer):
-  """Also says which process asked what. A reply names its question, so that it is known again in the cache."""
+  """Also says which process asked what. A reply names its question, so
+  that it is known again in the cache."""
 
   def __init__(self, **settings):
     self.calls: dict[str, list[int]] = collections.defaultdict(list)
@@ -60,7 +63,8 @@ def _digest(question) -> str:
 
 
 def committed(workdir: pathlib.Path) -> tuple[set[str], int]:
-  """The questions whose replies a dead process has left, and how many of its calls stand booked in full."""
+  """The questions whose replies a dead process has left, and how many
+  of its calls stand booked in full."""
   if not (workdir / "reviews.sqlite").exists():
     return set(), 0
   with contextlib.closing(sqlite3.connect(workdir / "reviews.sqlite")) as db:

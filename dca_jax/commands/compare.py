@@ -163,7 +163,8 @@ def _curve(metrics: list[dict[str, Any]], spent: str) -> Curve:
 
 
 def samples_to(x: list[float], y: list[float], threshold: float) -> float | None:
-  """What was spent when the mean of five steps first reached `threshold`; None where it never does."""
+  """What was spent when the mean of five steps first reached `threshold`; None
+  where it never does."""
   return next(
     (n for i, (n, a) in enumerate(zip(x, y, strict=True)) if a >= threshold and i >= 4), None
   )
@@ -172,7 +173,8 @@ def samples_to(x: list[float], y: list[float], threshold: float) -> float | None
 def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str:
   """Median of the first arm over the median of this one, and whether the seeds overlap.
 
-  A run that never arrived counts as its whole length, so the ratio is then a lower bound, marked by a sign.
+  A run that never arrived counts as its whole length, so the ratio is then a lower bound,
+  marked by a sign.
   """
   arrived = [n for n in arm if n is not None]
   if len(arrived) < len(arm):

@@ -13,13 +13,14 @@ from dca_jax.store.workdir import locate
 
 
 def export(workdir: str, output: str, step: int | None = None, adapters: bool = False) -> str:
-  """Writes the policy of the newest checkpoint, or of that of `step`, to the folder `output`; returns what was done.
+  """Writes the policy of the newest checkpoint, or of that of `step`, to the folder `output`;
+  returns what was done.
 
   With `adapters` it is LoRA's adapters alone, in the format of peft; otherwise they are merged.
 
   Raises:
-    UserError: there is no such run or checkpoint, it began from nothing or has no adapters, what it left is damaged, or
-      the folder cannot be written.
+    UserError: there is no such run or checkpoint, it began from nothing or has no adapters, what it
+      left is damaged, or the folder cannot be written.
   """
   folder = locate(workdir)
   section = config_lib.saved_config(workdir).policy

@@ -1,4 +1,5 @@
-"""How much memory a run takes on each device, from shapes alone: nothing is allocated, no device is needed."""
+"""How much memory a run takes on each device, from shapes alone: nothing is allocated,
+no device is needed."""
 
 import collections
 from typing import NamedTuple
@@ -44,8 +45,9 @@ class Memory(NamedTuple):
 def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.AnyMesh) -> Memory:
   """What a run of `config` takes on each device of a mesh.
 
-  What stays is exact. Activations are what the backward pass of one micro-batch keeps, as JAX traces it, counted as if
-  `tensor` did not divide them; XLA may need less, and buffers of its own beside.
+  What stays is exact. Activations are what the backward pass of one micro-batch keeps, as JAX
+  traces it, counted as if `tensor` did not divide them; XLA may need less, and buffers of its own
+  beside.
   """
   c, rollout = policy.config, config.rollout
   optimizer = learner.make_optimizer(config.learner, config.steps)
@@ -129,9 +131,11 @@ def plan(config: Config, devices: int) -> str:
   """A table of the memory on each of so many devices, and which chips it fits.
 
   Raises:
-    UserError: the mesh does not fit so many devices, or the policy or the batch does not divide over it.
+    UserError: the mesh does not fit so many devices, or the policy
+      or the batch does not divide over it.
   """
-  # A model's config.json has the size of its vocabulary, so neither its tokenizer nor the data are needed.
+  # A model's config.json has the size of its vocabulary, so neither its tokenizer nor the data are
+  # needed.
   known = pretrained.resolve(config.policy, 0)
   policy = Policy(known, known.vocab_size or id_count(config.task.open().tokenizer()))
   training, sampling = mesh.abstract_meshes(config.mesh, devices)

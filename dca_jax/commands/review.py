@@ -1,4 +1,5 @@
-"""Stored trajectories read again by another reviewer: how the two agree, and what a run would cost."""
+"""Stored trajectories read again by another reviewer: how the two agree,
+and what a run would cost."""
 
 import collections
 import contextlib
@@ -24,7 +25,8 @@ from dca_jax.store.workdir import is_remote, locate
 
 
 def read_folder(folder: str, limit: int) -> list[Episode]:
-  """The first `limit` trajectories of a run's `trajectories` folder that have been reviewed, or else the first ones."""
+  """The first `limit` trajectories of a run's `trajectories` folder that have been reviewed, or
+  else the first ones."""
   path = locate(folder)
   found = [t for step in shards(path) for t in read_trajectories(path, step)]
   if not found:
@@ -35,7 +37,8 @@ def read_folder(folder: str, limit: int) -> list[Episode]:
 
 
 def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config_lib.Config:
-  """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments, for a run's `task` section."""
+  """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments,
+  for a run's `task` section."""
   name, model = split_member(member)
   given = ConfigDict({"reviewer": {"name": name}, "credit": {"scheme": "weighted"}, "task": task})
   if model:
@@ -44,7 +47,8 @@ def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config
 
 
 def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
-  """Reviews stored trajectories again and says how far the two reviews agree; keeps the new ones beside the folder.
+  """Reviews stored trajectories again and says how far the two reviews agree;
+  keeps the new ones beside the folder.
 
   Raises:
     UserError: there is nothing to read, or the reviewer cannot be opened.
@@ -97,7 +101,8 @@ def review_patiently(
 
 
 def agreement(trajectories: Sequence[Episode], reviews: Sequence[Review]) -> str:
-  """How the stored roles and the new ones compare, step by step: share, Cohen's kappa (1960), and the table."""
+  """How the stored roles and the new ones compare, step by step: share, Cohen's kappa (1960),
+  and the table."""
   pairs = [
     pair
     for t, review in zip(trajectories, reviews, strict=True)
@@ -123,8 +128,9 @@ def agreement(trajectories: Sequence[Episode], reviews: Sequence[Review]) -> str
 def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
   """What reviewing like these stored trajectories costs; calls nobody.
 
-  A token is taken to be four characters of prose or two of digits and symbols, and output to be 25 tokens a step and 30
-  an answer. Thought is not in it, and with a model that thinks it is most of the price.
+  A token is taken to be four characters of prose or two of digits and symbols, and output to be 25
+  tokens a step and 30 an answer. Thought is not in it, and with a model that thinks it is most of
+  the price.
   """
   config = reviewer_config(member, overrides, {}).reviewer.client
   price = price_of(config)

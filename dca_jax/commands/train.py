@@ -25,7 +25,8 @@ def connect(distributed: bool, coordinator: str, count: int | None, number: int 
 
 
 def train(config: Config, workdir: str, resume: str) -> str:
-  """Trains, writes the report, and returns the scores as text; empty in every process but the first.
+  """Trains, writes the report, and returns the scores as text;
+  empty in every process but the first.
 
   Raises:
     UserError, Terminated: see `loop.train`.

@@ -20,7 +20,8 @@ def size_of(shape, dtype) -> int:
 
 
 def check_fits(arrays) -> None:
-  """Raises UserError where what stays in memory alone, given as shapes with shardings, is more than a device has."""
+  """Raises UserError where what stays in memory alone, given as shapes with shardings,
+  is more than a device has."""
   needed = bytes_of(arrays, jax.tree.map(lambda a: a.sharding, arrays))
   name, room = local_memory()
   if needed > room:

@@ -33,7 +33,8 @@ class MeshConfig:
   tensor: int = 1
   """Parts of each matrix product."""
   sampler: tuple[int, ...] = ()
-  """The same three while sampling, such as (-1, 1, 1); the parameters are laid out so once a step. Empty: as above."""
+  """The same three while sampling, such as (-1, 1, 1); the parameters are laid out
+  so once a step. Empty: as above."""
 
   @property
   def sizes(self) -> tuple[int, ...]:
@@ -58,7 +59,8 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
-  """The mesh for training, of all devices unless given some. Raises UserError where they do not fill it."""
+  """The mesh for training, of all devices unless given some. Raises UserError
+  where they do not fill it."""
   devices = devices or jax.devices()
   shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, len(devices))
   order = device_order(shape, devices)
@@ -95,7 +97,8 @@ def _fill(name: str, sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
 def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
   """`devices` in the shape of the mesh, neighbours in it close to each other.
 
-  Between slices of a pod the network is slow, so only one axis goes across them: `data`, or else `fsdp`.
+  Between slices of a pod the network is slow, so only one axis goes across them: `data`,
+  or else `fsdp`.
   """
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
@@ -126,7 +129,8 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
 
 
 def check_rows(mesh: AnyMesh, sampler: AnyMesh, problems: int, micro_batches: int) -> None:
-  """Raises UserError where problems do not spread evenly, or a process would train on others than it samples."""
+  """Raises UserError where problems do not spread evenly,
+  or a process would train on others than it samples."""
   for where, devices, count, keys in (
     (
       "mesh.data x mesh.fsdp",
@@ -212,7 +216,8 @@ def sampler_params(policy: Policy, params):
 
 
 def relay(mesh: Mesh, sampler: Mesh, policy: Policy) -> Callable:
-  """A function that makes `sampler_params` and lays them out for sampling; it copies nothing where nothing changes."""
+  """A function that makes `sampler_params` and lays them out for sampling;
+  it copies nothing where nothing changes."""
   if sampler == mesh and policy.config.kept == policy.config.dtype:
     return lambda params: params
   return jax.jit(

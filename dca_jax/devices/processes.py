@@ -1,9 +1,10 @@
-"""Several processes as one run: who is there, what each tells the others, and rows of arrays that each holds.
+"""Several processes as one run: who is there, what each tells the others, and rows
+of arrays that each holds.
 
 Every process runs the same program and owns the rows of its devices. What they tell each other
 beside the arrays (a few numbers a step) goes through the key-value store of JAX's coordination
-service. A thread in each says that the process lives, and where its main thread is; it hears how the
-others fare, and ends the process if they cannot go on.
+service. A thread in each says that the process lives, and where its main thread is; it hears how
+the others fare, and ends the process if they cannot go on.
 """
 
 import contextlib
@@ -58,7 +59,8 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
   """Joins the other processes of this run; before any array is made.
 
   Args:
-    coordinator: host and port of process 0; empty finds everything as a TPU pod, Slurm or Kubernetes has it.
+    coordinator: host and port of process 0; empty finds everything as a TPU pod,
+      Slurm or Kubernetes has it.
 
   Raises:
     UserError: there is no such environment, or nobody listens at `coordinator`.
@@ -391,7 +393,8 @@ def own_rows(rows: NamedSharding, count: int) -> np.ndarray:
 
 
 def put(tree, sharding: Sharding):
-  """Host arrays onto the devices; where `sharding` spreads rows, each process gives the rows that it owns."""
+  """Host arrays onto the devices; where `sharding` spreads rows,
+  each process gives the rows that it owns."""
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
   with jax.transfer_guard("allow"):  # Meant, as every `device_put` is.

@@ -32,8 +32,8 @@ class LearnerConfig:
   """Leave completions that ran out of tokens out of the loss."""
   kl: float = 0.0
   """Weight of the k3 estimate (Schulman 2020) of the KL divergence from the policy to the
-  reference, as in GRPO. Its value is unbiased; its gradient on samples of the policy is that of
-  the opposite divergence, from the reference to the policy, token by token (Tang and Munos 2025)."""
+  reference, as in GRPO. Its value is unbiased; its gradient on samples of the policy is that of the
+  opposite divergence, from the reference to the policy, token by token (Tang and Munos 2025)."""
   reference: bool = True
   """Keep the policy that the run started from as the reference, and measure the KL divergence to it
   at every step."""

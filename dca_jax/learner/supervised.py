@@ -40,7 +40,8 @@ class WarmstartConfig:
   clean_steps: int = 400
   """Steps on right solutions first, from which the procedure is learnt faster."""
   steps: int = 100
-  """Steps on solutions with mistakes after that; 0 and no clean_steps starts from random weights."""
+  """Steps on solutions with mistakes after that; 0
+  and no clean_steps starts from random weights."""
   batch: int = 32
   lr: float = 6e-3
   seed: int = 0
@@ -163,7 +164,8 @@ def _load(folder: pathlib.Path, abstract: Any) -> Any:
 
 
 def _keep(folder: pathlib.Path, params: Any) -> None:
-  """Puts the parameters into the cache; where that fails the run goes on, as it does not need it."""
+  """Puts the parameters into the cache; where that fails the run goes on,
+  as it does not need it."""
   partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
   try:
     # Not in the background: threads of a save that failed would keep the process from ending.
@@ -186,8 +188,8 @@ def _train(
   lr, total = config.lr, config.total
   schedule = optax.warmup_cosine_decay_schedule(0.0, lr, min(20, total // 2), total, lr * 0.1)
   # Muon (Jordan et al. 2024) learns the procedure in far fewer steps than Adam, which moves what is
-  # no matrix; `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one learning
-  # rate serves both.
+  # no matrix; `consistent_rms` gives its updates Adam's size (Liu et al. 2025), so that one
+  # learning rate serves both.
   muon = optax.contrib.muon(
     schedule, adam_b2=0.99, consistent_rms=0.4, muon_weight_dimension_numbers=_contracted_axes
   )

@@ -1,7 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2022): which parameters are trained, and adapters added to the weights they adapt.
+"""Low-rank adapters (LoRA, Hu et al. 2022): which parameters are trained,
+and adapters added to the weights they adapt.
 
-A weight W with an adapter works as W + alpha / rank * A B. Only A and B are trained; they are parameters of the policy
-like all others, and told apart by their names, `lora_a` and `lora_b`.
+A weight W with an adapter works as W + alpha / rank * A B. Only A and B are trained; they are
+parameters of the policy like all others, and told apart by their names, `lora_a` and `lora_b`.
 """
 
 from typing import Any

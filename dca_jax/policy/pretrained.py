@@ -1,7 +1,8 @@
-"""Pretrained weights in and out: a Hugging Face folder of safetensors becomes parameters, and parameters a folder.
+"""Pretrained weights in and out: a Hugging Face folder of safetensors becomes parameters, and
+parameters a folder.
 
-Each device gets its part of a tensor as the file has it, one layer at a time, so that the host never holds more; there
-it is transposed into its place.
+Each device gets its part of a tensor as the file has it, one layer at a time, so that the host
+never holds more; there it is transposed into its place.
 """
 
 import collections
@@ -74,7 +75,8 @@ def folder(pretrained: str, weights: bool = False) -> pathlib.Path:
 
 
 def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
-  """The parameters, from the safetensors files in `source`, which are all checked before the first is read.
+  """The parameters, from the safetensors files in `source`,
+  which are all checked before the first is read.
 
   Adapters begin as ones that change nothing.
 
@@ -82,7 +84,8 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
     shardings: of every parameter, as `mesh.state_shardings` makes them.
 
   Raises:
-    UserError: a file is missing, cut short or damaged; a tensor is missing, unknown, or of another shape.
+    UserError: a file is missing, cut short or damaged; a tensor is missing, unknown, or
+      of another shape.
   """
   shapes = nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
   if policy.config.lora_rank:
@@ -175,7 +178,8 @@ def _inputs(keys: tuple[str, ...]) -> int:
 
 
 def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that one layer's parameter has in a file: [outputs, inputs], with no axis for heads."""
+  """The shape that one layer's parameter has in a file: [outputs, inputs],
+  with no axis for heads."""
   if keys[-1] in _TURNED:
     return math.prod(shape[_inputs(keys) :]), math.prod(shape[: _inputs(keys)])
   return (math.prod(shape),) if keys[-1] == "bias" else tuple(shape)
@@ -184,7 +188,8 @@ def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
 def _named(
   config: PolicyConfig, params
 ) -> Iterator[tuple[str, tuple[str, ...], int | None, tuple[int, ...]]]:
-  """For each tensor of a model its name, the keys of its parameter, which layer of that it is, and its shape."""
+  """For each tensor of a model its name, the keys of its parameter, which layer of
+  that it is, and its shape."""
   shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
   family = family_of(config)
   for i in (None, *range(config.depth)):
@@ -207,12 +212,14 @@ def save(
   """Writes a Hugging Face folder in float32, and reads it again before it gets its name.
 
   Args:
-    params: of the whole model or, where `config` has a LoRA rank, of its adapters alone; on the host or on devices.
+    params: of the whole model or, where `config` has a LoRA rank, of its adapters alone;
+      on the host or on devices.
     original: the `policy.pretrained` that training began from.
     tokenizer: a folder of tokenizer files.
 
   Raises:
-    UserError: `output` is there, cannot be written, or reads otherwise, or the model is not what `original` says.
+    UserError: `output` is there, cannot be written, or reads otherwise,
+      or the model is not what `original` says.
   """
   if output.exists():
     raise UserError(f"{output} is already there; choose another --output")
@@ -245,7 +252,8 @@ def save(
 def _write_model(
   params, config: PolicyConfig, original: str, partial: pathlib.Path
 ) -> dict[str, pathlib.Path]:
-  """Writes all of a model, with the config.json and generation_config.json it had; returns the file of every tensor."""
+  """Writes all of a model, with the config.json and generation_config.json it had;
+  returns the file of every tensor."""
   source = folder(original)
   described = read_json(source / "config.json")
   described |= {"torch_dtype" if "torch_dtype" in described else "dtype": "float32"}

@@ -11,7 +11,8 @@ AnyMesh = Mesh | AbstractMesh  # An abstract one has shapes only.
 
 
 def rules(mesh: AnyMesh, vocab: int) -> list[tuple[str, str | tuple[str, ...]]]:
-  """Logical axis -> mesh axes, in order: the first rule whose mesh axes are free in an array applies.
+  """Logical axis -> mesh axes, in order: the first rule whose mesh axes are free in an array
+  applies.
 
   So logits are spread by the vocabulary where it divides, and the output matrix is never gathered.
   """
@@ -22,7 +23,8 @@ def rules(mesh: AnyMesh, vocab: int) -> list[tuple[str, str | tuple[str, ...]]]:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *names: str | None, vocab: int = 1) -> jax.Array:
-  """`x` laid out by the names of its axes; without this XLA may compute every row on every device."""
+  """`x` laid out by the names of its axes; without this XLA may compute every row on every
+  device."""
   if mesh is None or mesh.size == 1:
     return x
   spec = cast(PartitionSpec, nn.logical_to_mesh_axes(names, rules(mesh, vocab)))

@@ -1,4 +1,5 @@
-"""Reviewers: they read an answer step by step and say what every step did for the outcome. Free of jax."""
+"""Reviewers: they read an answer step by step and say what every step did for the outcome.
+Free of jax."""
 
 from dca_jax.review.builtin import (
   Fooled,

@@ -76,7 +76,8 @@ class Random(_Control):
 
 @dataclasses.dataclass(frozen=True)
 class Lexical(_Control):
-  """Applauds a check: a step with a word for it, or one that says again what an earlier step said."""
+  """Applauds a check: a step with a word for it, or one
+  that says again what an earlier step said."""
 
   name: str = "lexical"
 

@@ -332,7 +332,8 @@ def _mark(db: sqlite3.Connection) -> Mark:
 
 
 def copy_since(path: pathlib.Path, since: Mark, target: pathlib.Path) -> Mark:
-  """Copies the rows after `since` of a file that may be in use to a new one; returns how far it came.
+  """Copies the rows after `since` of a file that may be in use to a new one;
+  returns how far it came.
 
   Nothing is written where there are none.
   """

@@ -12,15 +12,18 @@ class ClientConfig:
 
   model: str = "gemini-3.5-flash-lite"
   thinking: str = ""
-  """The model's level of thought (`minimal`, `low`, `medium`, `high`); empty leaves it to the model."""
+  """The model's level of thought (`minimal`, `low`, `medium`, `high`);
+  empty leaves it to the model."""
   base_url: str = ""
   """The server's address: needed for `openai`, and for `gemini` that of a gateway."""
   vertex: bool = False
-  """`gemini`: through Google Cloud, with ambient credentials and GOOGLE_CLOUD_PROJECT, instead of a key."""
+  """`gemini`: through Google Cloud, with ambient credentials and GOOGLE_CLOUD_PROJECT,
+  instead of a key."""
   rubric: str = ""
   """A text file with your own description of roles and weights, in the place of ours."""
   whole_group: bool = False
-  """One call for all completions of a problem: cheaper, but one answer can try to talk about another."""
+  """One call for all completions of a problem: cheaper,
+  but one answer can try to talk about another."""
   concurrency: int = 48
   """Calls at once; fewer while the server says that it is too much."""
   requests_per_minute: int = 0
@@ -39,12 +42,14 @@ class ClientConfig:
   max_output_tokens: int = 0
   """Of one reply, thought included; 0: 2,048 and 40 for each step."""
   min_ok_frac: float = 0.5
-  """Below this share of usable reviews, over five steps, there is a warning, and with `strict` an end."""
+  """Below this share of usable reviews, over five steps, there is a warning, and
+  with `strict` an end."""
   strict: bool = False
   """Whether the run ends where else there is a warning: too few usable reviews, or no call for five
   steps."""
   repeat_frac: float = 0.0
-  """Share of reviews that are asked for a second time, to see how far the model agrees with itself."""
+  """Share of reviews that are asked for a second time,
+  to see how far the model agrees with itself."""
 
   @property
   def where(self) -> str:

@@ -15,7 +15,8 @@ class Meaning(NamedTuple):
   """What one end of a call says."""
 
   server: str
-  """`answered`, `failed`, or `cut`: a deadline came first, which alone says nothing of the server."""
+  """`answered`, `failed`, or `cut`: a deadline came first, which alone says nothing
+  of the server."""
   load: str = ""
   """`fine`; `too_many` calls at once; `shut`: nobody is to call for a while."""
   refused: str = ""

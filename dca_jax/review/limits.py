@@ -1,4 +1,5 @@
-"""What a client may do: how much at once, how often, for how much money, and when to leave a server alone.
+"""What a client may do: how much at once, how often, for how much money,
+and when to leave a server alone.
 
 Times are those of the `clock` that each is given. A budget belongs to all reviewers of a run,
 everything else to one.
@@ -16,8 +17,8 @@ from dca_jax.review.types import Share
 
 
 class Gate:
-  """At most `most` calls at once; fewer after the server said that it is too much, and more again as
-  calls succeed."""
+  """At most `most` calls at once; fewer after the server said that it is too much, and more again
+  as calls succeed."""
 
   def __init__(self, most: int, clock: Callable[[], float]):
     self.most, self.allowed, self.busy = most, float(most), 0
@@ -93,8 +94,8 @@ class Gate:
 class Breaker:
   """Open after `patience` calls in a row that nobody answered, until one is answered.
 
-  A call takes nothing from it that it would have to give back, so no end of a call can leave it open
-  for ever: who finds it open sends a probe now and then.
+  A call takes nothing from it that it would have to give back, so no end of a call can leave it
+  open for ever: who finds it open sends a probe now and then.
   """
 
   def __init__(self, clock: Callable[[], float], patience: int = 20):
@@ -156,7 +157,8 @@ class Budget:
       self.cap += dollars - by_all / self._share.processes
 
   async def reserve(self, dollars: float) -> bool:
-    """Waits while what others have reserved may come back; False where the cap leaves no room in any case."""
+    """Waits while what others have reserved may come back; False
+    where the cap leaves no room in any case."""
     while True:
       with self._lock:
         if self.spent + dollars > self.cap:

@@ -1,4 +1,5 @@
-"""Several reviewers as one: all of them asked at once, or a second one where the first is unsure."""
+"""Several reviewers as one: all of them asked at once, or a second one
+where the first is unsure."""
 
 import statistics
 import time
@@ -86,11 +87,13 @@ def _said(done: "Future[list[Review]]", requests: Sequence[Request]) -> list[Rev
 
 
 def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[float]]:
-  """One review of several of the same completion, and for each step whether the reviewers differed (0 or 1).
+  """One review of several of the same completion,
+  and for each step whether the reviewers differed (0 or 1).
 
-  A step's role is the most frequent one, ties going to the reviewer named first. Its weight is, with `vote`, the mean
-  of those who gave that role; with `mean` and `median` that of all, who gave another role counting as 0. Values are
-  means or, with `median`, medians. Reviews that failed are left out; where all did, the first one's failure stands.
+  A step's role is the most frequent one, ties going to the reviewer named first. Its weight is,
+  with `vote`, the mean of those who gave that role; with `mean` and `median` that of all, who gave
+  another role counting as 0. Values are means or, with `median`, medians. Reviews that failed are
+  left out; where all did, the first one's failure stands.
   """
   good = [review for review in reviews if review.status == "ok"]
   if not good:
@@ -118,7 +121,8 @@ def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[f
 
 
 class Escalating(_Several):
-  """Asks the second reviewer about the completions of which the first was not sure, in the time that is left."""
+  """Asks the second reviewer about the completions of which the first was not sure,
+  in the time that is left."""
 
   def __init__(self, first: Reviewer, second: Reviewer):
     super().__init__([first, second])

@@ -1,6 +1,7 @@
 """Dollars per million tokens, with the day from which they hold; output includes thought.
 
-Standard tier, as read from the provider's page on 2026-10-07 (ai.google.dev/gemini-api/docs/pricing).
+Standard tier, as read from the provider's page on 2026-10-07
+(ai.google.dev/gemini-api/docs/pricing).
 """
 
 import datetime

@@ -1,8 +1,8 @@
 """What a language model is asked, and what it may answer.
 
-The policy's text is data that an optimizer has shaped, so it may try to talk to the reviewer. It travels as one line of
-ASCII JSON between marks that it cannot guess; steps are cut and numbered by us; the reply holds numbers, names from a
-fixed list, and nothing else.
+The policy's text is data that an optimizer has shaped, so it may try to talk to the reviewer. It
+travels as one line of ASCII JSON between marks that it cannot guess; steps are cut and numbered by
+us; the reply holds numbers, names from a fixed list, and nothing else.
 """
 
 import hashlib
@@ -57,7 +57,8 @@ class Prompt(NamedTuple):
 
 
 def make_prompt(rubric: str, requests: Sequence[Request], attempt: int = 0) -> Prompt:
-  """The question about several answers to one problem; the marks change with `attempt`, nothing else does."""
+  """The question about several answers to one problem; the marks change with `attempt`,
+  nothing else does."""
   last = MAX_STEPS - 1
   shown = [
     [*r.steps[:last], "".join(r.steps[last:])] if r.steps[last:] else r.steps for r in requests
@@ -86,7 +87,8 @@ def make_prompt(rubric: str, requests: Sequence[Request], attempt: int = 0) -> P
 
 
 def _clean(text: str) -> str:
-  """Without lone surrogates, which no server takes, and with the middle of an overlong text left out."""
+  """Without lone surrogates, which no server takes, and with the middle
+  of an overlong text left out."""
   text = text.encode("utf-8", "replace").decode("utf-8")
   if len(text) <= MAX_STEP_CHARACTERS:
     return text

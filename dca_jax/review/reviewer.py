@@ -41,11 +41,11 @@ class ReviewerConfig:
   name: str = ""
   """`none`; `gemini` or `openai` (any server that speaks OpenAI's chat completions), called as
   `client` says; `oracle`, the task's own labels and prefix values; `noisy`, the oracle with labels
-  flipped; `panel`, several at once; or your own, MODULE:CLASS. And controls: `fooled`, the
-  oracle except that a step which repeats an earlier one is necessary, with weight 3; `random`;
-  `lexical` applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes its
-  mind about a step with what follows it; `stale` answers with the review of the completion before;
-  `nan` gives the oracle's review with a number missing; `silent` never answers in time."""
+  flipped; `panel`, several at once; or your own, MODULE:CLASS. And controls: `fooled`, the oracle
+  except that a step which repeats an earlier one is necessary, with weight 3; `random`; `lexical`
+  applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes its mind
+  about a step with what follows it; `stale` answers with the review of the completion before; `nan`
+  gives the oracle's review with a number missing; `silent` never answers in time."""
   escalate: str = door("")
   """NAME or NAME:MODEL of a second reviewer, asked where the first one says that it is not sure."""
   deadline: float = 60.0
@@ -54,11 +54,11 @@ class ReviewerConfig:
   """Share of the completions that are reviewed, of those that a review can matter to."""
   overlap: int = 0
   """0: a batch is trained on before the next is sampled. 1: the next is sampled while the reviewer
-  reads, so training runs one batch behind the policy that samples (learner.loss must be `ppo`, whose
-  ratio accounts for it)."""
+  reads, so training runs one batch behind the policy that samples (learner.loss must be `ppo`,
+  whose ratio accounts for it)."""
   required: bool = True
-  """Language models: whether the run ends at its start where one of them gives no usable review to a
-  first question, or only says so and begins."""
+  """Language models: whether the run ends at its start where one of them gives no usable review to
+  a first question, or only says so and begins."""
   canary_every: int = 0
   """Steps between reviews of demonstrations whose labels are known; 0 never asks."""
   client: ClientConfig = ClientConfig()
@@ -69,7 +69,8 @@ class ReviewerConfig:
   gives: ClassVar[tuple[str, ...]] = ("roles",)
   """What its reviews hold: `roles` with weights, or `values`, or both."""
   is_model: ClassVar[bool] = False
-  """Whether it is a language model: it costs money, is asked a first question and reads `client`."""
+  """Whether it is a language model: it costs money, is asked a first question
+  and reads `client`."""
   unread: ClassVar[tuple[str, ...]] = ()
   """Language models: keys of `client` that it has no use for."""
   threads: ClassVar[int] = 8

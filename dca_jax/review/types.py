@@ -11,7 +11,8 @@ from dca_jax.episode import Episode, Review
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One completion to review. `id` identifies the sample in its run and is the same after a resume."""
+  """One completion to review. `id` identifies the sample in its run
+  and is the same after a resume."""
 
   id: str
   problem: str
@@ -90,7 +91,8 @@ class Trial(NamedTuple):
 
 class Reviewer(Protocol):
   def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
-    """One review per request, in order, always, within `deadline` seconds; failure is a status, never an exception."""
+    """One review per request, in order, always, within `deadline` seconds; failure is a status,
+    never an exception."""
     ...
 
   def stats(self) -> dict[str, float]:
@@ -102,7 +104,8 @@ class Reviewer(Protocol):
     return None
 
   def trial(self, seconds: float) -> Trial:
-    """Asks a question whose answer is known, whatever the cache has; for reviewers that may not be there."""
+    """Asks a question whose answer is known, whatever the cache has; for reviewers
+    that may not be there."""
     return Trial()
 
   def failures(self) -> str:

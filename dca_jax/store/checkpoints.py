@@ -76,7 +76,8 @@ class Checkpoints:
   """
 
   def __init__(self, config: CheckpointConfig, workdir: epath.Path, fixed: dict[str, Any]):
-    """`fixed` are the settings, by their keys, that a run that goes on from a checkpoint must share."""
+    """`fixed` are the settings, by their keys, that a run
+    that goes on from a checkpoint must share."""
     self._told = _Told()
     self._folder, self._best = workdir / "checkpoints", config.best
     self._fixed = json.loads(json.dumps(fixed))  # As it comes back.
@@ -155,7 +156,8 @@ class Checkpoints:
     """Saves a step that is due; returns before the files are written, but for the last one.
 
     Raises:
-      UserError: the disk is full or the folder cannot be written. Checkpoints that were complete stay so.
+      UserError: the disk is full or the folder cannot be written. Checkpoints
+        that were complete stay so.
     """
     host = {**self._fixed, _VERSION: importlib.metadata.version("dca-jax")}
     arrays = ocp.args.StandardSave(state._asdict())
@@ -189,11 +191,14 @@ class Checkpoints:
     A damaged checkpoint is reported and put aside, and the one before it is taken.
 
     Args:
-      abstract: shapes, dtypes and shardings wanted, which may belong to another mesh than the one that saved.
-      resume: the number of a step to go back to, whereupon the checkpoints after it are put aside, or as in `train`.
+      abstract: shapes, dtypes and shardings wanted, which may belong to another mesh
+        than the one that saved.
+      resume: the number of a step to go back to,
+        whereupon the checkpoints after it are put aside, or as in `train`.
 
     Raises:
-      UserError: there are checkpoints, but not the wanted one, or none is readable, or they belong to another run.
+      UserError: there are checkpoints, but not the wanted one, or none is readable,
+        or they belong to another run.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     aside: dict[int, str] = {}
@@ -250,7 +255,8 @@ class Checkpoints:
         )
 
   def _check_arrays(self, step: int, abstract: TrainState) -> None:
-    """Raises UserError where a checkpoint that cannot be restored is sound, but holds other arrays."""
+    """Raises UserError where a checkpoint that cannot be restored is sound,
+    but holds other arrays."""
     try:
       saved = self._manager.item_metadata(step)["state"].tree
       saved = {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(saved, sep="/").items()}
@@ -273,7 +279,8 @@ class Checkpoints:
     )
 
   def _put_aside(self, aside: dict[int, str]) -> None:
-    """Moves checkpoints out of the way; while they stand there, Orbax refuses to save those steps again."""
+    """Moves checkpoints out of the way; while they stand there,
+    Orbax refuses to save those steps again."""
     if jax.process_index() == 0:
       for step, why in aside.items():
         place = put_aside(self._folder / str(step), self._folder.parent, f"checkpoint_{step}")
@@ -294,7 +301,8 @@ REMAKES = "the command that began the run makes it anew"
 
 
 def read_params(workdir: epath.Path, step: int | None):
-  """The number of a checkpoint, the newest where `step` is None, and its parameters alone, on the host."""
+  """The number of a checkpoint, the newest where `step` is None, and its parameters alone,
+  on the host."""
   logging.getLogger("absl").setLevel(
     logging.CRITICAL
   )  # Orbax warns of the parts that are not wanted here.

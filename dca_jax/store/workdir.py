@@ -1,4 +1,5 @@
-"""Where a run lives: a folder, or a bucket, where nothing can be appended to or moved without a copy."""
+"""Where a run lives: a folder, or a bucket, where nothing can be appended to
+or moved without a copy."""
 
 import concurrent.futures
 import contextlib
@@ -54,8 +55,9 @@ def place_aside(folder, name: str):
 class Growing:
   """A local folder for files that are appended to.
 
-  It is the workdir itself, or, where that is a bucket, a temporary folder that begins with the copies there; `publish`
-  brings them up to date. The metrics are process 0's alone; every process has a file of reviews of its own.
+  It is the workdir itself, or, where that is a bucket, a temporary folder that begins with the
+  copies there; `publish` brings them up to date. The metrics are process 0's alone; every process
+  has a file of reviews of its own.
   """
 
   def __init__(self, workdir: epath.Path):
@@ -67,7 +69,8 @@ class Growing:
       tempfile.TemporaryDirectory(prefix="dca-jax-") if self._remote or process else None
     )
     self.folder = pathlib.Path(self._scratch.name if self._scratch else workdir)
-    """For metrics, TensorBoard's events and the tokenizer; what other processes than 0 write there is thrown away."""
+    """For metrics, TensorBoard's events and the tokenizer; what other processes
+    than 0 write there is thrown away."""
     self.reviews = (self.folder if self._remote else pathlib.Path(workdir)) / reviews
     self._parts: Parts | None = None
     if self._remote:

@@ -86,7 +86,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-  """A run at Weights & Biases; WANDB_MODE=offline keeps it in the folder `wandb` for `wandb sync`."""
+  """A run at Weights & Biases; WANDB_MODE=offline keeps it in the folder `wandb` for `wandb
+  sync`."""
 
   package: ClassVar[str] = "wandb"
   waits: ClassVar[bool] = True

@@ -4,15 +4,16 @@ A prompt with four lines, and a completion that solves it:
 
     +3a*2b-4c+1d?cm7n3;        a0;c6;#6$
 
-Line `+3a` says "a is the value two lines above, plus 3"; above the first two lines stand the starting values `m7` and
-`n3`. Even lines form one chain and odd lines the other; `?c` asks for the last value of one of them. A completion
-writes values line by line, in any order and as often as it likes (the last write counts), and ends with `#` and the
-answer. Only that final digit is rewarded.
+Line `+3a` says "a is the value two lines above, plus 3"; above the first two lines stand the
+starting values `m7` and `n3`. Even lines form one chain and odd lines the other; `?c` asks for the
+last value of one of them. A completion writes values line by line, in any order and as often as it
+likes (the last write counts), and ends with `#` and the answer. Only that final digit is rewarded.
 
-Every step of any text can be labelled exactly, because a step either writes a value or it does not. A write of line x
-*reads* the nearest line above x on the same chain that has been written (or the starting value), so leaving lines out
-and computing in the head is a legitimate longer step. A write is *live* when the answer reads it, directly or through
-later reads. See `label_steps` for the rules.
+Every step of any text can be labelled exactly, because a step either writes a value or it does not.
+A write of line x *reads* the nearest line above x on the same chain that has been written (or the
+starting value), so leaving lines out and computing in the head is a legitimate longer step. A write
+is *live* when the answer reads it, directly or through later reads. See `label_steps` for the
+rules.
 """
 
 import dataclasses
@@ -47,17 +48,20 @@ class ChainsConfig(TaskConfig):
   modulus: int = 10
   """All values are taken modulo this; 2 to 10."""
   repeat: float = 0.12
-  """Demonstrations: chance that a line is written twice; at most two lines of a demonstration are."""
+  """Demonstrations: chance that a line is written twice; at most two lines
+  of a demonstration are."""
   drop: float = 0.15
   """Demonstrations: chance that a line of the distractor chain is left out."""
   wrong: str = "table"
-  """Demonstrations: `table` makes fixed entries of the arithmetic table wrong in a fixed way (a misconception, which
-  outcome-only training must unlearn), `slips` draws a fresh wrong digit each time."""
+  """Demonstrations: `table` makes fixed entries of the arithmetic table wrong in a fixed way (a
+  misconception, which outcome-only training must unlearn), `slips` draws a fresh wrong digit each
+  time."""
   misconceptions: float = 0.5
   """Share of the table's entries that are sometimes wrong; read when `wrong` is `table`."""
   wrong_low: float = 0.3
   wrong_high: float = 0.7
-  """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high]; under `slips` a demonstration's."""
+  """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high];
+  under `slips` a demonstration's."""
 
   offers: ClassVar[tuple[str, ...]] = ("labels", "values", "demonstrations")
 
@@ -78,7 +82,8 @@ class ChainsConfig(TaskConfig):
 
 
 class _Parsed(NamedTuple):
-  """A prompt, read: `chain[x]` lists the labels from the start of x's chain up to x, `value` holds the true values."""
+  """A prompt, read: `chain[x]` lists the labels from the start of x's chain up to x,
+  `value` holds the true values."""
 
   operation: dict[str, tuple[str, int]]
   chain: dict[str, list[str]]

@@ -1,4 +1,5 @@
-"""Tokenizers of language models: loaded as their files say, their end tokens, and the exact bytes of every token."""
+"""Tokenizers of language models: loaded as their files say, their end tokens,
+and the exact bytes of every token."""
 
 import functools
 import json
@@ -19,7 +20,8 @@ _EXACT = {
 
 
 def load_tokenizer(name: str):
-  """The `transformers` fast tokenizer in a folder or under a hub id; UserError where it cannot be trusted."""
+  """The `transformers` fast tokenizer in a folder or under a hub id; UserError
+  where it cannot be trusted."""
   from tokenizers import Tokenizer
   from transformers import PreTrainedTokenizerFast
   from transformers.utils import cached_file
@@ -93,7 +95,8 @@ def end_ids(tokenizer) -> tuple[int, ...]:
 
 
 def token_bytes(tokenizer, tokens: Sequence[int] | np.ndarray) -> list[bytes]:
-  """The bytes of each token: a part of a character in some, none in special tokens and in ids without a token."""
+  """The bytes of each token: a part of a character in some, none in special tokens
+  and in ids without a token."""
   return [_table(tokenizer).get(i, b"") for i in np.asarray(tokens).tolist()]
 
 
@@ -112,7 +115,8 @@ def _table(tokenizer) -> dict[int, bytes]:
   decoders, added = _decoders(tokenizer), tokenizer.added_tokens_decoder
   if not decoders & _EXACT:  # A task's own alphabet, whose end token is read as a letter.
     return {i: tokenizer.decode([i]).encode() for i in tokenizer.get_vocab().values()}
-  # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are counted from 256 on.
+  # GPT-2's alphabet: a byte that is a printable Latin-1 letter is that letter, the others are
+  # counted from 256 on.
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
   letters = {chr(b): b for b in shown} | {
     chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*shown}))

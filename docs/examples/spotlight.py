@@ -11,7 +11,7 @@ from dca_jax.episode import ROLES
 
 @dataclasses.dataclass(frozen=True)
 class Spotlight(Scheme):
-  """A_t = A_i, times `contrast` in steps that made or broke the answer. Conserves nothing; biased."""
+  """A_t = A_i, times `contrast` in steps that decided the answer. Conserves nothing; biased."""
 
   contrast: float = 2.0
   reads: ClassVar[tuple[str, ...]] = ("roles",)

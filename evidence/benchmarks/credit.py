@@ -2,9 +2,10 @@
 
     python evidence/benchmarks/credit.py
 
-Prints for every scheme the seconds from the host's reviews to token advantages (arrays, transfer and the jitted
-function), and their share of one update of the quickstart's policy of 150,000 parameters on the same batch. A training
-step samples as well, and a policy of any use is larger, so the shares are upper bounds.
+Prints for every scheme the seconds from the host's reviews to token advantages (arrays, transfer
+and the jitted function), and their share of one update of the quickstart's policy of 150,000
+parameters on the same batch. A training step samples as well, and a policy of any use is larger, so
+the shares are upper bounds.
 """
 
 import pathlib

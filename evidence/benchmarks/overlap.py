@@ -1,9 +1,11 @@
-"""Does a slow reviewer slow the training down? Steps of the quickstart with and without overlap, side by side.
+"""Does a slow reviewer slow the training down? Steps of the quickstart with
+and without overlap, side by side.
 
     python evidence/benchmarks/overlap.py
 
-The reviewer is the oracle, whose answers are held back for 0.8 times the seconds that sampling and update take. Runs in
-turns: an instant reviewer and a slow one, each with and without `reviewer.overlap`.
+The reviewer is the oracle, whose answers are held back for 0.8 times the seconds that sampling and
+update take. Runs in turns: an instant reviewer and a slow one, each with and without
+`reviewer.overlap`.
 """
 
 import concurrent.futures

@@ -2,8 +2,8 @@
 
     python evidence/benchmarks/saving.py
 
-Saving is asynchronous: the thread waits for the arrays to be copied, and for the checkpoint before if that is not yet
-written. Its time is set against that of the ten steps, three runs.
+Saving is asynchronous: the thread waits for the arrays to be copied, and for the checkpoint before
+if that is not yet written. Its time is set against that of the ten steps, three runs.
 """
 
 import json

@@ -2,10 +2,10 @@
 
     python evidence/benchmarks/speed.py
 
-Prints, for 16 problems x 8 completions x 48 tokens: the seconds of a whole training step and of its parts; the update
-with each prompt computed once per group against once per completion (alternated, best and median of the rounds); and
-the seconds from starting the process to the end of the first training step, with compiled programs and warm start
-cached.
+Prints, for 16 problems x 8 completions x 48 tokens: the seconds of a whole training step and of its
+parts; the update with each prompt computed once per group against once per completion (alternated,
+best and median of the rounds); and the seconds from starting the process to the end of the first
+training step, with compiled programs and warm start cached.
 """
 
 import json
@@ -31,7 +31,8 @@ ROUNDS = 15
 
 
 def run(workdir: str, steps: int) -> tuple[float, list[dict]]:
-  """Seconds until the first step's metrics were on disk, and all metrics, of a training run in a process of its own."""
+  """Seconds until the first step's metrics were on disk, and all metrics, of a training run in a
+  process of its own."""
   command = [sys.executable, "-m", "dca_jax", "train", f"--config={RECIPE}", f"--workdir={workdir}"]
   command += [
     f"--config.steps={steps}",

@@ -1,11 +1,13 @@
-"""Compiles a recipe's two programs for TPUs that are not there, and prints the memory they take by XLA's own account,
-and the least time that arithmetic and memory allow; real steps take longer, often twice as long.
+"""Compiles a recipe's two programs for TPUs that are not there, and prints the memory they take by
+XLA's own account, and the least time that arithmetic and memory allow; real steps take longer,
+often twice as long.
 
     pip install libtpu  # the version that jax's `tpu` extra names
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
 
-Needs no weights, only the model's config.json (a folder with just that will do as policy.pretrained). The device count
-is that of the topology; --devices takes the first ones. The compiler refuses a program that does not fit a chip.
+Needs no weights, only the model's config.json (a folder with just that will do as
+policy.pretrained). The device count is that of the topology; --devices takes the first ones. The
+compiler refuses a program that does not fit a chip.
 """
 
 import argparse

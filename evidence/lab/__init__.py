@@ -1,4 +1,5 @@
-"""The laboratory: what every scheme does to the expected update, exactly, and to a policy that can perform."""
+"""The laboratory: what every scheme does to the expected update, exactly, and to a policy
+that can perform."""
 
 import json
 
@@ -10,7 +11,8 @@ from evidence.lab import drift, tree
 
 
 def run(folder: epath.Path) -> str:
-  """Both experiments; writes lab.png, drift.png and lab.json into `folder` and returns the tables as text."""
+  """Both experiments; writes lab.png, drift.png and lab.json into `folder`
+  and returns the tables as text."""
   traces = tree.make_tree()
   rows = tree.table(traces)
   curves = drift.run()

@@ -1,11 +1,13 @@
 """The drift experiment: does a policy put on a show for its reviewer, and would anyone notice?
 
-Ten slots, three actions: `advance`, and two that change nothing, `plain` and `check`. Four advances succeed, so six
-slots are slack. A fooled reviewer applauds checks. The policy is a table of logits by slot and progress; it is trained
-by plain gradient ascent on groups of traces, with the shipped `token_advantages`. What to watch is the number of checks
-in a trace: accuracy ends high in every arm.
+Ten slots, three actions: `advance`, and two that change nothing, `plain` and `check`. Four advances
+succeed, so six slots are slack. A fooled reviewer applauds checks. The policy is a table of logits
+by slot and progress; it is trained by plain gradient ascent on groups of traces, with the shipped
+`token_advantages`. What to watch is the number of checks in a trace: accuracy ends high in every
+arm.
 
-S slots, C counts of progress, A = 3 actions, B = P * G traces; the arrays of a run gain an axis for seeds.
+S slots, C counts of progress, A = 3 actions, B = P * G traces; the arrays
+of a run gain an axis for seeds.
 """
 
 import functools
@@ -36,7 +38,8 @@ class Reviewer(typing.NamedTuple):
   """What is said of checks, and how values are made."""
 
   fooled: float = 1.0
-  """1: a check is necessary, with weight 3, and raises the value of what follows; 0: it is redundant, as it is."""
+  """1: a check is necessary, with weight 3, and raises the value of what follows; 0: it is
+  redundant, as it is."""
   scale: float = 0.5
   """Of `value_table`; at 0.5 there is always room above a value, at 1 good prefixes have none."""
   applause: float = 0.05
@@ -64,7 +67,8 @@ class Curves(typing.NamedTuple):
 
 
 class End(typing.NamedTuple):
-  """Of every seed's last 50 updates: mean accuracy, that of the worst seed, mean checks and their spread over seeds."""
+  """Of every seed's last 50 updates: mean accuracy, that of the worst seed, mean checks and their
+  spread over seeds."""
 
   accuracy: float
   worst: float
@@ -85,7 +89,8 @@ def end(curves: Curves) -> End:
 
 
 def value_table() -> np.ndarray:
-  """Chance [S + 1, C] that a policy that picks its actions at random still makes enough progress."""
+  """Chance [S + 1, C] that a policy that picks its actions at random still makes enough
+  progress."""
   table = np.zeros((SLOTS + 1, NEEDED + 1))
   table[SLOTS, NEEDED] = 1.0
   for slot in reversed(range(SLOTS)):
@@ -109,7 +114,8 @@ def reviewed(actions_BxS, progress_BxS, reviewer: Reviewer) -> ReviewArrays:
 
 
 def traces(logits_SxCxA, noise_SxBxA):
-  """Samples B traces: actions [B, S], the progress before each (at most NEEDED), and rewards [B]."""
+  """Samples B traces: actions [B, S], the progress before each (at most NEEDED),
+  and rewards [B]."""
 
   def act(progress_B, x):
     logits_CxA, noise_BxA = x

@@ -1,4 +1,5 @@
-"""What a user sees: every bad input ends in one clear line, and what was saved before stays usable."""
+"""What a user sees: every bad input ends in one clear line,
+and what was saved before stays usable."""
 
 import contextlib
 import pathlib
@@ -361,7 +362,8 @@ def test_a_disk_that_is_full_from_the_start(capsys, recipe, tmp_path):
     assert str(disk) in said
     assert "None" not in said
     (disk / "filler").unlink()
-    # Now there is room for config.json, so the refusal is about something else than the folder's contents.
+    # Now there is room for config.json, so the refusal is about something else than the folder's
+    # contents.
     said = refused(capsys, "train", f"--config={recipe}", f"--workdir={disk / 'run'}")
     assert "no run" not in said
 
@@ -370,7 +372,8 @@ def test_a_disk_that_is_full_from_the_start(capsys, recipe, tmp_path):
 
 
 def test_ctrl_c_and_the_same_command_again(tmp_path):
-  # A shell that runs the tests in the background has them ignore Ctrl-C, and a process would inherit that.
+  # A shell that runs the tests in the background has them ignore Ctrl-C, and a process would
+  # inherit that.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   recipe = tiny.write_recipe(tmp_path, {"steps": 2000})
   run = tmp_path / "run"

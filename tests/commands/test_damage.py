@@ -1,4 +1,5 @@
-"""Whatever file of a workdir is damaged, gone or of another version: a sentence, and what can go on goes on."""
+"""Whatever file of a workdir is damaged, gone or of another version: a sentence,
+and what can go on goes on."""
 
 import json
 import os
@@ -46,7 +47,8 @@ def command(run: pathlib.Path, name: str) -> list[str]:
 
 
 def call(capsys, *arguments: str) -> tuple[int, list[str]]:
-  """The exit status of a command, and its lines on stderr, each of which is a warning or the error."""
+  """The exit status of a command, and its lines on stderr, each of which is a warning
+  or the error."""
   capsys.readouterr()
   status = cli.main(arguments)
   said = capsys.readouterr().err.splitlines()
@@ -85,7 +87,8 @@ VALUES = st.one_of(
 
 @st.composite
 def damages(draw):
-  """A function that damages the bytes of a file: cut, overwritten, or valid JSON that says something else."""
+  """A function that damages the bytes of a file: cut, overwritten, or valid JSON
+  that says something else."""
   kind, where, junk, value = (
     draw(st.sampled_from("cjlkv")),
     draw(st.floats(0, 1)),

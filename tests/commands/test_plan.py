@@ -71,7 +71,8 @@ def test_remat_keeps_less():
 
 @pytest.mark.parametrize("continuations", [0, 6])
 def test_sampling_takes_about_what_is_planned(continuations):
-  """Evaluation draws batches of training's shape; continuations have answers that were begun as their prompts."""
+  """Evaluation draws batches of training's shape; continuations have answers
+  that were begun as their prompts."""
   values = {
     "credit.scheme": "potential",
     "value.source": "monte_carlo",

@@ -1,7 +1,9 @@
-"""The twelve invariants that no reviewer can break, I1 to I12; reviews are random, hostile, missing and no numbers.
+"""The twelve invariants that no reviewer can break, I1 to I12; reviews are random, hostile,
+missing and no numbers.
 
-More on `weighted` and `signed` is in test_schemes.py: sums, signs and caps in `test_sums_signs_and_caps`, silence in
-`test_a_review_that_says_nothing_...`, and examples that can be followed by hand.
+More on `weighted` and `signed` is in test_schemes.py: sums, signs and caps in
+`test_sums_signs_and_caps`, silence in `test_a_review_that_says_nothing_...`, and examples that can
+be followed by hand.
 """
 
 import dataclasses
@@ -68,7 +70,8 @@ def _step_coefficients(tokens, batch, i):
 
 
 def _phi(config, batch, i, baseline):
-  """The values of row i's prefixes, missing ones filled, as the docstring of `potential` says; None without any."""
+  """The values of row i's prefixes, missing ones filled, as the docstring
+  of `potential` says; None without any."""
   ids = batch["review"].step_ids_BxT[i, : batch["lengths"][i]]
   given_ = batch["review"].values_BxK[i, : ids[-1] + 1].astype(float)
   known = (given_ >= 0) & (given_ <= 1)
@@ -88,7 +91,8 @@ def _phi(config, batch, i, baseline):
 @settings(max_examples=40, deadline=None)
 @given(batch=_batches())
 def test_i1_redistributed_rewards_sum_to_the_reward(batch):
-  # With no reward elsewhere in the group the baseline is 0, so a token's advantage is the reward still to come.
+  # With no reward elsewhere in the group the baseline is 0, so a token's advantage is the reward
+  # still to come.
   batch["rewards"][:, 1:] = 0
   rows = np.arange(0, B, G)
   to_go, rewards = _compute(RTG, batch)[rows].astype(float), batch["rewards"][:, 0]
@@ -122,7 +126,8 @@ def test_i1_changes_of_value_telescope_to_the_reward(config, batch):
 @settings(max_examples=20, deadline=None)
 @given(batch=_batches())
 def test_i1_capo_conserves_nothing(batch):
-  """What a completion's sum loses is the penalty times its blamed tokens, beyond those of the others."""
+  """What a completion's sum loses is the penalty times its blamed tokens, beyond those
+  of the others."""
   blame = _blame_by_hand(CAPO, batch)
   tokens = _compute(CAPO, batch).astype(float)
   ok = batch["review"].ok_B & _usable(batch)
@@ -156,7 +161,8 @@ def _blame_by_hand(config, batch):
 
 
 def _others_blame(blame, batch, ok):
-  """For each completion the mean blame of a token in the others of its group that have a usable review."""
+  """For each completion the mean blame of a token in the others of its group
+  that have a usable review."""
   mean = (blame.sum(1) / batch["lengths"] * ok).reshape(P, G)
   count = ok.reshape(P, G).sum(1, keepdims=True) - ok.reshape(P, G)
   return ((mean.sum(1, keepdims=True) - mean) / np.maximum(count, 1)).reshape(-1)
@@ -224,7 +230,8 @@ def test_i4_permuting_a_group_permutes_its_tokens(config, batch, data):
 
 
 def _with_probe(batch, row, after, role, weight, value, tokens=4):
-  """The batch with a step of so many tokens put behind step `after` of a row; its other steps keep what was said."""
+  """The batch with a step of so many tokens put behind step `after` of a row;
+  its other steps keep what was said."""
   ids, roles, weights, values, ok = (x.copy() for x in batch["review"])
   length = batch["lengths"][row]
   at = int(np.searchsorted(ids[row, :length], after, "right"))
@@ -365,8 +372,9 @@ def test_i7_values_behind_a_step_do_not_reach_it(config, batch, other, j):
   values = batch["review"].values_BxK[:, : j + 1]
   valued = ((values >= 0) & (values <= 1)).any(1)[:, None]
   assert np.array_equal(tokens[early & valued], after[early & valued])
-  # Without a value so far a step has the group's baseline; a review of no value at all is uniform, which is the same
-  # number computed in another way. (Not with logarithms: they make another number of the baseline.)
+  # Without a value so far a step has the group's baseline; a review of no value at all is uniform,
+  # which is the same number computed in another way. (Not with logarithms: they make another number
+  # of the baseline.)
   if config.discount:
     np.testing.assert_allclose(tokens[early], after[early], atol=1e-6)
 
@@ -448,9 +456,11 @@ def test_i8_a_potential_that_knows_the_rest_does_not():
 
 
 def _grouped_update(config, values_NxT):
-  """Expected update per logit, and the policy gradient: all groups of two of a policy of three steps of three actions.
+  """Expected update per logit, and the policy gradient: all groups of two of a policy of three
+  steps of three actions.
 
-  Credit is what `token_advantages` gives to each group, its baseline and its way with missing values included.
+  Credit is what `token_advantages` gives to each group, its baseline and its way
+  with missing values included.
   """
   steps, actions = 3, 3
   rng = np.random.default_rng(5)
@@ -537,7 +547,8 @@ def test_i8_with_a_real_group_values_that_hear_the_rest_show():
 @settings(max_examples=20, deadline=None)
 @given(batch=_batches(), after=st.integers(0, K - 2), tokens=st.integers(1, 6), data=st.data())
 def test_i9_tokens_without_credit_leave_the_others_as_they_were(config, batch, after, tokens, data):
-  """Of `weighted` the part that follows the review, and where no cap bites: its uniform part is spread over all."""
+  """Of `weighted` the part that follows the review, and where no cap bites:
+  its uniform part is spread over all."""
   batch["lengths"] = np.minimum(batch["lengths"], T - 6)
   ids, roles, weights, _, ok = batch["review"]
   np.minimum(ids, K - 2, out=ids)

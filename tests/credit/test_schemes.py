@@ -75,7 +75,8 @@ def _batches(draw):
   def array(dtype, shape, elements):
     return draw(hnp.arrays(dtype, shape, elements=elements))
 
-  # A step id for every token, rising by 0 or 1; multiples of 1/64 so that sums of rewards are exact in any order.
+  # A step id for every token, rising by 0 or 1; multiples of 1/64 so that sums of rewards are exact
+  # in any order.
   rises = array(np.int32, (B, T), st.integers(0, 1))
   weights = draw(st.sampled_from([_sane, st.one_of(_sane, _sane, _sane, st.sampled_from(INSANE))]))
   return {
@@ -322,7 +323,8 @@ UNUSABLE = {
 def test_the_other_schemes_are_uniform_without_a_usable_review(void, baseline):
   change, schemes = UNUSABLE[void]
   for scheme in schemes:
-    # Failures have nothing to redistribute, whatever is said of them, so every reward is positive here.
+    # Failures have nothing to redistribute, whatever is said of them, so every reward is positive
+    # here.
     batch = _batch(1, np.random.default_rng(1).integers(1, 9, (P, G)) / 8)
     config = make(scheme=scheme, baseline=baseline)
     tokens = _compute(config, batch, **change(batch))
@@ -370,7 +372,8 @@ def test_a_scheme_is_deaf_to_what_it_does_not_read(scheme):
 
 
 def test_what_is_reported_as_unused_is_all_that_is_unused():
-  """A key that a scheme does not report changes its credit; one that it reports does not change it."""
+  """A key that a scheme does not report changes its credit; one
+  that it reports does not change it."""
   table = RoleTable(inherits=1.0, redundant=0.3)
   changes = {"divide_by_std": True, "conserve": "completion", "lam": 0.1, "beta": 0.1, "cap": 1.25}
   changes |= {"discount": 0.5, "log_epsilon": 0.1, "penalty": 0.1, "credit": table, "blame": table}
@@ -515,7 +518,8 @@ def test_signed_by_hand():
 
 
 def _one_group(rewards, lengths):
-  """A batch whose groups are all the same; every token is a step up to the last, which takes the rest."""
+  """A batch whose groups are all the same; every token is a step up to the last,
+  which takes the rest."""
   batch = _batch(0, np.tile(rewards, (P, 1)))
   batch["lengths"] = np.tile(lengths, P).astype(np.int32)
   batch["truncated"][:] = False
@@ -524,7 +528,8 @@ def _one_group(rewards, lengths):
 
 def test_return_to_go_by_hand():
   batch = _one_group([1.0, 0.5, 0.0, 0.0], [24, 12, 24, 24])
-  # Two steps: of the long completion's 24 tokens the last 12 earn, of the short one's 12 the first 3.
+  # Two steps: of the long completion's 24 tokens the last 12 earn, of the short one's 12 the first
+  # 3.
   ids = np.array([np.arange(T) >= 12, np.arange(T) >= 3] * 2 * P).astype(np.int32)
   ids = ids.reshape(P, G, T)[:, [0, 1, 0, 0]].reshape(B, T)
   roles = np.full((B, K), INHERITS)
@@ -532,7 +537,8 @@ def test_return_to_go_by_hand():
   tokens = _compute(make(scheme="return_to_go"), batch, step_ids_BxT=ids, roles_BxK=roles)
   long = np.array([1.0] * 12 + [1 - i / 12 for i in range(12)])
   short = np.array([0.5, 1 / 3, 1 / 6] + [0.0] * 9)
-  # A third each of the others' at the same share of their length: two tokens of the long are one of the short.
+  # A third each of the others' at the same share of their length: two tokens of the long are one of
+  # the short.
   np.testing.assert_allclose(tokens[0], long - short.repeat(2) / 3, atol=1e-6)
   np.testing.assert_allclose(tokens[1], [*(short - long[::2] / 3), *[0] * 12], atol=1e-6)
   np.testing.assert_allclose(tokens[2], -(long + short.repeat(2)) / 3, atol=1e-6)

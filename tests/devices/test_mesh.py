@@ -1,4 +1,5 @@
-"""The mesh: where arrays live, and that no result depends on it. Eight devices need a process of their own."""
+"""The mesh: where arrays live, and that no result depends on it.
+Eight devices need a process of their own."""
 
 import functools
 import json
@@ -38,7 +39,8 @@ POLICY = Policy(PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4,
 CONFIG = LearnerConfig(reference=False)
 WIDE = PolicyConfig(width=64, depth=1, heads=4, kv_heads=2, head_dim=16, mlp=256)
 
-# What one device of fsdp 4 x tensor 2 holds: the width in four parts; heads, hidden units and vocabulary in two.
+# What one device of fsdp 4 x tensor 2 holds: the width in four parts; heads, hidden units and
+# vocabulary in two.
 SHARDS = {
   "embedding": (3, 16),
   "q": (2, 4, 2, 4),
@@ -88,7 +90,8 @@ def on_eight_devices() -> dict:
   )
   report: dict = {"devices": jax.device_count()}
 
-  # Sharded parameters, made and updated as in training; the first moment of Adam is a tenth of the gradient.
+  # Sharded parameters, made and updated as in training; the first moment of Adam is a tenth of the
+  # gradient.
   devices = make_mesh(MeshConfig(data=1, fsdp=4, tensor=-1))
   adam = make_optimizer(CONFIG, 10)
   shardings = state_shardings(devices, POLICY, adam)
@@ -113,7 +116,8 @@ def on_eight_devices() -> dict:
   first = optax.tree_utils.tree_get(state.opt_state, "mu")
   sharded = jax.tree.map(lambda m: np.array(m) / np.float32(1 - CONFIG.adam_b1), first)
 
-  # The same update with whole parameters, on one device and on eight that share the rows; the gradient is kept as is.
+  # The same update with whole parameters, on one device and on eight that share the rows; the
+  # gradient is kept as is.
   keep = optax.trace(0.0)
   results = []
   for mesh in (None, make_mesh(MeshConfig())):
@@ -136,7 +140,8 @@ def on_eight_devices() -> dict:
   report["data_8"] = largest_difference(one, eight)
   report["fsdp_4_tensor_2"] = largest_difference(one[0].opt_state.trace, sharded)
 
-  # A kernel works on each device's own rows and heads; this one is the form of cuDNN's call that any device computes.
+  # A kernel works on each device's own rows and heads; this one is the form of cuDNN's call that
+  # any device computes.
   q, k, v, *before = (
     rng.normal(size=(rows, n, 10, 8))
     for rows, n in ((P * G, 4), (P * G, 2), (P * G, 2), (P, 2), (P, 2))
@@ -150,7 +155,8 @@ def on_eight_devices() -> dict:
   ]
   report["flash"] = largest_difference(*jax.device_get(outs))
 
-  # What an update of long completions takes on each device, whether the parameters are spread or copied.
+  # What an update of long completions takes on each device, whether the parameters are spread or
+  # copied.
   by_token = {key: x for key, x in batch._asdict().items() if key.endswith("BxT") and x is not None}
   longer = batch._replace(**{key: np.repeat(x, 64, 1) for key, x in by_token.items()})
   for name, config in (("data", MeshConfig()), ("fsdp", MeshConfig(data=1, fsdp=8))):

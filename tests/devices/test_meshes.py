@@ -1,4 +1,5 @@
-"""Whole runs do not depend on the mesh, nor on how many processes hold it, nor on a process that is killed.
+"""Whole runs do not depend on the mesh, nor on how many processes hold it, nor on a process
+that is killed.
 
 Eight devices in a process of their own, and four in each of two, against one.
 """
@@ -237,7 +238,8 @@ def test_a_pair_that_is_stopped_and_loses_a_process_is_the_uninterrupted_pair(tm
   assert said[0] == said[1]
   assert said[0].startswith(f"dca-jax: stopped by SIGTERM; step {last} is safe in ")
 
-  # SIGKILL to one of them: the other says so and ends. (Where it is process 0, JAX ends the other at once.)
+  # SIGKILL to one of them: the other says so and ends. (Where it is process 0, JAX ends the other
+  # at once.)
   running = pair(recipe, run)
   wait_for_step(15, run, running)
   running[1].kill()

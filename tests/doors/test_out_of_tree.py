@@ -1,4 +1,5 @@
-"""What is not in the package: files of docs/examples, from the real command line, in a folder of their own."""
+"""What is not in the package: files of docs/examples, from the real command line,
+in a folder of their own."""
 
 import json
 import pathlib

@@ -21,7 +21,8 @@ def rloo(rows):
 
 
 def scores(small):
-  """For each trace and step the gradient of the log-probability by every logit, [N, T, all logits]."""
+  """For each trace and step the gradient of the log-probability by every logit, [N, T,
+  all logits]."""
   n, t = small.actions_NxT.shape
   sizes = [pi.size for pi in small.policy]
   out = np.zeros((n, t, sum(sizes)))
@@ -74,7 +75,8 @@ def test_moments_equal_those_of_explicit_vectors():
 
 @pytest.mark.parametrize("config", [Weighted(), ReturnToGo()])
 def test_sampled_groups_agree_with_the_exact_update(config):
-  """The shipped entry point on groups of eight has the expectation that the laboratory computes without groups."""
+  """The shipped entry point on groups of eight has the expectation
+  that the laboratory computes without groups."""
   rng, said, groups = np.random.default_rng(1), tree.reviews(SMALL)["fooled"], 4000
   rows = rng.choice(len(SMALL.reward_N), size=groups * 8, p=SMALL.probability_N)
   sampled = token_advantages(

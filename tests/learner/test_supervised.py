@@ -80,7 +80,8 @@ def test_a_second_call_loads_the_same_bits_without_training(made, first, cache, 
 
 
 def test_training_twice_gives_the_same_bits(first, tmp_path, monkeypatch):
-  # So that it does not matter which of two processes, or which machine of a kind, made the cached one.
+  # So that it does not matter which of two processes, or which machine of a kind, made the cached
+  # one.
   monkeypatch.setenv("DCA_JAX_CACHE", str(tmp_path / "another"))
   tiny.assert_same_arrays(start(), first)
 

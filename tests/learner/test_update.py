@@ -32,7 +32,8 @@ WITHIN = np.arange(T) < LENGTHS[:, None]
 # Not 1 anywhere in this file: a temperature that one side forgot would show.
 WARM = Sampling(temperature=0.7)
 
-# An optimizer that keeps the gradient in its state, exactly as the update made it, and adds it to the parameters.
+# An optimizer that keeps the gradient in its state, exactly as the update made it, and adds it to
+# the parameters.
 KEEP = optax.trace(0.0)
 
 PLAIN = LearnerConfig()
@@ -74,7 +75,8 @@ def learner_logprobs(params, batch, sampling=WARM):
 
 @pytest.fixture(scope="module")
 def batch():
-  """Uneven lengths, one row left out, a policy that has moved since it sampled, and a different reference."""
+  """Uneven lengths, one row left out, a policy that has moved since it sampled,
+  and a different reference."""
   rng = np.random.default_rng(2)
   completions = rng.integers(VOCAB, size=(B, T)).astype(np.int32)
   batch = Batch(
@@ -185,7 +187,8 @@ def test_an_empty_batch_has_no_gradient(batch, normalizer):
 
 
 def plain_grpo_loss(params, batch):
-  """GRPO with the constant normaliser, each prompt and completion one sequence, written without the program's parts."""
+  """GRPO with the constant normaliser, each prompt and completion one sequence,
+  written without the program's parts."""
   tokens, at = np.zeros((B, S + T), np.int32), np.zeros((B, T), np.int32)
   for row in range(B):
     start = batch.prompt_lengths_P[row // G]

@@ -1,6 +1,8 @@
-"""Makes tests/policy/reference: tiny random checkpoints of every family, and the logits that transformers gives them.
+"""Makes tests/policy/reference: tiny random checkpoints of every family, and the logits that
+transformers gives them.
 
-The tests need the files, not this script. It needs torch and transformers, in an environment of their own:
+The tests need the files, not this script. It needs torch and transformers,
+in an environment of their own:
 
   python tests/policy/make_reference.py
 """
@@ -26,8 +28,8 @@ LLAMA3 = {
 }
 FULL, NEAR = "full_attention", "sliding_attention"
 
-# name -> config, whether its config.json is in the older spelling, type of its weights. Windows are far shorter than
-# the longest row.
+# name -> config, whether its config.json is in the older spelling, type of its weights. Windows are
+# far shorter than the longest row.
 MODELS = {
   "llama_scaled": (
     transformers.LlamaConfig(

@@ -1,4 +1,5 @@
-"""The kernels of the accelerators against plain attention: values and gradients, whole and windowed."""
+"""The kernels of the accelerators against plain attention: values and gradients,
+whole and windowed."""
 
 import dataclasses
 
@@ -32,7 +33,8 @@ def plain(q, own, prompt, window, soft_cap):
   return attend(q, own, (back >= 0) & (back < near), prompt, prompt_mask, SCALE, soft_cap)
 
 
-# `xla` is what the call for cuDNN computes, by another implementation; splash is interpreted, which is slow.
+# `xla` is what the call for cuDNN computes, by another implementation; splash is interpreted, which
+# is slow.
 @pytest.mark.parametrize(
   ("kernel", "window", "soft_cap", "prompted"),
   [

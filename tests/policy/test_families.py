@@ -1,4 +1,5 @@
-"""Every family against logits that transformers gave for tiny random checkpoints (see make_reference.py)."""
+"""Every family against logits that transformers gave for tiny random checkpoints (see
+make_reference.py)."""
 
 import functools
 import pathlib
@@ -55,7 +56,8 @@ def logits(policy, params, hidden):
 
 
 def split(name):
-  """The reference rows as prompts and completions, and what must come out at each completion token and one further."""
+  """The reference rows as prompts and completions,
+  and what must come out at each completion token and one further."""
   rows, expected = reference(name)
   prompts = [row[:n] for row, n in zip(rows, SPLITS, strict=True)]
   completions = [np.append(row[n:], 0) for row, n in zip(rows, SPLITS, strict=True)]

@@ -124,7 +124,8 @@ def test_a_target_that_is_cut_keeps_its_logit(hidden, embedding):
 @pytest.mark.parametrize(
   "sampling", [Sampling(top_k=4), Sampling(top_p=0.6), Sampling(0.7, 5, 0.8)], ids=str
 )
-# Weight 0 as well: the loss multiplies the entropy by its weight, and 0 times a gradient that is not finite is not 0.
+# Weight 0 as well: the loss multiplies the entropy by its weight, and 0 times a gradient that is
+# not finite is not 0.
 @pytest.mark.parametrize("entropy_weight", [0.0, 1.0])
 @pytest.mark.parametrize("target", ["kept", "cut"])
 def test_gradient_is_finite_where_tokens_are_cut(
@@ -153,7 +154,8 @@ def test_gradient_where_tokens_are_cut_equals_that_of_the_kept_ones(hidden, embe
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-# 4 tokens a chunk, of 15: the last chunk is partly padding; and a chunk smaller than one token's logits.
+# 4 tokens a chunk, of 15: the last chunk is partly padding; and a chunk smaller than one token's
+# logits.
 @pytest.mark.parametrize("bound", [4 * V, V // 2])
 def test_chunks_change_nothing(monkeypatch, hidden, embedding, bound):
   targets = jnp.array(np.random.default_rng(2).integers(V, size=(B, T)))

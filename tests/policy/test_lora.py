@@ -87,7 +87,8 @@ def test_targets_alone_have_adapters_and_what_they_adapt_is_kept_in_the_dtype_of
   assert np.isfinite(logits(policy, params)).all()
 
 
-# In each layer of reference/qwen3, with rank 3, as peft 0.21 writes them (lora_A and lora_B of each).
+# In each layer of reference/qwen3, with rank 3, as peft 0.21 writes them (lora_A and lora_B of
+# each).
 PEFT = {
   "mlp.down_proj": ((3, 48), (32, 3)),
   "mlp.gate_proj": ((3, 32), (48, 3)),
@@ -170,7 +171,8 @@ def test_settings_that_cannot_be_are_refused(changes, said):
     tiny.make_config(changes)
 
 
-# From a published model's folder to a folder like it: GSM8K as TFDS has it, a reviewer behind the real SDK.
+# From a published model's folder to a folder like it: GSM8K as TFDS has it, a reviewer behind the
+# real SDK.
 
 QWEN3 = {
   **words.SIZES,

@@ -309,7 +309,8 @@ def test_a_model_that_cannot_be_read_claims_no_workdir(tmp_path):
 
 
 def test_more_tokens_than_rows():
-  """A published model may have fewer rows than its tokenizer has ids; a size of one's own may not."""
+  """A published model may have fewer rows than its tokenizer has ids; a size
+  of one's own may not."""
   assert (
     pretrained.resolve(PolicyConfig(pretrained=str(FOLDER / "qwen3")), VOCAB + 1).vocab_size
     == VOCAB

@@ -34,7 +34,8 @@ RECIPES = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("gsm8k_*.p
 
 
 def write_published(folder: pathlib.Path, name: str) -> str:
-  """The model's folder without weights; all tokens but the named ones and single bytes are fillers."""
+  """The model's folder without weights; all tokens but the named ones
+  and single bytes are fillers."""
   model = PUBLISHED[name]
   named = {i: token for token, i in model["tokens"].items()}
   letters = iter(pre_tokenizers.ByteLevel.alphabet())

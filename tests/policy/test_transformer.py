@@ -1,4 +1,5 @@
-"""The transformer against plain rewritings of it: one sequence, naive attention, repeated prompts."""
+"""The transformer against plain rewritings of it: one sequence, naive attention,
+repeated prompts."""
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,8 @@ from dca_jax.policy.transformer import _rope, _rotate
 
 VOCAB = 20
 GROUP = 3
-# With norms of queries and keys, which are off by default; the sampler's and the learner's tests run without.
+# With norms of queries and keys, which are off by default; the sampler's and the learner's tests
+# run without.
 TINY = PolicyConfig(width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp=24, qk_norm=True)
 LENGTHS = np.array([3, 5])
 
@@ -61,7 +63,8 @@ def batch():
 
 
 def plain_hidden(apply_fn, params, batch):
-  """What `completion_hidden` must equal: each prompt without its padding, and its completions, as one sequence."""
+  """What `completion_hidden` must equal: each prompt without its padding,
+  and its completions, as one sequence."""
   prompts, lengths, completions = batch
   rows = []
   for p, length in enumerate(np.asarray(lengths)):

@@ -1,4 +1,5 @@
-"""A server on the loopback that speaks Gemini's and OpenAI's wire formats, and fails as it is told to."""
+"""A server on the loopback that speaks Gemini's and OpenAI's wire formats, and fails
+as it is told to."""
 
 import collections
 import hashlib
@@ -48,9 +49,11 @@ LIES = (
 
 
 class FakeServer:
-  """`behave(name, attempt)` says what happens to a request: `ok`, a status code, or the name of a fault below.
+  """`behave(name, attempt)` says what happens to a request: `ok`, a status code, or the name
+  of a fault below.
 
-  `name` is the content of the request without its marks; `attempt` counts the requests of that name before.
+  `name` is the content of the request without its marks; `attempt` counts the requests of
+  that name before.
 
   Faults:
     a number: that status; with 429 it asks for a delay of 0.1 s.

@@ -66,7 +66,8 @@ def test_one_review_for_each_request_in_order(name):
   assert [len(review.roles) for review in reviews] == sizes
   assert [len(review.weights) for review in reviews] == sizes
   assert [len(review.values) for review in reviews] == sizes
-  # One at a time and backwards: roles and weights depend on the own request only; values also on its problem's others.
+  # One at a time and backwards: roles and weights depend on the own request only; values also on
+  # its problem's others.
   if name != "stale":
     alone = [_reviews([request], name=name)[0] for request in reversed(requests)]
     assert [r.roles for r in alone] == [r.roles for r in reviews[::-1]]

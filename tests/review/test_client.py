@@ -232,7 +232,8 @@ def test_requests_per_minute():
 
 
 def test_the_cap_holds_under_concurrency_and_most_of_it_can_be_used():
-  # A call costs 500 x 0.30 + 110 x 2.50 dollars a million: $0.000425; at most about $0.0062 are reserved for it.
+  # A call costs 500 x 0.30 + 110 x 2.50 dollars a million: $0.000425; at most about $0.0062 are
+  # reserved for it.
   with (
     FakeServer(latency=0.02) as server,
     opened(server, max_dollars=0.06, concurrency=64) as reviewer,
@@ -346,7 +347,8 @@ def test_two_processes_spend_no_more_than_one_may(tmp_path):
       reviewed(reviewer, requests(40))
       before = reviewer.stats()["review/dollars_spent"]
     spent = []
-    # The other process's part of each sum: of all spending, of what was forgotten, of this reviewer's.
+    # The other process's part of each sum: of all spending, of what was forgotten, of this
+    # reviewer's.
     others = ([0.0, 0.0, 0.0], [before, 0.0, before])
     for process, (cache, theirs) in enumerate(zip(caches, map(iter, others), strict=True)):
       share = Share(2, lambda own, theirs=theirs: own + next(theirs))

@@ -331,7 +331,8 @@ def test_settings_that_are_refused_end_the_run_but_a_moment_of_it_does_not(refus
 
   with virtual.opened(server, min_ok_frac=0.0) as client:
     assert str(refusal) in virtual.run(client, drive)
-  # A key that never worked is known at once, a text after three steps; what did work after a minute.
+  # A key that never worked is known at once, a text after three steps; what did work after a
+  # minute.
   expected = (12, 13) if before else (0,) if refusal is KEY_REFUSED else (2,)
   assert problems.index(True) in expected
 

@@ -392,7 +392,8 @@ def test_where_nothing_is_stated_it_depends_on_whether_it_may_be_billed():
 
 
 def refusals(accepted, seconds, steps, settings=0, contents=0):
-  """Whether the settings are known to be wrong after so many refusals, evenly over steps and time."""
+  """Whether the settings are known to be wrong after so many refusals,
+  evenly over steps and time."""
   clock = Clock()
   refusals = Refusals(clock)
   if accepted:

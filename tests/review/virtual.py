@@ -1,4 +1,5 @@
-"""A client whose clock is virtual: hours of a bad server pass in a moment, on a loaded machine too."""
+"""A client whose clock is virtual: hours of a bad server pass in a moment,
+on a loaded machine too."""
 
 import asyncio
 import collections
@@ -64,7 +65,8 @@ class Kept:
 
 
 class Server:
-  """A transport that answers `mode` after `latency` seconds: a Reply, an error, or None for never."""
+  """A transport that answers `mode` after `latency` seconds: a Reply, an error,
+  or None for never."""
 
   def __init__(self, latency=0.1):
     self.mode, self.latency = honest, latency

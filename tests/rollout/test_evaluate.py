@@ -90,7 +90,8 @@ def test_config_finds_impossible_values():
 
 
 class Known:
-  """Stands where the sampler does, and writes an answer that its problem and the sample's number decide."""
+  """Stands where the sampler does, and writes an answer that its problem
+  and the sample's number decide."""
 
   end_ids_E = jax.device_put(np.array([9], np.int32))
   policy = types.SimpleNamespace(rows=100)

@@ -124,7 +124,8 @@ def test_the_value_of_the_prompt_is_the_policys_own_accuracy():
 
 
 def test_a_continuation_gets_no_more_tokens_than_were_left():
-  # Eleven tokens of twelve are written: only an end token now would finish, and then without an answer.
+  # Eleven tokens of twelve are written: only an end token now would finish, and then without an
+  # answer.
   batch = Batch(1, texts=["a1;a1;a1;a1#", "a1;a1;a1;#1$"])
   steps = tuple(Step(a, b, "") for a, b in ((0, 3), (3, 11), (11, 12)))
   batch.episodes[0] = dataclasses.replace(batch.episodes[0], steps=steps)

@@ -78,7 +78,8 @@ def written(samples):
 
 
 def cut_at(free, *end_ids):
-  """What must be left of `free` when these tokens end a completion: tokens, and whether it was truncated."""
+  """What must be left of `free` when these tokens end a completion: tokens,
+  and whether it was truncated."""
   expected = []
   for row in free.tokens_BxT.tolist():
     stops = [t for t, token in enumerate(row) if token in end_ids]
@@ -105,7 +106,8 @@ def test_steps_and_seeds_draw_different_samples(params, prompts):
 
 
 def test_samples_and_tokens_have_noise_of_their_own(params, prompts):
-  # With an embedding of zeros every token is equally likely, so that only the noise tells samples apart.
+  # With an embedding of zeros every token is equally likely, so that only the noise tells samples
+  # apart.
   flat = draw(params | {"embedding": jnp.zeros_like(params["embedding"])}, prompts)
   np.testing.assert_allclose(flat.logprobs_BxT, -np.log(VOCAB), rtol=1e-5)
   assert len({tuple(row) for row in flat.tokens_BxT.tolist()}) == P * G
@@ -135,7 +137,8 @@ def test_place_in_the_batch_does_not_matter(params, prompts, free):
 
 
 def test_neighbours_do_not_matter(params, prompts, free):
-  # Half of the problems, in groups twice as large, whose first samples are those of the smaller groups.
+  # Half of the problems, in groups twice as large, whose first samples are those of the smaller
+  # groups.
   half = draw(params, tuple(x[::2] for x in prompts), ids=IDS[::2], group=2 * G)
   np.testing.assert_array_equal(
     half.tokens_BxT.reshape(P // 2, 2 * G, T)[:, :G], free.tokens_BxT.reshape(P, G, T)[::2]
@@ -161,7 +164,8 @@ def test_without_an_end_every_row_is_truncated(free):
 
 @pytest.mark.parametrize("end_ids", [(token,) for token in range(VOCAB)] + [(1, 4, 9)], ids=str)
 def test_rows_end_with_their_end_token(params, prompts, free, end_ids):
-  # Token 0 is among them: it is also what arrays are filled up with, and must end a row like any other.
+  # Token 0 is among them: it is also what arrays are filled up with, and must end a row like any
+  # other.
   got = draw(params, prompts, end_ids=end_ids)
   expected = cut_at(free, *end_ids)
   assert list(zip(written(got), got.truncated_B.tolist(), strict=True)) == expected
@@ -188,7 +192,8 @@ def test_an_end_token_at_once(params, prompts):
 
 
 def test_stops_when_every_row_has_ended(params, prompts, free):
-  # The arrays begin as zeros, so a token beyond the longest row would show; any of these tokens would be drawn there.
+  # The arrays begin as zeros, so a token beyond the longest row would show; any of these tokens
+  # would be drawn there.
   got = draw(params, prompts, end_ids=range(1, VOCAB))
   longest = got.lengths_B.max()
   assert longest < T

@@ -54,7 +54,8 @@ def test_a_step_ends_with_the_token_that_holds_the_last_character_of_a_match(pie
     # Text that starts with the separator.
     ([";", "a", ";"], [(0, 1), (1, 3)]),
     ([";;", "a"], [(0, 1), (1, 2)]),
-    # A boundary inside a token: the token is not cut, and the rest of it stays with the step that ends there.
+    # A boundary inside a token: the token is not cut, and the rest of it stays with the step that
+    # ends there.
     (["a0;c", "6;#", "6$"], [(0, 1), (1, 2), (2, 3)]),
     (["a;b;c", "d"], [(0, 1), (1, 2)]),
     # Tokens without text of their own, such as half a character of several bytes.
@@ -74,7 +75,8 @@ def test_a_separator_may_span_tokens():
 
 @pytest.mark.parametrize("steps", ["line", "paragraph", "sentence", r"\s", r"[^a-z]"])
 def test_no_degenerate_text_takes_long(steps):
-  """A token of 64 equal characters until there are no more tokens; a quadratic pattern takes a minute and more."""
+  """A token of 64 equal characters until there are no more tokens;
+  a quadratic pattern takes a minute and more."""
   start = time.process_time()
   for text in (".", '."', '"', "\n", " ", "\n ", ". ", "。", "!?", "\t\n", "a.", ")"):
     pieces = [(text * 64)[:64].encode()] * 2048

@@ -1,4 +1,5 @@
-"""A workdir in a bucket: Google Cloud Storage's real clients (gcsfs, TensorStore, Orbax), a server on the loopback."""
+"""A workdir in a bucket: Google Cloud Storage's real clients (gcsfs, TensorStore, Orbax),
+a server on the loopback."""
 
 import os
 import pathlib

@@ -1,4 +1,5 @@
-"""What is said of a run that does not learn: each thing once, also across a resume, and nothing of one that does."""
+"""What is said of a run that does not learn: each thing once, also across a resume,
+and nothing of one that does."""
 
 import random
 

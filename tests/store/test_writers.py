@@ -42,7 +42,8 @@ def finished_records(path) -> list:
 
 
 def wandb_records(path) -> Iterator:
-  """A LevelDB log of protocol buffers after seven bytes; a last one that is not whole is left out."""
+  """A LevelDB log of protocol buffers after seven bytes; a last one
+  that is not whole is left out."""
   from wandb.proto import wandb_internal_pb2
 
   data, place, whole = path.read_bytes(), 7, b""

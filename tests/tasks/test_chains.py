@@ -1,4 +1,5 @@
-"""The task `chains`: problems, tokenizer, demonstrations, verifier, and the step labels against brute force."""
+"""The task `chains`: problems, tokenizer, demonstrations, verifier,
+and the step labels against brute force."""
 
 import collections
 import functools
@@ -96,12 +97,14 @@ def test_demonstrations_with_mistakes_are_seldom_right():
   for i in range(2000):
     prompt, completion = task.demonstration(i, True)
     correct += task.verify(_problem(task, prompt), completion, truncated=False).correct
-  # Six of the steps matter, and a quarter of all table entries is wrong on average: 0.75**6, and lucky guesses.
+  # Six of the steps matter, and a quarter of all table entries is wrong on average: 0.75**6, and
+  # lucky guesses.
   assert 0.2 <= correct / 2000 <= 0.35
 
 
 def test_the_table_is_wrong_in_the_same_way_every_time():
-  """A misconception is a fixed function of the operation and its operands: at most one wrong value for each."""
+  """A misconception is a fixed function of the operation and its operands:
+  at most one wrong value for each."""
   task = Chains(ChainsConfig(drop=0.0, repeat=0.0))
   wrong_values: dict[tuple, set[int]] = {}
   for i in range(500):
@@ -127,7 +130,8 @@ def test_slips_are_not_the_same_every_time():
     task.verify(_problem(task, prompt), text, truncated=False).correct
     for prompt, text in demonstrations
   ]
-  # Six steps with a slip of 20 % each leave 0.8 ** 6 = 26 % without one; a product by zero forgives some more.
+  # Six steps with a slip of 20 % each leave 0.8 ** 6 = 26 % without one; a product by zero forgives
+  # some more.
   assert 0.2 < sum(correct) / 500 < 0.45
   roles = {
     role for prompt, text in demonstrations for role in task.label_steps(prompt, _cut(text), False)
@@ -190,7 +194,8 @@ def test_verifier():
   assert task.final_answer("a1;#1") is None
 
 
-# The labels. Small tasks, so that every completion can be tried: their prompts, and steps to build them from.
+# The labels. Small tasks, so that every completion can be tried: their prompts, and steps to build
+# them from.
 
 
 def _writes(labels: str, modulus: int) -> list[str]:
@@ -216,7 +221,8 @@ TASKS = {
 
 
 def _completions(name):
-  """(task, prompt, steps, truncated) for every completion, with and without an answer, that a small task allows."""
+  """(task, prompt, steps, truncated) for every completion, with and without an answer,
+  that a small task allows."""
   modulus, longest, prompts, alphabet = TASKS[name]
   for prompt in prompts:
     task = Chains(ChainsConfig(lines=prompt.index("?") // 3, modulus=modulus))
@@ -225,7 +231,8 @@ def _completions(name):
         for ending in (*(f"#{value}$" for value in range(modulus)), "$", "a1#0$"):
           yield task, prompt, (*body, ending), False
         yield task, prompt, (*body, "a"), True
-        # A finished last step that is no write, cut off right after it: see the test of its own below.
+        # A finished last step that is no write, cut off right after it: see the test of its own
+        # below.
         if body and re.fullmatch(r"[a-z]\d;", body[-1]):
           yield task, prompt, body, True
           yield task, prompt, body, False
@@ -300,8 +307,9 @@ def test_true_values_instead_of_wrong_ones_make_the_answer_right(name):
 def test_needless_steps_can_be_deleted(name):
   """Without its redundant and irrelevant steps an answer has the same role.
 
-  So have all other steps where nothing is wrong. A wrong step may change: an error that overwrites a true value nobody
-  read is the same error twice without that value, and the second time it is redundant.
+  So have all other steps where nothing is wrong. A wrong step may change: an error that overwrites
+  a true value nobody read is the same error twice without that value, and the second time it is
+  redundant.
   """
   for prompt, steps, truncated, roles in _answered(name):
     kept = [k for k, role in enumerate(roles) if role not in ("redundant", "irrelevant")]
@@ -401,7 +409,8 @@ def _perturbed(task, index, dice):
 
 
 def _independent_values(task, prompt, completions):
-  """The place that steps got to (or -1) as a function, the furthest of each completion, and the number of places."""
+  """The place that steps got to (or -1) as a function, the furthest of each completion, and the
+  number of places."""
   reading = _read(prompt, task.config.modulus)
   true = _fill(reading, {})[-1]
 
@@ -458,7 +467,8 @@ def test_prefix_values_by_hand():
   assert task.prefix_values(prompt, [["b0;", "d5;", "a0;", "#6$"], right])[0][:3] == pytest.approx(
     [0.75**3] * 3
   )
-  # Two times a wrong digit can be right again: m is 7, a is 4, wrong is 9, and both doubled end in 8.
+  # Two times a wrong digit can be right again: m is 7, a is 4, wrong is 9, and both doubled end in
+  # 8.
   times = "*2a*2b*2c+1d?cm7n3;"
   assert task.prefix_values(times, [["a9;", "c8;", "#8$"], ["a4;", "c8;", "#8$"]])[
     0
@@ -491,7 +501,8 @@ def test_a_wrong_value_that_stands_is_worth_nothing_unless_the_rest_forgives_it(
 
 @pytest.mark.parametrize("others", [1, 8, 1000])
 def test_prefix_values_tend_to_the_others_success(others):
-  """One who makes no mistakes is as sure as can be, and one who makes them all knows it from the start."""
+  """One who makes no mistakes is as sure as can be,
+  and one who makes them all knows it from the start."""
   task = Chains(ChainsConfig(lines=4))
   prompt, right, wrong = "+3a*2b-4c+1d?cm7n3;", ["a0;", "c6;", "#6$"], ["a1;", "c7;", "#7$"]
   sure, unsure = (others + 0.5) / (others + 1), 0.5 / (others + 1)
@@ -557,15 +568,16 @@ def test_every_step_of_any_text_has_one_role(text, index, truncated):
     assert roles[-1] in ("necessary", "repair")
 
 
-# An independent reading of the rules: positions instead of labels, provenance forwards instead of a walk backwards, and
-# expected values by recomputing the whole chain.
+# An independent reading of the rules: positions instead of labels, provenance forwards instead of a
+# walk backwards, and expected values by recomputing the whole chain.
 
 
 _Reading = collections.namedtuple("_Reading", "lines labels start other others modulus")
 
 
 def _read(prompt: str, modulus: int) -> _Reading:
-  """A prompt's queried chain: `labels[0]` is its starting value, `labels[p]` its p-th line; and the other's labels."""
+  """A prompt's queried chain: `labels[0]` is its starting value, `labels[p]` its p-th line;
+  and the other's labels."""
   body, rest = prompt.split("?")
   lines = [body[i : i + 3] for i in range(0, len(body), 3)]
   parity = next(i for i, line in enumerate(lines) if line[2] == rest[0]) % 2

@@ -174,7 +174,8 @@ def test_the_fraction_of_a_file_is_held_out(split):
 
 
 def test_problems_held_out_stay_so(split):
-  """In whatever order they stand, whatever is added, however often they are there, whatever else is asked of them."""
+  """In whatever order they stand, whatever is added, however often they are there,
+  whatever else is asked of them."""
   rows = many(60)
   own = held_out(split(rows))
   assert held_out(split(rows[::-1])) == own[::-1]
@@ -318,7 +319,8 @@ def test_bad_rows(with_rows, rows, said):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"], ids=repr)
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=repr)
 def test_only_a_line_feed_ends_a_line(make, tmp_path, start, end):
-  """Unicode, and `str.splitlines`, know eight more ends of lines, and JSON allows most of them within a string."""
+  """Unicode, and `str.splitlines`, know eight more ends of lines, and JSON allows most
+  of them within a string."""
   rows = [
     {"question": f"What{c}is{c} {i}?", "answer": str(i)}
     for i, c in enumerate("\u2028\u2029\x85\x7f\ufeff")

@@ -190,7 +190,8 @@ def test_a_generation_config_that_is_none_is_refused(tmp_path, text):
 
 
 def test_ids_are_counted_to_the_highest(tmp_path):
-  """There may be ids between that are no token, so an end token can lie beyond the number of tokens."""
+  """There may be ids between that are no token,
+  so an end token can lie beyond the number of tokens."""
   folder = pathlib.Path(words.save_tokenizer(tmp_path, ends=[1, 900]))
   path = folder / "tokenizer.json"
   made = json.loads(path.read_text())
