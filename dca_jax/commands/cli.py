@@ -1,5 +1,5 @@
-"""`dca-jax train | compare | plan | status | report | export | review`: the parser, and what it
-calls."""
+"""`dca-jax train | compare | plan | status | report | export | review | audit`: the parser, and
+what it calls."""
 
 import argparse
 import os
@@ -93,7 +93,20 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--reviewer", required=True, help=what)
   p.add_argument("--limit", type=int, default=200, help="completions to read")
   p.add_argument("--estimate", action="store_true", help="only say what it would cost")
+
+  p = command(_audit, "how good a reviewer is, and whether to train with it", True, "its results")
+  _what_is_audited(p)
   return top
+
+
+def _what_is_audited(audit: argparse.ArgumentParser) -> None:
+  audit.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL")
+  truth = audit.add_mutually_exclusive_group(required=True)
+  truth.add_argument("--config", help="a recipe, whose policy answers; its task knows true roles")
+  truth.add_argument("--trajectories", help="answers that a run of such a task has kept")
+  audit.add_argument("--limit", type=int, default=256, help="answers to read")
+  what = "share of them that is asked twice"
+  audit.add_argument("--repeat", type=float, default=0.0, help=what)
 
 
 def _several_processes(train: argparse.ArgumentParser) -> None:
@@ -215,3 +228,16 @@ def _review(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   _between(args, "limit", 1)
   work = rereview.estimate if args.estimate else rereview.rereview
   print(work(args.trajectories, args.reviewer, args.limit, overrides))
+
+
+def _audit(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+  from dca_jax.commands import audit
+
+  _between(args, "limit", 1)
+  _between(args, "repeat", 0, 1)
+  if args.config:
+    source = audit.from_recipe(args.config, args.reviewer, overrides, args.workdir, args.limit)
+  else:
+    source = audit.from_trajectories(args.trajectories, args.reviewer, overrides, args.limit)
+  told = [said for said in overrides if said.startswith("--config.reviewer.")]
+  print(audit.audit(source, args.reviewer, told, args.workdir, args.repeat))

@@ -1,0 +1,298 @@
+"""How good a reviewer is: measured on steps whose roles are known, with a verdict on training."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from dca_jax import config as config_lib
+from dca_jax.commands.report import text_table
+from dca_jax.commands.review import review_patiently, reviewer_config
+from dca_jax.config import Config, ConfigError
+from dca_jax.credit import worth
+from dca_jax.episode import ROLES, Episode
+from dca_jax.intervals import Estimate
+from dca_jax.policy import Policy, pretrained
+from dca_jax.review import Request, Reviewer, Truth, open_reviewer
+from dca_jax.review.audit import Case, Judged, agreement, applause, confusion, favourite, said_of
+from dca_jax.review.reviewer import split_member
+from dca_jax.rollout import collect
+from dca_jax.run import Programs, check_data, starting_policy, use_compilation_cache
+from dca_jax.store.trajectories import read_trajectories, shards, write_trajectories
+from dca_jax.store.workdir import is_remote, locate, write_whole
+from dca_jax.tasks.tokenizer import id_count
+
+VERSION = 1
+"""Of the row; it changes whenever a key changes its meaning."""
+_SECONDS = 600.0
+"""In which one portion of the questions is to be answered."""
+_DRAWS = 12
+"""Samples drawn again for the intervals of what a reviewer is worth."""
+
+
+class Source(NamedTuple):
+  """Where the truth comes from."""
+
+  name: str
+  cases: list[Case]
+  truth: Truth
+  """For reviewers that read it."""
+  config: Config
+  """Of the reviewer, and of the task where there is one."""
+
+
+def from_recipe(
+  recipe: str, member: str, overrides: Sequence[str], workdir: str, limit: int
+) -> Source:
+  """Episodes of the policy that a recipe's run would start from; they are kept in the workdir.
+
+  Raises:
+    UserError: the settings do not fit, or the workdir holds something else.
+  """
+  name, model = split_member(member)
+  chosen = [f"--config.reviewer.name={name}", "--config.credit.scheme=weighted"]
+  chosen += [f"--config.reviewer.client.model={model}"] if model else []
+  given = config_lib.read_recipe(recipe).get_config()
+  config = config_lib.build(given, chosen, overrides)
+  _check_labels(config)
+  folder = config_lib.claim_workdir(config, workdir)
+  _sample(config, folder, limit)
+  return _of_episodes(config, _episodes(folder / "trajectories", limit))
+
+
+def from_trajectories(folder: str, member: str, overrides: Sequence[str], limit: int) -> Source:
+  """Episodes that a run has kept.
+
+  Raises:
+    UserError: there are none, or their task knows no roles.
+  """
+  run = config_lib.read_saved(os.fspath(locate(folder).parent))
+  config = reviewer_config(member, overrides, run.get("task", {}))
+  _check_labels(config)
+  episodes = _episodes(locate(folder), limit)
+  if not episodes:
+    raise ConfigError(f"--trajectories={folder}: there are none (a run keeps WORKDIR/trajectories)")
+  return _of_episodes(config, episodes)
+
+
+def _check_labels(config: Config) -> None:
+  if "labels" not in config.task.offers:
+    raise ConfigError(
+      f"task.name: '{config.task.name}' knows no true roles of steps, so nothing can be held"
+      " against them; take a task with labels, such as chains"
+    )
+
+
+def _episodes(folder: epath.Path, limit: int) -> list[Episode]:
+  found = (e for step in shards(folder) for e in read_trajectories(folder, step))
+  return [*itertools.islice((e for e in found if e.steps), limit)]
+
+
+def _of_episodes(config: Config, episodes: Sequence[Episode]) -> Source:
+  truth = Truth.of(config.task.open())
+  requests = [*map(Request.of, episodes)]
+  cases = [Case.of(request, truth.labels(request)) for request in requests]
+  return Source(config.task.name, cases, truth, config)
+
+
+def _sample(config: Config, folder: epath.Path, limit: int) -> None:
+  """Samples until there are `limit` episodes; what was sampled before is not sampled again."""
+  kept = folder / "trajectories"
+  have = sum(1 for step in shards(kept) for _ in read_trajectories(kept, step))
+  if have >= limit:
+    return
+  use_compilation_cache()
+  task = config.task.open()
+  tokenizer = task.tokenizer()
+  ids = id_count(tokenizer)
+  policy = Policy(pretrained.resolve(config.policy, ids), ids)
+  check_data(config, task, tokenizer, policy.rows)
+  programs = Programs(config, policy, tokenizer, None)
+  start = starting_policy(config, folder, policy, task, tokenizer, programs)
+  params = programs.for_sampler(start)
+  step = max(shards(kept), default=0)
+  while have < limit:
+    step += 1
+    rollout = collect(programs.sampler, config.seed, step, task, tokenizer, params)
+    blank = [dataclasses.replace(e, credit=[0.0] * len(e.tokens)) for e in rollout.episodes]
+    write_trajectories(kept, step, 0, blank)
+    have += len(blank)
+
+
+def audit(source: Source, member: str, settings: Sequence[str], workdir: str, repeat: float) -> str:
+  """Has the cases reviewed, measures, and writes audit.json; returns the table.
+
+  Args:
+    settings: what was set of the reviewer, for the row.
+    repeat: share of the cases that are asked about twice.
+
+  Raises:
+    UserError: the reviewer cannot be opened, or gives no usable review.
+  """
+  folder = locate(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  cache = None if is_remote(folder) else pathlib.Path(folder / "reviews.sqlite")
+  reviewer_config = source.config.reviewer
+  if repeat and reviewer_config.models:
+    client = dataclasses.replace(reviewer_config.client, repeat_frac=repeat)
+    reviewer_config = dataclasses.replace(reviewer_config, client=client)
+  requests = [case.request for case in source.cases]
+  begins = not (folder / "reviews.sqlite").exists()
+  with contextlib.closing(open_reviewer(reviewer_config, source.truth, cache)) as reviewer:
+    if begins and (wrong := reviewer.trial(60.0).wrong):
+      raise ConfigError(f"no usable review from {wrong}")
+    began = time.monotonic()
+    reviews = _asked(reviewer, requests, 8 * reviewer_config.client.concurrency)
+    seconds = time.monotonic() - began
+    stats = reviewer.stats()
+    if repeat and not reviewer_config.models:
+      again = _asked(reviewer, requests[: math.ceil(repeat * len(requests))], len(requests))
+      stats["review/repeat_agreement"] = _same(reviews, again)
+    failures = reviewer.failures()
+  judged = [
+    Judged(case, review.checked(len(case.request.steps)))
+    for case, review in zip(source.cases, reviews, strict=True)
+  ]
+  if reviewer_config.models and not any(j.usable for j in judged):
+    statuses = collections.Counter(review.status for review in reviews)
+    said = ", ".join(f"{n} {status}" for status, n in statuses.most_common())
+    raise ConfigError(f"no usable review of {len(judged)} ({said}){failures and f': {failures}'}")
+  measures = agreement(judged) | learning(judged)
+  row = {
+    "version": VERSION,
+    "reviewer": split_member(member)[0],
+    "model": next((r.model for r in reviews if r.model), ""),
+    "settings": " ".join(s.removeprefix("--config.reviewer.") for s in settings),
+    "source": source.name,
+    "n": len(judged),
+    "steps": sum(len(request.steps) for request in requests),
+    **flat(measures),
+    **costs(stats, len(requests), seconds),
+    "verdict": worth.verdict(measures.get("predicted_speedup"), measures.get("calibrated_gain")),
+  }
+  write_whole(folder / "audit.json", json.dumps(row, indent=2) + "\n")
+  return table(row, measures, judged)
+
+
+def _asked(reviewer: Reviewer, requests: Sequence[Request], portion: int):
+  reviews = []
+  for i in range(0, len(requests), portion):
+    reviews += review_patiently(reviewer, requests[i : i + portion], _SECONDS)
+    if len(requests) > portion:
+      print(f"reviewed {len(reviews)} of {len(requests)}", file=sys.stderr)
+  return reviews
+
+
+def _same(reviews, again) -> float:
+  """The share of steps that have the same role both times."""
+  pairs = [
+    a == b
+    for one, other in zip(reviews, again, strict=False)
+    for a, b in zip(one.roles, other.roles, strict=False)
+  ]
+  return float(np.mean(pairs)) if pairs else math.nan
+
+
+def learning(judged: Sequence[Judged]) -> dict[str, Estimate]:
+  """What the reviewer is worth for training: the update it induces on the exact task, and the
+  speed-up on `chains` that is read off the surface. Empty where the cases do not tell."""
+  labelled = [j for j in judged if j.case.labels]
+  favoured = favourite([j for j in labelled if j.usable])
+
+  def numbers(own: Sequence[Judged], seed: int) -> list[float] | None:
+    told = [j for j in own if j.usable]
+    usable = len(told) / len(own)
+    found = worth.worth(said_of(told, favoured), usable, seed)
+    liked = applause(told, favoured)
+    if found is None or liked is None:
+      return None
+    return [*found, worth.predicted_speedup(found.snr, usable * liked)]
+
+  if not favoured or (value := numbers(labelled, 0)) is None:
+    return {}
+  dice = np.random.default_rng(0)
+  drawn = [
+    numbers([labelled[i] for i in dice.integers(len(labelled), size=len(labelled))], seed)
+    for seed in range(1, 1 + _DRAWS)
+  ]
+  spread = 1.96 * np.std([x for x in drawn if x] or [value], axis=0)
+  names = ("gradient_cosine", "gradient_snr", "premium", "calibrated_gain", "predicted_speedup")
+  return {
+    name: Estimate(x, x - s, x + s)
+    for name, x, s in zip(names, value, spread.tolist(), strict=True)
+  }
+
+
+def flat(measures: Mapping[str, Estimate]) -> dict[str, float]:
+  """Each measure and the ends of its interval, as keys of a row."""
+  return {
+    f"{name}{end}": round(x, 6)
+    for name, e in measures.items()
+    for end, x in zip(("", "_low", "_high"), e, strict=True)
+  }
+
+
+def costs(stats: Mapping[str, float], n: int, seconds: float) -> dict[str, float | None]:
+  """What 1,000 reviews take; tokens only where this process asked for them, because a cache does
+  not keep their number."""
+  calls = stats.get("review/calls", 0.0)
+  tokens = sum(stats.get(f"review/{kind}_tokens", 0.0) for kind in ("prompt", "output"))
+  fresh = calls or (n if "review/calls" not in stats else 0)
+  return {
+    "seconds_per_1000": round(1000 * seconds / fresh, 3) if fresh else None,
+    "tokens_per_1000": round(1000 * tokens / calls) if calls else None,
+    "dollars_per_1000": round(1000 * stats.get("review/dollars_spent", 0.0) / n, 6),
+    "self_agreement": stats.get("review/repeat_agreement"),
+  }
+
+
+_SECTIONS = {
+  "roles": ("role_accuracy", "kappa", "recall_", "precision_"),
+  "errors": ("first_error", "no_error", "errors_in_wins"),
+  "needless steps": ("needless", "applause"),
+  "what does not matter": ("position", "length"),
+  "training": ("gradient", "premium", "calibrated", "predicted"),
+}
+
+
+def table(row: Mapping[str, Any], measures: Mapping[str, Estimate], judged) -> str:
+  """The row for people."""
+  lines = [["usable", *_cells(measures["usable"])]]
+  for title, beginnings in _SECTIONS.items():
+    own = [(k, e) for k, e in measures.items() if k.startswith(beginnings)]
+    lines += [["", "", ""], [title, "", ""]] if own else []
+    lines += [[f"  {k.replace('_', ' ')}", *_cells(e)] for k, e in own]
+  counts = confusion([j for j in judged if j.usable and j.case.labels]).sum(0).astype(int)
+  who = " ".join(filter(None, (row["reviewer"], row["model"], row["settings"])))
+  parts = [
+    f"{who} on {row['n']} answers of {row['source']}, {row['steps']} steps",
+    text_table(["", "measured", "95 %"], lines),
+  ]
+  if counts.any():
+    rows = [[f"{role} ({counts[i].sum()})", *map(str, counts[i])] for i, role in enumerate(ROLES)]
+    parts.append(text_table(["true \\ said", *ROLES], rows))
+  spent = [f"{k.replace('_', ' ')}: {row[k]:g}" for k in _COSTS if row[k] is not None]
+  return "\n\n".join([*parts, "; ".join(spent), f"verdict: {_VERDICTS[row['verdict']]}"])
+
+
+_COSTS = ("seconds_per_1000", "tokens_per_1000", "dollars_per_1000", "self_agreement")
+_VERDICTS = {
+  "train": "train (credit.scheme=weighted, credit.lam=0.5)",
+  "calibrated": "calibrated (only where outcomes decide what its roles are worth)",
+  "no": "no (it says nothing that training could use)",
+}
+
+
+def _cells(e: Estimate) -> list[str]:
+  return [f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}"]

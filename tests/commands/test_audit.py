@@ -1,0 +1,183 @@
+"""`dca-jax audit`: a reviewer held against true labels, and the row that is left of it."""
+
+import json
+import pathlib
+
+import pytest
+import tiny
+from fake_server import FakeServer, honest_reply
+
+from dca_jax.commands import audit, cli
+
+LIMIT = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+  """For the intervals of what a reviewer is worth, which take most of the time."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(audit, "_DRAWS", 2)
+    yield
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> pathlib.Path:
+  """An audit of the oracle on answers of the tiny policy; others read the same answers."""
+  folder = tmp_path_factory.mktemp("audit")
+  recipe = tiny.write_recipe(folder, {"credit.scheme": "weighted", "reviewer.name": "oracle"})
+  arguments = ["audit", f"--config={recipe}", "--reviewer=oracle", f"--limit={LIMIT}"]
+  assert cli.main([*arguments, f"--workdir={folder}/oracle"]) == 0
+  return folder / "oracle"
+
+
+def audited(start, workdir, reviewer: str, *more: str) -> dict:
+  command = ["audit", f"--trajectories={start}/trajectories", f"--workdir={workdir}"]
+  assert cli.main([*command, f"--reviewer={reviewer}", f"--limit={LIMIT}", *more]) == 0
+  return read(workdir)
+
+
+def read(workdir) -> dict:
+  return json.loads((workdir / "audit.json").read_text())
+
+
+def test_the_oracles_row_is_perfect_and_flat(start):
+  row = read(start)
+  assert row["version"] == 1
+  assert (row["reviewer"], row["source"], row["n"]) == ("oracle", "chains", LIMIT)
+  for key in ("usable", "role_accuracy", "kappa", "first_error_f1", "errors_in_wins"):
+    assert row[key] == row[f"{key}_high"] == 1.0, key
+  assert row["verdict"] == "train"
+  assert row["predicted_speedup_low"] > 2
+  assert row["dollars_per_1000"] == 0
+  assert all(isinstance(x, str | int | float | None) for x in row.values())
+
+
+def test_answers_are_sampled_once_and_the_same_every_time(start, tmp_path, capsys):
+  shards = {path: path.stat().st_mtime_ns for path in (start / "trajectories").iterdir()}
+  recipe = start.parent / "recipe.py"
+  command = ["audit", f"--config={recipe}", "--reviewer=oracle", f"--limit={LIMIT}"]
+  before = read(start)
+  assert cli.main([*command, f"--workdir={start}"]) == 0
+  after = read(start)
+  for row in (before, after):
+    del row["seconds_per_1000"]
+  assert after == before
+  assert {p: p.stat().st_mtime_ns for p in (start / "trajectories").iterdir()} == shards
+  out = capsys.readouterr().out
+  assert "oracle on 48 answers of chains" in out
+  assert "verdict: train" in out
+  # Another recipe does not get the answers of this one.
+  assert cli.main([*command, f"--workdir={start}", "--config.rollout.temperature=0.7"]) == 1
+  assert "rollout.temperature" in capsys.readouterr().err
+
+
+def test_a_noisy_reviewer_and_one_asked_twice(start, tmp_path):
+  row = audited(start, tmp_path, "noisy", "--config.reviewer.flip=0.2", "--repeat=0.5")
+  assert row["settings"] == "flip=0.2"
+  assert row["role_accuracy_low"] < 0.8 < row["role_accuracy_high"]
+  assert row["self_agreement"] == 1.0  # Its dice belong to the sample.
+  assert row["predicted_speedup"] < read(start)["predicted_speedup"]
+  assert audited(start, tmp_path / "silent", "silent")["verdict"] == "no"
+
+
+def test_a_model_is_paid_for_once_and_its_costs_are_told(start, tmp_path, monkeypatch):
+  monkeypatch.setenv("GEMINI_API_KEY", "key")
+  with FakeServer(reply=lambda data: honest_reply(data, role="error")) as server:
+    given = [f"--config.reviewer.client.base_url={server.url}"]
+    model = "gemini:gemini-3.5-flash"
+    # First there is money for some of them; a call reserves about two cents.
+    poor = audited(start, tmp_path, model, *given, "--config.reviewer.client.max_dollars=0.05")
+    assert 0 < poor["usable"] < 1
+    paid = len(server.requests)
+    rich = audited(start, tmp_path, model, *given, "--config.reviewer.client.max_dollars=10")
+    assert rich["usable"] == 1
+    bodies = [json.dumps(r["body"]["contents"]) for r in server.requests[1:]]
+    assert len(set(bodies)) == len(bodies) > paid  # The first was the trial.
+    again = audited(start, tmp_path, model, *given)
+    assert len(server.requests) == 1 + len(bodies)
+  assert rich["recall_error"] == again["recall_error"] == 1.0
+  assert rich["recall_necessary"] == 0.0
+  assert rich["tokens_per_1000"] == 610_000  # With ten of thought
+  assert again["tokens_per_1000"] is None
+  assert rich["dollars_per_1000"] == again["dollars_per_1000"] > 0
+  assert rich["model"]
+
+
+def test_one_kind_of_mistake_is_worse_than_many_of_all_kinds(start, tmp_path):
+  """On the tiny task nearly nothing repeats, so the kind that is applauded here is another one."""
+  noisy = audited(start, tmp_path / "noisy", "noisy", "--config.reviewer.flip=0.2")
+  recipe = f"{tmp_path}/likes.py"
+  pathlib.Path(recipe).write_text(LIKES)
+  liked = audited(start, tmp_path / "liked", f"{recipe}:Likes")
+  assert liked["role_accuracy"] == pytest.approx(1 - 1 / 4, abs=0.2)
+  assert liked["applause_distractor"] == 3.0
+  assert liked["predicted_speedup"] < 1 < noisy["predicted_speedup"]
+  assert liked["verdict"] == "calibrated"
+
+
+LIKES = '''
+import dataclasses
+
+from dca_jax.review import Review
+from dca_jax.review.builtin import Oracle
+
+
+@dataclasses.dataclass(frozen=True)
+class Likes(Oracle):
+  """Applauds what has nothing to do with the question."""
+
+  name: str = "likes"
+
+  def distort(self, request, review):
+    liked = [role == "irrelevant" for role in review.roles]
+    roles = tuple("necessary" if x else r for x, r in zip(liked, review.roles))
+    return Review("ok", roles, tuple(3.0 if x else 1.0 for x in liked))
+'''
+
+
+@pytest.mark.parametrize(
+  ("arguments", "part"),
+  [
+    (["--reviewer=oracle"], None),
+    (["--reviewer=oracle", "--trajectories=/nowhere/trajectories"], "holds no run"),
+    (["--reviewer=oracel", "--trajectories={start}/trajectories"], "oracel"),
+    (["--reviewer=none", "--trajectories={start}/trajectories"], "choose a reviewer"),
+    (["--reviewer=oracle", "--trajectories={start}/trajectories", "--limit=0"], "--limit"),
+    (["--reviewer=oracle", "--config=/nowhere.py"], "no such file"),
+    (["--reviewer=noisy", "--trajectories={start}/trajectories", "--config.reviewer.flp=1"], "flp"),
+  ],
+)
+def test_mistakes_end_in_one_line(start, tmp_path, capsys, arguments, part):
+  command = ["audit", f"--workdir={tmp_path}/w", *(a.format(start=start) for a in arguments)]
+  if part is None:  # The parser's own complaint.
+    with pytest.raises(SystemExit):
+      cli.main(command)
+    assert "required" in capsys.readouterr().err
+    return
+  assert cli.main(command) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("dca-jax: error: ")
+  assert part in line
+
+
+def test_a_task_without_true_roles_is_refused_with_the_reason(tmp_path, capsys):
+  rows = "".join(
+    json.dumps({"question": f"{i} + 1?", "answer": f"{i + 1}"}) + "\n" for i in range(9)
+  )
+  (tmp_path / "rows.jsonl").write_text(rows)
+  task = {
+    "name": "jsonl",
+    "path": f"{tmp_path}/rows.jsonl",
+    "heldout_fraction": 0.3,
+    "tokenizer": "x",
+  }
+  (tmp_path / "recipe.py").write_text(f"def get_config():\n  return {{'task': {task!r}}}\n")
+  command = [
+    "audit",
+    f"--config={tmp_path}/recipe.py",
+    f"--workdir={tmp_path}/w",
+    "--reviewer=random",
+  ]
+  assert cli.main(command) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "knows no true roles" in line
