@@ -43,6 +43,7 @@ setup(
     "tpu": ["jax[tpu]>=0.7.2"],
     "cuda": ["jax[cuda12]>=0.7.2"],
     "gcs": ["gcsfs"],
+    "hub": ["datasets>=4.0"],
     "trackio": ["trackio>=0.43"],
     "wandb": ["wandb>=0.20"],
     "test": [

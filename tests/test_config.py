@@ -571,7 +571,7 @@ VALUES = {
   "policy.lora_rank": [4, 0],
   "policy.lora_alpha": [8.0],
   "policy.width": [32],
-  "task.name": ["chains", "tfds", "jsonl", "z"],
+  "task.name": ["chains", "tfds", "jsonl", "hub", "z"],
   "task.lines": [4],
   "task.dataset": ["d"],
   "task.path": ["p"],
@@ -641,7 +641,9 @@ def test_which_keys_a_resumed_run_may_change():
   }
   free = [key for key in every if key not in fixed]
   others = {
-    key for key in free if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "mesh")
+    key
+    for key in free
+    if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "log", "mesh")
   }
   assert others == {"steps", "task.verifier_seconds"}
   assert not [key for key in fixed if key.split(".")[0] in ("checkpoint", "evaluate", "mesh")]

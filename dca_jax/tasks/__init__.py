@@ -1,6 +1,7 @@
 """Problems, verifiers, tokenizers and, for synthetic tasks, exact step labels."""
 
 from dca_jax.tasks.chains import Chains, ChainsConfig
+from dca_jax.tasks.sources import HubConfig, JsonlConfig, TfdsConfig
 from dca_jax.tasks.text import Text, TextConfig
 from dca_jax.tasks.tokenizer import character_tokenizer
 from dca_jax.tasks.types import (
@@ -16,8 +17,9 @@ from dca_jax.tasks.types import (
 
 TASKS: dict[str, type[TaskConfig]] = {
   "chains": ChainsConfig,
-  "tfds": TextConfig,
-  "jsonl": TextConfig,
+  "tfds": TfdsConfig,
+  "jsonl": JsonlConfig,
+  "hub": HubConfig,
 }
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
   "Chains",
   "ChainsConfig",
   "Demonstrated",
+  "HubConfig",
+  "JsonlConfig",
   "Labelled",
   "Outcome",
   "Problem",
@@ -33,6 +37,7 @@ __all__ = [
   "TaskConfig",
   "Text",
   "TextConfig",
+  "TfdsConfig",
   "Valued",
   "character_tokenizer",
 ]

@@ -1,20 +1,16 @@
-"""Free-text tasks: questions and answers from TensorFlow Datasets or JSONL files, for language models."""
+"""Free-text tasks: questions and answers for language models, from wherever a source has them (see
+`sources`)."""
 
-import codecs
-import contextlib
 import dataclasses
 import datetime
 import functools
-import hashlib
-import importlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from dca_jax import patterns
 from dca_jax.doors import door
@@ -43,22 +39,20 @@ _CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_CALENDAR} }}}}{{% endm
 _MEND = "mend it, then run again to go on"
 
 
+class Rows(NamedTuple):
+  """The rows of a data set, of which some make a part of the task."""
+
+  rows: Sequence[Any]
+  where: Callable[[int], str]
+  """Where a row is, for messages."""
+  numbers: Sequence[int]
+  """Of the rows that belong to the part."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TextConfig(TaskConfig):
-  """The `task` section for `tfds` and `jsonl`."""
+  """The `task` section of every source, which extends it with where its data are."""
 
-  name: str = "tfds"
-  dataset: str = ""
-  data_dir: str = ""
-  """`tfds`: a data set such as `gsm8k`, and where it is or is downloaded to, if that is not TFDS's own folder."""
-  split: str = "train"
-  heldout_split: str = "test"
-  """`tfds`: splits; `train[:90%]` is one too."""
-  path: str = ""
-  heldout_path: str = ""
-  heldout_fraction: float = 0.0
-  """`jsonl`: files with one JSON object a line; or one file, and the share of its questions that is held out. A hash of
-  each question decides, so its copies stay on one side, and neither another order nor further lines move any."""
   question: str = "question"
   answer: str = "answer"
   """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
@@ -92,6 +86,28 @@ class TextConfig(TaskConfig):
   """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`. A
   template that asks for today's date is told 26 July 2024, which is Llama's where it knows none."""
 
+  def parts(self) -> dict[str, Rows]:
+    """`train` and `heldout`; UserError where they cannot be read."""
+    raise NotImplementedError
+
+  def field(self, row: Mapping[str, Any], key: str, here: str) -> str:
+    """The text of a row's `question` or `answer`; UserError where there is none."""
+    name = getattr(self, key)
+    value = row.get(name)
+    # JSON can hold half a character.
+    raw = value if isinstance(value, bytes) else str(value).encode(errors="replace")
+    text = raw.decode(errors="replace").strip()
+    words = isinstance(value, bytes | str)
+    readable = words or (
+      isinstance(value, int | float | np.number) and text not in ("nan", "inf", "-inf")
+    )
+    if not readable or not text:
+      said = (
+        f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
+      )
+      raise UserError(f"task.{key}: {here}: {said}")
+    return text
+
   def open(self) -> "Text":
     return Text(self)
 
@@ -102,13 +118,7 @@ class TextConfig(TaskConfig):
     known = self.verifier in VERIFIERS or re.fullmatch(r"([\w.]+|.+\.py):[\w.]+", self.verifier)
     # A lone word is a slip; nobody ends steps with one.
     typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
-    source = "path" if self.name == "jsonl" else "dataset"
-    not_one = self.name == "jsonl" and bool(self.heldout_path) == bool(self.heldout_fraction)
     rules = {
-      source: (not getattr(self, source), f"must be given, because task.name is '{self.name}'"),
-      "heldout_path": (not_one, "either this or task.heldout_fraction must be given, and not both"),
-      "heldout_fraction": (not 0 <= self.heldout_fraction < 1, "must be above 0 and below 1"),
-      "heldout_split": (self.heldout_split == self.split, "must differ from task.split"),
       "verifier": (not known, f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"),
       "verifier_seconds": (
         not 0 < self.verifier_seconds <= 3600,
@@ -130,11 +140,7 @@ class TextConfig(TaskConfig):
     }
 
   def unused(self) -> dict[str, str]:
-    tfds, jsonl = (
-      ("dataset", "data_dir", "split", "heldout_split"),
-      ("path", "heldout_path", "heldout_fraction"),
-    )
-    unused = dict.fromkeys(tfds if self.name == "jsonl" else jsonl, f"task.name is '{self.name}'")
+    unused = {}
     if self.verifier in VERIFIERS:
       unused["verifier_seconds"] = f"task.verifier '{self.verifier}' needs no limit"
     if not self.chat_template:
@@ -154,18 +160,8 @@ class Text:
     self._judge = Judge(config.verifier, config.verifier_seconds, self.concurrency) if own else None
     votes = self._judge is None or self._judge.has_final_answer
     self.final_answer = self._final_answer if votes else None
-    read, key = (_read_jsonl, "path") if config.name == "jsonl" else (_open_tfds, "split")
-    train = read(config, key)
-    self._rows = {
-      "train": train,
-      "heldout": train if config.heldout_fraction else read(config, f"heldout_{key}"),
-    }
-    self._numbers: Mapping[str, Sequence[int]] = {
-      split: range(len(rows)) for split, (rows, _) in self._rows.items()
-    }
-    if config.heldout_fraction:
-      self._numbers = self._hold_out(*train)
-    self.sizes = {split: len(numbers) for split, numbers in self._numbers.items()}
+    self._parts = config.parts()
+    self.sizes = {part: len(rows.numbers) for part, rows in self._parts.items()}
     tokenizer = self._tokenizer = load_tokenizer(config.tokenizer)
     if config.chat_template and not tokenizer.chat_template:
       raise UserError(
@@ -190,10 +186,9 @@ class Text:
       seed, number = divmod(index, 2**32)
       epoch, place = divmod(number, self.sizes[split])
       row = int(self._order(seed, epoch)[place])
-    rows, where = self._rows[split]
-    row = self._numbers[split][row]
-    here = where(row)
-    question, answer = (self._field(rows[row], key, here) for key in ("question", "answer"))
+    rows, where, numbers = self._parts[split]
+    row, here = rows[numbers[row]], where(numbers[row])
+    question, answer = (self.config.field(row, key, here) for key in ("question", "answer"))
     if self._judge is None:
       final = reference(self.config.verifier, answer)
       if final is None:
@@ -202,22 +197,8 @@ class Text:
         )
       answer = final
     return Problem(
-      index, question, answer, self.render(question), _plain(rows[row]) if self._judge else {}
+      index, question, answer, self.render(question), _plain(row) if self._judge else {}
     )
-
-  def _hold_out(self, rows: Sequence, where: Callable[[int], str]) -> dict[str, list[int]]:
-    """The numbers of each split's rows, where `task.heldout_fraction` splits them."""
-    numbers: dict[str, list[int]] = {"train": [], "heldout": []}
-    for i, row in enumerate(rows):
-      digest = hashlib.sha256(self._field(row, "question", where(i)).encode()).digest()
-      held_out = int.from_bytes(digest[:8]) / 2**64 < self.config.heldout_fraction
-      numbers["heldout" if held_out else "train"].append(i)
-    if not all(numbers.values()):
-      said = f"{self.config.heldout_fraction} leaves nothing to {'hold out' if numbers['train'] else 'train on'}"
-      raise UserError(
-        f"task.heldout_fraction: {said} of {self.config.path}; set another, or give task.heldout_path"
-      )
-    return numbers
 
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome:
     """See `TextConfig`: `verifier`, `thinking_end`, `format`."""
@@ -260,23 +241,6 @@ class Text:
     end = self.config.thinking_end
     return completion if not end else completion.rpartition(end)[2] if end in completion else ""
 
-  def _field(self, row, key: str, here: str) -> str:
-    name = getattr(self.config, key)
-    value = row.get(name)
-    # JSON can hold half a character.
-    raw = value if isinstance(value, bytes) else str(value).encode(errors="replace")
-    text = raw.decode(errors="replace").strip()
-    words = isinstance(value, bytes | str)
-    readable = words or (
-      isinstance(value, int | float | np.number) and text not in ("nan", "inf", "-inf")
-    )
-    if not readable or not text:
-      said = (
-        f"the field {name!r} must be text or a number, not {value!r}; there are {', '.join(row)}"
-      )
-      raise UserError(f"task.{key}: {here}: {said}")
-    return text
-
   def render(self, question: str) -> str:
     text = self.config.prompt.replace("{question}", question)
     if not self.config.chat_template:
@@ -300,65 +264,3 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
   """A row as plain Python values, which TFDS gives as bytes and arrays."""
   plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
   return {k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in plain.items()}
-
-
-def _open_tfds(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], str]]:
-  """The rows of a split, and where each of them is, for messages."""
-  import tensorflow_datasets as tfds
-
-  split = getattr(config, key)
-  with contextlib.suppress(
-    ImportError
-  ):  # TFDS knows its text data sets only once they are imported.
-    importlib.import_module(f"tensorflow_datasets.text.{re.split('[/:]', config.dataset)[0]}")
-  try:
-    rows = tfds.data_source(config.dataset, split=split, data_dir=config.data_dir or None)
-    if not len(rows):
-      raise ValueError("it is empty")
-  except (
-    Exception
-  ) as error:  # Of many types: no such data set, no such split, no network, another file format.
-    reason = " ".join(str(error).split())[:300]
-    raise UserError(
-      f"task.{key}: cannot open {split!r} of task.dataset {config.dataset!r} ({reason})"
-    ) from None
-  return rows, lambda row: f"{config.dataset}, split {split!r}, example {row + 1}"
-
-
-def _read_jsonl(config: TextConfig, key: str) -> tuple[Sequence, Callable[[int], str]]:
-  """As `_open_tfds`. Lines end with a line feed alone: a text may hold other ends of lines."""
-  path, rows, numbers = getattr(config, key), [], []
-  try:
-    lines = epath.Path(path).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-  except OSError as error:
-    raise UserError(f"task.{key}: cannot read {path} ({error})") from None
-  for number, line in enumerate(lines, 1):
-    try:
-      if line.strip():
-        row = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_no_number)
-        if not isinstance(row, dict):
-          raise TypeError(f"it is a {type(row).__name__}")
-        rows.append(row)
-        numbers.append(number)
-    except UnicodeDecodeError as error:
-      raise UserError(
-        f"task.{key}: cannot read {path}, line {number}, which is not UTF-8 ({error})"
-      ) from None
-    except (RecursionError, TypeError, ValueError) as error:
-      raise UserError(f"task.{key}: {path}, line {number} is not a JSON object ({error})") from None
-  if not rows:
-    raise UserError(f"task.{key}: {path}, line 1 is not a JSON object (the file is empty)")
-  return rows, lambda row: f"{path}, line {numbers[row]}"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """An object whose keys differ; which of two was meant, nobody can know."""
-  made = dict(pairs)
-  if len(made) < len(pairs):
-    twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-    raise ValueError(f"it has {twice!r} twice")
-  return made
-
-
-def _no_number(name: str):
-  raise ValueError(f"{name} is no number in JSON")

@@ -15,7 +15,7 @@ class TaskConfig:
   task that has nothing to open has the methods of `Task` itself."""
 
   name: str = ""
-  """`chains`, `tfds` or `jsonl`; or your own, MODULE:CLASS."""
+  """`chains`, `tfds`, `jsonl` or `hub`; or your own, MODULE:CLASS."""
 
   offers: ClassVar[tuple[str, ...]] = ()
   """Which of the optional parts of `Task` it has: `labels` (`label_steps`), `values`

@@ -10,7 +10,7 @@ import words
 
 from dca_jax.rollout import RolloutConfig, Samples
 from dca_jax.rollout.collect import collect
-from dca_jax.tasks import Text, TextConfig
+from dca_jax.tasks import JsonlConfig, Text
 
 ROWS = 24
 
@@ -20,9 +20,7 @@ def task(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   rows = [{"question": f"What is {i} + 0?", "answer": str(i)} for i in range(10, 10 + ROWS)]
   path = words.write_jsonl(folder / "rows.jsonl", rows)
-  return Text(
-    TextConfig(name="jsonl", path=path, heldout_path=path, tokenizer=words.save_tokenizer(folder))
-  )
+  return Text(JsonlConfig(path=path, heldout_path=path, tokenizer=words.save_tokenizer(folder)))
 
 
 class Guesser:

@@ -16,7 +16,7 @@ from dca_jax import patterns
 from dca_jax.errors import UserError
 from dca_jax.rollout import cut
 from dca_jax.rollout.verify import verify
-from dca_jax.tasks import Outcome, Text, TextConfig
+from dca_jax.tasks import TASKS, JsonlConfig, Outcome, Text
 
 N = len(words.PROBLEMS)
 
@@ -35,12 +35,11 @@ def make(folder):
   """A task with the settings given."""
 
   def make(**changes) -> Text:
-    given = {
-      "path": str(folder / "train.jsonl"),
-      "heldout_path": str(folder / "test.jsonl"),
-      "tokenizer": str(folder),
-    }
-    config = TextConfig(**{"name": "jsonl", **given, **changes})
+    given = {"name": "jsonl", "tokenizer": str(folder), **changes}
+    if given["name"] == "jsonl":
+      files = {"path": folder / "train.jsonl", "heldout_path": folder / "test.jsonl"}
+      given = {key: str(path) for key, path in files.items()} | given
+    config = TASKS[given["name"]](**given)
     assert not config.check()
     return Text(config)
 
@@ -99,9 +98,7 @@ def test_held_out_problems_keep_their_order(make):
 @pytest.mark.parametrize(("answer", "reference"), [("short_answer", "9"), ("answer", "9")])
 def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, reference):
   data_dir = words.build_gsm8k(tmp_path_factory.mktemp("tfds"))
-  task = make(
-    name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="", answer=answer
-  )
+  task = make(name="tfds", dataset="gsm8k", data_dir=data_dir, answer=answer)
   assert task.sizes == {"train": 16, "heldout": N - 16}
   assert sorted(p.prompt for p in every_problem(task)) == sorted(
     p["question"] for p in words.PROBLEMS[:16]
@@ -114,8 +111,6 @@ def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, r
       dataset="gsm8k",
       data_dir=data_dir,
       heldout_split="tset",
-      path="",
-      heldout_path="",
     )
   with pytest.raises(
     UserError,
@@ -125,18 +120,80 @@ def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, r
       name="tfds",
       dataset="gsm8k",
       data_dir=data_dir,
-      path="",
-      heldout_path="",
       answer=answer,
       question="query",
     ).problem("train", 0)
+
+
+HUB = {"name": "hub", "split": "train[:16]", "heldout_split": "train[16:]"}
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+  datasets = pytest.importorskip("datasets")
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+  datasets.disable_progress_bars()
+  return datasets
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "csv"])
+def test_a_data_set_of_the_hub_from_a_folder(make, no_network, tmp_path, kind):
+  rows = no_network.Dataset.from_list([p | {"level": [1, 2]} for p in words.PROBLEMS])
+  if kind == "csv":
+    rows = rows.remove_columns("level")
+  (tmp_path / "data").mkdir()
+  getattr(rows, f"to_{kind}")(str(tmp_path / "data" / f"train.{kind}"))
+  task = make(**HUB, dataset=str(tmp_path / "data"))
+  assert task.sizes == {"train": 16, "heldout": N - 16}
+  asked = [p["question"] for p in words.PROBLEMS]
+  assert sorted(p.prompt for p in every_problem(task)) == sorted(asked[:16])
+  held_out = [task.problem("heldout", i) for i in range(N - 16)]
+  assert [p.prompt for p in held_out] == asked[16:]
+  assert held_out[0].answer == "6"
+
+
+def test_a_data_set_of_the_hub_has_parts_and_splits_of_its_own(own, no_network, tmp_path):
+  for part, first in (("easy", 0), ("hard", 8)):
+    rows = no_network.Dataset.from_list([p | {"level": [1]} for p in words.PROBLEMS[first:]])
+    for split in ("train", "test"):
+      rows.to_parquet(str(tmp_path / "data" / part / f"{split}.parquet"))
+  names = "".join(
+    f"- config_name: {part}\n  data_files:\n"
+    + "".join(f"  - split: {s}\n    path: {part}/{s}.parquet\n" for s in ("train", "test"))
+    for part in ("easy", "hard")
+  )
+  (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+  given = {"name": "hub", "dataset": str(tmp_path / "data")}
+  task = own("given", **given, subset="hard")
+  problem = task.problem("heldout", 0)
+  assert problem.prompt == words.PROBLEMS[8]["question"]
+  assert dict(problem.row) == words.PROBLEMS[8] | {"level": [1]}
+  assert task.verify(problem, json.dumps(dict(problem.row)), False).correct
+  for wrong, said in (
+    ({"subset": "hard", "split": "tset"}, r"task\.split: cannot open 'tset' .*tset"),
+    ({"subset": "herd"}, r"task\.split: cannot open 'train' of task\.dataset .*herd"),
+    ({"subset": "hard", "question": "query"}, r"example \d+: the field 'query' must be text"),
+  ):
+    with pytest.raises(UserError, match=said):
+      own("given", **given, **wrong).problem("train", 0)
+
+
+def test_a_data_set_of_the_hub_that_is_not_there(make, no_network):
+  with pytest.raises(UserError, match=r"task\.split: cannot open 'train\[:16\]' of .*'no/such'"):
+    make(**HUB, dataset="no/such")
+
+
+def test_without_the_package_the_hub_is_one_sentence(make, monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with pytest.raises(UserError, match=r"^task\.name: needs .* datasets: pip .*dca-jax\[hub\]"):
+    make(**HUB, dataset="gsm8k")
 
 
 def test_a_data_set_that_is_not_there(make, tmp_path):
   with pytest.raises(
     UserError, match=r"task\.split: cannot open 'train' of task\.dataset 'no_such_set'"
   ):
-    make(name="tfds", dataset="no_such_set", data_dir=str(tmp_path), path="", heldout_path="")
+    make(name="tfds", dataset="no_such_set", data_dir=str(tmp_path))
 
 
 # One file, of which a part is held out.
@@ -237,9 +294,7 @@ def test_half_a_character(split):
 )
 def test_one_way_to_hold_out(changes, said):
   assert (
-    TextConfig(
-      **{"name": "jsonl", "path": "a", "heldout_fraction": 0.1, "tokenizer": "t", **changes}
-    ).check()
+    JsonlConfig(**{"path": "a", "heldout_fraction": 0.1, "tokenizer": "t", **changes}).check()
     == said
   )
 
@@ -384,8 +439,7 @@ def test_reference_answers(with_rows, answer, reference):
   ],
 )
 def test_impossible_settings(key, value):
-  good = TextConfig(
-    name="jsonl",
+  good = JsonlConfig(
     path="a",
     heldout_path="b",
     format="x" if key == "format_weight" and value == 1 else "",
@@ -616,7 +670,7 @@ def test_it_gets_the_whole_row(own, tmp_path):
 
 def test_it_gets_a_row_of_tfds_as_plain_values(own, tmp_path_factory):
   data_dir = words.build_gsm8k(tmp_path_factory.mktemp("tfds"))
-  task = own("given", name="tfds", dataset="gsm8k", data_dir=data_dir, path="", heldout_path="")
+  task = own("given", name="tfds", dataset="gsm8k", data_dir=data_dir)
   problem = task.problem("heldout", 0)
   assert task.verify(problem, json.dumps(dict(problem.row)), False).correct
   assert set(problem.row) == {"question", "answer", "annotation", "short_answer"}
