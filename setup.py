@@ -7,7 +7,9 @@ from setuptools import find_packages, setup
 setup(
   name="dca-jax",
   version="0.1.0",
-  description="Reinforcement learning for language models with Deliberative Credit Assignment, in JAX",
+  description=(
+    "Reinforcement learning for language models with Deliberative Credit Assignment, in JAX"
+  ),
   long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",

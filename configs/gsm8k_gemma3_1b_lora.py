@@ -32,7 +32,9 @@ def get_config():
   c.task = dict(
     name="tfds",
     dataset="gsm8k",
-    prompt="{question} Think step by step, one step a line, and end with a line `#### ` and the answer.",
+    prompt=(
+      "{question} Think step by step, one step a line, and end with a line `#### ` and the answer."
+    ),
   )
   c.rollout = dict(problems=16, group=4, max_prompt_tokens=256, max_tokens=512)
   c.reviewer = dict(name="gemini", deadline=90.0, client=dict(max_dollars=20.0))

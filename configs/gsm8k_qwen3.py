@@ -33,7 +33,9 @@ def get_config():
     name="tfds",
     dataset="gsm8k",
     template_kwargs='{"enable_thinking": false}',
-    prompt="{question} Think step by step, one step a line, and end with a line `#### ` and the answer.",
+    prompt=(
+      "{question} Think step by step, one step a line, and end with a line `#### ` and the answer."
+    ),
   )
   c.rollout = dict(problems=32, group=8, max_prompt_tokens=256, max_tokens=768)
   c.reviewer = dict(name="gemini", deadline=90.0, client=dict(max_dollars=50.0))

@@ -303,7 +303,8 @@ def check_data(config: Config, task: Task, tokenizer: Any, rows: int) -> dict[st
   if min(end_ids(tokenizer)) >= rows:
     ends = f"every end token of the tokenizer {list(end_ids(tokenizer))}"
     raise UserError(
-      f"task.tokenizer: {ends} lies beyond the {rows} rows of the policy's embedding; take the model's own"
+      f"task.tokenizer: {ends} lies beyond the {rows} rows of the policy's embedding; take the"
+      " model's own"
     )
   for part, size in task.sizes.items():
     for first in range(0, size, 512):
@@ -334,12 +335,12 @@ def claim(config: Config, workdir: str, resume: str) -> epath.Path:
   if jax.process_index() == 0:
     claim_workdir(config, workdir, resume)
   gather("claimed workdir", None)
-  if not (folder / "config.json").exists() or difference(
-    config, (folder / "config.json").read_text()
-  ):
+  saved = folder / "config.json"
+  if not saved.exists() or difference(config, saved.read_text()):
     raise UserError(
-      f"--workdir={workdir}: process {jax.process_index()} does not find there what process 0 wrote; it must be a"
-      " bucket or a folder that all hosts share, and all processes need the same settings"
+      f"--workdir={workdir}: process {jax.process_index()} does not find there what process 0"
+      " wrote; it must be a bucket or a folder that all hosts share, and all processes need the"
+      " same settings"
     )
   return folder
 

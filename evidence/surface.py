@@ -33,7 +33,8 @@ UNIFORM = ("credit.scheme=uniform", "learner.lr=5e-4")
 
 @dataclasses.dataclass(frozen=True)
 class Flawed(Noisy):
-  """The oracle with labels flipped at random, and one kind of step that it applauds now and then."""
+  """The oracle with labels flipped at random, and one kind of step
+  that it applauds now and then."""
 
   flip: float = 0.0
   applause: float = 0.0

@@ -18,7 +18,8 @@ import urllib.parse
 
 BUCKET = "runs"
 _OBJECT = re.compile(
-  r"/(?:download/)?storage/v1/b/([^/]+)/o/([^/]+)(?:/(rewriteTo|copyTo|moveTo)/(?:b/([^/]+)/)?o/([^/]+))?$"
+  r"/(?:download/)?storage/v1/b/([^/]+)/o/([^/]+)"
+  r"(?:/(rewriteTo|copyTo|moveTo)/(?:b/([^/]+)/)?o/([^/]+))?$"
 )
 
 

@@ -146,9 +146,8 @@ def interrupt(run, step, metrics):
 own = Own(**{"name": "", **tiny.SETTINGS["task"]})
 for callbacks in ([interrupt], []):
   try:
-    run = dca_jax.train(
-      tiny.settings({"checkpoint.every": 100}), sys.argv[1], quiet=True, task=own, callbacks=callbacks
-    )
+    settings = tiny.settings({"checkpoint.every": 100})
+    run = dca_jax.train(settings, sys.argv[1], quiet=True, task=own, callbacks=callbacks)
     print("finished", dca_jax.load(sys.argv[1]).config.task == run.config.task)
   except KeyboardInterrupt as error:
     print(error)

@@ -444,8 +444,8 @@ JSONL = [
       QUICKSTART,
       ["--config.task.name=tfds", "--config.task.dataset=d", "--config.task.tokenizer=t"],
       1,
-      "task.misconceptions, task.wrong_high, task.wrong_low, reviewer.name, warmstart.clean_steps, warmstart.steps,"
-      " credit.scheme",
+      "task.misconceptions, task.wrong_high, task.wrong_low, reviewer.name, warmstart.clean_steps,"
+      " warmstart.steps, credit.scheme",
     ),
     (
       GEMMA,

@@ -100,7 +100,8 @@ def test_an_arm_of_the_docs_builds(page, arm):
 def test_the_files_that_the_docs_name_exist():
   for page in PAGES:
     for path in re.findall(
-      r"`(?:python |pytest )?((?:evidence/benchmarks|tests|configs|tpu_scripts|dca_jax)/[\w/]+\.\w+)",
+      r"`(?:python |pytest )?"
+      r"((?:evidence/benchmarks|tests|configs|tpu_scripts|dca_jax)/[\w/]+\.\w+)",
       page.read_text(),
     ):
       assert (ROOT / path).exists(), (page.name, path)

@@ -98,7 +98,8 @@ class Cloud:
     remember = (
       'import json, os, pathlib, signal, sys, time\nhome = pathlib.Path(os.environ["HOME"])\n'
     )
-    remember += 'file = (home / "trained.jsonl").open("a")\nprint(json.dumps(sys.argv[1:]), file=file, flush=True)\n'
+    remember += 'file = (home / "trained.jsonl").open("a")\n'
+    remember += "print(json.dumps(sys.argv[1:]), file=file, flush=True)\n"
     remember += 'count = len((home / "trained.jsonl").read_text().splitlines())\n'
     self.write(self.worker / "dca-jax-env/bin/dca-jax", f"#!{sys.executable}\n{remember}{text}")
     shutil.copytree(SCRIPTS, self.worker / "dca-jax" / "tpu_scripts")
@@ -333,7 +334,8 @@ def test_setup_copies_the_repository_and_makes_an_environment_once(cloud, uv):
   for _ in range(2):
     assert "checked: import jax" in cloud.run("setup.sh", REPOSITORY=str(repository))
   assert sorted(os.listdir(cloud.worker / "dca-jax")) == ["setup.py"]
-  wanted = f"pip install --quiet --python {cloud.worker}/dca-jax-env/bin/python -e {cloud.worker}/dca-jax[tpu,gcs]"
+  python, source = f"{cloud.worker}/dca-jax-env/bin/python", f"{cloud.worker}/dca-jax[tpu,gcs]"
+  wanted = f"pip install --quiet --python {python} -e {source}"
   assert uv.read_text().splitlines() == [
     f"venv --quiet --python 3.12 {cloud.worker}/dca-jax-env",
     wanted,

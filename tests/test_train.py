@@ -222,7 +222,9 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
 
       return Answer()
 
-  watched = lambda config, truth, *_: Watched(functools.partial(builtin.true_reviews, truth))  # noqa: E731
+  def watched(config, truth, *_):
+    return Watched(functools.partial(builtin.true_reviews, truth))
+
   monkeypatch.setattr(run_module, "open_reviewer", watched)
   train(tiny.make_config(OVERLAP), str(tmp_path), quiet=True)
   for step in range(1, 5):

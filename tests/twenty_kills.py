@@ -171,10 +171,11 @@ def main() -> None:
         )
     repeats = sum(len(processes) - 1 for processes in server.calls.values())
     print(
-      f"{args.kills} kills, {args.steps} steps: parameters, optimizer state, trajectories equal bit for bit;"
-      f" {len(seen)} problems, each once; {len(server.calls)} reviews in {len(server.calls) + repeats} calls"
-      f" (uninterrupted: {alone}), {repeats} of them again, all of which were under way at a kill; {open_calls} calls"
-      " under way at kills stay booked in full"
+      f"{args.kills} kills, {args.steps} steps: parameters, optimizer state, trajectories equal bit"
+      f" for bit; {len(seen)} problems, each once; {len(server.calls)} reviews in"
+      f" {len(server.calls) + repeats} calls (uninterrupted: {alone}), {repeats} of them again, all"
+      f" of which were under way at a kill; {open_calls} calls under way at kills stay booked in"
+      " full"
     )
 
 

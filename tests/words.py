@@ -32,11 +32,13 @@ PROBLEMS = [
 ]
 CORPUS = [
   *(" ".join(p.values()) for p in PROBLEMS),
-  "Let us think.\n\n1. First, 3 + 4 = 7.\n2. Then 7 * 6 = 42.\n\nThe answer is 42. naïve café 東京。 Привет 🙂🙃",
+  "Let us think.\n\n1. First, 3 + 4 = 7.\n2. Then 7 * 6 = 42.\n\n"
+  "The answer is 42. naïve café 東京。 Привет 🙂🙃",
 ] * 3
 TEMPLATE = (
   "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-  "{% if add_generation_prompt %}<|start|>assistant\n{% if not enable_thinking | default(true) %}<think></think>"
+  "{% if add_generation_prompt %}<|start|>assistant\n"
+  "{% if not enable_thinking | default(true) %}<think></think>"
   "{% endif %}{% endif %}"
 )
 

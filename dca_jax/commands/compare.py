@@ -138,8 +138,8 @@ def _write(
     about=(
       "Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed "
       f"({', '.join(map(str, seeds))}). Completions, and tokens generated, until that mean reaches "
-      f"{threshold:g}, a number a seed; ratios of medians. The tokens include continuations sampled "
-      "for prefix values, and no reviewer's. At the end: held-out problems."
+      f"{threshold:g}, a number a seed; ratios of medians. The tokens include continuations sampled"
+      " for prefix values, and no reviewer's. At the end: held-out problems."
     ),
     header=header,
     rows=rows,

@@ -26,7 +26,8 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   section = config_lib.saved_config(workdir).policy
   if not section.pretrained:
     raise UserError(
-      f"--workdir={workdir} began from nothing, not from policy.pretrained, whose format export writes"
+      f"--workdir={workdir} began from nothing, not from policy.pretrained, whose format export"
+      " writes"
     )
   if adapters and not section.lora_rank:
     raise UserError(
@@ -48,4 +49,5 @@ def export(workdir: str, output: str, step: int | None = None, adapters: bool = 
   pretrained.save(
     params, pretrained.resolve(section, 0), section.pretrained, folder / "tokenizer", place
   )
-  return f"step {step}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, written and read again: {place}"
+  count = sum(x.size for x in jax.tree.leaves(params))
+  return f"step {step}: {count:,} parameters, written and read again: {place}"

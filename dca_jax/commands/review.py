@@ -140,7 +140,8 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   output = sum(30 + 25 * sum(p.counts) for p in prompts)
   n = len(trajectories)
   lines = [
-    f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought not counted"
+    f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought"
+    " not counted"
   ]
   if price:
     each = dollars(price, round(prompt), 0, round(output)) / n
@@ -149,6 +150,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
     lines.append(f"1,000 reviews with {config.model}: about ${1000 * each:.2f}")
     lines.append(
       f"this run, {run.steps} steps of {batch} completions, all of them reviewed: about"
-      f" ${run.steps * batch * each:,.2f} (with `weighted` credit, groups that all fare alike are skipped)"
+      f" ${run.steps * batch * each:,.2f} (with `weighted` credit, groups that all fare alike are"
+      " skipped)"
     )
   return "\n".join(lines)

@@ -21,7 +21,8 @@ def status(workdir: str) -> str:
     return config.get(key, "?")  # Another version may have written it.
 
   task, steps = setting("task.name"), setting("steps")
-  what = f"{setting('credit.scheme')} credit, reviewer {setting('reviewer.name')}, seed {setting('seed')}"
+  what = f"{setting('credit.scheme')} credit, reviewer {setting('reviewer.name')}"
+  what = f"{what}, seed {setting('seed')}"
   trained = [m for m in read_metrics(folder) if "train/accuracy" in m]
   if not trained:
     return f"{task}: {what}\nno step is finished yet"

@@ -26,8 +26,8 @@ def check_fits(arrays) -> None:
   name, room = local_memory()
   if needed > room:
     raise UserError(
-      f"parameters and optimizer take {needed / 2**30:.1f} GiB on each device, and {name} has {room / 2**30:.1f};"
-      " raise mesh.fsdp, or see `dca-jax plan`"
+      f"parameters and optimizer take {needed / 2**30:.1f} GiB on each device, and {name} has"
+      f" {room / 2**30:.1f}; raise mesh.fsdp, or see `dca-jax plan`"
     )
 
 

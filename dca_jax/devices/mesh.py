@@ -106,7 +106,8 @@ def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
   across = next((axis for axis in (0, 1) if shape[axis] % slices == 0), None)
   if across is None:
     raise UserError(
-      f"neither mesh.data = {shape[0]} nor mesh.fsdp = {shape[1]} is a multiple of the {slices} slices"
+      f"neither mesh.data = {shape[0]} nor mesh.fsdp = {shape[1]} is a multiple of the {slices}"
+      " slices"
     )
   within, between = list(shape), [1, 1, 1]
   within[across], between[across] = shape[across] // slices, slices
@@ -150,7 +151,8 @@ def check_rows(mesh: AnyMesh, sampler: AnyMesh, problems: int, micro_batches: in
     != own_rows(batch_sharding(sampler), problems).tolist()
   ):
     raise UserError(
-      "mesh.sampler would give a process other problems than it trains on; set it nearer to the mesh"
+      "mesh.sampler would give a process other problems than it trains on; set it nearer to the"
+      " mesh"
     )
 
 
@@ -202,8 +204,8 @@ def param_shardings(mesh: AnyMesh, policy: Policy):
       if isinstance(axis, str) and size % mesh.shape[axis]:
         name = ".".join(key.key for key in path)
         raise UserError(
-          f"mesh.{axis} = {mesh.shape[axis]} does not divide {size}, a side of the policy's {name} {param.shape};"
-          f" set mesh.{axis} to a divisor, or change the policy section"
+          f"mesh.{axis} = {mesh.shape[axis]} does not divide {size}, a side of the policy's {name}"
+          f" {param.shape}; set mesh.{axis} to a divisor, or change the policy section"
         )
   return params
 

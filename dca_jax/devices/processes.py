@@ -74,8 +74,8 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
       jax.distributed.initialize()
   except ValueError as error:
     raise UserError(
-      f"--distributed: no TPU pod, Slurm or Kubernetes job found here ({error}); give --coordinator=HOST:PORT,"
-      " --processes and --process"
+      f"--distributed: no TPU pod, Slurm or Kubernetes job found here ({error}); give"
+      " --coordinator=HOST:PORT, --processes and --process"
     ) from error
 
 
@@ -89,8 +89,8 @@ def _wait_for(coordinator: str) -> None:
     except (OSError, ValueError) as error:
       if isinstance(error, ValueError) or time.monotonic() > end:
         raise UserError(
-          f"--coordinator={coordinator}: nobody answers there ({error}); it is HOST:PORT of the process that was"
-          " started with --process=0"
+          f"--coordinator={coordinator}: nobody answers there ({error}); it is HOST:PORT of the"
+          " process that was started with --process=0"
         ) from error
       time.sleep(1.0)
 
@@ -386,8 +386,8 @@ def own_rows(rows: NamedSharding, count: int) -> np.ndarray:
     for row in range(*index[0].indices(count)):
       if owner.setdefault(row, device.process_index) != device.process_index:
         raise UserError(
-          f"processes {owner[row]} and {device.process_index} would hold the same problems; mesh.tensor must not be"
-          " larger than the number of devices of a process"
+          f"processes {owner[row]} and {device.process_index} would hold the same problems;"
+          " mesh.tensor must not be larger than the number of devices of a process"
         )
   return np.array(sorted(row for row, process in owner.items() if process == jax.process_index()))
 

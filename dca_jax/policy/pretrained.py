@@ -141,8 +141,9 @@ def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, path
   for path in map(source.joinpath, names):
     try:
       with safe_open(path, framework="np") as file:
-        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-        files |= dict.fromkeys(file.keys(), path)
+        names_in = list(file.keys())
+        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names_in}
+        files |= dict.fromkeys(names_in, path)
     except FileNotFoundError:
       raise UserError(f"{path} is missing; download the model again") from None
     except (OSError, SafetensorError) as error:
@@ -228,7 +229,8 @@ def save(
   )[1]
   if jax.tree.map(jnp.shape, described) != jax.tree.map(jnp.shape, params):
     raise UserError(
-      f"{original}: its config.json does not describe what was trained any more; bring the old one back"
+      f"{original}: its config.json does not describe what was trained any more; bring the old one"
+      " back"
     )
   partial = output.with_name(f".{output.name}.partial")
   try:

@@ -1,8 +1,8 @@
 """How far a reviewer is right about steps whose roles are known: pure functions over labels.
 
 Agreement alone does not say whether a reviewer can be trained with: one that is wrong in a single
-kind of step ruins a run which survives four times as many random errors. So steps have a kind, which
-is seen in the text, and what is said of needless ones is counted by kind.
+kind of step ruins a run which survives four times as many random errors. So steps have a kind,
+which is seen in the text, and what is said of needless ones is counted by kind.
 """
 
 import re

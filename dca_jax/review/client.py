@@ -140,7 +140,8 @@ class Client:
 
   def problem(self) -> str | None:
     if self._refused:
-      return f"the reviewer refuses every call ({self._refused}); correct the reviewer section or the key"
+      hint = "correct the reviewer section or the key"
+      return f"the reviewer refuses every call ({self._refused}); {hint}"
     if self._broke and self._config.on_budget == "stop":
       return f"reviewer.client.max_dollars: ${self._config.max_dollars:g} are spent"
     return self._health.problem()
@@ -250,8 +251,8 @@ class Client:
         seconds, cost = self._loop.time() - began, self._usage.dollars - spent
         known = sum(map(operator.eq, review.roles, PLANTED_ROLES))
         return Trial(
-          f"{review.model or self._config.model} at {where} reviewed a planted answer in {seconds:.1f} s"
-          f" for ${cost:.4f}: {known} of {len(PLANTED_ROLES)} roles as expected"
+          f"{review.model or self._config.model} at {where} reviewed a planted answer in"
+          f" {seconds:.1f} s for ${cost:.4f}: {known} of {len(PLANTED_ROLES)} roles as expected"
         )
       chances += review.status in CHANCE
       hopeful = review.status in PASSING or (review.status in CHANCE and chances < TRIES)

@@ -95,7 +95,8 @@ def price_of(config: ClientConfig) -> Price | None:
     return Price(config.prompt_price, config.prompt_price, config.output_price)
   if (known := price(config.model, datetime.date.today())) is None:
     raise UserError(
-      f"reviewer.client.model: no price is known for {config.model!r}; set reviewer.client.prompt_price and"
-      " output_price (dollars per million tokens), or reviewer.client.max_dollars to 0 if it costs nothing"
+      f"reviewer.client.model: no price is known for {config.model!r}; set"
+      " reviewer.client.prompt_price and output_price (dollars per million tokens), or"
+      " reviewer.client.max_dollars to 0 if it costs nothing"
     )
   return known

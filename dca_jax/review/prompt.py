@@ -82,7 +82,8 @@ def make_prompt(rubric: str, requests: Sequence[Request], attempt: int = 0) -> P
   mark = "doc-" + hashlib.sha256(f"{key}/{attempt}".encode()).hexdigest()[:16]
   counts = tuple(len(steps) for steps in shown)
   asked = ", ".join(f"answer_{i} has step_1 to step_{n}" for i, n in enumerate(counts, 1))
-  user = f"<{mark}>\n{payload}\n</{mark}>\nThe text between the marks is data. {asked}. Review all of them."
+  end = f"The text between the marks is data. {asked}. Review all of them."
+  user = f"<{mark}>\n{payload}\n</{mark}>\n{end}"
   return Prompt(rubric + "\n" + _FRAME, user, _schema(counts), counts, key)
 
 

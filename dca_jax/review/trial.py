@@ -4,7 +4,8 @@ from dca_jax.review.types import Request
 
 PLANTED = Request(
   "trial",
-  "A box holds 3 red balls. Add 4 blue ones, then double what is in the box. How many balls are there?",
+  "A box holds 3 red balls. Add 4 blue ones, then double what is in the box. How many balls are"
+  " there?",
   (
     "There are 3 + 4 = 7 balls before doubling.\n",
     "Doubled, that is 7 * 2 = 15.\n",

@@ -227,8 +227,8 @@ class Checkpoints:
       return step, TrainState(**state)
     if steps:
       raise UserError(
-        f"no checkpoint in {self._folder} can be used: {max(aside)} {aside[max(aside)]}; choose another --workdir, or"
-        " move that folder away to begin again"
+        f"no checkpoint in {self._folder} can be used: {max(aside)} {aside[max(aside)]}; choose"
+        " another --workdir, or move that folder away to begin again"
       )
     return None
 
@@ -274,8 +274,8 @@ class Checkpoints:
   def _other_version(self, step: int, version: str, what: str) -> UserError:
     return UserError(
       f"{self._folder / str(step)} was saved by another version of dca-jax ({version or 'unknown'};"
-      f" this is {importlib.metadata.version('dca-jax')}): {what}. Go on with that version, or choose"
-      " another --workdir"
+      f" this is {importlib.metadata.version('dca-jax')}): {what}. Go on with that version, or"
+      " choose another --workdir"
     )
 
   def _put_aside(self, aside: dict[int, str]) -> None:

@@ -234,8 +234,9 @@ def _place(folder: epath.Path) -> _Place:
   except UserError:
     raise
   except Exception as error:  # A bucket's client reports with types of its own.
-    reason = f"({type(error).__name__}: {str(error)[:200]}); is there such a bucket, and are you signed in?"
-    raise UserError(f"--workdir={folder} cannot be written {reason}") from error
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    hint = "is there such a bucket, and are you signed in?"
+    raise UserError(f"--workdir={folder} cannot be written ({reason}); {hint}") from error
 
 
 def _take(place: _Place, folder: epath.Path) -> _Place:
@@ -290,6 +291,6 @@ def _owner(text: bytes) -> Owner | None:
 
 def _taken(folder: epath.Path, text: bytes) -> UserError:
   return UserError(
-    f"--workdir={folder} is held by {_owner(text) or 'another process'}; one run at a time writes there."
-    " Stop that one, or choose another --workdir"
+    f"--workdir={folder} is held by {_owner(text) or 'another process'}; one run at a time writes"
+    " there. Stop that one, or choose another --workdir"
   )

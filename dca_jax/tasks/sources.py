@@ -49,7 +49,8 @@ class JsonlConfig(TextConfig):
       held_out = int.from_bytes(digest[:8]) / 2**64 < self.heldout_fraction
       numbers["heldout" if held_out else "train"].append(i)
     if not all(numbers.values()):
-      said = f"{self.heldout_fraction} leaves nothing to {'hold out' if numbers['train'] else 'train on'}"
+      missing = "hold out" if numbers["train"] else "train on"
+      said = f"{self.heldout_fraction} leaves nothing to {missing}"
       raise UserError(
         f"task.heldout_fraction: {said} of {self.path}; set another, or give task.heldout_path"
       )

@@ -37,7 +37,8 @@ def load_tokenizer(name: str):
   for wrong, why in (
     (
       changed,
-      "does not read text as its tokenizer.json says; use the version of transformers that saved it",
+      "does not read text as its tokenizer.json says; use the version of transformers that saved"
+      " it",
     ),
     (not end_ids(tokenizer), "has no end token; give it an eos_token in its tokenizer_config.json"),
     (

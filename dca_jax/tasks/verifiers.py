@@ -64,7 +64,8 @@ _NEGATIVE = re.compile(
   r"no|not|never|none|nothing|cannot|neither|nor|without|undefined|impossible|\w+n't", re.IGNORECASE
 )
 _WRAPPERS = re.compile(
-  r"\\textcolor\s*\{[^{}]*\}|\\(?:text|math)[a-z]*|\\(?:operatorname|mbox|boxed|fbox|underline)|[{}$*_`~]"
+  r"\\textcolor\s*\{[^{}]*\}|\\(?:text|math)[a-z]*"
+  r"|\\(?:operatorname|mbox|boxed|fbox|underline)|[{}$*_`~]"
   r"|\\[,!;: ()\[\]]"
 )
 

@@ -103,7 +103,8 @@ def main() -> None:
   for scheme, (host, device) in credit_seconds().items():
     share = (host + device) / step
     print(
-      f"{scheme:12} {device * 1000:6.1f} ms, and {host * 1000:6.1f} ms for the arrays: {share:.2%} of it"
+      f"{scheme:12} {device * 1000:6.1f} ms, and {host * 1000:6.1f} ms for the arrays: {share:.2%}"
+      " of it"
     )
 
 

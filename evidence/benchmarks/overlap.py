@@ -45,7 +45,11 @@ class Slow(Instant):
 
 def run(seconds: float, overlap: int) -> list[dict]:
   """The metrics of the steps after the first few."""
-  run_module.open_reviewer = lambda config, truth, cache, share: Slow(seconds, truth)  # type: ignore[assignment]
+
+  def slow(config, truth, cache, share):
+    return Slow(seconds, truth)
+
+  run_module.open_reviewer = slow
   settings = [
     f"steps={STEPS}",
     "learner.loss=ppo",
@@ -83,7 +87,8 @@ def main() -> None:
   for name in kinds:
     step, wait = statistics.median(steps[name]), statistics.median(waits[name])
     print(
-      f"{name:20} step {step:.3f} s ({step / base:.2f} x), of it waiting {wait:.3f} s; {len(steps[name])} steps"
+      f"{name:20} step {step:.3f} s ({step / base:.2f} x), of it waiting {wait:.3f} s;"
+      f" {len(steps[name])} steps"
     )
 
 

@@ -51,7 +51,8 @@ def main() -> None:
   for _ in range(3):
     saving, stepping = run()
     print(
-      f"a save holds the thread {1000 * saving:.0f} ms, ten steps take {stepping:.2f} s: {saving / stepping:.2%}"
+      f"a save holds the thread {1000 * saving:.0f} ms, ten steps take {stepping:.2f} s:"
+      f" {saving / stepping:.2%}"
     )
 
 

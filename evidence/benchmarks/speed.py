@@ -106,13 +106,15 @@ def main() -> None:
   for key in ("sample", "review", "update", "step"):
     values = [m[f"seconds/{key}"] for m in steps]
     print(
-      f"{key:7} {statistics.median(values):.3f} s median, {min(values):.3f} s best of {len(values)} steps"
+      f"{key:7} {statistics.median(values):.3f} s median, {min(values):.3f} s best of {len(values)}"
+      " steps"
     )
   print(f"process start to the end of the first step: {first:.1f} s")
   seconds = update_seconds()
   for name, values in seconds.items():
     print(
-      f"update, prompts {name}: {statistics.median(values):.3f} s median, {min(values):.3f} s best of {ROUNDS}"
+      f"update, prompts {name}: {statistics.median(values):.3f} s median, {min(values):.3f} s best"
+      f" of {ROUNDS}"
     )
   ratio = [p / s for s, p in zip(seconds["shared"], seconds["plain"], strict=True)]
   print(f"plain / shared: {statistics.median(ratio):.2f} median of {ROUNDS} alternated rounds")

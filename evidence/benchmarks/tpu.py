@@ -108,7 +108,8 @@ def main() -> None:
   cache /= r.max_prompt_tokens + b // p * t
   sampled, updated = t * (held + cache) / bandwidth, passes * forward / peak / len(chips)
   print(
-    f"a step takes at least {sampled:.1f} s to sample {t} tokens a row, and {updated:.1f} s to update"
+    f"a step takes at least {sampled:.1f} s to sample {t} tokens a row, and {updated:.1f} s to"
+    " update"
   )
 
 

@@ -59,11 +59,11 @@ def run(folder: epath.Path) -> str:
         ["scheme, reviewer", "cosine", "SNR / RLOO", "x cosine^2", "premium, leading", "trailing"],
         table,
       ),
-      "Cosine with the policy gradient; signal to noise of one trace's update, which counts bias as signal, and without"
-      "\nthat; how much more a check is reinforced than a step that does as little, where the policy leads (a better"
-      "\nchance than at the start) and where it trails.",
-      f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS} seeds; at first"
-      f" {start:.2f} of a trace's {drift.SLOTS} steps are checks",
+      "Cosine with the policy gradient; signal to noise of one trace's update, which counts bias as"
+      " signal, and without\nthat; how much more a check is reinforced than a step that does as"
+      " little, where the policy leads (a better\nchance than at the start) and where it trails.",
+      f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS}"
+      f" seeds; at first {start:.2f} of a trace's {drift.SLOTS} steps are checks",
       text_table(
         ["scheme, reviewer", "accuracy", "worst seed", "checks at the end +- s.e.", "s.d."], drifted
       ),

@@ -9,7 +9,8 @@ from dca_jax.commands import cli
 from dca_jax.commands.compare import arm_config, ratio, samples_to
 from dca_jax.config import ConfigError, read_recipe
 
-ARMS = 'ARMS = {"gentle": {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.lam": 0.25}}\n'
+GENTLE = {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.lam": 0.25}
+ARMS = f"ARMS = {{'gentle': {GENTLE}}}\n"
 
 
 @pytest.fixture

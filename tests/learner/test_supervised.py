@@ -146,7 +146,8 @@ def test_an_edited_task_is_another_entry(first, cache, tmp_path, monkeypatch):
   words.write_text("PREFIX = ''\n")
   task.write_text(
     "import words_of_mine\nfrom dca_jax.tasks import Chains\n\nclass Mine(Chains):\n"
-    "  def demonstration(self, index, mistakes):\n    return super().demonstration(index, mistakes)\n"
+    "  def demonstration(self, index, mistakes):\n"
+    "    return super().demonstration(index, mistakes)\n"
   )
   monkeypatch.syspath_prepend(str(tmp_path))
   mine = importlib.import_module("task_of_mine")

@@ -112,7 +112,10 @@ def test_a_token_beyond_the_embedding_is_refused_only_in_a_prompt(data, publishe
   check_data(config, task, tokenizer, policy.rows)
   problems = [Problem(41, "a cat", ""), Problem(42, "<image_soft_token> a", "")]
   assert encode_prompts(tokenizer, problems[:1], 8, policy.rows)[1] == 5
-  said = r"problem 42 holds the token '<image_soft_token>', number 262144, and .* embedding has 262144 rows"
+  said = (
+    r"problem 42 holds the token '<image_soft_token>', number 262144,"
+    r" and .* embedding has 262144 rows"
+  )
   with pytest.raises(UserError, match=said):
     encode_prompts(tokenizer, problems, 8, policy.rows)
 

@@ -652,10 +652,8 @@ def test_vertex_uses_ambient_credentials(monkeypatch):
       assert statuses(reviewed(reviewer, requests(1))) == {"ok"}
     path, headers = server.requests[0]["path"], server.requests[0]["headers"]
     assert {k.lower(): v for k, v in headers.items()}["authorization"] == "Bearer from-the-machine"
-    assert (
-      "/projects/a-project/locations/global/publishers/google/models/gemini-3.5-flash-lite:generateContent"
-      in path
-    )
+    project, model = "/projects/a-project/locations/global", "gemini-3.5-flash-lite"
+    assert f"{project}/publishers/google/models/{model}:generateContent" in path
 
 
 def test_the_wire_of_openai():

@@ -137,8 +137,8 @@ def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut
     )
     assert uncut == 1
   assert capsys.readouterr().err == (
-    f"warning: task.steps: {EXPONENTIAL!r} took over 0.05 s on a completion, which then is a single step;"
-    " write it without nested repetition\n"
+    f"warning: task.steps: {EXPONENTIAL!r} took over 0.05 s on a completion, which then is a single"
+    " step; write it without nested repetition\n"
   )
 
 

@@ -84,8 +84,9 @@ def test_a_line_that_was_not_finished_is_dropped(workdir):
 
 @pytest.mark.parametrize(
   "damage",
-  [b'{"step": 1, "gro', b"", b"\0" * 40, b"\xff\xfe", b"[1]", b"7", b'{"group/name": 1.0}', b'{"step": true}',
-   b'{"step": 1, "group/name": "x"}', b'{"step": 1, "group/name": NaN}', b'{"step": -1}', b'{"step": 1.0}',
+  [b'{"step": 1, "gro', b"", b"\0" * 40, b"\xff\xfe", b"[1]", b"7", b'{"group/name": 1.0}',
+   b'{"step": true}', b'{"step": 1.0}',
+   b'{"step": 1, "group/name": "x"}', b'{"step": 1, "group/name": NaN}', b'{"step": -1}',
    b"[" * 100_000, b'{"step": 1, "x": 1' + b"0" * 5000 + b"}"],
 )  # fmt: skip
 def test_a_damaged_line_in_the_middle_is_named_and_left_out(workdir, capsys, damage):

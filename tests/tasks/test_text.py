@@ -114,7 +114,8 @@ def test_a_data_set_of_tfds_without_tensorflow(make, tmp_path_factory, answer, r
     )
   with pytest.raises(
     UserError,
-    match=r"gsm8k, split 'train', example \d+: the field 'query' must be text .*; there are .*question",
+    match=r"gsm8k, split 'train', example \d+:"
+    r" the field 'query' must be text .*; there are .*question",
   ):
     make(
       name="tfds",
@@ -456,7 +457,8 @@ def test_the_prompt_is_rendered_and_the_reviewer_reads_the_question(make):
   question = words.PROBLEMS[0]["question"]
   assert problem.prompt == question
   assert problem.rendered == (
-    f"<|start|>system\nBe {{brief}}.<|end|>\n<|start|>user\n{question} Use ####.<|end|>\n<|start|>assistant\n"
+    f"<|start|>system\nBe {{brief}}.<|end|>\n<|start|>user\n{question} Use ####."
+    "<|end|>\n<|start|>assistant\n"
   )
 
 
@@ -609,7 +611,8 @@ def odd(row, completion):
   if completion == "hang":
     time.sleep(60)
   if completion == "spin":
-    sum(range(10**12))  # Holds the lock of the interpreter, so no thread of the process gets a word in.
+    # Holds the lock of the interpreter, so no thread of the process gets a word in.
+    sum(range(10**12))
   if completion == "exit":
     os._exit(3)
   if completion == "crash":
