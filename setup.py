@@ -46,6 +46,7 @@ setup(
     "cuda": ["jax[cuda12]>=0.7.2"],
     "gcs": ["gcsfs"],
     "hub": ["datasets>=4.0"],
+    "math": ["math-verify>=0.9"],
     "trackio": ["trackio>=0.43"],
     "wandb": ["wandb>=0.20"],
     "test": [

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dca_jax import patterns
-from dca_jax.doors import door
+from dca_jax.doors import door, require
 from dca_jax.errors import UserError
 from dca_jax.tasks.judge import Judge, Verdict, VerifierError
 from dca_jax.tasks.tokenizer import load_tokenizer
 from dca_jax.tasks.types import Outcome, Problem, TaskConfig
-from dca_jax.tasks.verifiers import VERIFIERS, reference
+from dca_jax.tasks.verifiers import JUDGED, VERIFIERS, boxed, formula, given_answer, reference
 
 _STEPS = {
   "line": r"\n(?:[^\S\n]*\n)*",
@@ -57,13 +57,13 @@ class TextConfig(TaskConfig):
   answer: str = "answer"
   """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
   verifier: str = door("number")
-  """`number`, `exact` or `choice` (see `verifiers`), or your own, MODULE:FUNCTION or
-  path/to/file.py:FUNCTION: called with the row of the data set and the completion it gives a reward
-  from 0 to 1, of which only 1 counts as correct, or a dict with
-  a `reward` and further numbers (see `judge`). If it raises, the run stops and can go on later.
+  """`number`, `exact` or `choice` (see `verifiers`), `math` (formulas, by math-verify), or your own,
+  MODULE:FUNCTION or path/to/file.py:FUNCTION: called with the row of the data set and the completion
+  it gives a reward from 0 to 1, of which only 1 counts as correct, or a dict with a `reward` and
+  further numbers (see `judge`). If it raises, the run stops and can go on later.
   Truncated completions are wrong; it never sees them."""
   verifier_seconds: float = 10.0
-  """How long your own may take for a completion, which is otherwise not trained on."""
+  """How long `math` or your own may take for a completion, which is otherwise not trained on."""
   thinking_end: str = ""
   """Such as `</think>`: the verifier reads only what follows the last one, and nothing where there is none."""
   format: str = ""
@@ -115,11 +115,12 @@ class TextConfig(TaskConfig):
     return {"tokenizer": pretrained}
 
   def check(self) -> dict[str, str]:
-    known = self.verifier in VERIFIERS or re.fullmatch(r"([\w.]+|.+\.py):[\w.]+", self.verifier)
+    built_in = {**VERIFIERS, **JUDGED}
+    known = self.verifier in built_in or re.fullmatch(r"([\w.]+|.+\.py):[\w.]+", self.verifier)
     # A lone word is a slip; nobody ends steps with one.
     typo = self.steps not in _STEPS and not re.search(r"\W", self.steps)
     rules = {
-      "verifier": (not known, f"must be one of {', '.join(VERIFIERS)}, or MODULE:FUNCTION"),
+      "verifier": (not known, f"must be one of {', '.join(built_in)}, or MODULE:FUNCTION"),
       "verifier_seconds": (
         not 0 < self.verifier_seconds <= 3600,
         "must be positive and at most 3600",
@@ -155,11 +156,15 @@ class Text:
     self.config = config
     self.step_end = _STEPS.get(config.steps, config.steps)
     self.step_limits = config.min_step_chars, config.max_steps
-    own = config.verifier not in VERIFIERS
-    self.concurrency = min(8, os.cpu_count() or 1) if own else 1
-    self._judge = Judge(config.verifier, config.verifier_seconds, self.concurrency) if own else None
+    apart, self._reads_formulas = config.verifier not in VERIFIERS, config.verifier in JUDGED
+    if self._reads_formulas:
+      require("math_verify", "math", "task.verifier")
+    self.concurrency = min(8, os.cpu_count() or 1) if apart else 1
+    verifier = JUDGED.get(config.verifier, config.verifier)
+    self._judge = Judge(verifier, config.verifier_seconds, self.concurrency) if apart else None
     votes = self._judge is None or self._judge.has_final_answer
     self.final_answer = self._final_answer if votes else None
+    self._value = functools.cache(self._judged)
     self._parts = config.parts()
     self.sizes = {part: len(rows.numbers) for part, rows in self._parts.items()}
     tokenizer = self._tokenizer = load_tokenizer(config.tokenizer)
@@ -189,22 +194,28 @@ class Text:
     rows, where, numbers = self._parts[split]
     row, here = rows[numbers[row]], where(numbers[row])
     question, answer = (self.config.field(row, key, here) for key in ("question", "answer"))
-    if self._judge is None:
-      final = reference(self.config.verifier, answer)
-      if final is None:
-        raise UserError(
-          f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}"
-        )
-      answer = final
-    return Problem(
-      index, question, answer, self.render(question), _plain(row) if self._judge else {}
-    )
+    if self._judge and not self._reads_formulas:
+      return Problem(index, question, answer, self.render(question), _plain(row))
+    final = self._reference(answer)
+    if final is None:
+      raise UserError(
+        f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}"
+      )
+    asked = {"answer": boxed(final)} if self._reads_formulas else {}
+    return Problem(index, question, final, self.render(question), asked)
+
+  def _reference(self, answer: str) -> str | None:
+    """What a data set's answer says, or None where the verifier cannot read it."""
+    if not self._reads_formulas:
+      return reference(self.config.verifier, answer)
+    text = given_answer(answer)
+    return text if self._value(boxed(text)) else None
 
   def verify(self, problem: Problem, completion: str, truncated: bool) -> Outcome:
     """See `TextConfig`: `verifier`, `thinking_end`, `format`."""
     if truncated:
       return Outcome(0.0, False, True)
-    text, weight = self._after_thinking(completion), self.config.format_weight
+    text, weight = self._read(completion), self.config.format_weight
     verdict: Verdict | None
     if self._judge is None:
       verdict = Verdict(float(VERIFIERS[self.config.verifier](text) == problem.answer), {})
@@ -227,9 +238,13 @@ class Text:
     return Outcome(reward, verdict.reward == 1, False, parts=verdict.parts)
 
   def _final_answer(self, completion: str) -> str | None:
-    text = self._after_thinking(completion)
+    text = self._read(completion)
     if self._judge is None:
       return VERIFIERS[self.config.verifier](text)
+    return self._judged(text)
+
+  def _judged(self, text: str) -> str | None:
+    assert self._judge
     try:
       return self._judge.final_answer(text)
     except VerifierError as error:
@@ -237,9 +252,11 @@ class Text:
         f"task.verifier {self.config.verifier}, final_answer: {error}; {_MEND}"
       ) from None
 
-  def _after_thinking(self, completion: str) -> str:
+  def _read(self, completion: str) -> str:
+    """What the verifier reads of a completion."""
     end = self.config.thinking_end
-    return completion if not end else completion.rpartition(end)[2] if end in completion else ""
+    text = completion if not end else completion.rpartition(end)[2] if end in completion else ""
+    return formula(text) if self._reads_formulas else text
 
   def render(self, question: str) -> str:
     text = self.config.prompt.replace("{question}", question)

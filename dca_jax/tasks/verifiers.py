@@ -7,6 +7,7 @@ compared, so hedging is never more than a guess. It is the last one that the tex
 boxes on one line, are no answer. A text that states none is read by each verifier in its own way.
 """
 
+import pathlib
 import re
 import unicodedata
 from collections.abc import Callable
@@ -128,11 +129,29 @@ def reference(verifier: str, text: str) -> str | None:
   None where there is a mark but no answer in it, and where the verifier cannot read the answer for
   sure.
   """
-  if "####" in text or "\\boxed" in text or "\\fbox" in text:
-    text = max(_marked(text, r"\S"), default=(0, Statement("", True)))[1].text
-  text = " ".join(text.split())
+  text = given_answer(text)
   # A bare answer is held to what a statement is held to: it may not be ambiguous.
   return VERIFIERS[verifier](f"#### {text}") if text else None
+
+
+def given_answer(text: str) -> str:
+  """The text of a data set's answer: see `reference`; empty where there is none."""
+  if "####" in text or "\\boxed" in text or "\\fbox" in text:
+    text = max(_marked(text, r"\S"), default=(0, Statement("", True)))[1].text
+  return " ".join(text.split())
+
+
+def formula(text: str) -> str:
+  """The answer that a text marks by a box or hashes, in a box, as `math` reads it; empty where there
+  is none. It would find a formula in any sentence, whatever that says of it."""
+  said = max(_marked(text, r"\S"), default=(0, Statement("", True)))[1].text
+  return boxed(said) if len(said) <= _LONGEST and "####" not in said else ""
+
+
+def boxed(text: str) -> str:
+  """A text in a box; empty where its braces would make it more than one."""
+  box = f"\\boxed{{{text}}}"
+  return box if [(start, end) for start, end, _ in _boxes(box)] == [(0, len(box))] else ""
 
 
 def number(text: str) -> str | None:
@@ -276,3 +295,6 @@ VERIFIERS: dict[str, Callable[[str], str | None]] = {
   "exact": exact,
   "choice": choice,
 }
+
+# Those that are called in processes of their own, as a user's are.
+JUDGED = {"math": f"{pathlib.Path(__file__).with_name('math_answers.py')}:verify"}
