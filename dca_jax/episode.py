@@ -36,7 +36,7 @@ class Outcome:
   judged: bool = True
   """False where the verifier gave no verdict; such an episode is not trained on."""
   parts: dict[str, float] = dataclasses.field(default_factory=dict)
-  """Numbers that the verifier reports beside the reward, by name."""
+  """Numbers that the verifier reports besides the reward, by name."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Regular expressions of a user's, with a limit on their time: on some texts some of them would
-take for ever."""
+take forever."""
 
 import functools
 import sys

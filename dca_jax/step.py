@@ -50,7 +50,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     reviews = reviews_of(t, asked)
     policy = Continues(t.sampler, params, further_key(t, step), t.task, t.tokenizer)
     reviews, continued = t.values.ask(policy, rollout, reviews)
-    del params, policy  # A layout of its own would stand beside the gradients.
+    del params, policy  # A layout of its own would take memory while gradients do.
     clock.lap("review")
 
     rewards_PxG = rollout.rewards_B.reshape(-1, t.config.rollout.group)
@@ -75,7 +75,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     clock.lap("update")
 
   mine = tally(t.scheme, rollout, asked, credited, reviewer_metrics(t, step), clock)
-  # The one place in a step where processes hear of each other's samples, beside the arrays.
+  # The one place in a step where processes hear of each other's samples, apart from the arrays.
   told = gather("metrics", [mine, t.reviewer.problem(), t.stops.reason])
   return Measured(
     merge([Tally(*said) for said, _, _ in told]) | numbers,
@@ -89,7 +89,7 @@ def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
   next one is on its way to the reviewer."""
   if not t.config.reviewer.overlap:
     return begin(t, step, params)
-  # After a resume it is sampled anew, by the same policy.
+  # After a resume it is sampled again, by the same policy.
   batch = t.ahead or begin(t, step, t.for_sampler(t.whole(t.state.behind)))
   t.ahead = begin(t, step + 1, params) if step < t.config.steps else None
   return batch

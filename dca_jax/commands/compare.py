@@ -25,9 +25,9 @@ def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
   """The config of one arm.
 
   An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to
-  settings), followed by any number of `:section.key=value`. It goes before `overrides`, those of
-  the command line, as they go before the recipe: what an arm cannot use of theirs, such as a
-  reviewer where credit is uniform, is left out.
+  settings), followed by any number of `:section.key=value`. It wins over `overrides`, those of the
+  command line, which win over the recipe: what an arm cannot use of theirs, such as a reviewer
+  where credit is uniform, is left out.
   """
   name, *settings = arm.split(":")
   arms = getattr(recipe, "ARMS", {})

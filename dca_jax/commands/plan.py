@@ -47,7 +47,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
 
   What stays is exact. Activations are what the backward pass of one micro-batch keeps, as JAX
   traces it, counted as if `tensor` did not divide them; XLA may need less, and buffers of its own
-  beside.
+  besides.
   """
   c, rollout = policy.config, config.rollout
   optimizer = learner.make_optimizer(config.learner, config.steps)

@@ -48,7 +48,7 @@ def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config
 
 def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
   """Reviews stored trajectories again and says how far the two reviews agree;
-  keeps the new ones beside the folder.
+  keeps the new ones next to the folder.
 
   Raises:
     UserError: there is nothing to read, or the reviewer cannot be opened.

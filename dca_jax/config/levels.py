@@ -1,4 +1,4 @@
-"""The levels at which settings are given: an arm goes before the command line, which goes before
+"""The levels at which settings are given: an arm overrides the command line, which overrides
 the recipe."""
 
 import dataclasses
@@ -54,9 +54,9 @@ def read_recipe(path: str) -> Any:
 def build(given: ConfigDict | dict[str, Any], *overrides: Sequence[str]) -> Config:
   """Turns a recipe's ConfigDict into a Config.
 
-  Each of `overrides` is a list of `--config.section.key=value` arguments, and goes before what
-  stands on its left: the command line before the recipe, and an arm of a comparison before both.
-  What was said earlier and is without effect beside them, or contradicts them, is left out, and a
+  Each of `overrides` is a list of `--config.section.key=value` arguments that overrides what
+  stands on its left: the command line overrides the recipe, and an arm of a comparison overrides
+  both. What was set earlier and has no effect with them, or contradicts them, is left out, and a
   line on stderr says so.
 
   Raises:
@@ -120,7 +120,7 @@ def _parsed(arguments: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
 def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
   """The layers' keys together, and which keys of earlier ones were left out for the last."""
   *earlier, last = layers
-  # What was in vain before is a mistake, which is not hidden.
+  # What had no effect before is a mistake, which is not hidden.
   kept = last.keys() | (_moot(_settled(earlier)[0]) if earlier else set())
   settings = {key: value for layer in layers for key, value in layer.items()}
   left_out: list[str] = []
@@ -131,7 +131,7 @@ def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str
 
 
 def _moot(settings: dict[str, Any]) -> set[str]:
-  """Keys without effect beside the others, or that contradict them."""
+  """Keys that have no effect with the others, or contradict them."""
   fields = flatten(dataclasses.asdict(make(Config(), nested(choices_of(settings)), "")))
   if foreign := {key for key in settings if key.startswith(CHOSEN) and key not in fields}:
     return foreign

@@ -15,7 +15,7 @@ from dca_jax.store.workdir import is_remote, locate, write_whole
 def claim_workdir(config: Config, workdir: str, resume: str = "auto") -> epath.Path:
   """Makes `workdir` the home of this run, or checks that it already is.
 
-  A config.json that is damaged or gone is written anew where there are checkpoints, which know
+  A config.json that is damaged or gone is written again where there are checkpoints, which know
   their settings too.
 
   Raises:

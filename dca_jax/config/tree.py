@@ -103,7 +103,7 @@ class Config:
     return ""
 
   def unused(self) -> dict[str, str]:
-    """The keys that have no effect beside the others, and why."""
+    """The keys that have no effect with the others, and why."""
     unused, scheme = {}, f"credit.scheme is '{self.credit.scheme}'"
     if self.policy.pretrained:
       unused["warmstart.seed"] = "policy.pretrained is set, so no weights are drawn"

@@ -117,7 +117,7 @@ def device_order(shape: tuple[int, ...], devices) -> np.ndarray:
 
 
 def by_process(order: np.ndarray) -> np.ndarray:
-  """Devices in the same order, but for those of one process, which follow each other."""
+  """The devices in the same order, except that those of one process follow each other."""
   processes = list(dict.fromkeys(device.process_index for device in order.flat))
   return np.array(
     sorted(order.flat, key=lambda device: processes.index(device.process_index))

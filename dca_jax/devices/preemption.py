@@ -87,8 +87,8 @@ class Stops:
   def heard(self) -> Iterator[None]:
     """Within it signals are notices, and a second Ctrl-C is what it was before."""
     if threading.current_thread() is threading.main_thread():  # Python hands signals to no other.
-      heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-      self._before = {number: signal.signal(number, self._on) for number in heeded}
+      handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+      self._before = {number: signal.signal(number, self._on) for number in handled}
     try:
       yield
     finally:

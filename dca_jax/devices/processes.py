@@ -158,7 +158,8 @@ def _say(client, key: str, said: list[Any]) -> None:
 
 
 def _hear(client, process: int, place: str) -> Any:
-  """What `process` says at this meeting; waits for it, because `watched` ends a wait in vain."""
+  """What `process` says at this meeting; waits for it: `watched` ends a wait
+  for a process that is gone."""
   while True:
     try:
       # In pieces, between which Python looks after signals.
@@ -236,7 +237,7 @@ class _Farewell:
 def watched(asked: Asked) -> Iterator[None]:
   """Within it, the failure of a process ends all of them, with its words and its exit status.
 
-  Otherwise they would wait for ever in an operation on arrays that they hold together. So they
+  Otherwise they would wait forever in an operation on arrays that they hold together. So they
   would for a process that is dead or stuck; then the message names it.
   """
   if jax.process_count() == 1:
@@ -284,7 +285,7 @@ def _farewell(error: BaseException) -> _Farewell:
 
 
 class _Watch:
-  """What a thread beside the main one does: beats, and listens."""
+  """What a second thread does: says that the process lives, and listens to the others."""
 
   def __init__(self, asked: Asked):
     self._asked, self._client, self._me = asked, _client(), jax.process_index()

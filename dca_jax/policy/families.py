@@ -181,7 +181,7 @@ def from_json(given: dict[str, Any], where: str, dtype: str) -> PolicyConfig:
     settings["query_scalar"] = float(fields.number("query_pre_attn_scalar"))
     settings["attention_soft_cap"] = float(fields.number("attn_logit_softcapping"))
     settings["logit_soft_cap"] = float(fields.number("final_logit_softcapping"))
-    fields.take("hidden_act", None)  # hidden_activation stands beside it and counts.
+    fields.take("hidden_act", None)  # hidden_activation stands next to it and counts.
   settings |= _rotations(fields, kind)
   if kind != "llama":
     settings |= _windows(fields, kind, settings["depth"])

@@ -231,7 +231,7 @@ class Client:
   async def _kept(self, requests: list[Request], prompt: Prompt, key: str) -> list[Review]:
     """The reviews of a reply that was paid for before; none where there is no such reply."""
     if (kept := await self._cache.get(key)) is not None:
-      with contextlib.suppress(ValueError):  # A damaged row is asked for anew.
+      with contextlib.suppress(ValueError):  # A damaged row is asked for again.
         return read_reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
     return []
 

@@ -28,7 +28,7 @@ class Gate:
 
   @contextlib.asynccontextmanager
   async def enter(self, end: float, beside: bool = False) -> AsyncIterator[None]:
-    """Waits for a place; who goes in `beside` the others needs none.
+    """Waits for a place; a call `beside` the others needs none.
 
     Raises:
       CallFailed: the server does not want to be called before `end`.
@@ -95,7 +95,7 @@ class Breaker:
   """Open after `patience` calls in a row that nobody answered, until one is answered.
 
   A call takes nothing from it that it would have to give back, so no end of a call can leave it
-  open for ever: who finds it open sends a probe now and then.
+  open forever: who finds it open sends a probe now and then.
   """
 
   def __init__(self, clock: Callable[[], float], patience: int = 20):

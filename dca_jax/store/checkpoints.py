@@ -153,7 +153,7 @@ class Checkpoints:
     return last or self._best in metrics or self._manager.should_save(step)
 
   def save(self, step: int, state: TrainState, metrics: dict[str, float], last: bool) -> None:
-    """Saves a step that is due; returns before the files are written, but for the last one.
+    """Saves a step that is due; returns before the files are written, except for the last step.
 
     Raises:
       UserError: the disk is full or the folder cannot be written. Checkpoints
@@ -193,8 +193,8 @@ class Checkpoints:
     Args:
       abstract: shapes, dtypes and shardings wanted, which may belong to another mesh
         than the one that saved.
-      resume: the number of a step to go back to,
-        whereupon the checkpoints after it are put aside, or as in `train`.
+      resume: the number of a step to go back to, which puts the checkpoints after it aside; or as
+        in `train`.
 
     Raises:
       UserError: there are checkpoints, but not the wanted one, or none is readable,

@@ -70,7 +70,7 @@ _SHARD = re.compile(r"step_(\d+)(?:_(\d+))?\.jsonl", re.ASCII)
 
 
 def forget_trajectories(folder: epath.Path, done: int) -> None:
-  """Removes the shards of steps after `done`, which will be written anew, perhaps by fewer
+  """Removes the shards of steps after `done`, which will be written again, perhaps by fewer
   processes."""
   for step, paths in shards(folder).items():
     for path in paths if step > done else ():

@@ -142,8 +142,8 @@ def given_answer(text: str) -> str:
 
 
 def formula(text: str) -> str:
-  """The answer that a text marks by a box or hashes, in a box, as `math` reads it; empty where there
-  is none. It would find a formula in any sentence, whatever that says of it."""
+  """The answer that a text marks by a box or hashes, in a box, as `math` reads it; empty where
+  there is none. It would find a formula in any sentence, whatever that says of it."""
   said = max(_marked(text, r"\S"), default=(0, Statement("", True)))[1].text
   return boxed(said) if len(said) <= _LONGEST and "####" not in said else ""
 
