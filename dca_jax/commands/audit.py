@@ -21,11 +21,22 @@ from dca_jax.commands.report import text_table
 from dca_jax.commands.review import review_patiently, reviewer_config
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import worth
-from dca_jax.episode import ROLES, Episode
-from dca_jax.intervals import Estimate
+from dca_jax.episode import ROLES, Episode, Review
+from dca_jax.intervals import Estimate, share
 from dca_jax.policy import Policy, pretrained
 from dca_jax.review import Request, Reviewer, Truth, open_reviewer
-from dca_jax.review.audit import Case, Judged, agreement, applause, confusion, favourite, said_of
+from dca_jax.review.audit import (
+  Case,
+  Judged,
+  agreement,
+  applause,
+  confusion,
+  favourite,
+  said_of,
+  usable,
+)
+from dca_jax.review.faults import Pair, Planted, caught, plant, unchanged
+from dca_jax.review.processbench import read_processbench
 from dca_jax.review.reviewer import split_member
 from dca_jax.rollout import collect
 from dca_jax.run import Programs, check_data, starting_policy, use_compilation_cache
@@ -46,6 +57,7 @@ class Source(NamedTuple):
 
   name: str
   cases: list[Case]
+  planted: list[Planted]
   truth: Truth
   """For reviewers that read it."""
   config: Config
@@ -53,7 +65,7 @@ class Source(NamedTuple):
 
 
 def from_recipe(
-  recipe: str, member: str, overrides: Sequence[str], workdir: str, limit: int
+  recipe: str, member: str, overrides: Sequence[str], workdir: str, limit: int, planted: int
 ) -> Source:
   """Episodes of the policy that a recipe's run would start from; they are kept in the workdir.
 
@@ -65,33 +77,35 @@ def from_recipe(
   chosen += [f"--config.reviewer.client.model={model}"] if model else []
   given = config_lib.read_recipe(recipe).get_config()
   config = config_lib.build(given, chosen, overrides)
-  _check_labels(config)
   folder = config_lib.claim_workdir(config, workdir)
   _sample(config, folder, limit)
-  return _of_episodes(config, _episodes(folder / "trajectories", limit))
+  return _of_episodes(config, _episodes(folder / "trajectories", limit), planted)
 
 
-def from_trajectories(folder: str, member: str, overrides: Sequence[str], limit: int) -> Source:
+def from_trajectories(
+  folder: str, member: str, overrides: Sequence[str], limit: int, planted: int
+) -> Source:
   """Episodes that a run has kept.
 
   Raises:
-    UserError: there are none, or their task knows no roles.
+    UserError: there are none, or nothing of them is known.
   """
   run = config_lib.read_saved(os.fspath(locate(folder).parent))
   config = reviewer_config(member, overrides, run.get("task", {}))
-  _check_labels(config)
   episodes = _episodes(locate(folder), limit)
   if not episodes:
     raise ConfigError(f"--trajectories={folder}: there are none (a run keeps WORKDIR/trajectories)")
-  return _of_episodes(config, episodes)
+  return _of_episodes(config, episodes, planted)
 
 
-def _check_labels(config: Config) -> None:
-  if "labels" not in config.task.offers:
-    raise ConfigError(
-      f"task.name: '{config.task.name}' knows no true roles of steps, so nothing can be held"
-      " against them; take a task with labels, such as chains"
-    )
+def from_processbench(path: str, member: str, overrides: Sequence[str], limit: int) -> Source:
+  """Solutions of a file in the form of ProcessBench.
+
+  Raises:
+    UserError: it is of another form.
+  """
+  cases, truth = read_processbench(path, limit)
+  return Source("processbench", cases, [], truth, reviewer_config(member, overrides, {}))
 
 
 def _episodes(folder: epath.Path, limit: int) -> list[Episode]:
@@ -99,11 +113,20 @@ def _episodes(folder: epath.Path, limit: int) -> list[Episode]:
   return [*itertools.islice((e for e in found if e.steps), limit)]
 
 
-def _of_episodes(config: Config, episodes: Sequence[Episode]) -> Source:
-  truth = Truth.of(config.task.open())
-  requests = [*map(Request.of, episodes)]
-  cases = [Case.of(request, truth.labels(request)) for request in requests]
-  return Source(config.task.name, cases, truth, config)
+def _of_episodes(config: Config, episodes: Sequence[Episode], planted: int) -> Source:
+  """Labels where the task has them, and faults planted in right answers in any case."""
+  name, requests = config.task.name, [*map(Request.of, episodes)]
+  if "labels" in config.task.offers:
+    truth = Truth.of(config.task.open())
+    cases = [Case.of(request, truth.labels(request)) for request in requests]
+    return Source(name, cases, plant(requests, planted, truth.labels), truth, config)
+  if not (made := plant(requests, planted)):
+    raise ConfigError(
+      f"task '{name}' knows no true roles of steps, and no fault could be planted: that takes"
+      " --planted above 0 and right answers of at least three steps"
+    )
+  nothing = Truth(lambda r: (), lambda _, answers: [()] * len(answers))
+  return Source(name, [], made, nothing, config)
 
 
 def _sample(config: Config, folder: epath.Path, limit: int) -> None:
@@ -135,54 +158,73 @@ def audit(source: Source, member: str, settings: Sequence[str], workdir: str, re
 
   Args:
     settings: what was set of the reviewer, for the row.
-    repeat: share of the cases that are asked about twice.
+    repeat: share of the questions that is asked twice.
 
   Raises:
-    UserError: the reviewer cannot be opened, or gives no usable review.
+    UserError: the reviewer cannot be opened, or is a language model without a usable review.
   """
   folder = locate(workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  cache = None if is_remote(folder) else pathlib.Path(folder / "reviews.sqlite")
-  reviewer_config = source.config.reviewer
-  if repeat and reviewer_config.models:
-    client = dataclasses.replace(reviewer_config.client, repeat_frac=repeat)
-    reviewer_config = dataclasses.replace(reviewer_config, client=client)
-  requests = [case.request for case in source.cases]
-  begins = not (folder / "reviews.sqlite").exists()
-  with contextlib.closing(open_reviewer(reviewer_config, source.truth, cache)) as reviewer:
-    if begins and (wrong := reviewer.trial(60.0).wrong):
-      raise ConfigError(f"no usable review from {wrong}")
-    began = time.monotonic()
-    reviews = _asked(reviewer, requests, 8 * reviewer_config.client.concurrency)
-    seconds = time.monotonic() - began
-    stats = reviewer.stats()
-    if repeat and not reviewer_config.models:
-      again = _asked(reviewer, requests[: math.ceil(repeat * len(requests))], len(requests))
-      stats["review/repeat_agreement"] = _same(reviews, again)
-    failures = reviewer.failures()
-  judged = [
-    Judged(case, review.checked(len(case.request.steps)))
-    for case, review in zip(source.cases, reviews, strict=True)
-  ]
-  if reviewer_config.models and not any(j.usable for j in judged):
-    statuses = collections.Counter(review.status for review in reviews)
-    said = ", ".join(f"{n} {status}" for status, n in statuses.most_common())
-    raise ConfigError(f"no usable review of {len(judged)} ({said}){failures and f': {failures}'}")
-  measures = agreement(judged) | learning(judged)
+  questions = [case.request for case in source.cases]
+  for planted in source.planted:
+    questions += [planted.case.request, planted.twin]
+  requests = [*dict.fromkeys(questions)]
+  reviews, stats = _reviewed(source, requests, folder, repeat)
+  said = dict(zip(requests, reviews, strict=True))
+  judged = [Judged(case, said[case.request]) for case in source.cases]
+  pairs = [Pair(p, said[p.case.request], said[p.twin]) for p in source.planted]
+  pairs = [pair for pair in pairs if usable(pair.edited) and usable(pair.twin)]
+  by_faults = [Judged(p.planted.case, p.edited) for p in pairs] + [*map(unchanged, pairs)]
+  measures = {"usable": share([usable(review) for review in reviews])}
+  measures |= agreement(judged) | caught(pairs) | learning(judged or by_faults)
   row = {
     "version": VERSION,
     "reviewer": split_member(member)[0],
     "model": next((r.model for r in reviews if r.model), ""),
     "settings": " ".join(s.removeprefix("--config.reviewer.") for s in settings),
     "source": source.name,
-    "n": len(judged),
+    "n": len(requests),
     "steps": sum(len(request.steps) for request in requests),
+    **dict.fromkeys(_ALWAYS),
     **flat(measures),
-    **costs(stats, len(requests), seconds),
+    **stats,
     "verdict": worth.verdict(measures.get("predicted_speedup"), measures.get("calibrated_gain")),
   }
   write_whole(folder / "audit.json", json.dumps(row, indent=2) + "\n")
   return table(row, measures, judged)
+
+
+_ALWAYS = ("role_accuracy", "kappa", "first_error_f1", "errors_in_wins", "predicted_speedup")
+"""Keys that every row has; null where the truth does not tell."""
+
+
+def _reviewed(
+  source: Source, requests: Sequence[Request], folder: epath.Path, repeat: float
+) -> tuple[list[Review], dict[str, float | None]]:
+  """The reviews, and what they cost."""
+  cache = None if is_remote(folder) else pathlib.Path(folder / "reviews.sqlite")
+  config = source.config.reviewer
+  if repeat and config.models:
+    client = dataclasses.replace(config.client, repeat_frac=repeat)
+    config = dataclasses.replace(config, client=client)
+  begins = not (folder / "reviews.sqlite").exists()
+  with contextlib.closing(open_reviewer(config, source.truth, cache)) as reviewer:
+    if begins and (wrong := reviewer.trial(60.0).wrong):
+      raise ConfigError(f"no usable review from {wrong}")
+    began = time.monotonic()
+    reviews = _asked(reviewer, requests, 8 * config.client.concurrency)
+    seconds = time.monotonic() - began
+    stats = reviewer.stats()
+    if repeat and not config.models:
+      again = _asked(reviewer, requests[: math.ceil(repeat * len(requests))], len(requests))
+      stats["review/repeat_agreement"] = _same(reviews, again)
+    failures = reviewer.failures()
+  reviews = [r.checked(len(asked.steps)) for r, asked in zip(reviews, requests, strict=True)]
+  if config.models and not any(map(usable, reviews)):
+    statuses = collections.Counter(review.status for review in reviews)
+    said = ", ".join(f"{n} {status}" for status, n in statuses.most_common())
+    raise ConfigError(f"no usable review of {len(reviews)} ({said}){failures and f': {failures}'}")
+  return reviews, costs(stats, len(requests), seconds)
 
 
 def _asked(reviewer: Reviewer, requests: Sequence[Request], portion: int):
@@ -208,16 +250,16 @@ def learning(judged: Sequence[Judged]) -> dict[str, Estimate]:
   """What the reviewer is worth for training: the update it induces on the exact task, and the
   speed-up on `chains` that is read off the surface. Empty where the cases do not tell."""
   labelled = [j for j in judged if j.case.labels]
-  favoured = favourite([j for j in labelled if j.usable])
+  favoured = favourite([j for j in labelled if usable(j.review)])
 
   def numbers(own: Sequence[Judged], seed: int) -> list[float] | None:
-    told = [j for j in own if j.usable]
-    usable = len(told) / len(own)
-    found = worth.worth(said_of(told, favoured), usable, seed)
+    told = [j for j in own if usable(j.review)]
+    part = len(told) / len(own)
+    found = worth.worth(said_of(told, favoured), part, seed)
     liked = applause(told, favoured)
     if found is None or liked is None:
       return None
-    return [*found, worth.predicted_speedup(found.snr, usable * liked)]
+    return [*found, worth.predicted_speedup(found.snr, part * liked)]
 
   if not favoured or (value := numbers(labelled, 0)) is None:
     return {}
@@ -227,7 +269,7 @@ def learning(judged: Sequence[Judged]) -> dict[str, Estimate]:
     for seed in range(1, 1 + _DRAWS)
   ]
   spread = 1.96 * np.std([x for x in drawn if x] or [value], axis=0)
-  names = ("gradient_cosine", "gradient_snr", "premium", "calibrated_gain", "predicted_speedup")
+  names = ("gradient_cosine", "gradient_snr", "performing", "calibrated_gain", "predicted_speedup")
   return {
     name: Estimate(x, x - s, x + s)
     for name, x, s in zip(names, value, spread.tolist(), strict=True)
@@ -261,8 +303,9 @@ _SECTIONS = {
   "roles": ("role_accuracy", "kappa", "recall_", "precision_"),
   "errors": ("first_error", "no_error", "errors_in_wins"),
   "needless steps": ("needless", "applause"),
+  "planted faults": ("planted", "false_alarms", "premium_", "suffix_leak"),
   "what does not matter": ("position", "length"),
-  "training": ("gradient", "premium", "calibrated", "predicted"),
+  "training": ("gradient", "performing", "calibrated", "predicted"),
 }
 
 
@@ -273,7 +316,7 @@ def table(row: Mapping[str, Any], measures: Mapping[str, Estimate], judged) -> s
     own = [(k, e) for k, e in measures.items() if k.startswith(beginnings)]
     lines += [["", "", ""], [title, "", ""]] if own else []
     lines += [[f"  {k.replace('_', ' ')}", *_cells(e)] for k, e in own]
-  counts = confusion([j for j in judged if j.usable and j.case.labels]).sum(0).astype(int)
+  counts = confusion([j for j in judged if usable(j.review) and j.case.labels]).sum(0).astype(int)
   who = " ".join(filter(None, (row["reviewer"], row["model"], row["settings"])))
   parts = [
     f"{who} on {row['n']} answers of {row['source']}, {row['steps']} steps",

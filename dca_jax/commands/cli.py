@@ -102,10 +102,13 @@ def parser() -> argparse.ArgumentParser:
 def _what_is_audited(audit: argparse.ArgumentParser) -> None:
   audit.add_argument("--reviewer", required=True, help="NAME or NAME:MODEL")
   truth = audit.add_mutually_exclusive_group(required=True)
-  truth.add_argument("--config", help="a recipe, whose policy answers; its task knows true roles")
-  truth.add_argument("--trajectories", help="answers that a run of such a task has kept")
+  truth.add_argument("--config", help="a recipe, whose policy answers")
+  truth.add_argument("--trajectories", help="answers that a run has kept")
+  truth.add_argument("--processbench", help="a JSONL file with problem, steps and label")
   audit.add_argument("--limit", type=int, default=256, help="answers to read")
-  what = "share of them that is asked twice"
+  what = "faults of each kind to plant in right answers"
+  audit.add_argument("--planted", type=int, default=12, help=what)
+  what = "share of the questions that is asked twice"
   audit.add_argument("--repeat", type=float, default=0.0, help=what)
 
 
@@ -235,9 +238,13 @@ def _audit(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
   _between(args, "limit", 1)
   _between(args, "repeat", 0, 1)
+  _between(args, "planted", 0)
+  how = args.reviewer, overrides
   if args.config:
-    source = audit.from_recipe(args.config, args.reviewer, overrides, args.workdir, args.limit)
+    source = audit.from_recipe(args.config, *how, args.workdir, args.limit, args.planted)
+  elif args.trajectories:
+    source = audit.from_trajectories(args.trajectories, *how, args.limit, args.planted)
   else:
-    source = audit.from_trajectories(args.trajectories, args.reviewer, overrides, args.limit)
+    source = audit.from_processbench(args.processbench, *how, args.limit)
   told = [said for said in overrides if said.startswith("--config.reviewer.")]
   print(audit.audit(source, args.reviewer, told, args.workdir, args.repeat))

@@ -31,7 +31,7 @@ class Worth(NamedTuple):
   """With the policy gradient."""
   snr: float
   """Signal to noise of one trace's update along the gradient, in multiples of RLOO's."""
-  premium: float
+  performing: float
   """Expected credit of an applauded step less that of another one that does as little."""
   calibrated: float
   """The same where a step gets what steps so labelled are worth on average instead, in multiples of

@@ -47,12 +47,12 @@ class Judged(NamedTuple):
   case: Case
   review: Review
 
-  @property
-  def usable(self) -> bool:
-    """Whether roles came, with weights that are numbers."""
-    weights = np.asarray(self.review.weights, float)
-    said = self.review.status == "ok" and len(self.review.roles) > 0
-    return said and bool(((weights >= 0) & (weights <= 1000)).all())
+
+def usable(review: Review) -> bool:
+  """Whether roles came, with weights that are numbers."""
+  weights = np.asarray(review.weights, float)
+  said = review.status == "ok" and len(review.roles) > 0
+  return said and bool(((weights >= 0) & (weights <= 1000)).all())
 
 
 def first_error(roles: Sequence[str]) -> int:
@@ -83,13 +83,10 @@ def _plain(text: str) -> str:
 
 
 def agreement(judged: Sequence[Judged]) -> dict[str, Estimate]:
-  """Every measure that the cases allow, by name; those about nothing are left out.
-
-  `usable` counts all cases, everything else those whose review is usable.
-  """
-  told = [j for j in judged if j.usable]
-  measures = {"usable": share([j.usable for j in judged])}
-  measures |= _first_errors(told)
+  """Every measure that the cases with a usable review allow, by name; those about nothing are left
+  out."""
+  told = [j for j in judged if usable(j.review)]
+  measures = _first_errors(told)
   labelled = [j for j in told if j.case.labels]
   if labelled:
     measures |= _roles(labelled) | _needless(labelled) | biases(labelled)
@@ -219,7 +216,7 @@ def biases(judged: Sequence[Judged]) -> dict[str, Estimate]:
   places, lengths = [], []
   for case, review in judged:
     true = Review("ok", case.labels, (1.0,) * len(case.labels))
-    wrong = _shares(intensity(review)) - _shares(intensity(true))
+    wrong = shares(intensity(review)) - shares(intensity(true))
     steps = case.request.steps
     places.append(_moments(wrong, np.linspace(0, 1, len(steps))))
     lengths.append(_moments(wrong, np.log1p([len(step) for step in steps])))
@@ -229,7 +226,8 @@ def biases(judged: Sequence[Judged]) -> dict[str, Estimate]:
   }
 
 
-def _shares(x: np.ndarray) -> np.ndarray:
+def shares(x: np.ndarray) -> np.ndarray:
+  """Numbers scaled to sum to 1; all alike where they are 0."""
   return x / x.sum() if x.sum() > 0 else np.full(len(x), 1 / len(x))
 
 
@@ -259,5 +257,6 @@ def said_of(judged: Sequence[Judged], favoured: str) -> dict[str, list[tuple[str
       if label in NEEDLESS:
         kind = kind_of(case.request, k, label)
         label = "applauded" if kind == favoured else "inert"
-      said.setdefault(label, []).append((review.roles[k], review.weights[k]))
+      if label:
+        said.setdefault(label, []).append((review.roles[k], review.weights[k]))
   return said

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import tiny
@@ -43,7 +44,8 @@ def read(workdir) -> dict:
 def test_the_oracles_row_is_perfect_and_flat(start):
   row = read(start)
   assert row["version"] == 1
-  assert (row["reviewer"], row["source"], row["n"]) == ("oracle", "chains", LIMIT)
+  assert (row["reviewer"], row["source"]) == ("oracle", "chains")
+  assert row["n"] > LIMIT  # With the planted ones.
   for key in ("usable", "role_accuracy", "kappa", "first_error_f1", "errors_in_wins"):
     assert row[key] == row[f"{key}_high"] == 1.0, key
   assert row["verdict"] == "train"
@@ -64,7 +66,7 @@ def test_answers_are_sampled_once_and_the_same_every_time(start, tmp_path, capsy
   assert after == before
   assert {p: p.stat().st_mtime_ns for p in (start / "trajectories").iterdir()} == shards
   out = capsys.readouterr().out
-  assert "oracle on 48 answers of chains" in out
+  assert "answers of chains" in out
   assert "verdict: train" in out
   # Another recipe does not get the answers of this one.
   assert cli.main([*command, f"--workdir={start}", "--config.rollout.temperature=0.7"]) == 1
@@ -160,24 +162,14 @@ def test_mistakes_end_in_one_line(start, tmp_path, capsys, arguments, part):
   assert part in line
 
 
-def test_a_task_without_true_roles_is_refused_with_the_reason(tmp_path, capsys):
-  rows = "".join(
-    json.dumps({"question": f"{i} + 1?", "answer": f"{i + 1}"}) + "\n" for i in range(9)
-  )
+def test_a_task_without_true_roles_needs_right_answers(start, tmp_path, capsys):
+  rows = "".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(9))
   (tmp_path / "rows.jsonl").write_text(rows)
-  task = {
-    "name": "jsonl",
-    "path": f"{tmp_path}/rows.jsonl",
-    "heldout_fraction": 0.3,
-    "tokenizer": "x",
-  }
-  (tmp_path / "recipe.py").write_text(f"def get_config():\n  return {{'task': {task!r}}}\n")
-  command = [
-    "audit",
-    f"--config={tmp_path}/recipe.py",
-    f"--workdir={tmp_path}/w",
-    "--reviewer=random",
-  ]
-  assert cli.main(command) == 1
+  task = {"name": "jsonl", "path": f"{tmp_path}/rows.jsonl", "heldout_fraction": 0.3}
+  run = tmp_path / "run"
+  shutil.copytree(start / "trajectories", run / "trajectories")
+  (run / "config.json").write_text(json.dumps({"task": task | {"tokenizer": "x"}}))
+  command = ["audit", f"--trajectories={run}/trajectories", f"--workdir={tmp_path}/w"]
+  assert cli.main([*command, "--reviewer=random", "--planted=0"]) == 1
   (line,) = capsys.readouterr().err.splitlines()
   assert "knows no true roles" in line

@@ -46,7 +46,7 @@ def test_the_oracles_and_the_fooled_ones_update_are_the_laboratorys():
     found, row = worth(said, 1.0), row_of(Weighted(), name)
     assert found.cosine == pytest.approx(row.cosine, abs=1e-6)
     assert found.snr == pytest.approx(row.snr * row.cosine**2 / rloo, rel=1e-5)
-    assert found.premium == pytest.approx((row.leading + row.trailing) / 2, abs=1e-6)
+    assert found.performing == pytest.approx((row.leading + row.trailing) / 2, abs=1e-6)
 
 
 def test_random_flips_lower_the_signal_evenly_and_applause_shows_as_a_premium():
@@ -54,9 +54,9 @@ def test_random_flips_lower_the_signal_evenly_and_applause_shows_as_a_premium():
   snr = [w.snr for w in found]
   assert snr == sorted(snr, reverse=True)
   assert snr[2] > 1 > snr[3]  # It breaks even between 30 and 40 % of wrong labels.
-  assert all(abs(w.premium) < 0.02 for w in found)
+  assert all(abs(w.performing) < 0.02 for w in found)
   liked = worth(fooled(), 1.0)
-  assert liked.premium > 0.25
+  assert liked.performing > 0.25
   # Outcomes say what a label is worth, so the applause does no harm to calibrated credit.
   assert liked.calibrated == pytest.approx(found[0].calibrated, rel=1e-6)
 
