@@ -39,7 +39,7 @@ def test_the_truth_itself_is_perfect(tmp_path):
 
 
 def test_f1_equals_an_independent_computation(tmp_path):
-  """A reviewer of our own calls the second step wrong wherever an answer is, or its text has a 5."""
+  """A reviewer of our own calls the second step wrong where the answer is, or where it has a 5."""
   (tmp_path / "mine.py").write_text(MINE)
   row = audited(tmp_path / "w", f"--reviewer={tmp_path}/mine.py:Mine")
   found = {True: [], False: []}
