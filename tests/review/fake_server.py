@@ -127,14 +127,30 @@ class FakeServer:
       attempt, self.attempts[name] = self.attempts[name], self.attempts[name] + 1
     action = self.behave(name, attempt)
     time.sleep(self.latency)
+    if self._no_reply(handler, action, openai):
+      return
     text = json.dumps(self.reply(data))
+    if action == "malformed":
+      text = text[: len(text) // 2]
+    elif action == "fenced":
+      text = f"```json\n{text}\n```"
+    elif action == "wrong":
+      text = text.replace('"step": 1,', '"step": 7,', 1)
+    (prompt, output), cached = self.tokens, 0
+    if action == "lies":
+      prompt, cached, output = LIES[int(name[:8], 16) % len(LIES)]
+    make = openai_reply if openai else gemini_reply
+    self._send(handler, 200, json.dumps(make(action, text, prompt, cached, output)).encode())
+
+  def _no_reply(self, handler, action, openai: bool) -> bool:
+    """Does what an action says instead of a reply; False where it wants one."""
     if action == "hang":
       self._hanging.wait(60)
-      return
+      return True
     if action == "drop":
       handler.close_connection = True
       handler.connection.close()
-      return
+      return True
     if action == "drip":  # A byte now and then, so that no read ever times out.
       handler.send_response(200)
       handler.send_header("content-length", "1000")
@@ -143,86 +159,33 @@ class FakeServer:
         handler.wfile.write(b" ")
         handler.wfile.flush()
         if self._hanging.wait(0.2):
-          return
+          return True
     if action == 429:
       action = (429, None) if openai else (429, 0.1)
     if isinstance(action, int):
       action = (action, None)
-    if isinstance(action, tuple) or action == "quota":
-      code, seconds = (429, None) if action == "quota" else action
+    if action == "quota":
+      violation = {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}
+      kind = "type.googleapis.com/google.rpc.QuotaFailure"
+      self._send_error(handler, 429, [{"@type": kind, "violations": [violation]}], {})
+      return True
+    if isinstance(action, tuple):
+      code, seconds = action
       details, headers = [], {}
       if seconds is not None:
-        details = [
-          {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}
-        ]
+        kind = "type.googleapis.com/google.rpc.RetryInfo"
+        details = [{"@type": kind, "retryDelay": f"{seconds}s"}]
         headers = {"retry-after": str(seconds)}
-      if action == "quota":
-        violation = {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}
-        details = [
-          {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]}
-        ]
-      error = {"error": {"code": code, "message": "told to", "status": "TOLD", "details": details}}
-      self._send(handler, code, json.dumps(error).encode(), headers)
-      return
-    if action == "html":
-      self._send(handler, 200, b"<html>gateway</html>")
-      return
-    if action == "empty":
-      self._send(handler, 200, b"{}")
-      return
-    if action == "malformed":
-      text = text[: len(text) // 2]
-    elif action == "fenced":
-      text = f"```json\n{text}\n```"
-    elif action == "wrong":
-      text = text.replace('"step": 1,', '"step": 7,', 1)
-    prompt_tokens, output_tokens = self.tokens
-    cached_tokens = 0
-    if action == "lies":
-      prompt_tokens, cached_tokens, output_tokens = LIES[int(name[:8], 16) % len(LIES)]
-    if openai:
-      finish = {"max_tokens": "length", "safety": "content_filter"}.get(action, "stop")
-      reply = {
-        "model": "fake-001",
-        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}],
-        "usage": {
-          "prompt_tokens": prompt_tokens,
-          "prompt_tokens_details": {"cached_tokens": cached_tokens},
-          "completion_tokens": output_tokens,
-        },
-      }
-      if action == "no usage":
-        del reply["usage"]
-    else:
-      finish = {"max_tokens": "MAX_TOKENS", "safety": "SAFETY", "continuation": "CONTINUATION"}.get(
-        action, "STOP"
-      )
-      candidate = {
-        "finishReason": finish,
-        "index": 0,
-        "content": {"role": "model", "parts": [{"text": text}]},
-      }
-      if action in ("safety", "max_tokens"):
-        del candidate["content"]
-      if action == "continuation":
-        candidate["continuationToken"] = "more"
-      reply = {
-        "candidates": [candidate],
-        "usageMetadata": {
-          "promptTokenCount": prompt_tokens,
-          "cachedContentTokenCount": cached_tokens,
-          "candidatesTokenCount": output_tokens,
-          "thoughtsTokenCount": 10,
-        },
-        "modelVersion": "gemini-fake-001",
-        "responseId": "abc",
-      }
-      if action == "blocked":
-        del reply["candidates"]
-        reply["promptFeedback"] = {"blockReason": "SAFETY"}
-      if action == "no usage":
-        del reply["usageMetadata"]
-    self._send(handler, 200, json.dumps(reply).encode())
+      self._send_error(handler, code, details, headers)
+      return True
+    if action in ("html", "empty"):
+      self._send(handler, 200, b"<html>gateway</html>" if action == "html" else b"{}")
+      return True
+    return False
+
+  def _send_error(self, handler, code: int, details, headers) -> None:
+    error = {"error": {"code": code, "message": "told to", "status": "TOLD", "details": details}}
+    self._send(handler, code, json.dumps(error).encode(), headers)
 
   def _send(self, handler, code: int, body: bytes, headers=()) -> None:
     handler.send_response(code)
@@ -232,3 +195,49 @@ class FakeServer:
     handler.send_header("content-length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body)
+
+
+def openai_reply(action, text: str, prompt: int, cached: int, output: int) -> dict:
+  finish = {"max_tokens": "length", "safety": "content_filter"}.get(action, "stop")
+  reply = {
+    "model": "fake-001",
+    "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}],
+    "usage": {
+      "prompt_tokens": prompt,
+      "prompt_tokens_details": {"cached_tokens": cached},
+      "completion_tokens": output,
+    },
+  }
+  if action == "no usage":
+    del reply["usage"]
+  return reply
+
+
+def gemini_reply(action, text: str, prompt: int, cached: int, output: int) -> dict:
+  ends = {"max_tokens": "MAX_TOKENS", "safety": "SAFETY", "continuation": "CONTINUATION"}
+  candidate = {
+    "finishReason": ends.get(action, "STOP"),
+    "index": 0,
+    "content": {"role": "model", "parts": [{"text": text}]},
+  }
+  if action in ("safety", "max_tokens"):
+    del candidate["content"]
+  if action == "continuation":
+    candidate["continuationToken"] = "more"
+  reply = {
+    "candidates": [candidate],
+    "usageMetadata": {
+      "promptTokenCount": prompt,
+      "cachedContentTokenCount": cached,
+      "candidatesTokenCount": output,
+      "thoughtsTokenCount": 10,
+    },
+    "modelVersion": "gemini-fake-001",
+    "responseId": "abc",
+  }
+  if action == "blocked":
+    del reply["candidates"]
+    reply["promptFeedback"] = {"blockReason": "SAFETY"}
+  if action == "no usage":
+    del reply["usageMetadata"]
+  return reply
