@@ -84,7 +84,8 @@ def _seconds(trained: list[dict]) -> list[list[str]]:
 
 
 def chart(panels, x_label: str, size: tuple[float, float], kind: str = "svg"):
-  """Draws panels side by side; each is (y label, {curve: (x, y) or a list of (x, y), one per seed}).
+  """Draws panels side by side; each is (y label, {curve: (x, y) or a list of (x, y),
+  one per seed}).
 
   Returns:
     An SVG element, or the bytes of a PNG.
@@ -181,7 +182,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _examples(workdir: epath.Path, trained: list[dict]) -> list[dict[str, Any]]:
-  """Two wins and two losses of the first and of the last step, of different problems if they can."""
+  """Two wins and two losses of the first and of the last step,
+  of different problems if they can."""
   examples = []
   for step in dict.fromkeys([trained[0]["step"], trained[-1]["step"]]):
     kept = [*read_trajectories(workdir / "trajectories", step)]

@@ -54,7 +54,8 @@ def make_tree(steps: int = STEPS, seed: int = 0) -> Tree:
   policy = []
   for t in range(steps):
     before = actions[:: len(ACTIONS) ** (steps - t), :t]  # the prefixes
-    # At first the policy makes no difference between the two inert actions: they are worth the same.
+    # At first the policy makes no difference between the two inert actions: they are worth the
+    # same.
     alike = np.where(before == CHECK, PLAIN, before) @ len(ACTIONS) ** np.arange(t)[::-1]
     noise = rng.normal(size=(len(before), len(ACTIONS)))[alike.astype(int)]
     odds = np.exp(BIAS + 0.5 * noise)
@@ -74,8 +75,8 @@ def make_tree(steps: int = STEPS, seed: int = 0) -> Tree:
 
 
 def roles(tree: Tree) -> np.ndarray:
-  """The true roles [N, T]: progress is necessary while it is needed, and a fix repairs where something
-  is broken."""
+  """The true roles [N, T]: progress is necessary while it is needed, and a fix repairs where
+  something is broken."""
   a = tree.actions_NxT
   cases = (a == ADVANCE) & (tree.progress_NxT < NEEDED), a == ERROR, (a == FIX) & tree.open_NxT
   return np.select(

@@ -69,8 +69,8 @@ class Given(typing.NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Scheme:
   """The `credit` section: settings that all schemes have. A scheme is a subclass with settings of
-  its own and a `__call__`; its docstring says which sum it keeps, whether its expected update is the
-  policy gradient, and where it comes from.
+  its own and a `__call__`; its docstring says which sum it keeps, whether its expected update is
+  the policy gradient, and where it comes from.
   """
 
   scheme: str = ""

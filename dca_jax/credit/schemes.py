@@ -41,7 +41,8 @@ _BLAME_TRUNCATED = RoleTable(error=1.0, redundant=1.0, irrelevant=1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Scheme):
-  """A_t = A_i: GRPO without division by the standard deviation, which is RLOO (Ahmadian et al. 2024).
+  """A_t = A_i: GRPO without division by the standard deviation,
+  which is RLOO (Ahmadian et al. 2024).
 
   Conserves sum_t A_t = T_i A_i. Unbiased.
   """

@@ -1,4 +1,5 @@
-"""What a run reports while it goes: metrics.jsonl, TensorBoard and the like, a progress bar and one line per step."""
+"""What a run reports while it goes: metrics.jsonl, TensorBoard and the like, a progress bar
+and one line per step."""
 
 import contextlib
 import itertools
@@ -19,7 +20,8 @@ from dca_jax.store.writers import Log, LogConfig, Writers
 class Reporter(contextlib.AbstractContextManager):
   """Writes metrics; a context manager.
 
-  On resume, what an interrupted run had written beyond `start` is taken back, so that every step appears once.
+  On resume, what an interrupted run had written beyond `start` is discarded, so that every
+  step appears once.
   """
 
   def __init__(
@@ -65,7 +67,8 @@ class Reporter(contextlib.AbstractContextManager):
     return self._path.open("a")
 
   def amend(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds what an earlier process had no time to measure to the line of the step that it ended with."""
+    """Adds what an earlier process had no time to measure to the line of the step
+    that it ended with."""
     if self._kept and self._kept[-1]["step"] == step:
       line = self._kept.pop()
       metrics = {key: value for key, value in line.items() if key != "step"} | metrics
@@ -153,15 +156,18 @@ def not_finite(metrics: dict[str, float]) -> str | None:
 
 def _line(m: dict[str, float]) -> str:
   return (
-    f"reward {m['train/reward']:.3f}  acc {m['train/accuracy']:.3f}  mixed {m['train/mixed_groups']:.0%}"
-    f"  cut {m['train/truncated']:.0%}  len {m['train/length']:.1f}  entropy {m['learner/entropy']:.3f}"
-    f"  kl {m['learner/kl']:.3f}  sample {m['seconds/sample']:.2f}s  review {m['seconds/review']:.2f}s{_reviews(m)}"
+    f"reward {m['train/reward']:.3f}  acc {m['train/accuracy']:.3f}"
+    f"  mixed {m['train/mixed_groups']:.0%}  cut {m['train/truncated']:.0%}"
+    f"  len {m['train/length']:.1f}  entropy {m['learner/entropy']:.3f}"
+    f"  kl {m['learner/kl']:.3f}  sample {m['seconds/sample']:.2f}s"
+    f"  review {m['seconds/review']:.2f}s{_reviews(m)}"
     f"  update {m['seconds/update']:.2f}s  {m['train/tokens_per_second']:,.0f} tok/s"
   )
 
 
 def _reviews(m: dict[str, float]) -> str:
-  """Nothing where every review was usable or none was asked for; else what went wrong most often, and the spending."""
+  """Nothing where every review was usable or none was asked for; else what went wrong most often,
+  and the spending."""
   failed = {
     k.removeprefix("review/status_"): v
     for k, v in m.items()

@@ -103,7 +103,8 @@ class Judge:
       )
     if warn:
       print(
-        f"warning: task.verifier {self.name} {reason} on a completion; such ones are not trained on (train/unjudged)",
+        f"warning: task.verifier {self.name} {reason} on a completion; such ones are not trained on"
+        " (train/unjudged)",
         file=sys.stderr,
       )
 

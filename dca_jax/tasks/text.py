@@ -23,7 +23,8 @@ from dca_jax.tasks.verifiers import JUDGED, VERIFIERS, boxed, formula, given_ans
 _STEPS = {
   "line": r"\n(?:[^\S\n]*\n)*",
   "paragraph": r"\n[^\S\n]*\n\s*",
-  # What closes a sentence is looked at once, from its beginning: anything else takes a time quadratic in its length.
+  # What closes a sentence is looked at once, from its beginning: anything else takes a time
+  # quadratic in its length.
   "sentence": r"(?<![.!?\"'”’)\]*])[\"'”’)\]*]*+[.!?][.!?\"'”’)\]*]*+\s+|[。！？]+\s*|\n\s*",
 }
 
@@ -55,26 +56,30 @@ class TextConfig(TaskConfig):
 
   question: str = "question"
   answer: str = "answer"
-  """Names of fields; the answer may be a worked solution that states the answer, as GSM8K's are with `####`."""
+  """Names of fields; the answer may be a worked solution that states the answer,
+  as GSM8K's are with `####`."""
   verifier: str = door("number")
-  """`number`, `exact` or `choice` (see `verifiers`), `math` (formulas, by math-verify), or your own,
-  MODULE:FUNCTION or path/to/file.py:FUNCTION: called with the row of the data set and the completion
-  it gives a reward from 0 to 1, of which only 1 counts as correct, or a dict with a `reward` and
-  further numbers (see `judge`). If it raises, the run stops and can go on later.
+  """`number`, `exact` or `choice` (see `verifiers`), `math` (formulas, by math-verify), or your
+  own, MODULE:FUNCTION or path/to/file.py:FUNCTION: called with the row of the data set and the
+  completion it gives a reward from 0 to 1, of which only 1 counts as correct, or a dict with a
+  `reward` and further numbers (see `judge`). If it raises, the run stops and can go on later.
   Truncated completions are wrong; it never sees them."""
   verifier_seconds: float = 10.0
   """How long `math` or your own may take for a completion, which is otherwise not trained on."""
   thinking_end: str = ""
-  """Such as `</think>`: the verifier reads only what follows the last one, and nothing where there is none."""
+  """Such as `</think>`: the verifier reads only what follows the last one, and nothing
+  where there is none."""
   format: str = ""
   format_weight: float = 0.0
-  """Regular expression for a whole completion, without the white space around it (`.` matches line ends too), and the
-  share of the reward that it decides; correctness decides the rest, and accuracy never counts form."""
+  """Regular expression for a whole completion, without the white space around it (`.` matches line
+  ends too), and the share of the reward that it decides; correctness decides the rest, and accuracy
+  never counts form."""
   steps: str = "line"
   """`line`, `paragraph`, `sentence`, or a regular expression: a step ends where a match ends."""
   min_step_chars: int = 4
   max_steps: int = 32
-  """A shorter step, such as `1.` on a line of its own, joins the next one; steps beyond the most join the last."""
+  """A shorter step, such as `1.` on a line of its own, joins the next one;
+  steps beyond the most join the last."""
   tokenizer: str = ""
   """Folder or hub id of a tokenizer; empty is that of policy.pretrained."""
   prompt: str = "{question}"
@@ -150,7 +155,8 @@ class TextConfig(TaskConfig):
 
 
 class Text:
-  """The task. What is wrong with its data, tokenizer or verifier raises a UserError, here or in `problem`."""
+  """The task. What is wrong with its data, tokenizer or verifier raises a UserError, here
+  or in `problem`."""
 
   def __init__(self, config: TextConfig):
     self.config = config
@@ -184,8 +190,8 @@ class Text:
     return self._tokenizer
 
   def problem(self, split: str, index: int) -> Problem:
-    """Problem number `index`. Training goes through the data again and again, each time in an order of its own, which
-    depends on the seed in the index's upper bits (see `batch.collect`)."""
+    """Problem number `index`. Training goes through the data again and again, each time in an order
+    of its own, which depends on the seed in the index's upper bits (see `rollout.collect`)."""
     row = index
     if split == "train":
       seed, number = divmod(index, 2**32)
