@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from dca_jax import config as config_lib
+from dca_jax.commands.audit_page import write_page
 from dca_jax.commands.report import text_table
 from dca_jax.commands.review import review_patiently, reviewer_config
 from dca_jax.config import Config, ConfigError
@@ -191,7 +192,10 @@ def audit(source: Source, member: str, settings: Sequence[str], workdir: str, re
     "verdict": worth.verdict(measures.get("predicted_speedup"), measures.get("calibrated_gain")),
   }
   write_whole(folder / "audit.json", json.dumps(row, indent=2) + "\n")
-  return table(row, measures, judged)
+  sections = sectioned(measures)
+  verdict = _VERDICTS[str(row["verdict"])]
+  write_page(folder, f"dca-jax audit: {_title(row)}", verdict, sections, judged, pairs)
+  return table(row, sections, judged)
 
 
 _ALWAYS = ("role_accuracy", "kappa", "first_error_f1", "errors_in_wins", "predicted_speedup")
@@ -300,6 +304,7 @@ def costs(stats: Mapping[str, float], n: int, seconds: float) -> dict[str, float
 
 
 _SECTIONS = {
+  "reviews": ("usable",),
   "roles": ("role_accuracy", "kappa", "recall_", "precision_"),
   "errors": ("first_error", "no_error", "errors_in_wins"),
   "needless steps": ("needless", "applause"),
@@ -309,19 +314,31 @@ _SECTIONS = {
 }
 
 
-def table(row: Mapping[str, Any], measures: Mapping[str, Estimate], judged) -> str:
-  """The row for people."""
-  lines = [["usable", *_cells(measures["usable"])]]
-  for title, beginnings in _SECTIONS.items():
-    own = [(k, e) for k, e in measures.items() if k.startswith(beginnings)]
-    lines += [["", "", ""], [title, "", ""]] if own else []
-    lines += [[f"  {k.replace('_', ' ')}", *_cells(e)] for k, e in own]
-  counts = confusion([j for j in judged if usable(j.review) and j.case.labels]).sum(0).astype(int)
+def sectioned(measures: Mapping[str, Estimate]) -> dict[str, list[tuple[str, Estimate]]]:
+  """The measures under headings."""
+  return {
+    title: [(k, e) for k, e in measures.items() if k.startswith(beginnings)]
+    for title, beginnings in _SECTIONS.items()
+  }
+
+
+def _title(row: Mapping[str, Any]) -> str:
   who = " ".join(filter(None, (row["reviewer"], row["model"], row["settings"])))
-  parts = [
-    f"{who} on {row['n']} answers of {row['source']}, {row['steps']} steps",
-    text_table(["", "measured", "95 %"], lines),
-  ]
+  return f"{who} on {row['n']} answers of {row['source']}, {row['steps']} steps"
+
+
+def table(
+  row: Mapping[str, Any],
+  sections: Mapping[str, Sequence[tuple[str, Estimate]]],
+  judged: Sequence[Judged],
+) -> str:
+  """The row for people."""
+  lines: list[list[str]] = []
+  for title, own in sections.items():
+    lines += [["", "", ""]] * bool(lines and own) + [[title, "", ""]] * bool(own)
+    lines += [[f"  {k.replace('_', ' ')}", *_cells(e)] for k, e in own]
+  parts = [_title(row), text_table(["", "measured", "95 %"], lines)]
+  counts = confusion([j for j in judged if usable(j.review) and j.case.labels]).sum(0).astype(int)
   if counts.any():
     rows = [[f"{role} ({counts[i].sum()})", *map(str, counts[i])] for i, role in enumerate(ROLES)]
     parts.append(text_table(["true \\ said", *ROLES], rows))

@@ -73,6 +73,16 @@ def test_answers_are_sampled_once_and_the_same_every_time(start, tmp_path, capsy
   assert "rollout.temperature" in capsys.readouterr().err
 
 
+def test_the_page_shows_the_worst_with_both_verdicts_and_no_markup_of_theirs(start, tmp_path):
+  audited(start, tmp_path, "lexical")
+  page = (tmp_path / "audit.html").read_text()
+  assert "Worst judged" in page
+  assert ", truly error" in page
+  assert "<svg" in page
+  assert page.count("<script") == 0
+  assert "Worst judged" not in (start / "audit.html").read_text()  # The oracle's.
+
+
 def test_a_noisy_reviewer_and_one_asked_twice(start, tmp_path):
   row = audited(start, tmp_path, "noisy", "--config.reviewer.flip=0.2", "--repeat=0.5")
   assert row["settings"] == "flip=0.2"

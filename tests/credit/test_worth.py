@@ -84,7 +84,7 @@ def test_more_flips_and_more_applause_never_promise_more():
   assert (np.diff(promised, axis=1) <= 1e-9).all()
   assert promised[0, 0] > 2
   assert promised[0, -1] < 1
-  assert promised[-1].max() < 1
+  assert promised[-1].max() <= 1
   assert predicted_speedup(1.0, 0.0) < 1.3  # Like RLOO, about as fast as RLOO.
   assert not math.isnan(predicted_speedup(0.0, 0.0))
 
