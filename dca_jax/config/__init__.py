@@ -3,16 +3,14 @@ step."""
 
 from dca_jax.config.levels import build, load, read_recipe
 from dca_jax.config.saved import claim_workdir, difference, read_saved, saved_config
-from dca_jax.config.sections import CHOICES, Choice, check
+from dca_jax.config.sections import CHOICES
 from dca_jax.config.tree import Config, ConfigError, flatten, nested
 
 __all__ = [
   "CHOICES",
-  "Choice",
   "Config",
   "ConfigError",
   "build",
-  "check",
   "claim_workdir",
   "difference",
   "flatten",

@@ -35,6 +35,7 @@ PEAKS = {"v5e": (197e12, 0.82e12), "v6e": (918e12, 1.64e12), "v5p": (459e12, 2.7
 
 
 def main() -> None:
+  """Long, because most of it is the shapes and shardings that both programs are compiled for."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

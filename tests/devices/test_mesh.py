@@ -76,7 +76,8 @@ def largest_difference(a, b) -> float:
 
 
 def on_eight_devices() -> dict:
-  """Runs in the process with eight devices; returns what the tests look at."""
+  """Runs in the process with eight devices; returns what the tests look at. Long, because what is
+  compared shares one batch and its parameters."""
   rng = np.random.default_rng(0)
   batch = Batch(
     prompts_PxS=rng.integers(VOCAB, size=(P, S)).astype(np.int32),
