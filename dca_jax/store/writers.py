@@ -23,7 +23,8 @@ from dca_jax.doors import door, find, require
 from dca_jax.errors import reason
 from dca_jax.store.workdir import write_whole
 
-_IDS = "log_ids.json"  # In the workdir: the writers that know the run, and its id with each.
+_TOLD = "writers.json"  # In the workdir: of each writer the run's id there, and a step.
+_EVERY = 5.0  # seconds between notes of the step up to which a writer has surely heard all
 _FINISH = 30.0  # seconds that a run waits at its end for those who send over a network
 _STOPPED = 5.0  # seconds, where it was stopped or has failed
 _SAFE = "metrics.jsonl has everything"
@@ -50,8 +51,8 @@ class Writer(Protocol):
   package: ClassVar[str]
   """What has to be installed, which is an extra of that name; empty where nothing has."""
   waits: ClassVar[bool]
-  """Whether it may wait for a network: it is then called in a thread of its own, and is told of no
-  step twice."""
+  """Whether it may wait for a network: it is then called in a thread of its own, and is told of
+  every step, twice only of those just before a kill."""
 
   def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -191,27 +192,26 @@ class Writers:
   def __init__(self, log: Log, folder: pathlib.Path, done: int, rows: Sequence[dict[str, Any]]):
     """`rows` are those of metrics.jsonl that earlier processes wrote, also of steps after `done`,
     which are repeated."""
-    self._path, self._lock = log.workdir / _IDS, threading.Lock()
-    self._ids = _read_ids(self._path)
-    kept = [row for row in rows if row["step"] <= done]
+    self._path, self._lock = log.workdir / _TOLD, threading.Lock()
+    self._told = _read_told(self._path)
     name = f"{log.workdir.parent.name}/{log.workdir.name}"
     self._members = []
     for spec, kind in log.config.kinds().items():
-      met, own = spec in self._ids, self._ids.get(spec) or secrets.token_hex(4)
+      own, heard = self._told.get(spec, (secrets.token_hex(4), -1))
       about = About(name, own, log.config.project, log.settings, folder, done)
-      member = _Member(spec, functools.partial(self._opened, spec, kind, about), kind.waits)
-      for row in kept if kind.waits and not met else ():  # It came while the run was under way.
-        member.log(row["step"], {key: value for key, value in row.items() if key != "step"})
-      member.told = {row["step"]: row.keys() for row in (rows if kind.waits and met else kept)}
+      note = functools.partial(self._note, spec, own) if kind.waits else None
+      member = _Member(spec, functools.partial(kind, about), heard, note)
+      heard = heard if kind.waits else done
+      member.told = {row["step"]: row.keys() for row in rows if row["step"] <= heard}
+      for row in rows:
+        if heard < row["step"] <= done:  # It came later than the run, or was cut off.
+          member.log(row["step"], {key: value for key, value in row.items() if key != "step"})
       self._members.append(member)
 
-  def _opened(self, spec: str, kind: Callable[[About], Writer], about: About) -> Writer:
-    writer = kind(about)
-    if writer.waits:
-      with self._lock:
-        self._ids[spec] = about.id
-        write_whole(self._path, json.dumps(self._ids) + "\n")
-    return writer
+  def _note(self, spec: str, own: str, step: int) -> None:
+    with self._lock:
+      self._told[spec] = own, step
+      write_whole(self._path, json.dumps(self._told) + "\n")
 
   def log(self, step: int, metrics: Mapping[str, float]) -> None:
     for member in self._members:
@@ -229,27 +229,52 @@ class Writers:
 class _Member:
   """A writer and, if it may wait, the thread in which it is called."""
 
-  def __init__(self, name: str, make: Callable[[], Writer], waits: bool):
+  def __init__(
+    self,
+    name: str,
+    make: Callable[[], Writer],
+    heard: int,
+    note: Callable[[int], None] | None,
+  ):
+    """`note` keeps the step up to which one that may wait has heard all, which is `heard` now."""
     self.told: Mapping[int, Collection[str]] = {}
     """What it has heard of the steps from an earlier process."""
     self._name, self._failed = name, False
+    self._heard, self._sure, self._note, self._noted = heard, heard, note, 0.0
     self._writer: Any = None
     self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-    self._thread = threading.Thread(target=self._work, daemon=True) if waits else None
+    self._thread = threading.Thread(target=self._work, daemon=True) if note else None
     if self._thread:
       self._thread.start()
     self._do(functools.partial(self._open, make))
 
   def _open(self, make: Callable[[], Writer]) -> None:
     self._writer = make()
+    self._keep(self._heard)
+
+  def _keep(self, step: int) -> None:
+    if self._note and not self._failed:
+      self._note(step)
+    self._noted = time.monotonic()
+
+  def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+    self._writer.log(step, metrics)
+    self._heard = max(self._heard, step)
+    if time.monotonic() > self._noted + _EVERY:
+      self._keep(self._sure)  # It may hold back for a moment what it has just heard.
+      self._sure = self._heard
+
+  def _close(self) -> None:
+    self._writer.close()
+    self._keep(self._heard)
 
   def log(self, step: int, metrics: Mapping[str, float]) -> None:
     told = self.told.get(step, ())
     if new := {key: value for key, value in metrics.items() if key not in told}:
-      self._do(lambda: self._writer.log(step, new))
+      self._do(functools.partial(self._log, step, new))
 
   def close(self) -> None:
-    self._do(lambda: self._writer.close())
+    self._do(self._close)
 
   def wait(self, end: float) -> None:
     """Returns when it is closed, or at the time `end`."""
@@ -283,10 +308,11 @@ class _Member:
       print(f"warning: log.to: {said}; {_SAFE}", file=sys.stderr)
 
 
-def _read_ids(path: epath.Path) -> dict[str, str]:
+def _read_told(path: epath.Path) -> dict[str, tuple[str, int]]:
   """Empty where it is damaged too: the run is then a new one there."""
   try:
-    ids = json.loads(path.read_text())
-    return {name: own for name, own in ids.items() if isinstance(own, str)}
-  except (OSError, ValueError, AttributeError):
+    return {
+      spec: (str(own), int(step)) for spec, (own, step) in json.loads(path.read_text()).items()
+    }
+  except (OSError, ValueError, TypeError, AttributeError):
     return {}

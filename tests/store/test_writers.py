@@ -111,7 +111,7 @@ def test_a_run_that_goes_on_is_the_same_run_with_every_row_once(workdir, name):
   report(workdir, 0, range(5), name)
   report(workdir, 3, [4, 5], name, scores={"eval/greedy": 0.5})
   ((own, *said),), rows = SENT[name](workdir)
-  assert own == json.loads((workdir / "log_ids.json").read_text())[name]
+  assert own == json.loads((workdir / "writers.json").read_text())[name][0]
   assert said == ["words", "runs/one", str(SETTINGS)]
   plain = [{"step": step, "train/x": step / 4, "train/y": 1e-9} for step in range(6)]
   assert [row for row in rows if "eval/greedy" not in row] == plain
@@ -202,6 +202,42 @@ def test_a_package_that_is_missing_is_said_before_anything_is_opened(tmp_path, m
 def test_what_cannot_be_meant_is_refused(changes, said):
   with pytest.raises(ConfigError, match=said):
     tiny.make_config(changes)
+
+
+class Late(Failing):
+  """A writer that was not open yet when its process was killed."""
+
+  waits, at, opens = True, "", threading.Event()
+
+  def __init__(self, run):
+    self.opens.wait()
+    self.told.append(run.id)
+
+
+def test_what_a_killed_run_had_not_told_is_told_by_the_next(workdir, monkeypatch):
+  monkeypatch.setattr(Late, "told", [])
+  monkeypatch.setattr("dca_jax.store.writers._FINISH", 0.1)
+  report(workdir, 0, range(4), name := f"{__name__}:Late")
+  assert not (workdir / "writers.json").exists()
+  Late.opens.set()
+  while not Late.told:  # Here that process is still alive, and nobody listens to it any more.
+    time.sleep(0.01)
+  monkeypatch.setattr("dca_jax.store.writers._FINISH", 60.0)
+  Late.told.clear()
+  report(workdir, 2, [3, 4], name)
+  own, *heard = Late.told
+  assert heard == [*(("log", step) for step in range(5)), ("close",)]
+  assert json.loads((workdir / "writers.json").read_text()) == {name: [own, 4]}
+  # What it has heard of a step that is repeated, it does not hear again.
+  Late.told.clear()
+  report(workdir, 3, [4, 5], name)
+  assert Late.told == [own, ("log", 5), ("close",)]
+  # A damaged note makes it a new run there.
+  (workdir / "writers.json").write_text('{"x": 1')
+  Late.told.clear()
+  report(workdir, 5, [6], name)
+  assert Late.told[0] != own
+  assert Late.told[1:] == [*(("log", step) for step in range(7)), ("close",)]
 
 
 def test_a_run_writes_to_all_of_them_what_metrics_jsonl_has(workdir):
