@@ -20,6 +20,12 @@ _POTENTIAL = {"credit.scheme": "potential", "credit.discount": 0.0}
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
   "weighted": {"learner.lr": 1.5e-3},
+  "calibrated": {
+    "spot.share": 0.05,
+    "spot.first": 2,
+    "spot.answers": 2,
+    "learner.lr": 1.5e-3,
+  },
   "noisy": {
     "credit.scheme": "weighted",
     "reviewer.name": "noisy",

@@ -74,21 +74,20 @@ class Programs:
 
     overlap = bool(config.reviewer.overlap)
 
-    def new_state(params: Any, head: Any) -> learner.TrainState:
-      return learner.init_state(
-        optimizer, params, head, jax.tree.map(jnp.copy, params) if overlap else None
-      )
+    def new_state(params: Any, head: Any, credit: Any) -> learner.TrainState:
+      behind = jax.tree.map(jnp.copy, params) if overlap else None
+      return learner.init_state(optimizer, params, head, behind, credit)
 
     self.init_params = jax.jit(
       lambda key: nn.unbox(policy.init_params(key)), out_shardings=self.param_shardings
     )
-    self.init_state = jax.jit(
-      new_state, out_shardings=mesh.state_shardings(devices, policy, optimizer, head, overlap)
-    )
+    credit = config.credit.begin()
+    shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap, credit)
+    self.init_state = jax.jit(new_state, out_shardings=shardings)
     # The shape of what a jitted function returns knows its sharding.
     self.start = jax.eval_shape(self.init_params, jax.random.key(0))
     frozen, trained = split(self.start)
-    self.state = jax.eval_shape(self.init_state, trained, head)
+    self.state = jax.eval_shape(self.init_state, trained, head, credit)
     check_fits([self.state, frozen, trained if config.learner.reference else ()])
 
 
@@ -196,7 +195,7 @@ def _opened(
     frozen, trained = split(start)
     done, state = restored or (
       0,
-      programs.init_state(copy(trained), put(head, programs.everywhere)),
+      programs.init_state(copy(trained), *put((head, config.credit.begin()), programs.everywhere)),
     )
     reference = _reference(config, programs, start)
     trainer = Trainer(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,11 +54,15 @@ def train_step(t: Trainer, step: int) -> Measured:
     del params, policy  # A layout of its own would take memory while gradients do.
     clock.lap("review")
 
-    rewards_PxG = rollout.rewards_B.reshape(-1, t.config.rollout.group)
+    rollout = rollout._replace(episodes=reviewed(rollout.episodes, reviews))
+    kept, group = jax.device_get(t.state.credit), t.config.rollout.group
+    facts = t.scheme.facts(kept, rollout.episodes, group, rollout.step_ids_BxT.shape[1])
+    rewards_PxG = rollout.rewards_B.reshape(-1, group)
     said = ReviewArrays.of(reviews, rollout.step_ids_BxT)
-    rewards_PxG, truncated_B, said = put((rewards_PxG, rollout.truncated_B, said), t.rows)
+    given = put((rewards_PxG, rollout.truncated_B, said, facts), t.rows)
+    rewards_PxG, truncated_B, said, facts = given
     said, memory = t.values.read(t.policy, t.state.value_head, t.whole(t.state.params), batch, said)
-    advantages = assign_credit(t.scheme, rewards_PxG, batch.sampled_BxT, truncated_B, said)
+    advantages = assign_credit(t.scheme, rewards_PxG, batch.sampled_BxT, truncated_B, said, facts)
     batch = batch._replace(advantages_BxT=advantages.tokens_BxT)
 
     t.check_held()
@@ -75,12 +80,16 @@ def train_step(t: Trainer, step: int) -> Measured:
     clock.lap("update")
 
   mine = tally(t.scheme, rollout, asked, credited, reviewer_metrics(t, step), clock)
+  evidence = t.scheme.evidence(kept, rollout.episodes, group)
   # The one place in a step where processes hear of each other's samples, apart from the arrays.
-  told = gather("metrics", [mine, t.reviewer.problem(), t.stops.reason])
+  told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
+  tallies, evidences, problems, reasons = zip(*told, strict=True)
+  kept, found = t.scheme.learn(kept, evidences)
+  t.state = t.state._replace(credit=put(kept, t.programs.everywhere))
   return Measured(
-    merge([Tally(*said) for said, _, _ in told]) | numbers,
-    next((problem for _, problem, _ in told if problem), None),
-    next((reason for _, _, reason in told if reason), ""),
+    merge([Tally(*said) for said in tallies]) | numbers | found,
+    next(filter(None, problems), None),
+    next(filter(None, reasons), ""),
   )
 
 
@@ -119,13 +128,18 @@ def on_devices(t: Trainer, rollout: Rollout) -> Batch:
 def spot_checked(t: Trainer, step: int, params: Any, rollout: Rollout) -> tuple[Rollout, int]:
   """The batch with its spot checks, and the tokens they took."""
   policy = Continues(t.sampler, params, further_key(t, step, 2**31), t.task, t.tokenizer)
-  return measured(t.config.spot, t.config.seed, policy, rollout)
+  return measured(t.config.spot, t.config.seed, step, policy, rollout)
 
 
 def reviews_of(t: Trainer, asked: Asked) -> list[Review]:
   deadline = t.config.reviewer.deadline
   t.stops.phase("reviews", seconds=deadline)
   return t.stops.wait(functools.partial(wait_for_reviews, asked, deadline), then="values")
+
+
+def reviewed(episodes: Sequence[Episode], reviews: Sequence[Review]) -> list[Episode]:
+  pairs = zip(episodes, reviews, strict=True)
+  return [dataclasses.replace(episode, review=review) for episode, review in pairs]
 
 
 def update(t: Trainer, batch: Batch) -> dict[str, jax.Array]:

@@ -34,7 +34,8 @@ SETTINGS = {
 # As many of the things that could go out of step between two processes as fit into one run. Tests
 # share these settings and the ones above, because compiling an update takes longer than running it.
 EVERYTHING = {
-  "credit.scheme": "weighted",
+  "credit.scheme": "calibrated",
+  "spot.share": 0.5,
   "reviewer.name": "noisy",
   "learner.loss": "ppo",
   "learner.updates_per_batch": 2,

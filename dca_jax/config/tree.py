@@ -71,6 +71,12 @@ class Config:
       )
     elif missing := self._lacks:
       bad["reviewer.name"] = missing
+    if self.credit.needs_checks:
+      scheme = f"credit.scheme '{self.credit.scheme}'"
+      if not self.spot.share:
+        bad["spot.share"] = f"must be above 0 with {scheme}, which learns from spot checks"
+      if not self.value.from_reviewer:
+        bad["value.source"] = f"must be 'reviewer' with {scheme}"
     if "demonstrations" not in self.task.offers:
       for key in (*_WARM, "reviewer.canary_every"):
         if operator.attrgetter(key)(self):
@@ -94,7 +100,8 @@ class Config:
     if self._unheard:
       return f"is '{self.reviewer.name}', so {scheme} would be uniform; choose a reviewer"
     for member in self.reviewer.members:
-      if missing := self._wanted - member.gives_of(self.task.offers):
+      missing = self._wanted - member.gives_of(self.task.offers)
+      if missing and not (self.credit.reads_either and missing < self._wanted):
         what = "prefix values" if "values" in missing else "roles"
         who = (
           f"is '{member.name}', which" if member is self.reviewer else f"asks {member.name}, which"

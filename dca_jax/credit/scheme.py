@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dca_jax.checks import one_of
-from dca_jax.episode import ROLES, Review
+from dca_jax.episode import ROLES, Episode, Review
 
 Array = jax.Array | np.ndarray
 
@@ -64,6 +64,8 @@ class Given(typing.NamedTuple):
   """`expected(x_BxT, counts_B)`: for each sampled token the mean of x over the other episodes of
   its group, at the same share of their sampled tokens; over those where `counts_B`, and 0 where
   there is none."""
+  facts: typing.Any = None
+  """What `Scheme.facts` made of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,8 @@ class Scheme:
   """
 
   scheme: str = ""
-  """`uniform`, `weighted`, `signed`, `return_to_go`, `potential`, or, for comparison, `capo`; or
-  your own, MODULE:CLASS."""
+  """`uniform`, `calibrated`, `weighted`, `signed`, `return_to_go`, `potential`, or, for comparison,
+  `capo`; or your own, MODULE:CLASS."""
   baseline: str = "leave_one_out"
   """What is subtracted from a reward: the mean of the group's other rewards (Kool et al. 2019,
   Ahmadian et al. 2024), or the whole group's `mean` (Shao et al. 2024)."""
@@ -94,6 +96,10 @@ class Scheme:
   """Whether the sum over an episode is its mass, whatever the review says."""
   idle_when_equal: ClassVar[bool] = False
   """Whether a review moves nothing in a group whose rewards are all equal."""
+  reads_either: ClassVar[bool] = False
+  """Whether one of what it `reads` is enough."""
+  needs_checks: ClassVar[bool] = False
+  """Whether it learns from spot checks."""
   least_steps: ClassVar[int] = 2
   """Of an episode with fewer steps a review moves nothing."""
   ignores: ClassVar[tuple[str, ...]] = ()
@@ -106,6 +112,27 @@ class Scheme:
 
   def unused(self) -> dict[str, str]:
     return dict.fromkeys(self.ignores, f"credit.scheme is '{self.scheme}'")
+
+  def begin(self) -> typing.Any:
+    """What training keeps for the scheme at the start, a pytree of arrays; None where it keeps
+    nothing. It is saved with every checkpoint."""
+    return None
+
+  def facts(
+    self, state: typing.Any, episodes: Sequence[Episode], group: int, most: int
+  ) -> typing.Any:
+    """What `__call__` finds as `given.facts`: arrays with a row for each episode, made on the host
+    from what training keeps and from the reviewed episodes, `group` after `group`, which have at
+    most `most` steps. Their shapes depend on these numbers alone."""
+    return None
+
+  def evidence(self, state: typing.Any, episodes: Sequence[Episode], group: int) -> typing.Any:
+    """What `learn` wants to know of this process's part of a batch: something that JSON can hold."""
+    return None
+
+  def learn(self, state: typing.Any, evidence: Sequence[typing.Any]) -> tuple[typing.Any, dict]:
+    """What training keeps from now on, and metrics; from the `evidence` of every process."""
+    return state, {}
 
   def __call__(self, given: Given) -> jax.Array:
     """The advantage of every token, [B, T]; what it says of tokens that were not sampled is not
@@ -130,6 +157,7 @@ def token_advantages(
   sampled_BxT: jax.Array,
   truncated_B: jax.Array,
   review: ReviewArrays,
+  facts: typing.Any = None,
 ) -> jax.Array:
   """The advantage of every token, [B, T] in float32; 0 where a token was not sampled.
 
@@ -142,16 +170,39 @@ def token_advantages(
     advantages_B = advantages_B * (sampled_BxT.shape[1] / jnp.maximum(counts_B, 1))
   review = _sanitised(scheme, sampled_BxT, review)
   expected = functools.partial(_others_mean, scheme.baseline, rewards_PxG.shape[1], sampled_BxT)
-  given = Given(rewards_PxG.reshape(-1), advantages_B, sampled_BxT, truncated_B, review, expected)
+  rewards_B = rewards_PxG.reshape(-1)
+  given = Given(rewards_B, advantages_B, sampled_BxT, truncated_B, review, expected, facts)
   said_BxT = jnp.where(review.ok_B[:, None], scheme(given), advantages_B[:, None])
   return jnp.where(sampled_BxT, said_BxT, 0.0)
+
+
+def spread(lam: float, cap: float, given: Given, intensity_BxT: jax.Array) -> jax.Array:
+  """A_i * (1 + lam * (w_t - 1)), with w_t the intensity scaled so that the w_t sum to T_i; A_i where
+  all intensities of an episode are equal. Where a multiplier would exceed `cap`, all of the
+  episode's contrast is shrunk until none does, so the sum stays."""
+  advantages_B, sampled_BxT = given.advantages_B, given.sampled_BxT
+  peak_B = intensity_BxT.max(1)
+  says_nothing_B = all_equal(intensity_BxT, sampled_BxT) | (peak_B < 1e-6)
+  intensity_BxT /= jnp.where(says_nothing_B, 1.0, peak_B)[:, None]
+  counts_B = jnp.maximum(sampled_BxT.sum(1), 1)
+  mean_B = jnp.where(says_nothing_B, 1.0, intensity_BxT.sum(1) / counts_B)
+  excess_BxT = jnp.where(says_nothing_B[:, None], 0.0, intensity_BxT / mean_B[:, None] - 1.0)
+  most_B = jnp.where(sampled_BxT, excess_BxT, 0.0).max(1)
+  contrast_B = jnp.minimum(lam, (cap - 1) / jnp.where(most_B > 0, most_B, 1.0))
+  return advantages_B[:, None] * (1.0 + contrast_B[:, None] * excess_BxT)
+
+
+def all_equal(x_BxT: jax.Array, sampled_BxT: jax.Array) -> jax.Array:
+  """Whether x is the same for all sampled tokens of an episode, [B]."""
+  largest_B = jnp.where(sampled_BxT, x_BxT, -jnp.inf).max(1)
+  return largest_B == jnp.where(sampled_BxT, x_BxT, jnp.inf).min(1)
 
 
 def _sanitised(scheme: Scheme, sampled_BxT: jax.Array, review: ReviewArrays) -> ReviewArrays:
   """The review without weights that are no numbers, and `ok_B` false where what the scheme reads
   cannot be used."""
   sane_BxK = (review.weights_BxK >= 0) & (review.weights_BxK <= 1000)  # false for NaN too
-  if "values" in scheme.reads:
+  if "values" in scheme.reads and not scheme.reads_either:
     readable_BxK = (review.values_BxK >= 0) & (review.values_BxK <= 1)
     readable_BxT = jnp.take_along_axis(readable_BxK, review.step_ids_BxT, 1)
     usable_B = (sampled_BxT & readable_BxT).any(1)
@@ -200,6 +251,7 @@ def assign_credit(
   sampled_BxT: jax.Array,
   truncated_B: jax.Array,
   review: ReviewArrays,
+  facts: typing.Any = None,
 ) -> Advantages:
-  tokens_BxT = token_advantages(scheme, rewards_PxG, sampled_BxT, truncated_B, review)
+  tokens_BxT = token_advantages(scheme, rewards_PxG, sampled_BxT, truncated_B, review, facts)
   return Advantages(group_advantages(scheme, rewards_PxG), tokens_BxT)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dca_jax.checks import at_least, between
-from dca_jax.credit.scheme import Given, ReviewArrays, Scheme
+from dca_jax.credit.calibrated import Calibrated
+from dca_jax.credit.scheme import Given, ReviewArrays, Scheme, all_equal, spread
 from dca_jax.episode import ROLES
 
 
@@ -91,19 +92,10 @@ class Weighted(Scheme):
     return bad | ({"cap": "must be at least 1, which is uniform"} if self.cap < 1 else {})
 
   def __call__(self, given: Given) -> jax.Array:
-    advantages_B, sampled_BxT = given.advantages_B, given.sampled_BxT
     credit_BxT = _intensity(self.credit, given)
     blame_BxT = _blame(self.blame, self.blame_truncated, given)
-    intensity_BxT = jnp.where((advantages_B >= 0)[:, None], credit_BxT, blame_BxT)
-    peak_B = intensity_BxT.max(1)
-    says_nothing_B = _all_equal(intensity_BxT, sampled_BxT) | (peak_B < 1e-6)
-    intensity_BxT /= jnp.where(says_nothing_B, 1.0, peak_B)[:, None]
-    counts_B = jnp.maximum(sampled_BxT.sum(1), 1)
-    mean_B = jnp.where(says_nothing_B, 1.0, intensity_BxT.sum(1) / counts_B)
-    excess_BxT = jnp.where(says_nothing_B[:, None], 0.0, intensity_BxT / mean_B[:, None] - 1.0)
-    most_B = jnp.where(sampled_BxT, excess_BxT, 0.0).max(1)
-    contrast_B = jnp.minimum(self.lam, (self.cap - 1) / jnp.where(most_B > 0, most_B, 1.0))
-    return advantages_B[:, None] * (1.0 + contrast_B[:, None] * excess_BxT)
+    won_Bx1 = (given.advantages_B >= 0)[:, None]
+    return spread(self.lam, self.cap, given, jnp.where(won_Bx1, credit_BxT, blame_BxT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +131,7 @@ class Signed(Scheme):
     sampled_BxT = given.sampled_BxT
     blame_BxT = _blame(self.blame, self.blame_truncated, given)
     score_BxT = _intensity(self.credit, given) - blame_BxT
-    says_nothing_B = _all_equal(score_BxT, sampled_BxT)
+    says_nothing_B = all_equal(score_BxT, sampled_BxT)
     d_BxT = _centred(score_BxT, sampled_BxT & ~says_nothing_B[:, None])
     # Again: scores can lie closer together than their mean is exact.
     d_BxT = _centred(d_BxT, sampled_BxT)
@@ -273,7 +265,7 @@ class Capo(Scheme):
 
 
 SCHEMES: dict[str, type[Scheme]] = {
-  cls.scheme: cls for cls in (Uniform, Weighted, Signed, ReturnToGo, Potential, Capo)
+  cls.scheme: cls for cls in (Uniform, Calibrated, Weighted, Signed, ReturnToGo, Potential, Capo)
 }
 
 
@@ -293,8 +285,3 @@ def _blame(blame: RoleTable, blame_truncated: RoleTable, given: Given) -> jax.Ar
 def _centred(x_BxT: jax.Array, sampled_BxT: jax.Array) -> jax.Array:
   mean_B = x_BxT.sum(1, where=sampled_BxT) / jnp.maximum(sampled_BxT.sum(1), 1)
   return jnp.where(sampled_BxT, x_BxT - mean_B[:, None], 0.0)
-
-
-def _all_equal(x_BxT: jax.Array, sampled_BxT: jax.Array) -> jax.Array:
-  largest_B = jnp.where(sampled_BxT, x_BxT, -jnp.inf).max(1)
-  return largest_B == jnp.where(sampled_BxT, x_BxT, jnp.inf).min(1)

@@ -166,6 +166,7 @@ def state_shardings(
   optimizer: optax.GradientTransformation,
   value_head=None,
   behind: bool = False,
+  credit=None,
 ) -> TrainState:
   """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
 
@@ -179,8 +180,8 @@ def state_shardings(
     params,
     transform_non_params=lambda _: replicated(mesh),
   )
-  head = jax.tree.map(lambda _: replicated(mesh), value_head)
-  return TrainState(params, opt_state, head, params if behind else None)
+  head, kept = jax.tree.map(lambda _: replicated(mesh), (value_head, credit))
+  return TrainState(params, opt_state, head, params if behind else None, kept)
 
 
 def param_shapes(policy: Policy):

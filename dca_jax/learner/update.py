@@ -21,13 +21,15 @@ class TrainState(typing.NamedTuple):
   value_head: typing.Any = None
   behind: typing.Any = None
   """The parameters one step ago, where batches are sampled one step ahead."""
+  credit: typing.Any = None
+  """What the credit scheme keeps."""
 
 
 def init_state(
-  optimizer: optax.GradientTransformation, params, value_head=None, behind=None
+  optimizer: optax.GradientTransformation, params, value_head=None, behind=None, credit=None
 ) -> TrainState:
   moments = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
-  return TrainState(params, moments, value_head, behind)
+  return TrainState(params, moments, value_head, behind, credit)
 
 
 def apply_rounded(params, changes, count: jax.Array):

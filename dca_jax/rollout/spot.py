@@ -1,14 +1,14 @@
-"""Spot checks: what a step did for the outcome, measured by the policy itself.
+"""Spot checks: what the steps of an episode did for the outcome, measured by the policy itself.
 
-The policy goes on from before a step and from after it, and the verifier judges where it ends. The
-difference of success is an unbiased measurement of the step's advantage, with much noise. No text
-can talk it into anything, and it knows nothing of the rest of the episode that the step was taken
-from.
+The policy goes on from every step boundary of some episodes, and the verifier judges where it ends.
+The difference of success from before a step to after it is an unbiased measurement of the step's
+advantage, with much noise. No text can talk it into anything, and it knows nothing of the rest of
+the episode that the step was taken from. Neighbouring steps share the boundary between them, so
+measuring whole episodes takes half as many answers as measuring scattered steps.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,65 +23,57 @@ class SpotConfig:
   """The `spot` section."""
 
   share: float = 0.0
-  """Chance that a step is measured, of the steps that credit can move: those of episodes with
-  several, in groups whose rewards differ. 0 measures none."""
+  """Chance that an episode's steps are measured, of the episodes that credit can move: those with
+  several steps, in groups whose rewards differ. 0 measures none."""
+  first: int = 0
+  """In so many training steps, the first ones of a run, all of these episodes are measured, so that
+  what is learnt from checks is known soon."""
   answers: int = 1
-  """Answers sampled from before a step, and as many from after it."""
+  """Answers sampled from each step boundary."""
 
   def check(self) -> dict[str, str]:
-    return between(0, 1, self, "share") | at_least(1, self, "answers")
+    return between(0, 1, self, "share") | at_least(1, self, "answers") | at_least(0, self, "first")
 
   def unused(self) -> dict[str, str]:
-    return {} if self.share else {"answers": "spot.share is 0"}
+    return {} if self.share else dict.fromkeys(("first", "answers"), "spot.share is 0")
 
 
-class Place(NamedTuple):
-  """A step of a batch."""
-
-  episode: int
-  step: int
-
-
-def chosen(config: SpotConfig, seed: int, episodes: Sequence[Episode], group: int) -> list[Place]:
-  """The steps to measure, known before anything is reviewed: a function of the seed, of what the
+def chosen(share: float, seed: int, episodes: Sequence[Episode], group: int) -> list[int]:
+  """The episodes to measure, known before anything is reviewed: a function of the seed, of what an
   episode is called, and of the outcomes."""
-  places = []
+  drawn = []
   for i, episode in enumerate(episodes):
     first = i // group * group
     rewards = {other.outcome.reward for other in episodes[first : first + group]}
     if episode.trained and len(episode.steps) > 1 and len(rewards) > 1:
       dice = np.random.default_rng([seed, *episode.id.encode()])
-      drawn = np.flatnonzero(dice.random(len(episode.steps)) < config.share)
-      places += [Place(i, int(k)) for k in drawn]
-  return places
+      drawn += [i] if dice.random() < share else []
+  return drawn
 
 
 def measured(
-  config: SpotConfig, seed: int, policy: Continues, rollout: Rollout
+  config: SpotConfig, seed: int, step: int, policy: Continues, rollout: Rollout
 ) -> tuple[Rollout, int]:
-  """The batch with its spot checks, and how many tokens were generated for them.
+  """The batch of `step` with its spot checks, and how many tokens were generated for them.
 
-  A prefix that several steps share is continued once. Where the verifier has no verdict on one
+  A prefix that several episodes share is continued once. Where the verifier has no verdict on one
   side of a step, the step is not measured.
   """
   episodes = [*rollout.episodes]
   group = len(episodes) // len(rollout.prompt_lengths_P)
-  places = chosen(config, seed, episodes, group)
+  share = 1.0 if step <= config.first else config.share
+  drawn = chosen(share, seed, episodes, group)
   numbers: dict[Prefix, int] = {}
-
-  def number(i: int, length: int) -> int:
-    return numbers.setdefault(Prefix.of(rollout, i // group, i, length), len(numbers))
-
-  sides = []
-  for i, k in places:
-    here, *later = episodes[i].steps[k : k + 2]
-    sides.append((number(i, here.start), number(i, later[0].start) if later else None))
+  places = {}
+  for i in drawn:
+    prefixes = [Prefix.of(rollout, i // group, i, step.start) for step in episodes[i].steps]
+    places[i] = [numbers.setdefault(prefix, len(numbers)) for prefix in prefixes]
   outcomes, generated = continued(policy, rollout, [*numbers], config.answers)
-  for (i, k), (before, after) in zip(places, sides, strict=True):
-    ended = outcomes[after] if after is not None else [episodes[i].outcome] * config.answers
-    check = Check(_rewards(outcomes[before]), _rewards(ended))
-    if all(check):
-      episodes[i] = dataclasses.replace(episodes[i], checks={**episodes[i].checks, k: check})
+  for i in drawn:
+    ends = [_rewards(outcomes[n]) for n in places[i]]
+    ends.append(_rewards([episodes[i].outcome] * config.answers))
+    checks = {k: Check(*ends[k : k + 2]) for k in range(len(places[i])) if all(ends[k : k + 2])}
+    episodes[i] = dataclasses.replace(episodes[i], checks=checks)
   return rollout._replace(episodes=episodes), generated
 
 

@@ -43,7 +43,9 @@ CONFIGS = [
 def advantages_of(config, rewards, lengths, truncated, review):
   """The advantages of episodes that are sampled from their beginning up to their length."""
   sampled = jnp.arange(np.shape(review.step_ids_BxT)[1]) < jnp.asarray(lengths)[:, None]
-  return token_advantages(config, rewards, sampled, truncated, review)
+  # Of `calibrated`: as if that were what steps of each role have been worth.
+  facts = 1.0 / (1.0 + jnp.asarray(review.roles_BxK))
+  return token_advantages(config, rewards, sampled, truncated, review, facts)
 
 
 _jitted = jax.jit(advantages_of, static_argnums=0)
@@ -379,7 +381,8 @@ def test_what_is_reported_as_unused_is_all_that_is_unused():
   changes |= {"discount": 0.5, "log_epsilon": 0.1, "penalty": 0.1, "credit": table, "blame": table}
   changes |= {"blame_truncated": table}
   known = {field.name for kind in SCHEMES.values() for field in dataclasses.fields(kind)}
-  assert {"scheme", "baseline", *changes} == known
+  # These decide what is learnt, in test_calibrated.py.
+  assert {"scheme", "baseline", "keep", "doubt", *changes} == known
   batch = _batch(9, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
   batch["truncated"][:] = np.arange(B) % 4 == 3
   batch["lengths"][:] = T - 2

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from test_prefixes import CONFIG, END_IDS, POLICY, ROWS, TASK, TOKENIZER, Batch, T
 
-from dca_jax.episode import Check, Episode, Outcome
+from dca_jax.episode import Check, Episode, Outcome, Review
 from dca_jax.loop import train
 from dca_jax.rollout import Sampler
 from dca_jax.rollout.prefixes import Continues, monte_carlo
@@ -34,31 +34,30 @@ def policy(batch: Batch, key: int = 3) -> Continues:
   return Continues(sampler, batch.params, jax.random.key(key), TASK, TOKENIZER)
 
 
-def places(batch: Batch, share: float, seed: int = 0, group: int = 4):
-  return [tuple(p) for p in chosen(SpotConfig(share), seed, batch.episodes, group)]
+def drawn(batch: Batch, share: float, seed: int = 0):
+  return chosen(share, seed, batch.episodes, 4)
 
 
-def test_steps_of_mixed_groups_are_drawn_by_what_an_episode_is_called():
+def test_episodes_of_mixed_groups_are_drawn_by_what_they_are_called():
   batch = named(Batch(1, texts=TEXTS), [1.0, 0.0, 0.0, 0.0])
-  every = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
-  assert places(batch, 1.0) == every
-  assert places(batch, 0.0) == []
-  draws = {seed: places(batch, 0.5, seed) for seed in range(200)}
-  assert draws == {seed: places(batch, 0.5, seed) for seed in range(200)}
-  assert abs(np.mean([len(d) for d in draws.values()]) - 4) < 4 * np.sqrt(8 / 4 / 200)
+  assert drawn(batch, 1.0) == [0, 1, 2]  # The last one has a single step.
+  assert drawn(batch, 0.0) == []
+  draws = {seed: drawn(batch, 0.5, seed) for seed in range(200)}
+  assert draws == {seed: drawn(batch, 0.5, seed) for seed in range(200)}
+  assert abs(np.mean([len(d) for d in draws.values()]) - 1.5) < 4 * np.sqrt(3 / 4 / 200)
   # What it says and how it was reviewed decide nothing, and neither does its place in the batch.
   first = batch.episodes[0]
-  said = [s._replace(text="check: " + s.text) for s in first.steps]
-  batch.episodes[0] = dataclasses.replace(first, steps=tuple(said))
-  assert all(places(batch, 0.5, seed) == draws[seed] for seed in range(20))
+  said = tuple(s._replace(text="check: " + s.text) for s in first.steps)
+  praise = Review("ok", ("necessary",) * 3, (3.0,) * 3)
+  batch.episodes[0] = dataclasses.replace(first, steps=said, review=praise)
+  assert all(drawn(batch, 0.5, seed) == draws[seed] for seed in range(20))
   batch.episodes = [batch.episodes[i] for i in (1, 0, 2, 3)]
   swapped = {0: 1, 1: 0, 2: 2}
   for seed in range(20):
-    assert {(swapped[i], k) for i, k in places(batch, 0.5, seed)} == set(draws[seed])
-  assert places(named(batch, [1.0] * 4), 1.0) == []
-  untrained = [dataclasses.replace(e, trained=False) for e in batch.episodes]
-  batch.episodes = untrained
-  assert places(named(batch, [1.0, 0, 0, 0]), 1.0) == []
+    assert {swapped[i] for i in drawn(batch, 0.5, seed)} == set(draws[seed])
+  assert drawn(named(batch, [1.0] * 4), 1.0) == []
+  batch.episodes = [dataclasses.replace(e, trained=False) for e in batch.episodes]
+  assert drawn(named(batch, [1.0, 0, 0, 0]), 1.0) == []
 
 
 def test_a_check_is_the_difference_of_the_values_on_both_sides():
@@ -66,7 +65,7 @@ def test_a_check_is_the_difference_of_the_values_on_both_sides():
   step ends in the outcome itself."""
   n = 256
   batch = named(Batch(1, texts=TEXTS), [1.0, 0.0, 0.0, 0.0])
-  checked, generated = measured(SpotConfig(1.0, n), 0, policy(batch), batch.rollout)
+  checked, generated = measured(SpotConfig(0.0, 1, n), 0, 1, policy(batch), batch.rollout)
   reviews, _ = monte_carlo(n, policy(batch, key=8), batch.rollout)
   assert 5 * n <= generated <= 6 * n * T  # Six distinct prefixes.
   compared = 0
