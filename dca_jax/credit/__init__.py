@@ -1,5 +1,6 @@
 """Credit assignment: from outcomes and reviews to token advantages."""
 
+from dca_jax.credit.calibrated import Calibrated
 from dca_jax.credit.scheme import (
   Advantages,
   Array,
@@ -25,6 +26,7 @@ __all__ = [
   "SCHEMES",
   "Advantages",
   "Array",
+  "Calibrated",
   "Capo",
   "Given",
   "Potential",

@@ -110,9 +110,11 @@ class Row(NamedTuple):
   """The same over the other prefixes."""
 
 
-def credit(tree: Tree, scheme: Scheme, said: ReviewArrays) -> np.ndarray:
+def credit(
+  tree: Tree, scheme: Scheme, said: ReviewArrays, facts_NxT: np.ndarray | None = None
+) -> np.ndarray:
   """The scheme's coefficient of every step, [N, T], with the exact expectation in the place of a
-  group's mean."""
+  group's mean; `facts_NxT` is what a scheme with a state knows of each step."""
   reward, p = tree.reward_N, tree.probability_N
 
   def expected(x_NxT: Any, counts_N: Any) -> jax.Array:
@@ -128,6 +130,7 @@ def credit(tree: Tree, scheme: Scheme, said: ReviewArrays) -> np.ndarray:
     jnp.zeros(len(reward), bool),
     ReviewArrays(*(jnp.asarray(x) for x in said)),
     expected,
+    None if facts_NxT is None else jnp.asarray(facts_NxT, jnp.float32),
   )
   return np.asarray(scheme(given), float)
 

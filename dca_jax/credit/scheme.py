@@ -130,7 +130,9 @@ class Scheme:
     """What `learn` wants to know of this process's part of a batch: something that JSON can hold."""
     return None
 
-  def learn(self, state: typing.Any, evidence: Sequence[typing.Any]) -> tuple[typing.Any, dict]:
+  def learn(
+    self, state: typing.Any, evidence: Sequence[typing.Any]
+  ) -> tuple[typing.Any, dict[str, float]]:
     """What training keeps from now on, and metrics; from the `evidence` of every process."""
     return state, {}
 

@@ -23,8 +23,10 @@ class SpotConfig:
   """The `spot` section."""
 
   share: float = 0.0
-  """Chance that an episode's steps are measured, of the episodes that credit can move: those with
-  several steps, in groups whose rewards differ. 0 measures none."""
+  """Share of the episodes whose steps are measured, of those that credit can move: with several
+  steps, in groups whose rewards differ. Within a group an episode that did better than the rest is
+  as likely as one that did worse, however few there are, because what is learnt of the two is kept
+  apart. 0 measures none."""
   first: int = 0
   """In so many training steps, the first ones of a run, all of these episodes are measured, so that
   what is learnt from checks is known soon."""
@@ -44,10 +46,12 @@ def chosen(share: float, seed: int, episodes: Sequence[Episode], group: int) -> 
   drawn = []
   for i, episode in enumerate(episodes):
     first = i // group * group
-    rewards = {other.outcome.reward for other in episodes[first : first + group]}
-    if episode.trained and len(episode.steps) > 1 and len(rewards) > 1:
+    rewards = np.array([other.outcome.reward for other in episodes[first : first + group]])
+    better = rewards > rewards.mean()
+    if episode.trained and len(episode.steps) > 1 and np.ptp(rewards) > 0:
+      alike = (better == better[i - first]).sum()
       dice = np.random.default_rng([seed, *episode.id.encode()])
-      drawn += [i] if dice.random() < share else []
+      drawn += [i] if dice.random() < share * group / (2 * alike) else []
   return drawn
 
 
@@ -61,7 +65,7 @@ def measured(
   """
   episodes = [*rollout.episodes]
   group = len(episodes) // len(rollout.prompt_lengths_P)
-  share = 1.0 if step <= config.first else config.share
+  share = np.inf if step <= config.first else config.share
   drawn = chosen(share, seed, episodes, group)
   numbers: dict[Prefix, int] = {}
   places = {}

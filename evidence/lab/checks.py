@@ -11,32 +11,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dca_jax.credit import ReviewArrays
-from dca_jax.credit.calibrated import CELLS, SEEN, Calibrated, Evidence, fit
-from dca_jax.credit.exact import CHECK, Tree, measure, review, roles
+from dca_jax.credit import Calibrated, ReviewArrays, Scheme, Uniform, Weighted
+from dca_jax.credit.calibrated import CELLS, ENDS, SEEN, Evidence, cell_number, fit, fitted, word_of
+from dca_jax.credit.exact import CHECK, Row, Tree, credit, measure, review, roles
 from dca_jax.episode import ROLES
 
-CHECKS = (0, 64, 256, 1024, 4096, 16384)
-TRUSTS = (0.0, 2.0)
+CHECKS = (0, 100, 400, 1600, 6400, 25600, 102400)
 DRAWS = 8
 """Runs that each number is a mean of."""
 FLIP = 0.3
 
 
 class Point(NamedTuple):
-  """Means over the draws of what so many checks make of one reviewer's word."""
+  """What so many checks make of one reviewer's word, mean over the draws."""
 
   reviewer: str
-  trust: float
   checks: int
   cosine: float
   """Between the expected update and the policy gradient."""
   snr: float
-  """Signal to noise, times the cosine squared, over RLOO's."""
+  """Signal to noise over RLOO's, times the cosine squared."""
   leading: float
-  """Performative premium: expected credit of `check` less that of `plain`, where the policy leads."""
-  worst: float
-  """The largest premium of the draws."""
+  """Performative premium, leading: expected credit of `check` less that of `plain`."""
+  spread: float
+  """Standard deviation of the premium over the draws."""
 
 
 def controls(tree: Tree) -> dict[str, tuple[ReviewArrays, bool]]:
@@ -59,60 +57,69 @@ def controls(tree: Tree) -> dict[str, tuple[ReviewArrays, bool]]:
   }
 
 
-def advantages(tree: Tree) -> np.ndarray:
-  """What every step did to the chance of success, [N, T]."""
-  return np.diff(tree.value_NxT, axis=1, append=tree.reward_N[:, None])
-
-
-def cells(tree: Tree, said: ReviewArrays, seen: bool) -> tuple[np.ndarray, np.ndarray]:
-  """The cell of every step, as the scheme numbers them: coarse and place, [N, T] each."""
+def cells(tree: Tree, said: ReviewArrays, seen: bool) -> np.ndarray:
+  """The cell of every step, as the scheme numbers them, [N, T]."""
   n, t = tree.actions_NxT.shape
-  word = np.asarray(said.roles_BxK) * 3 + np.searchsorted((0.75, 1.5), said.weights_BxK)
+  known = {
+    key: cell_number(word_of(key[0], key[1]), SEEN.index("check") * key[2], *key[3:])
+    for key in np.ndindex(len(ROLES), 4, 2, len(ENDS), 3)
+  }
   suspect = (tree.actions_NxT == CHECK) & seen
-  place = 3 + np.where(np.arange(t) == t - 1, 2, 2 * np.arange(t) // t)
-  return word * len(SEEN) + suspect * SEEN.index("check"), np.broadcast_to(place, (n, t))
+  end = np.where(tree.reward_N > 0, 0, 1)[:, None]
+  place = np.where(np.arange(t) == t - 1, 2, 2 * np.arange(t) // t)
+  keys = np.broadcast_arrays(said.roles_BxK, said.weights_BxK, suspect, end, place)
+  flat = zip(*(x.astype(int).ravel().tolist() for x in keys), strict=True)
+  return np.array([known[key] for key in flat]).reshape(n, t)
 
 
-def evidence(tree: Tree, cell, checks: int, rng: np.random.Generator) -> Evidence:
+def evidence(tree: Tree, cell_NxT: np.ndarray, checks: int, rng: np.random.Generator) -> Evidence:
   """What so many spot checks of the policy's own steps found."""
-  after_NxT = tree.value_NxT + advantages(tree)
+  ends = np.concatenate([tree.value_NxT, tree.reward_N[:, None]], 1)
   trace = rng.choice(len(tree.reward_N), checks, p=tree.probability_N)
   step = rng.integers(tree.actions_NxT.shape[1], size=checks)
-  before, after = tree.value_NxT[trace, step], after_NxT[trace, step]
-  effect = (rng.random(checks) < after).astype(float) - (rng.random(checks) < before)
-  sums, own = np.zeros((4, *CELLS)), tuple(c[trace, step] for c in cell)
+  before, after = (rng.random(checks) < ends[trace, step + k] for k in range(2))
+  effect = after.astype(float) - before - advantages(tree)[trace] / cell_NxT.shape[1]
+  sums = np.zeros((4, CELLS))
   for i, x in enumerate((1.0, 1.0, effect, effect**2)):
-    np.add.at(sums[i], own, x)
+    np.add.at(sums[i], cell_NxT[trace, step], x)
   return Evidence(sums, np.zeros(2))
 
 
-def calibrated(tree: Tree, scheme: Calibrated, cell, found: Evidence) -> np.ndarray:
-  """The scheme's credit of every step, [N, T], with the exact expectations in the place of a
-  group's means."""
-  own_NxT = fit(found, scheme.doubt).effects[cell]
-  whole_N, p = own_NxT.sum(1), tree.probability_N
-  rest_N = tree.reward_N - p @ tree.reward_N - (whole_N - p @ whole_N)
-  return rest_N[:, None] + (1 + scheme.trust) * own_NxT
+def advantages(tree: Tree) -> np.ndarray:
+  return tree.reward_N - tree.probability_N @ tree.reward_N
+
+
+def calibrated(tree: Tree, said: ReviewArrays, cell_NxT: np.ndarray, found: Evidence) -> Row:
+  """The exact expected update under what was found."""
+  scheme = Calibrated()
+  gains, own_N = fit(found, scheme.doubt), advantages(tree)
+  effects = [fitted(gains, own, row) for own, row in zip(own_N, cell_NxT, strict=True)]
+  return measure(tree, "", credit(tree, scheme, said, np.abs(effects)))
+
+
+def relative(row: Row, base: Row) -> float:
+  return row.snr * row.cosine**2 / (base.snr * base.cosine**2)
 
 
 def curves(tree: Tree) -> list[Point]:
-  """Every reviewer, trust and number of checks."""
-  points = []
-  plain = tree.reward_N - tree.probability_N @ tree.reward_N
-  rloo = measure(tree, "", np.broadcast_to(plain[:, None], tree.actions_NxT.shape)).snr
+  """Every reviewer and number of checks."""
+  points, base = [], plain(tree, "uniform")
   for name, (said, seen) in controls(tree).items():
-    cell = cells(tree, said, seen)
-    for trust in TRUSTS:
-      for checks in CHECKS:
-        rows = []
-        for draw in range(DRAWS):
-          found = evidence(tree, cell, checks, np.random.default_rng([3, draw]))
-          credit_NxT = calibrated(tree, Calibrated(trust=trust), cell, found)
-          rows.append(measure(tree, "", credit_NxT))
-        gains = [row.leading for row in rows]
-        snr = np.mean([row.snr * row.cosine**2 for row in rows]) / rloo
-        cosine = np.mean([row.cosine for row in rows])
-        points.append(
-          Point(name, trust, checks, float(cosine), float(snr), float(np.mean(gains)), max(gains))
-        )
+    cell_NxT = cells(tree, said, seen)
+    for checks in CHECKS:
+      rows = []
+      for draw in range(DRAWS):
+        found = evidence(tree, cell_NxT, checks, np.random.default_rng([3, draw]))
+        rows.append(calibrated(tree, said, cell_NxT, found))
+      gains, cosine = [row.leading for row in rows], np.mean([row.cosine for row in rows])
+      snr = np.mean([relative(row, base) for row in rows])
+      points.append(
+        Point(name, checks, *map(float, (cosine, snr, np.mean(gains), np.std(gains, ddof=1))))
+      )
   return points
+
+
+def plain(tree: Tree, scheme: str, reviewer: str = "oracle") -> Row:
+  """The same of a scheme that measures nothing."""
+  known: dict[str, Scheme] = {"uniform": Uniform(), "weighted": Weighted()}
+  return measure(tree, "", credit(tree, known[scheme], controls(tree)[reviewer][0]))

@@ -1,5 +1,5 @@
-"""Calibrated credit: what it does without evidence, what evidence makes of it, and that it cannot be
-talked into anything that the checks do not find."""
+"""Calibrated credit: what it does without evidence, what evidence makes of it, and that nobody can
+talk it into anything that the checks do not find."""
 
 import dataclasses
 
