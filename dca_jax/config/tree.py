@@ -137,6 +137,8 @@ class Config:
     }
     if "demonstrations" not in self.task.offers or self.policy.pretrained:
       values |= {"warmstart.clean_steps": 0, "warmstart.steps": 0}
+    if self.credit.needs_checks:
+      values |= {"spot.share": 0.1, "spot.first": 2, "spot.answers": 2}
     return values
 
   def gives_way(self) -> set[str]:

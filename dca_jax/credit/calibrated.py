@@ -221,7 +221,7 @@ def _fit(state: Evidence, doubt: float) -> tuple[np.ndarray, np.ndarray, np.ndar
     known = np.maximum(n, 1e-6)
     mean = total / known
     variance = (np.maximum(squares - total * mean, 0.0) + _PRIOR * common) / (n + _PRIOR)
-    # Of a few coins all may fall alike: a mean of n counts as if its error were sqrt(1 + 4 / n) of it.
+    # Of a few coins all may fall alike, so the error of a mean of n counts sqrt(1 + 4 / n) times.
     return np.where(n > 0, mean, 0.0), np.where(
       n > 0, variance * (1 + 4 / known) * n2 / known**2, np.inf
     )

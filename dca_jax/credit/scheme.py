@@ -127,7 +127,7 @@ class Scheme:
     return None
 
   def evidence(self, state: typing.Any, episodes: Sequence[Episode], group: int) -> typing.Any:
-    """What `learn` wants to know of this process's part of a batch: something that JSON can hold."""
+    """What `learn` wants to know of this process's part of a batch; what JSON can hold."""
     return None
 
   def learn(
@@ -179,9 +179,11 @@ def token_advantages(
 
 
 def spread(lam: float, cap: float, given: Given, intensity_BxT: jax.Array) -> jax.Array:
-  """A_i * (1 + lam * (w_t - 1)), with w_t the intensity scaled so that the w_t sum to T_i; A_i where
-  all intensities of an episode are equal. Where a multiplier would exceed `cap`, all of the
-  episode's contrast is shrunk until none does, so the sum stays."""
+  """A_i * (1 + lam * (w_t - 1)), with w_t the intensity scaled so that the w_t sum to T_i.
+
+  It is A_i where all intensities of an episode are equal. Where a multiplier would exceed `cap`,
+  all of the episode's contrast is shrunk until none does, so the sum stays.
+  """
   advantages_B, sampled_BxT = given.advantages_B, given.sampled_BxT
   peak_B = intensity_BxT.max(1)
   says_nothing_B = all_equal(intensity_BxT, sampled_BxT) | (peak_B < 1e-6)
