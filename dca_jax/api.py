@@ -116,11 +116,14 @@ class SavedPolicy:
       )
     tokens_1xT = np.zeros((1, self._config.rollout.max_tokens), np.int32)
     tokens_1xT[0, : len(ids)] = ids
+    counted_1xT = np.arange(tokens_1xT.size)[None] < len(ids)
+    row = tokens_1xT, counted_1xT, np.ones(1, bool), np.zeros(tokens_1xT.shape, np.float32)
+    batch = learner.Batch(*put((prompts, lengths, *row), self._sampler.end_ids_E.sharding))
     scored = learner.reference_logprobs(
       self._sampler.policy,
       self._config.rollout.sampling,
       self._params,
-      *put((prompts, lengths, tokens_1xT), self._sampler.end_ids_E.sharding),
+      batch,
     )
     pieces = [text_of(self._tokenizer, [token]) for token in ids]
     return list(zip(pieces, np.asarray(scored)[0, : len(ids)].tolist(), strict=True))

@@ -60,9 +60,8 @@ class Programs:
     self.policy = policy = policy.clone(mesh=devices)
     self.rows, self.everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
     self.param_shardings = mesh.param_shardings(devices, policy)
-    self.update = functools.partial(
-      learner.update, policy, config.learner, optimizer, rollout.sampling, rollout.group
-    )
+    of_run = learner.Learner(policy, config.learner, rollout.sampling, optimizer)
+    self.update = functools.partial(learner.update, of_run)
 
     sampler_devices = mesh.sampler_mesh(config.mesh, devices)
     ends = put(np.array(end_ids(tokenizer), np.int32), mesh.replicated(sampler_devices))
@@ -264,7 +263,7 @@ def _reference(
   logprobs = functools.partial(
     learner.reference_logprobs, programs.policy, config.rollout.sampling, start
   )
-  return lambda batch: batch._replace(reference_BxT=logprobs(*batch[:3]))
+  return lambda batch: batch._replace(reference_BxT=logprobs(batch))
 
 
 @jax.jit

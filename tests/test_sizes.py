@@ -12,7 +12,6 @@ LINES, PARAMETERS = 60, 7
 EXCEPTIONS = {
   # A jitted program: what it is compiled for (static) and what it is called with are both
   # arguments.
-  "dca_jax/learner/update.py: update",
   "dca_jax/rollout/sampler.py: sample",
   # One formula with its masks; in parts, each part would take most of the others' arrays.
   "dca_jax/policy/attention.py: attend",

@@ -11,7 +11,8 @@ from dca_jax import learner
 from dca_jax.config import Config
 from dca_jax.devices import mesh
 from dca_jax.devices.memory import bytes_of, local_memory, size_of
-from dca_jax.policy import Policy, join, pretrained, split
+from dca_jax.learner.parts import part_rows
+from dca_jax.policy import Policy, Prompts, join, pretrained, split
 from dca_jax.policy.logprobs import CHUNK_LOGITS
 from dca_jax.tasks.tokenizer import id_count
 
@@ -81,41 +82,61 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
     "logits of one token": 3 * 4 * prompts * group * policy.rows,
   }
-  micro_batch = rows(devices) // config.learner.micro_batches
-  tokens = micro_batch * rollout.group * rollout.max_tokens
+  problems, n = rows(devices), config.learner.micro_batches
+  part = part_rows(problems * rollout.group, rollout.max_tokens, n)
+  tokens, position = part * rollout.max_tokens, 2 * c.depth * heads * c.head_dim
+  read = problems * rollout.max_prompt_tokens
   updating = {
-    "gradients": moments // 2
-    + trained,  # Of all micro-batches so far, in float32, and of this one.
-    "activations of a micro-batch": _saved(config, policy, micro_batch),
+    # Of all parts so far, in float32, and of this one.
+    "gradients": moments // 2 + trained,
+    "keys of the prompts, their gradients": position * read * (item + 4),
+    "activations of a part": _saved(config, policy, part, problems // n),
     "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
   }
   return Memory(parameters, moments, copies, sampling, updating)
 
 
-def _saved(config: Config, policy: Policy, problems: int) -> int:
-  """Bytes that the backward pass of a micro-batch of `problems` keeps from the forward pass."""
-  batch, params = batch_shapes(config, problems), mesh.param_shapes(policy)
+def _saved(config: Config, policy: Policy, rows: int, problems: int) -> int:
+  """Bytes that the backward pass keeps from the forward pass, of a part of so many rows or of the
+  prompts of a micro-batch, whichever are more."""
+  params, optimizer = (
+    mesh.param_shapes(policy),
+    learner.make_optimizer(config.learner, config.steps),
+  )
+  settings = learner.Learner(policy, config.learner, config.rollout.sampling, optimizer)
 
-  def kept(params, batch):
+  def read(params, batch):
+    return policy.read_prompts(params, batch.prompts_PxS, batch.prompt_lengths_P)
+
+  def of_prompts(params, batch):
+    frozen, trained = split(params)
+    return jax.vjp(lambda trained: read(join(frozen, trained), batch)[:2], trained)[1]
+
+  def of_part(params, batch, prompts):
     frozen, trained = split(params)
 
-    def loss(trained):
-      sampling, whole = config.rollout.sampling, join(frozen, trained)
-      return learner.loss_sums(policy, config.learner, sampling, whole, batch, jnp.bool_(True))[0]
+    def loss(trained, left):
+      whole = join(frozen, trained), Prompts(left[0], left[1], prompts.lengths_P)
+      return learner.loss_sums(settings, *whole, batch.rows, jnp.bool_(True))[0]
 
-    return jax.vjp(loss, trained)[1]
+    return jax.vjp(loss, trained, prompts[:2])[1]
 
   def count(tree):
     return collections.Counter((a.shape, a.dtype) for a in jax.tree.leaves(tree))
 
-  # What has the shape of a parameter is one, which stays anyway.
-  extra = count(jax.eval_shape(kept, params, batch)) - count(params)
-  return sum(n * size_of(*array) for array, n in extra.items())
+  def kept(f, *given):
+    # What has the shape of a parameter is one, which stays anyway.
+    extra = count(jax.eval_shape(f, params, *given)) - count(params)
+    return sum(n * size_of(*array) for array, n in extra.items())
+
+  part = batch_shapes(config, rows, 1)
+  prompts = jax.eval_shape(read, params, part)
+  return max(kept(of_part, part, prompts), kept(of_prompts, batch_shapes(config, problems, 1)))
 
 
-def batch_shapes(config: Config, problems: int) -> learner.Batch:
+def batch_shapes(config: Config, problems: int, group: int) -> learner.Batch:
   """Shapes of what an update reads, without a reference policy."""
-  rows, t = problems * config.rollout.group, config.rollout.max_tokens
+  rows, t = problems * group, config.rollout.max_tokens
 
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype)

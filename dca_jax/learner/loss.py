@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dca_jax.learner.optimizer import LearnerConfig
-from dca_jax.policy import Policy, Sampling, token_logprobs
+from dca_jax.learner.optimizer import Learner
+from dca_jax.policy import Prompts, token_logprobs
 
 
 class Batch(typing.NamedTuple):
@@ -26,6 +26,23 @@ class Batch(typing.NamedTuple):
   """Log-probabilities under the reference policy, where there is one."""
   advantages_BxT: Any = None
   """As soon as credit is assigned."""
+
+  @property
+  def rows(self) -> "Rows":
+    trained_BxT = self.sampled_BxT & self.trained_B[:, None]
+    floats = self.logprobs_BxT, self.reference_BxT, self.advantages_BxT
+    return Rows(self.tokens_BxT, trained_BxT, *floats)
+
+
+class Rows(typing.NamedTuple):
+  """R rows of a batch, or of a part of one, each with up to T tokens."""
+
+  tokens_RxT: jax.Array
+  trained_RxT: jax.Array
+  """Tokens that count; the others add nothing to any sum."""
+  logprobs_RxT: jax.Array
+  reference_RxT: jax.Array | None
+  advantages_RxT: Any
 
 
 class Sums(typing.NamedTuple):
@@ -54,49 +71,45 @@ def expm1_bounded(x: jax.Array) -> jax.Array:
 
 
 def loss_sums(
-  policy: Policy,
-  config: LearnerConfig,
-  sampling: Sampling,
-  params,
-  batch: Batch,
-  on_policy: jax.Array,
+  learner: Learner, params, prompts: Prompts, rows: Rows, on_policy: jax.Array
 ) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
   """The loss summed over tokens, not yet divided, with what it is made of.
 
   Args:
-    on_policy: true at the first update on a batch. There the old log-probabilities are the new ones with the gradient
-      stopped, so that the ratio is exactly 1 and not 1 to within the sampler's rounding.
+    prompts: of the rows, each of which may come several times: row p * R / P + i follows prompt p.
+    on_policy: true at the first update on a batch. There the old log-probabilities are the new ones
+      with the gradient stopped, so that the ratio is exactly 1 and not 1 to within the sampler's
+      rounding.
 
   Returns:
-    The sum to minimise, the other sums, and the log-probabilities [B, T], which are the old ones of a later update.
+    The sum to minimise, the other sums, and the log-probabilities [R, T], which are the old ones of
+    a later update.
   """
-  hidden = policy.completion_hidden(
-    params, batch.prompts_PxS, batch.prompt_lengths_P, batch.tokens_BxT
-  )
-  logp, entropy = token_logprobs(hidden, policy.head(params), batch.tokens_BxT, sampling)
-  mask = batch.sampled_BxT & batch.trained_B[:, None]
+  policy, config, mask = learner.policy, learner.config, rows.trained_RxT
+  hidden = policy.continuation_hidden(params, prompts, rows.tokens_RxT)
+  head = policy.head(params)
+  logp, entropy = token_logprobs(hidden, head, rows.tokens_RxT, learner.sampling)
 
   def total(x):
     return jnp.where(mask, x, 0.0).sum()
 
-  old = jnp.where(on_policy, jax.lax.stop_gradient(logp), batch.logprobs_BxT)
+  old = jnp.where(on_policy, jax.lax.stop_gradient(logp), rows.logprobs_RxT)
   ratio = 1 + expm1_bounded(jnp.where(mask, logp - old, 0.0))
   clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
   if config.loss == "ppo":
-    objective = jnp.minimum(ratio * batch.advantages_BxT, clipped * batch.advantages_BxT)
+    objective = jnp.minimum(ratio * rows.advantages_RxT, clipped * rows.advantages_RxT)
   else:
-    objective = logp * batch.advantages_BxT
+    objective = logp * rows.advantages_RxT
   loss = -total(objective) - config.entropy * total(entropy)
   kl = jnp.float32(0)
-  if batch.reference_BxT is not None:
-    gap = jnp.where(mask, batch.reference_BxT - logp, 0.0)
+  if rows.reference_RxT is not None:
+    gap = jnp.where(mask, rows.reference_RxT - logp, 0.0)
     kl = total(expm1_bounded(gap) - gap)
-    if (
-      config.kl
-    ):  # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
+    # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
+    if config.kl:
       loss += config.kl * kl
-  error = jnp.where(mask & on_policy, jnp.abs(logp - batch.logprobs_BxT), 0.0).max()
-  acts = clipped * batch.advantages_BxT < ratio * batch.advantages_BxT
+  error = jnp.where(mask & on_policy, jnp.abs(logp - rows.logprobs_RxT), 0.0).max()
+  acts = clipped * rows.advantages_RxT < ratio * rows.advantages_RxT
   sums = Sums(
     total(1.0), -total(objective), total(entropy), kl, total(1.0 * acts), total(ratio), error
   )

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from dca_jax.checks import at_least, one_of, positive
+from dca_jax.policy import Policy, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class LearnerConfig:
   updates_per_batch: int = 1
   """Optimizer steps on each batch, every one on the whole batch."""
   micro_batches: int = 1
-  """Parts that a batch is cut into, to save memory; the gradient is the same."""
+  """Parts that a batch is cut into at least, to save memory; the gradient is the same."""
   normalizer: str = "constant"
   """The loss is a sum over tokens divided by completions x rollout.max_tokens (`constant`, Liu et
   al. 2025) or by the number of tokens that are trained on (`tokens`)."""
@@ -74,6 +75,15 @@ class LearnerConfig:
     if self.loss == "ppo":
       return {}
     return dict.fromkeys(("clip_low", "clip_high"), "learner.loss is 'reinforce'")
+
+
+class Learner(NamedTuple):
+  """What decides how a batch changes the policy, and stays the same in a run."""
+
+  policy: Policy
+  config: LearnerConfig
+  sampling: Sampling
+  optimizer: optax.GradientTransformation
 
 
 @functools.lru_cache

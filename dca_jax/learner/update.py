@@ -7,9 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dca_jax.learner.loss import Batch, Sums, loss_sums
-from dca_jax.learner.optimizer import LearnerConfig
-from dca_jax.policy import Policy, Sampling, join, token_logprobs
+from dca_jax.learner.loss import Batch, Rows, Sums, loss_sums
+from dca_jax.learner.optimizer import Learner
+from dca_jax.learner.parts import (
+  Part,
+  add_prompts,
+  cut,
+  in_chunks,
+  in_order,
+  in_width,
+  map_hidden,
+  read_prompts,
+  take,
+  take_prompts,
+  widened,
+)
+from dca_jax.policy import Policy, Prompts, Sampling, join, token_logprobs
 
 
 class TrainState(typing.NamedTuple):
@@ -50,71 +63,26 @@ def apply_rounded(params, changes, count: jax.Array):
   return jax.tree.map(one, numbers, params, changes)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=("policy", "config", "optimizer", "sampling", "group"),
-  donate_argnames="state",
-)
+@functools.partial(jax.jit, static_argnames="learner", donate_argnames="state")
 def update(
-  policy: Policy,
-  config: LearnerConfig,
-  optimizer: optax.GradientTransformation,
-  sampling: Sampling,
-  group: int,
-  state: TrainState,
-  batch: Batch,
-  on_policy: jax.Array,
-  frozen=None,
+  learner: Learner, state: TrainState, batch: Batch, on_policy: jax.Array, frozen=None
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
-  """One optimizer step on a whole batch.
+  """One optimizer step on a whole batch, in parts (`parts.py`); one program for all lengths.
 
   Args:
     on_policy: true at the first update on this batch (see `loss_sums`).
     frozen: parameters that stay as they are, where `state` has adapters only.
 
   Returns:
-    The new state, metrics (scalars), and the log-probabilities [B, T] before the update.
+    The new state, metrics (scalars), and the log-probabilities [B, T] before the update of tokens
+    that count, 0 or anything elsewhere.
   """
-  n = config.micro_batches
-  rows = batch.tokens_BxT.shape[0]
-  problems = rows // group
-
-  def split(x):
-    # Micro-batch i takes every n-th problem, so that each device keeps the problems that it holds.
-    per_problem = x.reshape(problems // n, n, x.shape[0] // problems, *x.shape[1:])
-    return per_problem.swapaxes(0, 1).reshape(n, -1, *x.shape[1:])
-
-  def in_order(x_nxBxT):
-    parts = x_nxBxT.reshape(n, problems // n, group, *x_nxBxT.shape[2:])
-    return parts.swapaxes(0, 1).reshape(rows, *x_nxBxT.shape[2:])
-
-  def loss(trained, micro_batch):
-    return loss_sums(policy, config, sampling, join(frozen or {}, trained), micro_batch, on_policy)
-
-  gradient = jax.grad(loss, has_aux=True)
-
-  def accumulate(carry, micro_batch):
-    grads, sums = carry
-    more_grads, (more, logp_BxT) = gradient(state.params, micro_batch)
-    grads = jax.tree.map(
-      jnp.add, grads, more_grads
-    )  # In float32, whatever the type of the parameters.
-    added = jax.tree.map(jnp.add, sums, more)
-    return (
-      grads,
-      added._replace(sampler_error=jnp.maximum(sums.sampler_error, more.sampler_error)),
-    ), logp_BxT
-
-  zero = (
-    jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
-    Sums(*[jnp.float32(0)] * len(Sums._fields)),
-  )
-  (grads, sums), logp_nxBxT = jax.lax.scan(accumulate, zero, jax.tree.map(split, batch))
-
+  grads, sums, logp_BxT = gradient_sums(learner, state.params, frozen or {}, batch, on_policy)
   count = jnp.maximum(sums.tokens, 1.0)
-  divisor = jnp.float32(batch.tokens_BxT.size) if config.normalizer == "constant" else count
+  constant = learner.config.normalizer == "constant"
+  divisor = jnp.float32(batch.tokens_BxT.size) if constant else count
   grads = jax.tree.map(lambda g: g / divisor, grads)
-  changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  changes, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
   metrics = {
     "learner/policy_loss": sums.policy_loss / divisor,
     "learner/entropy": sums.entropy / count,
@@ -125,20 +93,78 @@ def update(
     "learner/grad_norm": optax.tree.norm(grads),
     "sampler/logprob_error": sums.sampler_error,
   }
-  if policy.config.weights == "bfloat16":
-    params = apply_rounded(
-      state.params, changes, optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
-    )
+  if learner.policy.config.weights == "bfloat16":
+    count = optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+    params = apply_rounded(state.params, changes, count)
   else:
     params = optax.apply_updates(state.params, changes)
-  state = state._replace(params=params, opt_state=opt_state)
-  return state, metrics, in_order(logp_nxBxT)
+  return state._replace(params=params, opt_state=opt_state), metrics, logp_BxT
+
+
+def gradient_sums(
+  learner: Learner, trained, frozen, batch: Batch, on_policy: jax.Array
+) -> tuple[typing.Any, Sums, jax.Array]:
+  """The gradient of the loss in float32, the `Sums` and the log-probabilities [B, T].
+
+  Prompts are read once, whichever parts their rows lie in. The gradient with respect to what they
+  left is summed over the parts, then goes back through the prompts.
+  """
+  policy, n = learner.policy, learner.config.micro_batches
+  (b, t), p = batch.tokens_BxT.shape, len(batch.prompts_PxS)
+
+  def loss(trained, left, lengths_R, part: Rows):
+    prompts = Prompts(left[0], left[1], lengths_R)
+    return loss_sums(learner, join(frozen, trained), prompts, part, on_policy)
+
+  def of_width(width, prompts: Prompts, part: Rows):
+    left, lengths_R = prompts[:2], prompts.lengths_P
+    part = jax.tree.map(lambda x: x[:, :width], part)
+    grads, (sums, logp) = jax.grad(loss, (0, 1), has_aux=True)(trained, left, lengths_R, part)
+    return *grads, sums, widened(logp, t)
+
+  def add_part(carry, part: Part):
+    grads, back, sums = carry
+    prompts_DxR = part.rows_DxR // (b // p)
+    own = jax.tree.map(lambda x: take(policy, x, part.rows_DxR), batch.rows)
+    given = take_prompts(policy, prompts, prompts_DxR), own
+    more_grads, more_back, more, logp_RxT = in_width(part, t, of_width, *given)
+    back = add_prompts(back, prompts_DxR, more_back)
+    most = jnp.maximum(sums.sampler_error, more.sampler_error)
+    sums = jax.tree.map(jnp.add, sums, more)._replace(sampler_error=most)
+    return (jax.tree.map(jnp.add, grads, more_grads), back, sums), logp_RxT
+
+  given = batch.prompts_PxS, batch.prompt_lengths_P
+  prompts = read_prompts(policy, join(frozen, trained), given, n)
+  zero = zeros(trained), zeros(prompts[:2]), Sums(*[jnp.float32(0)] * len(Sums._fields))
+  parts = cut(policy, p, batch.rows.trained_RxT, n)
+  (grads, back, sums), logp = jax.lax.scan(add_part, zero, parts)
+
+  def add_prompts_of(grads, given):
+    """Adds what the gradient of some prompts comes to in the parameters; they are read anew."""
+    chunk, back = given
+
+    def read(trained):
+      return policy.read_prompts(join(frozen, trained), *chunk)[:2]
+
+    left, backwards = jax.vjp(read, trained)
+    back = jax.tree.map(lambda g, x: g.astype(x.dtype), back, left)
+    return jax.tree.map(jnp.add, grads, backwards(back)[0]), None
+
+  grads, _ = jax.lax.scan(add_prompts_of, grads, in_chunks(given, back, n))
+  return grads, sums, in_order(parts, logp, b)
+
+
+def zeros(shapes):
+  """In float32, whatever the types are that are added to them."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "sampling"))
-def reference_logprobs(
-  policy: Policy, sampling: Sampling, params, prompts_PxS, prompt_lengths_P, tokens_BxT
-) -> jax.Array:
-  """Log-probabilities [B, T] of tokens under another set of parameters."""
-  hidden = policy.completion_hidden(params, prompts_PxS, prompt_lengths_P, tokens_BxT)
-  return token_logprobs(hidden, policy.head(params), tokens_BxT, sampling)[0]
+def reference_logprobs(policy: Policy, sampling: Sampling, params, batch: Batch) -> jax.Array:
+  """Log-probabilities [B, T] of the tokens that count, under another set of parameters; elsewhere 0
+  or anything."""
+
+  def of_hidden(hidden_RxTxD, tokens_RxT):
+    return token_logprobs(hidden_RxTxD, policy.head(params), tokens_RxT, sampling)[0]
+
+  return map_hidden(policy, params, batch, batch.rows.trained_RxT, of_hidden)

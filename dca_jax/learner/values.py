@@ -13,6 +13,7 @@ import optax
 from dca_jax.checks import at_least, positive
 from dca_jax.credit import Array, ReviewArrays
 from dca_jax.learner.loss import Batch
+from dca_jax.learner.parts import map_hidden
 from dca_jax.policy import Policy
 from dca_jax.rollout.prefixes import FromReviewer, MonteCarlo, Values
 
@@ -95,8 +96,9 @@ def learned_values(
   The hidden state that predicts a step's first token has seen the prompt and the steps before, and
   nothing else.
   """
-  prompts = batch.prompts_PxS, batch.prompt_lengths_P
-  hidden_BxTxD = policy.completion_hidden(params, *prompts, batch.tokens_BxT).astype(jnp.float32)
+  hidden_BxTxD = map_hidden(
+    policy, params, batch, batch.sampled_BxT, lambda hidden, _: hidden.astype(jnp.float32)
+  )
   values_BxT = jax.nn.sigmoid(_logits(config, head.params, hidden_BxTxD))
   rows_Bx1, shape = jnp.arange(values_BxT.shape[0])[:, None], review.values_BxK.shape
   first_BxT = _first_of_step(review.step_ids_BxT, batch.sampled_BxT)

@@ -90,8 +90,8 @@ def update_seconds() -> float:
   )
   params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(0))
   state = learner.init_state(optimizer, params)
-  args = policy, config.learner, optimizer, config.rollout.sampling, GROUP
-  compiled = learner.update.lower(*args, state, batch, np.bool_(True)).compile()
+  settings = learner.Learner(policy, config.learner, config.rollout.sampling, optimizer)
+  compiled = learner.update.lower(settings, state, batch, np.bool_(True)).compile()
   start = time.perf_counter()
   jax.block_until_ready(compiled(state, batch, np.bool_(True)))
   return time.perf_counter() - start

@@ -70,28 +70,19 @@ def update_seconds() -> dict[str, list[float]]:
   prompts = rng.integers(0, 31, (problems, s), dtype=np.int32)
   repeated = np.repeat(prompts, group, 0)
   batches = {
-    "shared": (group, learner.Batch(prompts, np.full(problems, s, np.int32), *rest)),
-    "plain": (1, learner.Batch(repeated, np.full(rows, s, np.int32), *rest)),
+    "shared": learner.Batch(prompts, np.full(problems, s, np.int32), *rest),
+    "plain": learner.Batch(repeated, np.full(rows, s, np.int32), *rest),
   }
 
   params = jax.jit(lambda key: nn.unbox(policy.init_params(key)))(jax.random.key(0))
+  settings = learner.Learner(policy, config.learner, config.rollout.sampling, optimizer)
   seconds: dict[str, list[float]] = {name: [] for name in batches}
   for round_ in range(ROUNDS + 1):
-    for name, (size, batch) in batches.items():
+    for name, batch in batches.items():
       state = learner.init_state(optimizer, jax.tree.map(jnp.copy, params))
       jax.block_until_ready(state)
       start = time.perf_counter()
-      args = (
-        policy,
-        config.learner,
-        optimizer,
-        config.rollout.sampling,
-        size,
-        state,
-        batch,
-        np.bool_(True),
-      )
-      jax.block_until_ready(learner.update(*args))
+      jax.block_until_ready(learner.update(settings, state, batch, np.bool_(True)))
       if round_:  # The first compiles.
         seconds[name].append(time.perf_counter() - start)
   return seconds

@@ -72,12 +72,11 @@ def main() -> None:
   )
   state = jax.eval_shape(lambda params: learner.init_state(optimizer, params), split(whole)[1])
   state = laid_out(state, mesh.state_shardings(training, policy, optimizer))
-  batch = batch_shapes(config, p)
+  batch = batch_shapes(config, p, r.group)
   batch = batch._replace(reference_BxT=batch.logprobs_BxT if config.learner.reference else None)
   frozen = split(laid_out(whole, mesh.param_shardings(training, policy)))[0]
-  static = learning, config.learner, optimizer, r.sampling, r.group
   updating = learner.update.lower(
-    *static,
+    learner.Learner(learning, config.learner, r.sampling, optimizer),
     state,
     spread(batch, training),
     on(mesh.replicated(training), jnp.bool_),

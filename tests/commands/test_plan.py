@@ -48,12 +48,15 @@ def test_the_update_takes_about_what_is_planned(changes):
     learner.make_optimizer(config.learner, config.steps),
   )
   state = jax.eval_shape(lambda p: learner.init_state(optimizer, p), mesh.param_shapes(policy))
-  update = functools.partial(
-    learner.update, policy, config.learner, optimizer, config.rollout.sampling, config.rollout.group
-  )
+  settings = policy, config.learner, config.rollout.sampling, optimizer
+  update = functools.partial(learner.update, learner.Learner(*settings))
   compiled = (
     jax.jit(update)
-    .lower(state, batch_shapes(config, config.rollout.problems), jax.ShapeDtypeStruct((), bool))
+    .lower(
+      state,
+      batch_shapes(config, config.rollout.problems, config.rollout.group),
+      jax.ShapeDtypeStruct((), bool),
+    )
     .compile()
   )
   theirs = compiled.memory_analysis()
@@ -63,7 +66,7 @@ def test_the_update_takes_about_what_is_planned(changes):
 
 def test_remat_keeps_less():
   kept = [
-    planned({"policy.remat": r})[1].updating["activations of a micro-batch"]
+    planned({"policy.remat": r})[1].updating["activations of a part"]
     for r in ("all", "projections", "layers")
   ]
   assert kept[0] > 1.5 * kept[1] > 3 * kept[2] > 0
@@ -100,9 +103,7 @@ def test_devices_share_what_the_mesh_says():
   assert fsdp.sampling["keys and values"] == one.sampling["keys and values"] // 4
   _, data = planned({"mesh.data": 4}, 4)
   assert data.parameters == one.parameters
-  assert (
-    data.updating["activations of a micro-batch"] < one.updating["activations of a micro-batch"] / 3
-  )
+  assert data.updating["activations of a part"] < one.updating["activations of a part"] / 3
   _, apart = planned({"mesh.fsdp": 4, "mesh.data": 1, "mesh.sampler": (4, 1, 1)}, 4)
   assert apart.sampling["parameters as the sampler has them"] == one.parameters
 

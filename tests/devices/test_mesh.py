@@ -1,6 +1,7 @@
 """The mesh: where arrays live, and that no result depends on it.
 Eight devices need a process of their own."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,7 +30,7 @@ from dca_jax.devices.mesh import (
 )
 from dca_jax.devices.processes import put
 from dca_jax.errors import UserError
-from dca_jax.learner import Batch, LearnerConfig, init_state, make_optimizer, update
+from dca_jax.learner import Batch, Learner, LearnerConfig, init_state, make_optimizer, update
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 from dca_jax.policy.attention import KeyValue, flash_attend
 
@@ -103,16 +104,8 @@ def on_eight_devices() -> dict:
   state = jax.jit(functools.partial(init_state, adam), out_shardings=shardings)(params)
   report["before"] = shard_shapes(state)
   placed = jax.device_put(batch, batch_sharding(devices))
-  state, _, _ = update(
-    POLICY.clone(mesh=devices),
-    CONFIG,
-    adam,
-    Sampling(),
-    G,
-    state,
-    placed,
-    put(np.bool_(True), replicated(devices)),
-  )
+  learner = Learner(POLICY.clone(mesh=devices), CONFIG, Sampling(), adam)
+  state, _, _ = update(learner, state, placed, put(np.bool_(True), replicated(devices)))
   report["after"] = shard_shapes(state)
   first = optax.tree_utils.tree_get(state.opt_state, "mu")
   sharded = jax.tree.map(lambda m: np.array(m) / np.float32(1 - CONFIG.adam_b1), first)
@@ -133,13 +126,33 @@ def on_eight_devices() -> dict:
         jax.device_put(batch, batch_sharding(mesh)),
         put(np.bool_(True), replicated(mesh)),
       )
-    state, metrics, logps = update(
-      POLICY.clone(mesh=mesh), CONFIG, keep, Sampling(), G, state, rows, on_policy
-    )
+    learner = Learner(POLICY.clone(mesh=mesh), CONFIG, Sampling(), keep)
+    state, metrics, logps = update(learner, state, rows, on_policy)
     results.append(jax.tree.map(np.array, (state, metrics, logps)))
   one, eight = results
   report["data_8"] = largest_difference(one, eight)
   report["fsdp_4_tensor_2"] = largest_difference(one[0].opt_state.trace, sharded)
+
+  # In parts of several widths, each device with parts of its own rows.
+  long = 104
+  uneven = batch._replace(
+    tokens_BxT=np.resize(batch.tokens_BxT, (P * G, long)),
+    sampled_BxT=np.arange(long) < rng.integers(1, long + 1, size=(P * G, 1)),
+    advantages_BxT=rng.normal(size=(P * G, long)).astype(np.float32),
+    logprobs_BxT=np.zeros((P * G, long), np.float32),
+  )
+  results = []
+  for mesh, n in ((None, 1), (make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), 2)):
+    state, rows, on_policy = init_state(keep, jax.tree.map(jnp.array, start)), uneven, np.True_
+    if mesh is not None:
+      state = jax.device_put(state, state_shardings(mesh, POLICY, keep))
+      rows = jax.device_put(uneven, batch_sharding(mesh))
+      on_policy = put(np.bool_(True), replicated(mesh))
+    config = dataclasses.replace(CONFIG, micro_batches=n)
+    learner = Learner(POLICY.clone(mesh=mesh), config, Sampling(), keep)
+    state, metrics, _ = update(learner, state, rows, on_policy)
+    results.append(jax.tree.map(np.array, (state, metrics)))
+  report["parts"] = largest_difference(*results)
 
   # A kernel works on each device's own rows and heads; this one is the form of cuDNN's call that
   # any device computes.
@@ -173,7 +186,8 @@ def on_eight_devices() -> dict:
       state_shardings(mesh, policy, keep),
     )
     on_policy = jax.ShapeDtypeStruct((), bool, sharding=replicated(mesh))
-    compiled = update.lower(policy, CONFIG, keep, Sampling(), G, state, shapes, on_policy).compile()
+    learner = Learner(policy, CONFIG, Sampling(), keep)
+    compiled = update.lower(learner, state, shapes, on_policy).compile()
     report[f"memory_{name}"] = compiled.memory_analysis().temp_size_in_bytes
   report["gradient"] = max(float(np.abs(g).max()) for g in jax.tree.leaves(one[0].opt_state.trace))
   return report
@@ -205,7 +219,7 @@ def test_parameters_and_moments_are_sharded_as_named(report, when):
     assert tuple(shape) == SHARDS[parameter], (array, parameter)
 
 
-@pytest.mark.parametrize("mesh", ["data_8", "fsdp_4_tensor_2"])
+@pytest.mark.parametrize("mesh", ["data_8", "fsdp_4_tensor_2", "parts"])
 def test_an_update_does_not_depend_on_the_mesh(report, mesh):
   assert report["gradient"] > 0.01
   assert report[mesh] < 1e-5

@@ -13,6 +13,7 @@ import pytest
 
 from dca_jax.learner import (
   Batch,
+  Learner,
   LearnerConfig,
   init_state,
   make_optimizer,
@@ -69,8 +70,8 @@ OTHER = jax.tree.map(lambda a, b: np.float32(0.9 * a + 0.1 * b), PARAMS, random_
 
 
 def learner_logprobs(params, batch, sampling=WARM):
-  prompts = batch.prompts_PxS, batch.prompt_lengths_P, batch.tokens_BxT
-  return np.array(reference_logprobs(POLICY, sampling, params, *prompts))
+  everywhere = batch._replace(sampled_BxT=np.ones((B, T), bool), trained_B=np.ones(B, bool))
+  return np.array(reference_logprobs(POLICY, sampling, params, everywhere))
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +95,10 @@ def batch():
   return batch._replace(logprobs_BxT=now + moved, reference_BxT=learner_logprobs(OTHER, batch))
 
 
-def run(config, batch, *, params=PARAMS, on_policy=True, sampling=WARM, optimizer=KEEP, group=G):
+def run(config, batch, *, params=PARAMS, on_policy=True, sampling=WARM, optimizer=KEEP):
   """One update from `params`, which are copied because the update gives their memory away."""
   state = init_state(optimizer, jax.tree.map(jnp.array, params))
-  return update(POLICY, config, optimizer, sampling, group, state, batch, jnp.bool_(on_policy))
+  return update(Learner(POLICY, config, sampling, optimizer), state, batch, jnp.bool_(on_policy))
 
 
 def gradient(*args, **kwargs):
@@ -392,8 +393,8 @@ def test_compiles_once_and_gives_the_old_state_away(batch):
       batch._replace(sampled_BxT=np.roll(WITHIN, i, 0), trained_B=np.arange(B) != i),
     )
     # Equal settings made anew are the same settings.
-    settings = LearnerConfig(), KEEP, Sampling(temperature=0.7)
-    state, _, _ = update(POLICY, *settings, G, state, changed, jnp.bool_(i == 0))
+    learner = Learner(POLICY, LearnerConfig(), Sampling(temperature=0.7), KEEP)
+    state, _, _ = update(learner, state, changed, jnp.bool_(i == 0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
   assert update._cache_size() == compiled
 
@@ -505,7 +506,7 @@ def test_bfloat16_weights_follow_float32_ones(batch):
       optax.tree_utils.tree_get(state.opt_state, "nu")["final_norm"]["scale"].dtype == jnp.float32
     )
     for _ in range(4):
-      state = update(one, PLAIN, adam, WARM, G, state, batch, jnp.bool_(True))[0]
+      state = update(Learner(one, PLAIN, WARM, adam), state, batch, jnp.bool_(True))[0]
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
     moved.append(
       np.concatenate(
