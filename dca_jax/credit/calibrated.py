@@ -28,11 +28,10 @@ SEEN = ("plain", "repeat", "check", "long")
 """What can be seen of a step: it says again what an earlier one said, it has a word for checking,
 or it has more than twice the tokens of the episode's median step."""
 ENDS = ("win", "loss", "truncated")
-PLACES = ("early", "late", "last")
 _WEIGHTS = (0.75, 1.5)  # Weights below, around and above 1.
 _CHANGES = (-0.3, -0.1, -0.02, 0.02, 0.1, 0.3)  # Of a reviewer's value over a step.
 SAID = len(ROLES) * (len(_WEIGHTS) + 1) + len(_CHANGES) + 1
-_SHAPE = (SAID, len(SEEN), len(ENDS), len(PLACES))
+_SHAPE = (SAID, len(SEEN), len(ENDS))
 CELLS = int(np.prod(_SHAPE))
 _PRIOR = 8.0
 """So many checks' worth of the common variance stand in each cell's own."""
@@ -91,7 +90,7 @@ class Calibrated(Scheme):
   ) -> np.ndarray:
     """Intensities [B, K]."""
     intensity_BxK = np.zeros((len(episodes), most), np.float32)
-    gains = fit(state, self.doubt)
+    gains = fit(state, self.doubt).gains
     for i, (own, cells) in enumerate(_known(episodes, group)):
       intensity_BxK[i, : len(cells)] = np.abs(fitted(gains, own, cells))
     return intensity_BxK
@@ -104,14 +103,14 @@ class Calibrated(Scheme):
     return spread(self.lam, self.cap, given, jnp.where(kept_BxT, intensity_BxT, 0.0))
 
   def evidence(self, state: Evidence, episodes: Sequence[Episode], group: int) -> Any:
-    gains = fit(state, self.doubt)
-    checks, slope, weights = [], np.zeros(2), np.zeros((2, *_SHAPE[:3]))
+    gains = fit(state, self.doubt).gains
+    checks, slope, weights = [], np.zeros(2), np.zeros((2, *_SHAPE))
     for episode, (own, cells) in zip(episodes, _known(episodes, group), strict=True):
       effects = fitted(gains, own, cells)
       for k, (cell, effect) in enumerate(zip(cells, effects, strict=True)):
         if cell < 0:
           continue
-        word, seen, end, _ = np.unravel_index(cell, _SHAPE)
+        word, seen, end = np.unravel_index(cell, _SHAPE)
         weights[:, word, seen, end] += 1, effect / (effects.mean() or 1)
         if k in episode.checks:
           found = episode.checks[k].effect
@@ -146,17 +145,13 @@ def _known(episodes: Sequence[Episode], group: int) -> list[tuple[float, list[in
 
 def _cells(episode: Episode, advantage: float) -> list[int]:
   end = 0 if advantage > 0 else 2 if episode.outcome.truncated else 1
-  last = len(episode.steps) - 1
-  return [
-    -1 if word < 0 else cell_number(word, seen, end, 2 if k == last else 2 * k // (last + 1))
-    for k, (word, seen) in enumerate(zip(_said(episode), seen_of(episode), strict=False))
-  ]
+  pairs = zip(_said(episode), seen_of(episode), strict=False)
+  return [-1 if word < 0 else cell_number(word, seen, end) for word, seen in pairs]
 
 
-def cell_number(word: int, seen: int, end: int, place: int) -> int:
-  """The number of a cell, from places in the words that a review can say, `SEEN`, `ENDS` and
-  `PLACES`."""
-  return int(np.ravel_multi_index((word, seen, end, place), _SHAPE))
+def cell_number(word: int, seen: int, end: int) -> int:
+  """The number of a cell: of what was said (`word_of`), and of places in `SEEN` and `ENDS`."""
+  return int(np.ravel_multi_index((word, seen, end), _SHAPE))
 
 
 def seen_of(episode: Episode) -> list[int]:
@@ -192,57 +187,47 @@ def _said(episode: Episode) -> list[int]:
   ]
 
 
-def fitted(gains: np.ndarray, advantage: float, cells: Sequence[int]) -> np.ndarray:
-  """The fitted effects of an episode's steps; none has another sign than its advantage."""
-  own = np.array([gains[cell] if cell >= 0 else 0.0 for cell in cells])
-  effects = advantage / max(1, len(cells)) + own
-  return np.maximum(effects, 0.0) if advantage > 0 else np.minimum(effects, 0.0)
+def fitted(gains: np.ndarray, advantage: Any, cells: Any) -> np.ndarray:
+  """The fitted effects of an episode's steps, or of the episodes of several rows; none has another
+  sign than its advantage."""
+  numbers = np.asarray(cells, int)
+  own = np.where(numbers >= 0, gains[numbers], 0.0)
+  effects = advantage / max(1, numbers.shape[-1]) + own
+  return np.where(effects * advantage > 0, effects, 0.0)
 
 
-def fit(state: Evidence, doubt: float) -> np.ndarray:
-  """How much more than the even share the steps of each cell did, [C], shrunk.
+class Fit(NamedTuple):
+  """What the evidence says of each cell, [C]."""
 
-  The mean over all places is shrunk towards 0, and how a place differs from that, likewise; no
-  class of steps lends another one anything.
-  """
-  return _fit(state, doubt)[0]
+  gains: np.ndarray
+  """How much more than the even share its steps did, shrunk."""
+  means: np.ndarray
+  """The same as measured."""
+  errors: np.ndarray
+  """Standard errors of that; infinite where nothing was measured."""
 
 
-def _fit(state: Evidence, doubt: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The fit, the means as measured, and their standard errors, [C]."""
-  sums = np.asarray(state.sums, np.float64).reshape(4, -1, len(PLACES))
-  n, _, total, squares = sums
-  residual = np.maximum(squares - total**2 / np.maximum(n, 1e-6), 0.0)
+def fit(state: Evidence, doubt: float) -> Fit:
+  """Each cell's mean, shrunk towards the even share; none lends another one anything, but for an
+  estimate of how far single measurements scatter."""
+  n, n2, total, squares = np.asarray(state.sums, np.float64)
+  known = np.maximum(n, 1e-6)
+  means = np.where(n > 0, total / known, 0.0)
+  residual = np.maximum(squares - total * means, 0.0)
   # Where little is known yet, as wide as a difference of two fair coins.
   common = (residual.sum() + _PRIOR * 0.5) / (np.maximum(n - 1, 0).sum() + _PRIOR)
-
-  def moments(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    n, n2, total, squares = sums
-    known = np.maximum(n, 1e-6)
-    mean = total / known
-    variance = (np.maximum(squares - total * mean, 0.0) + _PRIOR * common) / (n + _PRIOR)
-    # Of a few coins all may fall alike, so the error of a mean of n counts sqrt(1 + 4 / n) times.
-    return np.where(n > 0, mean, 0.0), np.where(
-      n > 0, variance * (1 + 4 / known) * n2 / known**2, np.inf
-    )
-
-  def garrote(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    kept = 1 - doubt**2 * variance / np.maximum(mean**2, 1e-12)
-    return np.where(kept > 0, mean * np.maximum(kept, 0.0), 0.0)
-
-  whole_mean, whole_variance = moments(sums.sum(2, keepdims=True))
-  mean, variance = moments(sums)
-  # A place's mean is part of the whole one.
-  apart = np.maximum(1 - n / np.maximum(n.sum(1, keepdims=True), 1e-6), 1e-6)
-  own = garrote(np.where(n > 0, mean - whole_mean, 0.0), variance * apart)
-  gains = garrote(whole_mean, whole_variance) + np.where(apart > 1e-6, own, 0.0)
-  return gains.reshape(-1), mean.reshape(-1), np.sqrt(variance).reshape(-1)
+  variance = (residual + _PRIOR * common) / (n + _PRIOR)
+  # Of a few coins all may fall alike, so the error of a mean of n counts sqrt(1 + 4 / n) times.
+  errors2 = np.where(n > 0, variance * (1 + 4 / known) * n2 / known**2, np.inf)
+  kept = 1 - doubt**2 * errors2 / np.maximum(means**2, 1e-12)
+  gains = np.where(kept > 0, means * np.maximum(kept, 0.0), 0.0)
+  return Fit(gains, means, np.sqrt(errors2))
 
 
 def _report(new: Evidence, doubt: float, used: np.ndarray) -> dict[str, float]:
   """Metrics; `used` holds the number of this batch's steps by what was said, what was seen and the
   end, and the sum of the multipliers that they got."""
-  gains, means, errors = _fit(new, doubt)
+  gains, means, errors = fit(new, doubt)
   checks = np.float64(new.sums[0])
   known = checks * np.isfinite(errors)
   metrics = {

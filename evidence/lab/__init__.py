@@ -2,25 +2,29 @@
 that can perform."""
 
 import json
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from dca_jax.commands.report import PALETTE, draw, line_style, text_table
-from evidence.lab import drift, tree
+from evidence.lab import checks, drift, tree
 
 
 def run(folder: epath.Path) -> str:
-  """Both experiments; writes lab.png, drift.png and lab.json into `folder`
+  """All experiments; writes lab.png, checks.png, drift.png and lab.json into `folder`
   and returns the tables as text."""
   traces = tree.make_tree()
   rows = tree.table(traces)
+  points = checks.curves(traces)
   curves = drift.run()
   ends = {name: drift.end(c) for name, c in curves.items()}
   (folder / "lab.png").write_bytes(_bars(rows))
+  (folder / "checks.png").write_bytes(_checks(points))
   (folder / "drift.png").write_bytes(_lines(curves))
   numbers = {
     "tree": [r._asdict() for r in rows],
+    "checks": [p._asdict() for p in points],
     "drift": {name: e._asdict() for name, e in ends.items()},
   }
   (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -62,6 +66,15 @@ def run(folder: epath.Path) -> str:
       "Cosine with the policy gradient; signal to noise of one trace's update, which counts bias as"
       " signal, and without\nthat; how much more a check is reinforced than a step that does as"
       " little, where the policy leads (a better\nchance than at the start) and where it trails.",
+      "Calibrated credit, by the spot checks that it has seen (one answer on each side of a step)",
+      text_table(
+        ["reviewer", "checks", "cosine", "SNR x cosine^2 / RLOO", "premium, leading +- s.d."],
+        [
+          [p.reviewer, f"{p.checks:,}", f"{p.cosine:.3f}", f"{p.snr:.2f}"]
+          + [f"{round(p.leading, 3) + 0.0:+.3f} +- {p.spread:.3f}"]
+          for p in points
+        ],
+      ),
       f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS}"
       f" seeds; at first {start:.2f} of a trace's {drift.SLOTS} steps are checks",
       text_table(
@@ -70,6 +83,23 @@ def run(folder: epath.Path) -> str:
       "Checks do nothing and cost nothing here, so accuracy does not tell who drifts towards them.",
     ]
   )
+
+
+def _checks(points: list[checks.Point]) -> bytes:
+  def paint(axes: Any) -> None:
+    for i, name in enumerate(dict.fromkeys(p.reviewer for p in points)):
+      own = [p for p in points if p.reviewer == name]
+      x = [max(p.checks, 30) for p in own]  # None stands at the left edge.
+      for axis, key in zip(axes, ("snr", "leading"), strict=True):
+        axis.plot(x, [getattr(p, key) for p in own], linewidth=1.5, label=name, **line_style(i))
+    axes[0].set(ylabel="signal to noise x cosine^2 / RLOO's")
+    axes[1].set(ylabel="premium of performing, leading")
+    axes[0].legend(frameon=False)
+    for axis in axes:
+      axis.set(xscale="log", xlabel="spot checks (at the left edge none)")
+      axis.grid(alpha=0.25)
+
+  return draw(2, (10, 4), "png", paint)
 
 
 def _lines(curves: dict[str, drift.Curves]) -> bytes:

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   folder = locate(parser.parse_args(argv).workdir)
   folder.mkdir(parents=True, exist_ok=True)
   print(lab.run(folder))
-  print(f"\nfigures: {folder / 'lab.png'} and drift.png; numbers: lab.json")
+  print(f"\nfigures: {folder / 'lab.png'}, checks.png and drift.png; numbers: lab.json")
 
 
 if __name__ == "__main__":

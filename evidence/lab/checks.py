@@ -61,13 +61,12 @@ def cells(tree: Tree, said: ReviewArrays, seen: bool) -> np.ndarray:
   """The cell of every step, as the scheme numbers them, [N, T]."""
   n, t = tree.actions_NxT.shape
   known = {
-    key: cell_number(word_of(key[0], key[1]), SEEN.index("check") * key[2], *key[3:])
-    for key in np.ndindex(len(ROLES), 4, 2, len(ENDS), 3)
+    key: cell_number(word_of(key[0], key[1]), SEEN.index("check") * key[2], key[3])
+    for key in np.ndindex(len(ROLES), 4, 2, len(ENDS))
   }
   suspect = (tree.actions_NxT == CHECK) & seen
   end = np.where(tree.reward_N > 0, 0, 1)[:, None]
-  place = np.where(np.arange(t) == t - 1, 2, 2 * np.arange(t) // t)
-  keys = np.broadcast_arrays(said.roles_BxK, said.weights_BxK, suspect, end, place)
+  keys = np.broadcast_arrays(said.roles_BxK, said.weights_BxK, suspect, end)
   flat = zip(*(x.astype(int).ravel().tolist() for x in keys), strict=True)
   return np.array([known[key] for key in flat]).reshape(n, t)
 
@@ -92,9 +91,9 @@ def advantages(tree: Tree) -> np.ndarray:
 def calibrated(tree: Tree, said: ReviewArrays, cell_NxT: np.ndarray, found: Evidence) -> Row:
   """The exact expected update under what was found."""
   scheme = Calibrated()
-  gains, own_N = fit(found, scheme.doubt), advantages(tree)
-  effects = [fitted(gains, own, row) for own, row in zip(own_N, cell_NxT, strict=True)]
-  return measure(tree, "", credit(tree, scheme, said, np.abs(effects)))
+  gains, own_N = fit(found, scheme.doubt).gains, advantages(tree)
+  effects_NxT = fitted(gains, own_N[:, None], cell_NxT)
+  return measure(tree, "", credit(tree, scheme, said, np.abs(effects_NxT)))
 
 
 def relative(row: Row, base: Row) -> float:

@@ -1,0 +1,59 @@
+"""Calibrated credit in the laboratory: its evidence is what the scheme would gather, and what it
+makes of it is what docs/method.md says."""
+
+import numpy as np
+import pytest
+
+from dca_jax.credit.exact import make_tree
+from evidence.lab import checks
+
+TREE = make_tree()
+
+
+@pytest.fixture(scope="module")
+def rows():
+  """With no checks, and with so many that only the cells matter; by reviewer."""
+  found = {}
+  for name in ("oracle", "fooled", "fooled, unseen", "random"):
+    said, seen = checks.controls(TREE)[name]
+    cells = checks.cells(TREE, said, seen)
+    for n in (0, 200_000):
+      evidence = checks.evidence(TREE, cells, n, np.random.default_rng(0))
+      found[name, n] = checks.calibrated(TREE, said, cells, evidence)
+  return found
+
+
+def test_without_checks_it_is_rloo_and_pays_nothing(rows):
+  for (_, n), row in rows.items():
+    if not n:
+      assert row.cosine == pytest.approx(1, abs=1e-6)
+      assert row.leading == pytest.approx(0, abs=1e-6)
+
+
+def test_what_applause_buys_goes_where_it_can_be_seen(rows):
+  base, many = checks.plain(TREE, "uniform"), 200_000
+  fooled = checks.plain(TREE, "weighted", "fooled")
+  assert fooled.leading > 0.4
+  # Neither cell of a check that does nothing earns anything, whatever it is called.
+  assert -0.2 < rows["fooled", many].leading < 0.02
+  assert checks.relative(rows["fooled", many], base) > 2 * checks.relative(fooled, base)
+  assert checks.relative(rows["oracle", many], base) > 6
+  assert checks.relative(rows["random", many], base) > 0.85
+  # What the cells cannot tell apart is only diluted.
+  assert rows["fooled, unseen", many].leading > 0.3
+
+
+def test_the_measured_means_are_those_of_the_policy():
+  """The evidence of a cell tends to the mean of the exact effects beyond the even share."""
+  said, seen = checks.controls(TREE)["oracle"]
+  cells, n = checks.cells(TREE, said, seen), 400_000
+  evidence = checks.evidence(TREE, cells, n, np.random.default_rng(1))
+  effects = np.diff(TREE.value_NxT, axis=1, append=TREE.reward_N[:, None])
+  excess = effects - checks.advantages(TREE)[:, None] / cells.shape[1]
+  weight = np.broadcast_to(TREE.probability_N[:, None], cells.shape)
+  for cell in np.unique(cells):
+    here = cells == cell
+    count, total = evidence.sums[0][cell], evidence.sums[2][cell]
+    assert count == pytest.approx(n * weight[here].sum() / cells.shape[1], rel=0.2)
+    mean = np.average(excess[here], weights=weight[here])
+    assert total / count == pytest.approx(mean, abs=4 / np.sqrt(count))
