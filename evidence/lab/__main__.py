@@ -1,4 +1,4 @@
-"""Every credit scheme on a policy small enough to be exact, in half a minute."""
+"""Every credit scheme on a policy small enough to be exact, in under a minute."""
 
 import argparse
 from collections.abc import Sequence
