@@ -21,14 +21,14 @@ from dca_jax.intervals import Estimate
 from dca_jax.loop import train as run_training
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.review import ReviewerConfig
-from dca_jax.rollout import GREEDY, Sampler, encode_prompts
+from dca_jax.rollout import GREEDY, Sampler, in_order
 from dca_jax.rollout import evaluate as evaluation
 from dca_jax.store.checkpoints import read_params, read_start
 from dca_jax.store.metrics import read_metrics
 from dca_jax.store.trajectories import read_trajectories
 from dca_jax.store.workdir import locate
 from dca_jax.tasks import Problem, TaskConfig
-from dca_jax.tasks.tokenizer import end_ids, id_count, text_of
+from dca_jax.tasks.tokenizer import id_count, text_of
 
 Callback = Callable[["Run", int, Mapping[str, float]], None]
 """Called with the run, a step and its metrics, when the step is recorded."""
@@ -83,8 +83,10 @@ class SavedPolicy:
     frozen = split(read_start(folder))[0] if config.policy.lora_rank else {}
     everywhere = mesh.replicated(devices)
     self._params = put(join(frozen, trained), everywhere)
-    ends = put(np.array(end_ids(self._tokenizer), np.int32), everywhere)
-    self._sampler = Sampler(policy, config.rollout, ends, mesh.batch_sharding(devices))
+    self._policy, self._everywhere = policy, everywhere
+    engine = config.engine.open(policy, config.rollout, self._tokenizer)
+    own = np.arange(config.rollout.problems)
+    self._sampler = Sampler(engine, config.rollout, self._task, self._tokenizer, policy.rows, own)
 
   def sample(
     self, prompts: Sequence[str], samples: int = 1, greedy: bool = False, seed: int = 0
@@ -96,18 +98,16 @@ class SavedPolicy:
       seed: other seeds give other answers; a prompt's answers depend on its place too.
     """
     problems = [self._problem(i, prompt) for i, prompt in enumerate(prompts)]
-    encoded = self._encode(problems)
+    encoded, ids = self._sampler.encode(problems), range(len(prompts))
     numbers = np.full(samples, GREEDY) if greedy else np.arange(samples)
-    key = put(jax.random.key(seed), self._sampler.end_ids_E.sharding)
-    drawn = self._sampler(self._params, *encoded, np.arange(len(prompts)), key, numbers)
-    rows = zip(drawn.tokens_BxT, drawn.lengths_B, strict=True)
-    texts = [text_of(self._tokenizer, tokens[:n]) for tokens, n in rows]
+    drawn = in_order(self._sampler.stream(self._params, encoded, ids, numbers, (seed,)))
+    texts = [text_of(self._tokenizer, sample.tokens) for sample in drawn]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
   def score(self, prompt: str, completion: str) -> list[tuple[str, float]]:
     """The tokens of a completion, each with its log-probability (nats) after what stands before it,
     under the distribution that training samples from."""
-    prompts, lengths = self._encode([self._problem(0, prompt)])
+    prompts, lengths = self._sampler.encode([self._problem(0, prompt)])
     ids = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
     if not 1 <= len(ids) <= self._config.rollout.max_tokens:
       most = self._config.rollout.max_tokens
@@ -118,9 +118,9 @@ class SavedPolicy:
     tokens_1xT[0, : len(ids)] = ids
     counted_1xT = np.arange(tokens_1xT.size)[None] < len(ids)
     row = tokens_1xT, counted_1xT, np.ones(1, bool), np.zeros(tokens_1xT.shape, np.float32)
-    batch = learner.Batch(*put((prompts, lengths, *row), self._sampler.end_ids_E.sharding))
+    batch = learner.Batch(*put((prompts, lengths, *row), self._everywhere))
     scored = learner.reference_logprobs(
-      self._sampler.policy,
+      self._policy,
       self._config.rollout.sampling,
       self._params,
       batch,
@@ -130,16 +130,10 @@ class SavedPolicy:
 
   def evaluate(self) -> dict[str, Estimate]:
     """Scores on the task's held-out problems, as config.evaluate says."""
-    return evaluation.evaluate(
-      self._config.evaluate, self._sampler, self._task, self._tokenizer, self._params
-    )
+    return evaluation.evaluate(self._config.evaluate, self._sampler, self._params)
 
   def _problem(self, i: int, prompt: str) -> Problem:
     return Problem(i, prompt, "", self._task.render(prompt))
-
-  def _encode(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
-    limit = self._config.rollout.max_prompt_tokens
-    return encode_prompts(self._tokenizer, problems, limit, self._sampler.policy.rows)
 
 
 def train(

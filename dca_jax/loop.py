@@ -100,4 +100,4 @@ def scores_after(t: Trainer, step: int) -> dict[str, float]:
     return {}
   t.stops.phase("evaluation")
   params = t.for_sampler(t.whole(t.state.params))
-  return eval_metrics(evaluate(t.config.evaluate, t.sampler, t.task, t.tokenizer, params)) | t.data
+  return eval_metrics(evaluate(t.config.evaluate, t.sampler, params)) | t.data

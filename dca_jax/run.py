@@ -24,7 +24,7 @@ from dca_jax.credit import Scheme
 from dca_jax.devices import mesh
 from dca_jax.devices.memory import check_fits
 from dca_jax.devices.preemption import Stops
-from dca_jax.devices.processes import agree, check_alike, gather, mark, put
+from dca_jax.devices.processes import agree, check_alike, gather, mark, own_rows, put
 from dca_jax.errors import UserError, reason
 from dca_jax.learner.supervised import Demonstrations, cache_folder, warm_start
 from dca_jax.policy import Policy, join, pretrained, split
@@ -54,7 +54,7 @@ class Programs:
       suffice.
   """
 
-  def __init__(self, config: Config, policy: Policy, tokenizer: Any, head: Any):
+  def __init__(self, config: Config, policy: Policy, task: Task, tokenizer: Any, head: Any):
     rollout, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
     devices = mesh.make_mesh(config.mesh)
     self.policy = policy = policy.clone(mesh=devices)
@@ -63,13 +63,15 @@ class Programs:
     of_run = learner.Learner(policy, config.learner, rollout.sampling, optimizer)
     self.update = functools.partial(learner.update, of_run)
 
-    sampler_devices = mesh.sampler_mesh(config.mesh, devices)
-    ends = put(np.array(end_ids(tokenizer), np.int32), mesh.replicated(sampler_devices))
-    self.sampler = Sampler(
-      policy.clone(mesh=sampler_devices), rollout, ends, mesh.batch_sharding(sampler_devices)
+    sampling = mesh.sampler_mesh(config.mesh, devices)
+    own = policy.clone(mesh=mesh.own_mesh(sampling))
+    mesh.check_rows(devices, rollout.problems, config.learner.micro_batches)
+    engine, mine = (
+      config.engine.open(own, rollout, tokenizer),
+      own_rows(self.rows, rollout.problems),
     )
-    self.for_sampler = mesh.relay(devices, sampler_devices, policy)
-    mesh.check_rows(devices, sampler_devices, rollout.problems, config.learner.micro_batches)
+    self.sampler = Sampler(engine, rollout, task, tokenizer, policy.rows, mine)
+    self.for_sampler = mesh.relay(devices, sampling, policy)
 
     overlap = bool(config.reviewer.overlap)
 
@@ -115,7 +117,7 @@ class Trainer:
   """Adds the log-probabilities of the policy that the run started from, where they are wanted."""
   data: dict[str, float]
   """Metrics of the data, which belong to every evaluation."""
-  ahead: tuple[Rollout, Asked] | None = None
+  ahead: tuple[Rollout, list[Asked]] | None = None
   """The next batch, where it is sampled a step ahead."""
 
   def __post_init__(self) -> None:
@@ -178,7 +180,7 @@ def _opened(
   data = check_data(config, task, tokenizer, policy.rows)
   check_alike(alike(config, task, tokenizer))
   head = config.value.init(policy.config.width, config.seed)
-  programs = Programs(config, policy, tokenizer, head)
+  programs = Programs(config, policy, task, tokenizer, head)
 
   folder = claim(config, workdir, resume)
   growing = Growing(folder)

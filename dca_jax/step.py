@@ -13,7 +13,7 @@ from dca_jax.devices.processes import fetch, gather, put
 from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
 from dca_jax.review.episodes import Asked, ask, canary_accuracy, wait_for_reviews, worth_a_review
-from dca_jax.rollout import Continues, Rollout, collect, step_key
+from dca_jax.rollout import Continues, Group, Rollout, collect, joined
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
@@ -44,12 +44,9 @@ def train_step(t: Trainer, step: int) -> Measured:
 
     # The reference runs on the devices while the host waits for reviews.
     batch = t.reference(on_devices(t, rollout))
-    spot_tokens = None
-    if t.config.spot.share:  # While the reviewer reads.
-      rollout, spot_tokens = spot_checked(t, step, params, rollout)
-      clock.lap("spot")
+    rollout, spot_tokens = spot_checked(t, step, params, rollout, clock)  # Meanwhile, too.
     reviews = reviews_of(t, asked)
-    policy = Continues(t.sampler, params, further_key(t, step), t.task, t.tokenizer)
+    policy = Continues(t.sampler, params, further_noise(t, step))
     reviews, continued = t.values.ask(policy, rollout, reviews)
     del params, policy  # A layout of its own would take memory while gradients do.
     clock.lap("review")
@@ -93,7 +90,7 @@ def train_step(t: Trainer, step: int) -> Measured:
   )
 
 
-def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
+def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, list[Asked]]:
   """The batch to train on in `step`; with `reviewer.overlap` it was sampled a step ago, and the
   next one is on its way to the reviewer."""
   if not t.config.reviewer.overlap:
@@ -104,14 +101,21 @@ def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
   return batch
 
 
-def begin(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
-  """Samples a batch and hands it to the reviewer, who reads it while the devices go on."""
-  c = t.config
-  rollout = collect(t.sampler, c.seed, step, t.task, t.tokenizer, params)
-  if c.learner.mask_truncated:
-    rollout = rollout._replace(episodes=[*map(_left_out_if_truncated, rollout.episodes)])
-  chosen = worth_a_review(t.scheme, rollout.episodes, c.rollout.group, c.reviewer.sample_frac)
-  return rollout, ask(t.reviewer, rollout.episodes, chosen, c.reviewer.deadline)
+def begin(t: Trainer, step: int, params: Any) -> tuple[Rollout, list[Asked]]:
+  """Samples a batch and hands each group to the reviewer as soon as it is whole; he reads it while
+  the devices go on."""
+  c = t.config.reviewer
+  groups: list[Group] = []
+  asked: dict[int, Asked] = {}
+  for group in collect(t.sampler, t.config.seed, step, params):
+    if t.config.learner.mask_truncated:
+      group = group._replace(episodes=[*map(_left_out_if_truncated, group.episodes)])
+    groups.append(group)
+    if group.place >= 0:
+      chosen = worth_a_review(t.scheme, group.episodes, c.sample_frac)
+      asked[group.place] = ask(t.reviewer, group.episodes, chosen, c.deadline)
+  rollout = joined(groups, t.task, t.config.rollout.max_tokens)
+  return rollout, [asked[place] for place in sorted(asked)]
 
 
 def _left_out_if_truncated(episode: Episode) -> Episode:
@@ -125,13 +129,19 @@ def on_devices(t: Trainer, rollout: Rollout) -> Batch:
   return Batch(*put((*arrays, trained_B, rollout.logprobs_BxT), t.rows))
 
 
-def spot_checked(t: Trainer, step: int, params: Any, rollout: Rollout) -> tuple[Rollout, int]:
-  """The batch with its spot checks, and the tokens they took."""
-  policy = Continues(t.sampler, params, further_key(t, step, 2**31), t.task, t.tokenizer)
-  return measured(t.config.spot, t.config.seed, step, policy, rollout)
+def spot_checked(
+  t: Trainer, step: int, params: Any, rollout: Rollout, clock: Clock
+) -> tuple[Rollout, int | None]:
+  """The batch with its spot checks, and the tokens they took; None where nothing is checked."""
+  if not t.config.spot.share:
+    return rollout, None
+  policy = Continues(t.sampler, params, further_noise(t, step, 2**31))
+  rollout, tokens = measured(t.config.spot, t.config.seed, step, policy, rollout)
+  clock.lap("spot")
+  return rollout, tokens
 
 
-def reviews_of(t: Trainer, asked: Asked) -> list[Review]:
+def reviews_of(t: Trainer, asked: Sequence[Asked]) -> list[Review]:
   deadline = t.config.reviewer.deadline
   t.stops.phase("reviews", seconds=deadline)
   return t.stops.wait(functools.partial(wait_for_reviews, asked, deadline), then="values")
@@ -167,7 +177,7 @@ def reviewer_metrics(t: Trainer, step: int) -> dict[str, float]:
   return metrics
 
 
-def further_key(t: Trainer, step: int, kind: int = 0) -> jax.Array:
-  """The key of a step's further answers; sampling uses none of these, because seeds end below
-  2**31, and so do steps, so `kind` sets those of spot checks apart from those of values."""
-  return step_key(t.config.seed + 2**31, kind + step, t.sampler.end_ids_E.sharding)
+def further_noise(t: Trainer, step: int, kind: int = 0) -> tuple[int, int]:
+  """That of a step's further answers; sampling has none of it, because seeds end below 2**31, and
+  so do steps, so `kind` sets that of spot checks apart from that of values."""
+  return t.config.seed + 2**31, kind + step

@@ -70,7 +70,7 @@ class Credited(NamedTuple):
 def tally(
   scheme: Scheme,
   rollout: Rollout,
-  asked: Asked,
+  asked: Sequence[Asked],
   credited: Credited,
   reviewer: dict[str, float],
   clock: Clock,
@@ -119,7 +119,7 @@ def _part(name: str, outcomes: Sequence[Outcome]) -> tuple[float, int]:
   return sum(values), len(values)
 
 
-def _reviews(reviews: Sequence[Review], asked: Asked) -> Means:
+def _reviews(reviews: Sequence[Review], asked: Sequence[Asked]) -> Means:
   roles = [role for review in reviews for role in review.roles]
   # 1 where all steps weigh the same, 0 where one has everything.
   weights = [
@@ -128,7 +128,7 @@ def _reviews(reviews: Sequence[Review], asked: Asked) -> Means:
     if len(r.weights) > 1 and sum(r.weights) > 0
   ]
   evenness = [-np.sum(w * np.log(np.where(w > 0, w, 1.0))) / np.log(len(w)) for w in weights]
-  count = sum(request is not None for request in asked.requests)
+  count = sum(request is not None for part in asked for request in part.requests)
   return {
     "review/asked": (count, len(reviews)),
     "review/ok": (sum(review.status == "ok" for review in reviews), count),

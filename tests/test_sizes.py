@@ -10,9 +10,6 @@ FILES = sorted(path for room in ("dca_jax", "evidence") for path in (ROOT / room
 LINES, PARAMETERS = 60, 7
 # What is longer or takes more, and why.
 EXCEPTIONS = {
-  # A jitted program: what it is compiled for (static) and what it is called with are both
-  # arguments.
-  "dca_jax/rollout/sampler.py: sample",
   # One formula with its masks; in parts, each part would take most of the others' arrays.
   "dca_jax/policy/attention.py: attend",
   "dca_jax/policy/attention.py: flash_attend",

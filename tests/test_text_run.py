@@ -18,8 +18,7 @@ from dca_jax.devices import mesh
 from dca_jax.errors import Terminated, UserError
 from dca_jax.loop import train
 from dca_jax.policy import Policy
-from dca_jax.rollout import Sampler
-from dca_jax.rollout.collect import collect
+from dca_jax.rollout import Sampler, collect, joined
 from dca_jax.run import check_data
 from dca_jax.store.trajectories import read_trajectories
 from dca_jax.tasks.tokenizer import end_ids, text_of, token_bytes
@@ -229,16 +228,15 @@ def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
   config = tiny.make_config(given)
   task = config.task.open()
   tokenizer = task.tokenizer()
-  policy = Policy(config.policy, len(tokenizer))
-  devices = mesh.make_mesh(config.mesh)
+  policy = Policy(config.policy, len(tokenizer), mesh.make_mesh(config.mesh))
   params = nn.unbox(jax.jit(policy.init_params)(jax.random.key(0)))
-  ends = jax.device_put(np.array(end_ids(tokenizer), np.int32), mesh.replicated(devices))
 
   def draw(changes):
     rollout = tiny.make_config(given | changes).rollout
-    return collect(
-      Sampler(policy, rollout, ends, mesh.batch_sharding(devices)), 0, 1, task, tokenizer, params
-    )
+    engine = config.engine.open(policy, rollout, tokenizer)
+    own = np.arange(rollout.problems)
+    sampler = Sampler(engine, rollout, task, tokenizer, policy.rows, own)
+    return joined([*collect(sampler, 0, 1, params)], task, rollout.max_tokens)
 
   plain, stopped = draw({}), draw({"rollout.stop": ("s", "#")})
   kept = stopped.sampled_BxT

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dca_jax import learner, review
+from dca_jax import review
 from dca_jax import run as run_module
 from dca_jax.credit import SCHEMES
 from dca_jax.devices import mesh
@@ -22,8 +22,7 @@ from dca_jax.errors import UserError
 from dca_jax.loop import train
 from dca_jax.policy import Head, Policy, Sampling, token_logprobs
 from dca_jax.review import builtin
-from dca_jax.rollout import Sampler
-from dca_jax.rollout.collect import collect
+from dca_jax.rollout import Sampler, collect, joined
 from dca_jax.store.trajectories import read_trajectories
 
 WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
@@ -211,10 +210,9 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
 
   class Watched(builtin.Instant):
     def submit(self, requests, deadline):
-      step, done = (
-        len([e for e in events if e[0] == "asked"]) + 1,
-        super().submit(requests, deadline),
-      )
+      # Four groups a step, each asked about as soon as it is whole.
+      step = len([e for e in events if e[0] == "asked"]) // 4 + 1
+      done = super().submit(requests, deadline)
       events.append(("asked", step))
 
       class Answer(Future):
@@ -231,7 +229,7 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
   train(tiny.make_config(OVERLAP), str(tmp_path), quiet=True)
   for step in range(1, 5):
     assert events.index(("asked", step + 1)) < events.index(("waited for", step))
-  assert len(events) == 10
+  assert len(events) == 2 * 4 * 5
 
 
 def test_a_reviewer_that_asks_to_stop_ends_the_run_with_its_step_saved(tmp_path, monkeypatch):
@@ -301,16 +299,16 @@ def collector(changes):
   config = tiny.make_config(changes)
   task = config.task.open()
   tokenizer = task.tokenizer()
-  policy = Policy(config.policy, len(tokenizer))
-  devices = mesh.make_mesh(config.mesh)
-  shardings = mesh.state_shardings(
-    devices, policy, learner.make_optimizer(config.learner, config.steps)
-  )
-  init = jax.jit(lambda key: nn.unbox(policy.init_params(key)), out_shardings=shardings.params)
-  params = init(jax.random.key(0))
-  end_ids = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
-  sampler = Sampler(policy, config.rollout, end_ids, mesh.batch_sharding(devices))
-  return lambda step, seed=0: collect(sampler, seed, step, task, tokenizer, params)
+  policy = Policy(config.policy, len(tokenizer), mesh.make_mesh(config.mesh))
+  params = nn.unbox(jax.jit(policy.init_params)(jax.random.key(0)))
+  engine, rollout = config.engine.open(policy, config.rollout, tokenizer), config.rollout
+  own = np.arange(rollout.problems)
+  sampler = Sampler(engine, rollout, task, tokenizer, policy.rows, own)
+
+  def collected(step, seed=0):
+    return joined([*collect(sampler, seed, step, params)], task, rollout.max_tokens)
+
+  return collected
 
 
 def same(ours, theirs) -> bool:

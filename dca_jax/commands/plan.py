@@ -14,6 +14,7 @@ from dca_jax.devices.memory import bytes_of, local_memory, size_of
 from dca_jax.learner.parts import part_rows
 from dca_jax.policy import Policy, Prompts, join, pretrained, split
 from dca_jax.policy.logprobs import CHUNK_LOGITS
+from dca_jax.rollout.schedule import ring_sizes
 from dca_jax.tasks.tokenizer import id_count
 
 _CHIPS = {
@@ -65,11 +66,14 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
 
   problems, item = rows(sampler), jnp.dtype(c.dtype).itemsize
   heads = c.kv_heads // sampler.shape["tensor"]
-  # Evaluation draws batches of the same shape; continuations have answers begun as their prompts.
-  prompts, length, group = problems, rollout.max_prompt_tokens, rollout.group
-  if further := max(config.value.answers, config.spot.answers if config.spot.share else 0):
-    prompts, length, group = problems * group, length + rollout.max_tokens, further
-  positions = prompts * (length + group * rollout.max_tokens)
+  # Evaluation draws batches of the same shape. Further answers have their own beginning as prompt.
+  length, decoding = rollout.max_prompt_tokens, problems * rollout.group
+  prompts = problems * length
+  if config.value.answers or config.spot.share:
+    prompts = decoding * (length + rollout.max_tokens)
+  # Where a ring grows, the one before it is still there.
+  grown = sum(ring_sizes(rollout.max_tokens)[-2:])
+  positions = prompts + decoding * grown
   read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   copied = config.mesh.sampler or c.kept != c.dtype
   sampling = {
@@ -80,7 +84,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
       read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]
     ),
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
-    "logits of one token": 3 * 4 * prompts * group * policy.rows,
+    "logits of one token": 3 * 4 * decoding * policy.rows,
   }
   problems, n = rows(devices), config.learner.micro_batches
   part = part_rows(problems * rollout.group, rollout.max_tokens, n)
@@ -160,7 +164,7 @@ def plan(config: Config, devices: int) -> str:
   known = pretrained.resolve(config.policy, 0)
   policy = Policy(known, known.vocab_size or id_count(config.task.open().tokenizer()))
   training, sampling = mesh.abstract_meshes(config.mesh, devices)
-  mesh.check_rows(training, sampling, config.rollout.problems, config.learner.micro_batches)
+  mesh.check_rows(training, config.rollout.problems, config.learner.micro_batches)
   m = memory(config, policy, training, sampling)
   count = sum(size_of(a.shape, jnp.int8) for a in jax.tree.leaves(mesh.param_shapes(policy)))
   layout = ", ".join(f"{axis} {n}" for axis, n in training.shape.items())

@@ -14,7 +14,7 @@ from dca_jax.doors import absolute, choose, nearest
 from dca_jax.errors import UserError
 from dca_jax.learner.values import VALUES
 from dca_jax.review import REVIEWERS, ReviewerConfig
-from dca_jax.rollout.prefixes import Values
+from dca_jax.rollout import ENGINES, EngineConfig, Values
 from dca_jax.tasks import TASKS, TaskConfig
 
 
@@ -31,6 +31,7 @@ class Choice(NamedTuple):
 CHOICES = {
   "task.name": Choice(TaskConfig, TASKS),
   "reviewer.name": Choice(ReviewerConfig, REVIEWERS),
+  "engine.name": Choice(EngineConfig, ENGINES),
   "credit.scheme": Choice(Scheme, SCHEMES),
   "value.source": Choice(Values, VALUES),
 }

@@ -15,7 +15,7 @@ from dca_jax.learner import LearnerConfig
 from dca_jax.learner.supervised import WarmstartConfig
 from dca_jax.policy import PolicyConfig
 from dca_jax.review import Nobody, ReviewerConfig
-from dca_jax.rollout import RolloutConfig
+from dca_jax.rollout import EngineConfig, RolloutConfig, SlotsConfig
 from dca_jax.rollout.evaluate import EvaluateConfig
 from dca_jax.rollout.prefixes import FromReviewer, Values
 from dca_jax.rollout.spot import SpotConfig
@@ -40,6 +40,7 @@ class Config:
   policy: PolicyConfig = PolicyConfig()
   warmstart: WarmstartConfig = WarmstartConfig()
   rollout: RolloutConfig = RolloutConfig()
+  engine: EngineConfig = SlotsConfig()
   reviewer: ReviewerConfig = Nobody()
   value: Values = FromReviewer()
   spot: SpotConfig = SpotConfig()

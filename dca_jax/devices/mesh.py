@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -13,7 +14,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dca_jax.devices.processes import own_rows
 from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 from dca_jax.policy import Policy, split
@@ -33,8 +33,8 @@ class MeshConfig:
   tensor: int = 1
   """Parts of each matrix product."""
   sampler: tuple[int, ...] = ()
-  """The same three while sampling, such as (-1, 1, 1); the parameters are laid out
-  so once a step. Empty: as above."""
+  """The same three while sampling, such as (-1, 1, 1); the parameters are laid out so once a step,
+  each process having all of them. Empty: as above, within each process."""
 
   @property
   def sizes(self) -> tuple[int, ...]:
@@ -63,20 +63,38 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:
   where they do not fill it."""
   devices = devices or jax.devices()
   shape = _fill("mesh.data x mesh.fsdp x mesh.tensor", config.sizes, len(devices))
-  order = device_order(shape, devices)
-  # In both layouts a process then has the same rows.
-  return Mesh(by_process(order) if config.sampler else order, AXES, axis_types=_TYPES)
+  # Parameters are laid out anew for sampling without leaving this order.
+  return Mesh(by_process(device_order(shape, devices)), AXES, axis_types=_TYPES)
 
 
 def sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
-  """The mesh for sampling, of the same devices; raises UserError where they do not fill it."""
-  if not config.sampler:
-    return mesh
-  return Mesh(
-    mesh.devices.reshape(_fill("mesh.sampler", config.sampler, mesh.devices.size)),
-    AXES,
-    axis_types=_TYPES,
-  )
+  """The mesh for sampling, of the same devices in the same order; each process has a part of its
+  `data` axis, and so all parameters.
+
+  Raises:
+    UserError: the devices do not fill it, or do not come apart by process.
+  """
+  processes = len({device.process_index for device in mesh.devices.flat})
+  each = mesh.devices.size // processes
+  if config.sampler:
+    shape = _fill("mesh.sampler", config.sampler, mesh.devices.size)
+  else:
+    tensor = mesh.shape["tensor"]
+    fsdp = math.gcd(mesh.shape["fsdp"], max(1, each // tensor))
+    shape = mesh.devices.size // (fsdp * tensor), fsdp, tensor
+  if shape[0] % processes:
+    raise UserError(
+      f"{'mesh.sampler' if config.sampler else 'the mesh'} would spread a copy of the parameters"
+      f" over several of the {processes} processes while sampling; set mesh.sampler=(-1, FSDP,"
+      f" TENSOR) with FSDP x TENSOR at most the {each} devices of a process"
+    )
+  return Mesh(mesh.devices.reshape(shape), AXES, axis_types=_TYPES)
+
+
+def own_mesh(mesh: Mesh) -> Mesh:
+  """This process's part of the mesh for sampling."""
+  mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  return Mesh(np.array(mine).reshape(-1, *mesh.devices.shape[1:]), AXES, axis_types=_TYPES)
 
 
 def abstract_meshes(config: MeshConfig, devices: int) -> tuple[AbstractMesh, AbstractMesh]:
@@ -129,30 +147,13 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def check_rows(mesh: AnyMesh, sampler: AnyMesh, problems: int, micro_batches: int) -> None:
-  """Raises UserError where problems do not spread evenly,
-  or a process would train on others than it samples."""
-  for where, devices, count, keys in (
-    (
-      "mesh.data x mesh.fsdp",
-      mesh,
-      problems // micro_batches,
-      "rollout.problems / learner.micro_batches",
-    ),
-    ("mesh.sampler", sampler, problems, "rollout.problems"),
-  ):
-    shards = devices.shape["data"] * devices.shape["fsdp"]
-    if count % shards:
-      raise UserError(f"{keys} = {count} does not divide over the {shards} devices of {where}")
-  if sampler == mesh or isinstance(mesh, AbstractMesh):
-    return
-  if (
-    own_rows(batch_sharding(mesh), problems).tolist()
-    != own_rows(batch_sharding(sampler), problems).tolist()
-  ):
+def check_rows(mesh: AnyMesh, problems: int, micro_batches: int) -> None:
+  """Raises UserError where problems do not spread evenly."""
+  shards, count = mesh.shape["data"] * mesh.shape["fsdp"], problems // micro_batches
+  if count % shards:
+    keys = "rollout.problems / learner.micro_batches"
     raise UserError(
-      "mesh.sampler would give a process other problems than it trains on; set it nearer to the"
-      " mesh"
+      f"{keys} = {count} does not divide over the {shards} devices of mesh.data x mesh.fsdp"
     )
 
 
@@ -219,10 +220,20 @@ def sampler_params(policy: Policy, params):
 
 
 def relay(mesh: Mesh, sampler: Mesh, policy: Policy) -> Callable:
-  """A function that makes `sampler_params` and lays them out for sampling;
-  it copies nothing where nothing changes."""
-  if sampler == mesh and policy.config.kept == policy.config.dtype:
-    return lambda params: params
-  return jax.jit(
-    functools.partial(sampler_params, policy), out_shardings=param_shardings(sampler, policy)
-  )
+  """A function that makes `sampler_params` and lays them out for sampling, as arrays of this
+  process's own devices; it copies nothing where nothing changes."""
+  laid_out, own = None, own_mesh(sampler)
+  if sampler != mesh or policy.config.kept != policy.config.dtype:
+    shardings = param_shardings(sampler, policy)
+    laid_out = jax.jit(functools.partial(sampler_params, policy), out_shardings=shardings)
+
+  def local(x: jax.Array) -> jax.Array:
+    sharding = NamedSharding(own, cast(NamedSharding, x.sharding).spec)
+    parts = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+  def relayed(params):
+    params = laid_out(params) if laid_out else params
+    return jax.tree.map(local, params) if own != sampler else params
+
+  return relayed

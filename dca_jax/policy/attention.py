@@ -12,24 +12,25 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-LANES = (
-  128  # Blocks of tokens, and the heads of splash attention, are padded to a multiple of this.
-)
+LANES = 128
+"""Blocks of tokens, and the heads of splash attention, are padded to a multiple of this."""
 
 
 class KeyValue(typing.NamedTuple):
-  """Keys and values of one layer, head-major: [rows, K, positions, H]."""
+  """Keys and values of one layer, laid out so that both products of decoding read them in order."""
 
   k: jax.Array
+  """[rows, K, H, positions]."""
   v: jax.Array
+  """[rows, K, positions, H]."""
 
 
 def attend(
   q_BxTxNxH: jax.Array,
   own: KeyValue,
-  own_mask_TxU: jax.Array,
+  own_mask: jax.Array,
   prompt: KeyValue | None,
-  prompt_mask_PxTxS: jax.Array | None,
+  prompt_mask: jax.Array | None,
   scale: float | None = None,
   soft_cap: float = 0.0,
 ) -> jax.Array:
@@ -42,9 +43,10 @@ def attend(
   Args:
     q_BxTxNxH: queries, N = K * heads per key.
     own: keys and values of the block itself (U = T) or of a cache (U >= T), with B rows.
-    own_mask_TxU: true where query t may read own key u.
+    own_mask: true where query t may read own key u, [T, U], or [B, T, U] where rows differ.
     prompt: keys and values of the prompts, with P rows and S positions.
-    prompt_mask_PxTxS: true where query t may read token s of its prompt; [P, 1, S] where that is the same for all t.
+    prompt_mask: true where query t may read token s of its prompt, [P, T, S], or [B, T, S] where
+      the rows of a group differ; [., 1, S] where it is the same for all t.
     scale: of the scores; head_dim^-1/2 when left out.
     soft_cap: scores are squeezed between -soft_cap and soft_cap (Gemma 2); 0 leaves them.
 
@@ -61,10 +63,11 @@ def attend(
   own_scores = _scores(q.reshape(b, kv_heads, r * t, h), own.k, soft_cap).reshape(
     b, kv_heads, r, t, -1
   )
-  own_scores = jnp.where(own_mask_TxU, own_scores, -jnp.inf)
+  own_mask = own_mask[:, None, None] if own_mask.ndim == 3 else own_mask
+  own_scores = jnp.where(own_mask, own_scores, -jnp.inf)
   top = own_scores.max(-1)
   if prompt is not None:
-    assert prompt_mask_PxTxS is not None
+    assert prompt_mask is not None
     p = prompt.k.shape[0]
     g = b // p
 
@@ -79,9 +82,11 @@ def attend(
         .reshape(b, kv_heads, r, t, x.shape[-1])
       )
 
-    folded_mask = jnp.tile(
-      prompt_mask_PxTxS, (1, g * r if prompt_mask_PxTxS.shape[1] > 1 else 1, 1)
-    )[:, None]
+    # [P, 1, 1 or (G R T), S]: in the order of the folded rows.
+    folded_mask = prompt_mask.reshape(p, -1, 1, *prompt_mask.shape[1:])
+    if folded_mask.shape[1] > 1 or folded_mask.shape[3] > 1:
+      folded_mask = jnp.broadcast_to(folded_mask, (p, g, r, t, folded_mask.shape[-1]))
+    folded_mask = folded_mask.reshape(p, 1, -1, folded_mask.shape[-1])
     prompt_scores = jnp.where(folded_mask, _scores(fold(q), prompt.k, soft_cap), -jnp.inf)
     top = jnp.maximum(top, unfold(prompt_scores.max(-1, keepdims=True))[..., 0])
   top = jax.lax.stop_gradient(top)[..., None]
@@ -97,7 +102,7 @@ def attend(
 
 
 def _scores(q, k, soft_cap):
-  scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+  scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
   return soft_cap * jnp.tanh(scores / soft_cap) if soft_cap else scores
 
 
@@ -147,11 +152,12 @@ def flash_attend(
     b, t, _, h = q.shape
     wide = -h % LANES if kernel == "splash" else 0
     q = jnp.pad(q * scale, ((0, 0), (0, -t % LANES), (0, 0), (0, wide)))
-    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -t % LANES), (0, wide))) for x in own)
+    k, v = own.k.swapaxes(2, 3), own.v
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -t % LANES), (0, wide))) for x in (k, v))
     first_B = jnp.zeros(b, jnp.int32)
     if prompt is not None:
-      groups, gap = b // prompt.k.shape[0], -prompt.k.shape[2] % LANES
-      places = prompt.k.shape[2] + gap
+      groups, gap = b // prompt.v.shape[0], -prompt.v.shape[2] % LANES
+      places = prompt.v.shape[2] + gap
       first_B = places - lengths_B
 
       def before(x_PxKxSxH, own):
@@ -159,7 +165,7 @@ def flash_attend(
         x = jax.vmap(lambda x, by: jnp.roll(x, by, 1))(x, first_B[::groups] - gap)
         return jnp.concatenate([jnp.repeat(x, groups, 0), own], 2)
 
-      k, v = before(prompt.k, k), before(prompt.v, v)
+      k, v = before(prompt.k.swapaxes(2, 3), k), before(prompt.v, v)
     if kernel == "splash":
       return _splash(q, k, v, first_B, window, soft_cap, mesh)[:, :t, :, :h]
     return _dot_product(q, k, v, first_B, window, kernel)[:, :t]

@@ -11,7 +11,6 @@ cache of its own, because a cache that goes through a scan is copied at every to
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -250,16 +249,17 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
   """Attention and gated MLP, each behind a norm and added to the stream.
 
-  Called with `cache` and `index` it writes its keys at `index` and reads the whole cache; otherwise it reads its own.
-  `views` holds what layers read that read everything and, where there are windowed ones, what those read; `windowed`
-  says which this layer is. Returns the new stream [B, T, D] and the keys and values that it read beside the prompt's.
+  Called with `cache` and `clock` it decodes: it writes its keys into the cache, a ring, at `clock`,
+  and reads all of the ring; otherwise it reads its own. `views` holds what layers read that read
+  everything and, where there are windowed ones, what those read; `windowed` says which this layer
+  is. Returns the new stream [B, T, D] and the keys and values that it read beside the prompt's.
   """
 
   config: PolicyConfig
   mesh: Mesh | None = None
 
   @nn.compact
-  def __call__(self, x_BxTxD, prompt, windowed, views, start_B, cache=None, index=None):
+  def __call__(self, x_BxTxD, prompt, windowed, views, start_B, cache=None, clock=None):
     c = self.config
     both = len(views) > 1
     view = (
@@ -285,14 +285,10 @@ class Block(nn.Module):
     )(y)
     if c.qk_norm:
       q, k = RMSNorm(c, "head_dim", name="q_norm")(q), RMSNorm(c, "head_dim", name="k_norm")(k)
-    own = KeyValue(_rotate(k, rope).swapaxes(1, 2), v.swapaxes(1, 2))
+    own = KeyValue(_rotate(k, rope).transpose(0, 2, 3, 1), v.swapaxes(1, 2))
     if cache is not None:
-      own = KeyValue(
-        *(
-          jax.lax.dynamic_update_slice_in_dim(c, new, index, 2)
-          for c, new in zip(cache, own, strict=True)
-        )
-      )
+      write, place = jax.lax.dynamic_update_slice_in_dim, clock % cache.v.shape[2]
+      own = KeyValue(write(cache.k, own.k, place, 3), write(cache.v, own.v, place, 2))
     q, limits = _rotate(q, rope), ((c.query_scalar or c.head_dim) ** -0.5, c.attention_soft_cap)
     kernel = c.attention
     if kernel == "auto":
@@ -329,6 +325,20 @@ class Prompts(typing.NamedTuple):
   def mask_PxS(self) -> jax.Array:
     """True where a prompt has a token."""
     return jnp.arange(self.cache.v.shape[3]) < self.lengths_P[:, None]
+
+
+class Context(typing.NamedTuple):
+  """What B rows that decode have read; rows p * G to (p + 1) * G - 1 share prompt p of P."""
+
+  prompt: tuple[KeyValue, ...]
+  """Of every layer, with P rows."""
+  prompt_lengths_P: jax.Array
+  cache: tuple[KeyValue, ...]
+  """Of every layer a ring with B rows (`empty_cache`)."""
+  clock: jax.Array
+  """Tokens that the rings were given so far: the place of the next is `clock` modulo their size."""
+  read_B: jax.Array
+  """Tokens that each row has read itself. They are the newest of its ring."""
 
 
 class Policy(nn.Module):
@@ -408,10 +418,10 @@ class Policy(nn.Module):
     return Head(matrix_VxD, self.config.logit_soft_cap, self.vocab_size, self.mesh)
 
   def completion_hidden(self, params, prompts_PxS, prompt_lengths_P, completions_BxT) -> jax.Array:
-    """Hidden states [B, T, D] from which each completion token is predicted; prompts are run once per group.
+    """Hidden states [B, T, D] from which each completion token is predicted; prompts are run once
+    per group.
 
-    Row p * G + g is completion g of prompt p. The first token is predicted from the prompt's last state, so the last
-    completion token is never read.
+    Row p * G + g is completion g of prompt p.
     """
     prompts = self.read_prompts(params, prompts_PxS, prompt_lengths_P)
     return self.continuation_hidden(params, prompts, completions_BxT)
@@ -430,34 +440,54 @@ class Policy(nn.Module):
     hidden, _ = self.apply({"params": params}, *read)
     return jnp.concatenate([jnp.repeat(prompts.last_PxD, groups, 0)[:, None], hidden], 1)
 
-  def decoder(self, params, prompts_PxS, prompt_lengths_P, groups: int, length: int):
-    """Runs the prompts and prepares to write `groups` completions of up to `length` tokens for each.
+  # Decoding.
+
+  def empty_cache(self, rows: int, size: int) -> tuple[KeyValue, ...]:
+    """Of every layer a ring for `size` tokens of each row; a windowed layer never needs more than
+    its window."""
+    c = self.config
+
+    def ring(size: int) -> KeyValue:
+      shape = rows, c.kv_heads, size, c.head_dim
+      return KeyValue(jnp.zeros(shape, c.dtype).swapaxes(2, 3), jnp.zeros(shape, c.dtype))
+
+    return tuple(ring(min(size, c.window) if i in c.windowed else size) for i in range(c.depth))
+
+  def layers(self, params) -> list:
+    """The parameters of each layer."""
+    return [jax.tree.map(lambda a, i=i: a[i], params["blocks"]) for i in range(self.config.depth)]
+
+  def decode(self, params, layers, context: Context, tokens_B) -> tuple[jax.Array, tuple]:
+    """Reads one token of every row.
+
+    Args:
+      layers: the parameters of each layer.
 
     Returns:
-      The hidden states [P, D] that predict the first tokens, an empty cache, and `step(cache, index, tokens_B)`, which
-      reads token number `index` of every row and returns (hidden states [B, D], cache).
+      Hidden states [B, D] that predict the next tokens, and the cache with this one's keys in it.
     """
-    c = self.config
-    prompts = self.read_prompts(params, prompts_PxS, prompt_lengths_P)
-    start_B = jnp.repeat(prompt_lengths_P, groups)
-    both = params["blocks"], prompts.cache
-    layers = [jax.tree.map(lambda a, i=i: a[i], both) for i in range(c.depth)]
-    empty = jnp.zeros((start_B.shape[0], c.kv_heads, length, c.head_dim), c.dtype)
-
-    def step(cache: Sequence[KeyValue], index: jax.Array, tokens_B: jax.Array):
-      queries, keys = jnp.array([index]), jnp.arange(length)
-      views = _views(c, start_B, queries, keys, prompts.mask_PxS)
-      x = self.apply({"params": params}, tokens_B[:, None], method="_embed")
-      updated = []
-      for i, ((block, keys), own) in enumerate(zip(layers, cache, strict=True)):
-        view = views[-1] if i in c.windowed else views[0]
-        x, read = Block(c, self.mesh).apply(
-          {"params": block}, x, keys, None, (view,), start_B, own, index
-        )
-        updated.append(read)
-      return self.apply({"params": params}, x, method="_finish")[:, 0], tuple(updated)  # type: ignore[call-overload]
-
-    return prompts.last_PxD, (KeyValue(empty, empty),) * c.depth, step
+    c, (prompt, prompt_lengths_P, cache, clock, read_B) = self.config, context
+    groups = tokens_B.shape[0] // prompt_lengths_P.shape[0]
+    position_B = jnp.repeat(prompt_lengths_P, groups) + read_B
+    places_S = jnp.arange(prompt[0].v.shape[2])
+    prompt_mask_Px1xS = (places_S < prompt_lengths_P[:, None])[:, None]
+    near_Bx1xS = (position_B[:, None] - places_S < c.window)[:, None]
+    near_Bx1xS &= jnp.repeat(prompt_mask_Px1xS, groups, 0)
+    x = self.apply({"params": params}, tokens_B[:, None], method="_embed")
+    updated = []
+    for i, (block, keys, own) in enumerate(zip(layers, prompt, cache, strict=True)):
+      windowed, size = i in c.windowed, own.v.shape[2]
+      age_U = (clock - jnp.arange(size)) % size
+      own_mask_Bx1xU = (age_U <= read_B[:, None])[:, None]
+      if windowed:
+        own_mask_Bx1xU &= age_U < c.window
+      mask = near_Bx1xS if windowed else prompt_mask_Px1xS
+      view = _rope(position_B[:, None], c, windowed), own_mask_Bx1xU, mask
+      layer = Block(c, self.mesh, parent=None)
+      x, read = layer.apply({"params": block}, x, keys, None, (view,), None, own, clock)
+      updated.append(read)
+    hidden_Bx1xD = typing.cast(jax.Array, self.apply({"params": params}, x, method="_finish"))
+    return hidden_Bx1xD[:, 0], tuple(updated)
 
 
 def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[tuple, ...]:

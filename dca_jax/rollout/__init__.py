@@ -1,25 +1,32 @@
 """Rollouts: prompts in, verified episodes that are cut into steps out."""
 
-from dca_jax.rollout.collect import Rollout, collect, step_key
+from dca_jax.rollout.collect import Group, Rollout, collect, joined
+from dca_jax.rollout.config import RolloutConfig
+from dca_jax.rollout.engine import GREEDY, Engine, EngineConfig, Sample, Wanted
 from dca_jax.rollout.prefixes import Continues, Values
 from dca_jax.rollout.prompts import encode_prompts
-from dca_jax.rollout.sampler import GREEDY, RolloutConfig, Sampler, Samples, sample
-from dca_jax.rollout.steps import cut, cut_at_stops, step_texts, stop_length
+from dca_jax.rollout.sampler import Sampler, in_order
+from dca_jax.rollout.slots import ENGINES, SlotsConfig
+from dca_jax.rollout.steps import cut, step_texts
 
 __all__ = [
+  "ENGINES",
   "GREEDY",
   "Continues",
+  "Engine",
+  "EngineConfig",
+  "Group",
   "Rollout",
   "RolloutConfig",
+  "Sample",
   "Sampler",
-  "Samples",
+  "SlotsConfig",
   "Values",
+  "Wanted",
   "collect",
   "cut",
-  "cut_at_stops",
   "encode_prompts",
-  "sample",
-  "step_key",
+  "in_order",
+  "joined",
   "step_texts",
-  "stop_length",
 ]

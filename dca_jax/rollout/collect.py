@@ -7,19 +7,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from dca_jax import patterns
-from dca_jax.devices.processes import gather, put
-from dca_jax.episode import Episode, Outcome, Problem, Segment, Step
+from dca_jax.episode import Episode, Outcome, Segment, Step
 from dca_jax.errors import UserError
-from dca_jax.rollout.prompts import encode_prompts
-from dca_jax.rollout.sampler import Sampler, Samples
-from dca_jax.rollout.steps import cut, cut_at_stops, step_texts
-from dca_jax.rollout.verify import attempts, neutral, verify
+from dca_jax.rollout.engine import Sample
+from dca_jax.rollout.sampler import Sampler
+from dca_jax.rollout.steps import cut, step_texts
+from dca_jax.rollout.verify import neutral, verify
 from dca_jax.tasks import Task
-from dca_jax.tasks.tokenizer import token_bytes
+from dca_jax.tasks.tokenizer import text_of, token_bytes
 
 
 class Rollout(NamedTuple):
@@ -59,9 +57,13 @@ class Rollout(NamedTuple):
 class Group(NamedTuple):
   """The episodes of one problem."""
 
+  place: int
+  """Among the groups of the batch; -1 where others took its place."""
   prompt_S: np.ndarray
   prompt_length: int
   episodes: list[Episode]
+  uncut: int
+  """See `Rollout`."""
 
   @property
   def mixed(self) -> bool:
@@ -73,74 +75,68 @@ class Group(NamedTuple):
 _FURTHER = 2**31
 
 
-def collect(sampler: Sampler, seed: int, step: int, task: Task, tokenizer, params) -> Rollout:
-  """Samples, verifies and cuts the batch of `step`.
+def collect(sampler: Sampler, seed: int, step: int, params) -> Iterator[Group]:
+  """Samples, verifies and cuts the batch of `step`, and gives each group as soon as it is whole.
 
   Its problems are the next ones of the training split, whatever earlier steps were refilled with,
   so that all have their turn in every epoch. Groups are refilled from an order of their own.
   """
-  config = sampler.config
-  refill = config.zero_variance == "refill"
-  rounds = config.refill_rounds if refill else 1
-  key, own = step_key(seed, step, sampler.end_ids_E.sharding), sampler.own(config.problems)
-  sampled: list[Group] = []
+  config, own = sampler.config, sampler.own
+  noise, start = (seed, step), (step - 1) * config.problems
+  if config.zero_variance != "refill":
+    for group in _sampled(sampler, start + own, noise, params):
+      yield _trained(group, group.mixed or config.zero_variance == "keep")
+    return
+  groups: list[Group] = []
+  rounds = config.refill_rounds
   further = ((step - 1) * (rounds - 1) + i for i in range(rounds - 1))
-  starts = ((step - 1) * config.problems, *(_FURTHER + i * config.problems for i in further))
-  for numbers in (first + own for first in starts):
-    problems = [task.problem("train", (seed << 32) + int(n)) for n in numbers]
-    limit, rows = config.max_prompt_tokens, sampler.policy.rows
-    prompts, lengths = encode_prompts(tokenizer, problems, limit, rows)
-    samples = sampler(params, prompts, lengths, numbers, key, np.arange(config.group))
-    samples = cut_at_stops(config.stop, tokenizer, samples)
-    episodes = list(_verified(samples, step, problems, task, tokenizer))
-    for p, (prompt_S, length) in enumerate(zip(prompts, lengths, strict=True)):
-      mine = episodes[p * config.group : (p + 1) * config.group]
-      sampled.append(Group(prompt_S, length, mine))
-    enough = sum(group.mixed for group in sampled) >= len(own)
-    if refill and all(gather("refill", enough)):
+  for first in (start, *(_FURTHER + i * config.problems for i in further)):
+    groups += sorted(_sampled(sampler, first + own, noise, params), key=lambda group: group.place)
+    if sum(group.mixed for group in groups) >= len(own):
       break
   # Mixed groups first, each kind in the order of its problems.
-  kept = sorted(sampled, key=lambda group: not group.mixed)[: len(own)] if refill else sampled
-  trained = [group.mixed or config.zero_variance == "keep" for group in kept]
-  episodes, uncut = cut_steps(
-    [
-      dataclasses.replace(episode, trained=trains and episode.outcome.judged)
-      for group, trains in zip(kept, trained, strict=True)
-      for episode in group.episodes
-    ],
-    tokenizer,
-    task,
-  )
-  everything = [episode for group in sampled for episode in group.episodes]
-  return Rollout(
-    episodes,
-    np.stack([group.prompt_S for group in kept]),
-    np.array([group.prompt_length for group in kept], np.int32),
-    *rows_of(episodes, config.max_tokens),
-    [episode.outcome for episode in everything],
-    sum(len(s.tokens) for episode in everything for s in episode.segments if s.sampled),
-    uncut,
-  )
+  ordered = sorted(groups, key=lambda group: not group.mixed)
+  for place, group in enumerate(ordered):
+    yield _trained(group, group.mixed)._replace(place=place if place < len(own) else -1)
 
 
-def _verified(
-  samples: Samples, step: int, problems: Sequence[Problem], task: Task, tokenizer
-) -> Iterator[Episode]:
-  group = len(samples.tokens_BxT) // len(problems)
-  outcomes = verify(task, attempts(tokenizer, problems, samples))
-  for i, (tokens, n, _, logprobs) in enumerate(zip(*samples, strict=True)):
-    if i % group == 0:
-      judged = neutral(outcomes[i : i + group])
-    problem, segment = problems[i // group], Segment(tokens[:n], True, logprobs[:n])
-    yield Episode(f"{step}/{problem.id}/{i % group}", problem, (segment,), judged[i % group])
+def _trained(group: Group, trains: bool) -> Group:
+  """The group with what of it is trained on."""
+  episodes = [
+    dataclasses.replace(episode, trained=trains and episode.outcome.judged)
+    for episode in group.episodes
+  ]
+  return group._replace(episodes=episodes)
+
+
+def _sampled(sampler: Sampler, numbers, noise: tuple[int, int], params) -> Iterator[Group]:
+  """The groups of the training problems with these numbers, as they end."""
+  size, tokenizer = sampler.config.group, sampler.tokenizer
+  problems = [sampler.task.problem("train", (noise[0] << 32) + int(n)) for n in numbers]
+  prompts = sampler.encode(problems)
+  waiting: list[dict[int, Sample]] = [{} for _ in problems]
+  for sample in sampler.stream(params, prompts, numbers, np.arange(size), noise):
+    p, g = divmod(sample.row, size)
+    waiting[p][g] = sample
+    if len(waiting[p]) < size:
+      continue
+    own = [waiting[p].pop(g) for g in range(size)]
+    attempts = [(problems[p], text_of(tokenizer, s.tokens), s.truncated) for s in own]
+    outcomes = neutral(verify(sampler.task, attempts))
+    episodes = [
+      Episode(
+        f"{noise[1]}/{problems[p].id}/{g}",
+        problems[p],
+        (Segment(s.tokens, True, s.logprobs),),
+        outcomes[g],
+      )
+      for g, s in enumerate(own)
+    ]
+    yield Group(p, prompts[0][p], prompts[1][p], *cut_steps(episodes, tokenizer, sampler.task))
 
 
 def cut_steps(episodes: Sequence[Episode], tokenizer, task: Task) -> tuple[list[Episode], int]:
-  """The episodes with their steps, and how many could not be cut in time.
-
-  Raises:
-    UserError: none could.
-  """
+  """The episodes with their steps, and how many could not be cut in time: these are one step."""
   done, uncut = [], 0
   for episode in episodes:
     steps: list[Step] = []
@@ -160,10 +156,31 @@ def cut_steps(episodes: Sequence[Episode], tokenizer, task: Task) -> tuple[list[
         steps += [Step(start + a, start + b, text) for (a, b), text in own]
     uncut += slow
     done.append(dataclasses.replace(episode, steps=tuple(steps)))
-  if uncut and uncut == len(done):
+  return done, uncut
+
+
+def joined(groups: Sequence[Group], task: Task, most: int) -> Rollout:
+  """The batch of all its groups, which come in any order, with up to `most` tokens an episode.
+
+  Raises:
+    UserError: not one episode could be cut into steps in time.
+  """
+  kept = sorted((group for group in groups if group.place >= 0), key=lambda group: group.place)
+  episodes = [episode for group in kept for episode in group.episodes]
+  uncut = sum(group.uncut for group in kept)
+  if uncut and uncut == len(episodes):
     said = f"{task.step_end!r} takes over {patterns.SECONDS:g} s on every completion of a step"
     raise UserError(f"task.steps: {said}; write it without nested repetition")
-  return done, uncut
+  everything = [episode for group in groups for episode in group.episodes]
+  return Rollout(
+    episodes,
+    np.stack([group.prompt_S for group in kept]),
+    np.array([group.prompt_length for group in kept], np.int32),
+    *rows_of(episodes, most),
+    [episode.outcome for episode in everything],
+    sum(len(s.tokens) for episode in everything for s in episode.segments if s.sampled),
+    uncut,
+  )
 
 
 def rows_of(
@@ -182,11 +199,3 @@ def rows_of(
     for k, step in enumerate(episode.steps):
       step_ids_BxT[i, step.start : end] = k
   return tokens_BxT, sampled_BxT, step_ids_BxT, logprobs_BxT
-
-
-_fold_in = jax.jit(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))
-
-
-def step_key(seed: int, step: int, sharding) -> jax.Array:
-  """The key of a step; `sharding` says on which devices it lies."""
-  return _fold_in(*put((np.uint32(seed), np.uint32(step)), sharding))

@@ -6,15 +6,15 @@ import statistics
 import typing
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from dca_jax.checks import at_least
-from dca_jax.devices.processes import gather, put
+from dca_jax.devices.processes import gather
 from dca_jax.intervals import Estimate, share
-from dca_jax.rollout import GREEDY, Sampler, cut_at_stops, encode_prompts
-from dca_jax.rollout.verify import attempts, verify
-from dca_jax.tasks import Task
+from dca_jax.rollout.engine import GREEDY
+from dca_jax.rollout.sampler import Sampler
+from dca_jax.rollout.verify import verify
+from dca_jax.tasks.tokenizer import text_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,10 @@ class Answer(typing.NamedTuple):
   length: int
 
 
-def evaluate(
-  config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params
-) -> dict[str, Estimate]:
-  """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at every call."""
-  answers = answer(config, sampler, task, tokenizer, params)
+def evaluate(config: EvaluateConfig, sampler: Sampler, params) -> dict[str, Estimate]:
+  """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at
+  every call."""
+  answers = answer(config, sampler, params)
   problems, samples = range(config.problems), range(config.samples)
   greedy = [answers[i, GREEDY].correct for i in problems]
   sampled = np.array([[answers[i, g].correct for g in samples] for i in problems])
@@ -69,43 +68,41 @@ def evaluate(
     ),
     "length": Estimate(length, length, length),
   }
-  if task.final_answer:
+  if sampler.task.final_answer:
     voted = [[answers[i, g] for g in range(config.k)] for i in problems]
     majority = [majority_correct([a.final for a in own], [a.correct for a in own]) for own in voted]
     scores[f"maj@{config.k}"] = share(majority)
   return scores
 
 
-def answer(
-  config: EvaluateConfig, sampler: Sampler, task: Task, tokenizer, params
-) -> dict[tuple[int, int], Answer]:
+def answer(config: EvaluateConfig, sampler: Sampler, params) -> dict[tuple[int, int], Answer]:
   """The greedy answer and the sampled ones to every problem, by problem and number of the sample.
 
   They are drawn in batches of training's shape, by its program and in its memory.
   """
-  rollout, everywhere = sampler.config, sampler.end_ids_E.sharding
+  rollout, task, tokenizer = sampler.config, sampler.task, sampler.tokenizer
   numbers = [GREEDY, *range(config.samples)]
   numbers += [GREEDY] * (-len(numbers) % rollout.group)
   groups = [(i, g) for i in range(config.problems) for g in range(0, len(numbers), rollout.group)]
-  key, mine = jax.jit(jax.random.key)(put(np.uint32(0), everywhere)), sampler.own(rollout.problems)
   own: dict[tuple[int, int], Answer] = {}
   for first in range(0, len(groups), rollout.problems):
     # The last batch begins again, to be full.
-    batch = [groups[(first + int(row)) % len(groups)] for row in mine]
+    batch = [groups[(first + int(row)) % len(groups)] for row in sampler.own]
     problems = [task.problem("heldout", i) for i, _ in batch]
-    prompts = encode_prompts(tokenizer, problems, rollout.max_prompt_tokens, sampler.policy.rows)
+    ids = [i for i, _ in batch]
     wanted_PxG = np.array([numbers[g : g + rollout.group] for _, g in batch])
-    samples = sampler(params, *prompts, [i for i, _ in batch], key, wanted_PxG)
-    samples = cut_at_stops(rollout.stop, tokenizer, samples)
-    made = attempts(tokenizer, problems, samples)
-    places = [
-      (i, int(number)) for (i, _), row in zip(batch, wanted_PxG, strict=True) for number in row
-    ]
-    new = {place: row for row, place in enumerate(places) if place not in own}
-    outcomes = verify(task, [made[row] for row in new.values()])
-    for (place, row), outcome in zip(new.items(), outcomes, strict=True):
-      final = task.final_answer(made[row][1]) if task.final_answer else None
-      own[place] = Answer(outcome.correct, final, int(samples.lengths_B[row]))
+    new = {}
+    for sample in sampler.stream(params, sampler.encode(problems), ids, wanted_PxG, (0,)):
+      place = ids[sample.row // rollout.group], int(wanted_PxG.flat[sample.row])
+      if place not in own:
+        new[place] = problems[sample.row // rollout.group], sample
+    attempts = [(p, text_of(tokenizer, s.tokens), s.truncated) for p, s in new.values()]
+    outcomes = verify(task, attempts)
+    for (place, (_, sample)), (_, text, _), outcome in zip(
+      new.items(), attempts, outcomes, strict=True
+    ):
+      final = task.final_answer(text) if task.final_answer else None
+      own[place] = Answer(outcome.correct, final, len(sample.tokens))
   told = gather("evaluation", [[*place, *own[place]] for place in own])
   return {(i, number): Answer(*rest) for part in told for i, number, *rest in part}
 

@@ -13,13 +13,12 @@ import numpy as np
 
 from dca_jax.checks import at_least
 from dca_jax.devices.processes import gather
-from dca_jax.episode import Outcome, Problem, Review
+from dca_jax.episode import Outcome, Review
 from dca_jax.rollout.collect import Rollout
+from dca_jax.rollout.engine import Wanted
 from dca_jax.rollout.sampler import Sampler
-from dca_jax.rollout.steps import stop_length
 from dca_jax.rollout.verify import verify
-from dca_jax.tasks import Task
-from dca_jax.tasks.tokenizer import text_of, token_bytes
+from dca_jax.tasks.tokenizer import text_of
 
 
 class Continues(NamedTuple):
@@ -27,9 +26,8 @@ class Continues(NamedTuple):
 
   sampler: Sampler
   params: Any
-  key: jax.Array
-  task: Task
-  tokenizer: Any
+  noise: tuple[int, int]
+  """Of the step; see `Engine.stream`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,52 +130,42 @@ def continued(
   An answer gets as many tokens as it would have had. All processes call this together, each with
   prefixes of its own, none included.
   """
-  sampler, params, key, task, tokenizer = policy
-  episodes, prompts = rollout.episodes, (rollout.prompts_PxS, rollout.prompt_lengths_P)
-  group, tokens_BxT = len(episodes) // len(prompts[1]), rollout.tokens_BxT
-  begun = [(p, np.frombuffer(prefix, tokens_BxT.dtype)) for p, prefix in prefixes]
-
-  # Of like lengths together, because a batch takes as long as its longest answer; the last batch is
-  # filled up.
-  order = sorted(range(len(begun)), key=lambda n: -len(begun[n][1]))
-  outcomes: list[list[Outcome]] = [[] for _ in begun]
-  generated, most = 0, sampler.config.max_tokens
-  # All processes sample together, as often as the one with most prefixes needs.
-  counts = gather("prefixes", len(begun))
-  before, rows = sum(counts[: jax.process_index()]), len(episodes)
-  for first in range(0, max(counts), rows):
-    batch = np.resize(order[first : first + rows] or [0], rows)
-    ids, lengths = _joined([begun[n] for n in batch] if begun else [], prompts, rows, most)
-    tried: list[tuple[Problem, str, bool]] = []
-    drawn = sampler(params, ids, lengths, before + batch, key, np.arange(answers))
-    for row, n in enumerate(order[first : first + rows]):
-      p, tokens = begun[n]
-      for a in range(row * answers, (row + 1) * answers):
-        length, room = int(drawn.lengths_B[a]), most - len(tokens)
-        whole = np.concatenate([tokens, drawn.tokens_BxT[a, : min(length, room)]])
-        stops = sampler.config.stop
-        stop = stop_length(stops, token_bytes(tokenizer, whole)) if stops else None
-        truncated = stop is None and (bool(drawn.truncated_B[a]) or length > room)
-        problem = episodes[p * group].problem
-        tried.append((problem, text_of(tokenizer, whole[:stop]), truncated))
-        generated += min(length, room)
-    for a, outcome in enumerate(verify(task, tried)):
-      outcomes[order[first + a // answers]].append(outcome)
-  return outcomes, generated
+  counts = gather("prefixes", len(prefixes))
+  if not prefixes:
+    return [], 0
+  sampler, params, noise = policy
+  begun = [(p, np.frombuffer(tokens, rollout.tokens_BxT.dtype)) for p, tokens in prefixes]
+  most, tokenizer = sampler.config.max_tokens, sampler.tokenizer
+  group = len(rollout.episodes) // len(rollout.prompt_lengths_P)
+  problems = [rollout.episodes[p * group].problem for p, _ in begun]
+  begun_P = np.array([len(tokens) for _, tokens in begun], np.int32)
+  first = sum(counts[: jax.process_index()])  # So that no two have the same noise.
+  wanted = Wanted(
+    *_joined(begun, rollout, most),
+    np.arange(first, first + len(begun)),
+    np.broadcast_to(np.arange(answers), (len(begun), answers)),
+    most - begun_P,
+    begun_P,
+  )
+  attempts: list[Any] = [None] * (len(begun) * answers)
+  generated = 0
+  for sample in sampler.engine.stream(params, wanted, noise):
+    p = sample.row // answers
+    whole = np.concatenate([begun[p][1], sample.tokens])
+    attempts[sample.row] = problems[p], text_of(tokenizer, whole), sample.truncated
+    generated += len(sample.tokens)
+  outcomes = verify(sampler.task, attempts)
+  return [outcomes[i : i + answers] for i in range(0, len(outcomes), answers)], generated
 
 
 def _joined(
-  begun: Sequence[tuple[int, np.ndarray]],
-  prompts: tuple[np.ndarray, np.ndarray],
-  rows: int,
-  most: int,
+  begun: Sequence[tuple[int, np.ndarray]], rollout: Rollout, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts with what was written after them, as token ids [B, S + most] and lengths [B]; rows that
-  nothing is begun for hold a token that nobody reads."""
-  ids = np.zeros((rows, prompts[0].shape[1] + most), np.int32)
-  lengths = np.ones(rows, np.int32)
+  """Prompts with what was written after them, as token ids [P, S + most] and lengths [P]."""
+  ids = np.zeros((len(begun), rollout.prompts_PxS.shape[1] + most), np.int32)
+  lengths = np.zeros(len(begun), np.int32)
   for row, (p, tokens) in enumerate(begun):
-    prompt = prompts[0][p, : prompts[1][p]]
+    prompt = rollout.prompts_PxS[p, : rollout.prompt_lengths_P[p]]
     lengths[row] = len(prompt) + len(tokens)
     ids[row, : lengths[row]] = np.concatenate([prompt, tokens])
   return ids, lengths

@@ -1,4 +1,4 @@
-"""Cutting completions into steps, and at stop strings."""
+"""Cutting completions into steps, and finding stop strings."""
 
 import bisect
 import codecs
@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Sequence
 
 from dca_jax import patterns
-from dca_jax.rollout.sampler import Samples
-from dca_jax.tasks.tokenizer import token_bytes
 
 
 def cut(
@@ -62,23 +60,27 @@ def step_texts(pieces: Sequence[bytes], spans: Sequence[tuple[int, int]]) -> tup
   )
 
 
-def stop_length(stop: Sequence[str], pieces: Sequence[bytes]) -> int | None:
-  """How many tokens there are up to the one that completes the first of the strings `stop`; None where none stands."""
-  text = b"".join(pieces)
-  ends = [text.index(s) + len(s) for s in (string.encode() for string in stop) if s in text]
-  return (
-    bisect.bisect_left(list(itertools.accumulate(map(len, pieces))), min(ends)) + 1
-    if ends
-    else None
-  )
+class StopFinder:
+  """Finds the first of some strings in an answer that comes piece by piece."""
 
+  def __init__(self, strings: Sequence[str], begun: bytes = b""):
+    """`begun` is the text before the first token that is fed; none of the strings stands in it."""
+    self._strings = [string.encode() for string in strings]
+    self._kept = max(map(len, self._strings), default=1) - 1
+    self._tail = begun[max(0, len(begun) - self._kept) :]
+    self._tokens = 0
 
-def cut_at_stops(stop: Sequence[str], tokenizer, samples: Samples) -> Samples:
-  """Samples on the host, each ended by the token that completes its first stop string."""
-  if not stop:
-    return samples
-  lengths_B, truncated_B = samples.lengths_B.copy(), samples.truncated_B.copy()
-  for i, (tokens_T, length) in enumerate(zip(samples.tokens_BxT, samples.lengths_B, strict=True)):
-    if end := stop_length(stop, token_bytes(tokenizer, tokens_T[:length])):
-      lengths_B[i], truncated_B[i] = end, False
-  return samples._replace(lengths_B=lengths_B, truncated_B=truncated_B)
+  def feed(self, pieces: Sequence[bytes]) -> int | None:
+    """How many tokens were fed in all up to the one that completes a string; None where none does.
+
+    Args:
+      pieces: the bytes of each of the next tokens.
+    """
+    text = self._tail + b"".join(pieces)
+    ends = [text.index(string) + len(string) for string in self._strings if string in text]
+    if ends:
+      lengths = list(itertools.accumulate(map(len, pieces), initial=len(self._tail)))
+      return self._tokens + bisect.bisect_left(lengths, min(ends))
+    self._tail = text[max(0, len(text) - self._kept) :]
+    self._tokens += len(pieces)
+    return None

@@ -5,9 +5,7 @@ import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from dca_jax.rollout.sampler import Samples
 from dca_jax.tasks import Outcome, Problem, Task
-from dca_jax.tasks.tokenizer import text_of
 
 
 def verify(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Outcome]:
@@ -19,19 +17,6 @@ def verify(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Ou
     return list(pool.map(lambda attempt: task.verify(*attempt), attempts))
   finally:
     pool.shutdown(cancel_futures=True)
-
-
-def attempts(
-  tokenizer, problems: Sequence[Problem], samples: Samples
-) -> list[tuple[Problem, str, bool]]:
-  """What `verify` takes, of samples on the host: each problem has equally many, one after
-  another."""
-  each = len(samples.lengths_B) // len(problems)
-  rows = zip(samples.tokens_BxT, samples.lengths_B, samples.truncated_B, strict=True)
-  return [
-    (problems[i // each], text_of(tokenizer, tokens[:length]), bool(truncated))
-    for i, (tokens, length, truncated) in enumerate(rows)
-  ]
 
 
 def neutral(group: list[Outcome]) -> list[Outcome]:

@@ -1,6 +1,6 @@
-"""Compiles a recipe's two programs for TPUs that are not there, and prints the memory they take by
-XLA's own account, and the least time that arithmetic and memory allow; real steps take longer,
-often twice as long.
+"""Compiles a recipe's update and decoding for TPUs that are not there, and prints the memory they
+take by XLA's own account, and the least time that arithmetic and memory allow; real steps take
+longer, often twice as long.
 
     pip install libtpu  # the version that jax's `tpu` extra names
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
@@ -11,6 +11,7 @@ compiler refuses a program that does not fit a chip.
 """
 
 import argparse
+import functools
 import os
 import time
 
@@ -27,7 +28,7 @@ from dca_jax import learner
 from dca_jax.commands.plan import batch_shapes, memory
 from dca_jax.devices import mesh
 from dca_jax.policy import Policy, pretrained, split
-from dca_jax.rollout.sampler import sample
+from dca_jax.rollout import slots
 from dca_jax.tasks.tokenizer import id_count
 
 # Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
@@ -90,11 +91,15 @@ def main() -> None:
   params = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   params = laid_out(params, mesh.param_shardings(sampling, policy))
   ids, numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p,), (p, r.group)))
-  *prompts, numbers = spread((batch.prompts_PxS, batch.prompt_lengths_P, ids, numbers), sampling)
-  key = on(same, jax.random.key(0).dtype)
-  drawn = dict(numbers_PxG=numbers, sampling=r.sampling, max_tokens=t)
-  lowered = sample.lower(writing, params, *prompts, key, on(same, jnp.int32, 1), **drawn)
-  report("sample", lowered, planned.parameters + sum(planned.sampling.values()))
+  prompts = batch.prompts_PxS, batch.prompt_lengths_P
+  given = spread(slots.Prompted(*prompts, ids, numbers, ids), sampling)
+  start = functools.partial(slots.begin, writing, ring=t, most=t)
+  rows = jax.eval_shape(start, params, given, on(same, jax.random.key(0).dtype))
+  rows = jax.tree.map(lambda a: on(same, a.dtype) if not a.ndim else spread(a, sampling), rows)
+  ends = slots.Ends(on(same, jnp.int32, 1), on(same, jnp.int32), on(same, jnp.int32))
+  live = spread(jax.ShapeDtypeStruct((b,), jnp.bool_), sampling)
+  lowered = slots.decode.lower(writing, r.sampling, params, ends, rows, live)
+  report("decode", lowered, planned.parameters + sum(planned.sampling.values()))
 
   # Times by the roofline.
   peak, bandwidth = PEAKS[arguments.topology.split(":")[0]]

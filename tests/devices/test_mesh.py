@@ -160,7 +160,8 @@ def on_eight_devices() -> dict:
     rng.normal(size=(rows, n, 10, 8))
     for rows, n in ((P * G, 4), (P * G, 2), (P * G, 2), (P, 2), (P, 2))
   )
-  given = jax.tree.map(jnp.float32, (q.swapaxes(1, 2), KeyValue(k, v), KeyValue(*before)))
+  keys = KeyValue(k.swapaxes(2, 3), v), KeyValue(before[0].swapaxes(2, 3), before[1])
+  given = jax.tree.map(jnp.float32, (q.swapaxes(1, 2), *keys))
   lengths = jnp.repeat(batch.prompt_lengths_P, G)
   flash = functools.partial(flash_attend, window=3, scale=0.5, soft_cap=0.0, kernel="xla")
   outs = [
@@ -247,11 +248,11 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_the_keys(config):
 
 def test_problems_that_do_not_divide_are_an_error_that_names_the_keys():
   devices = AbstractMesh((2, 4, 3), ("data", "fsdp", "tensor"))
-  check_rows(devices, devices, 32, 2)
+  check_rows(devices, 32, 2)
   with pytest.raises(
     UserError, match=r"rollout\.problems / learner\.micro_batches = 12 .*\b8 devices"
   ) as error:
-    check_rows(devices, devices, 24, 2)
+    check_rows(devices, 24, 2)
   assert "mesh.data x mesh.fsdp" in str(error.value)
 
 

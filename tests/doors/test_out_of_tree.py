@@ -21,7 +21,14 @@ from dca_jax.tasks.judge import Judge
 
 LLAMA = pathlib.Path(__file__).parents[1] / "policy" / "reference" / "llama_scaled"
 EXAMPLES = pathlib.Path(__file__).parents[2] / "docs" / "examples"
-MOST_LINES = {"parity": 60, "spotlight": 25, "repeats": 25, "chat": 30, "renamed": 30}
+MOST_LINES = {
+  "parity": 60,
+  "spotlight": 25,
+  "repeats": 25,
+  "chat": 30,
+  "renamed": 30,
+  "plainly": 45,
+}
 RECIPE = """
 from ml_collections import ConfigDict
 
@@ -62,6 +69,23 @@ def home(tmp_path_factory):
 def test_they_are_short():
   for name, most in MOST_LINES.items():
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= most, name
+
+
+def test_an_engine_trains_as_ours_does(home):
+  """Its samples are the policy's: the learner finds the same log-probabilities."""
+  run(
+    *("train", "--config=recipe.py", "--workdir=plain", "--config.engine.name=plainly.py:Plainly"),
+    cwd=home,
+  )
+  trained = [line for line in tiny.read_lines(home / "plain") if line["step"]]
+  assert len(trained) == 2
+  assert all(line["sampler/logprob_error"] < 1e-5 for line in trained)
+  assert all(line["train/generated_tokens"] > 0 for line in trained)
+  wrong = run(
+    *("train", "--config=recipe.py", "--workdir=x", "--config.engine.row=8"), cwd=home, code=2
+  )
+  assert "engine.row" in wrong
+  assert "did you mean engine.rows?" in wrong
 
 
 def test_a_task_a_scheme_and_a_reviewer_train_together(home):

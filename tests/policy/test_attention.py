@@ -49,12 +49,13 @@ def test_kernels_give_what_plain_attention_gives(kernel, window, soft_cap, promp
   *given, weights = arrays()
 
   def total(q, k, v, prompt_k, prompt_v, flash):
-    prompt = KeyValue(prompt_k, prompt_v) if prompted else None
+    own = KeyValue(k.swapaxes(2, 3), v)
+    prompt = KeyValue(prompt_k.swapaxes(2, 3), prompt_v) if prompted else None
     if flash:
       lengths = jnp.repeat(jnp.array(LENGTHS), G) if prompted else None
-      out = flash_attend(q, KeyValue(k, v), prompt, lengths, window, SCALE, soft_cap, kernel, None)
+      out = flash_attend(q, own, prompt, lengths, window, SCALE, soft_cap, kernel, None)
     else:
-      out = plain(q, KeyValue(k, v), prompt, window, soft_cap)
+      out = plain(q, own, prompt, window, soft_cap)
     return (out * weights).sum(), out
 
   run = jax.jit(jax.grad(total, range(5), has_aux=True), static_argnums=5)

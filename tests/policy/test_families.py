@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import token_by_token
 
 from dca_jax.devices.mesh import MeshConfig, make_mesh, state_shardings
 from dca_jax.learner import LearnerConfig, make_optimizer
@@ -103,14 +104,7 @@ def test_token_by_token(name):
 
   @jit
   def decode(params, prompts, lengths, completions):
-    first, cache, step = policy.decoder(params, prompts, lengths, 1, completions.shape[1])
-
-    def one(cache, scanned):
-      hidden, cache = step(cache, *scanned)
-      return cache, hidden
-
-    written = completions.T[:-1]
-    _, rest = jax.lax.scan(one, cache, (jnp.arange(len(written)), written))
-    return logits(policy, params, jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], 1))
+    hidden = token_by_token(policy, params, prompts, lengths, completions)
+    return logits(policy, params, hidden)
 
   compare(decode(params, prompts, lengths, completions), expected)

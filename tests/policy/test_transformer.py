@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from decoding import token_by_token
 
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.policy.attention import KeyValue, attend
@@ -120,21 +121,8 @@ def test_prompt_padding_does_not_leak(params, hidden_fn, batch):
 
 
 def test_decoder_equals_completion_hidden(policy, params, hidden_fn, batch):
-  prompts, lengths, completions = batch
-
-  @jax.jit
-  def decode(params):
-    first, cache, step = policy.decoder(params, prompts, lengths, GROUP, completions.shape[1])
-
-    def one(cache, scanned):
-      hidden, cache = step(cache, *scanned)
-      return cache, hidden
-
-    written = completions.T[:-1]
-    _, rest = jax.lax.scan(one, cache, (jnp.arange(len(written)), written))
-    return jnp.concatenate([jnp.repeat(first, GROUP, 0)[:, None], rest.swapaxes(0, 1)], 1)
-
-  np.testing.assert_allclose(decode(params), hidden_fn(params, *batch), rtol=0, atol=1e-5)
+  decode = jax.jit(lambda *given: token_by_token(policy, *given))
+  np.testing.assert_allclose(decode(params, *batch), hidden_fn(params, *batch), rtol=0, atol=1e-5)
 
 
 def test_gradient_of_a_shared_prompt_equals_that_of_repeated_prompts(policy, params, batch):
@@ -157,8 +145,8 @@ def test_gradient_of_a_shared_prompt_equals_that_of_repeated_prompts(policy, par
 def test_grouped_queries_against_naive_attention(kv_heads):
   p, g, t, n, h, s = 2, 3, 4, 4, 6, 5
   q = normal(3, p * g, t, n, h)
-  own = KeyValue(*normal(4, 2, p * g, kv_heads, t, h))
-  prompt = KeyValue(*normal(5, 2, p, kv_heads, s, h))
+  own = KeyValue(normal(4, p * g, kv_heads, h, t), normal(14, p * g, kv_heads, t, h))
+  prompt = KeyValue(normal(5, p, kv_heads, h, s), normal(15, p, kv_heads, s, h))
   own_mask = np.tril(np.ones((t, t), bool))
   lengths = np.array([5, 2])
   prompt_mask = np.arange(s) < lengths[:, None]
@@ -166,7 +154,7 @@ def test_grouped_queries_against_naive_attention(kv_heads):
   expected = np.zeros(q.shape)
   for row, i, head in np.ndindex(p * g, t, n):
     kv, length = head // (n // kv_heads), lengths[row // g]  # Neighbouring heads share a key.
-    k = np.concatenate([prompt.k[row // g, kv, :length], own.k[row, kv, : i + 1]])
+    k = np.concatenate([prompt.k[row // g, kv].T[:length], own.k[row, kv].T[: i + 1]])
     v = np.concatenate([prompt.v[row // g, kv, :length], own.v[row, kv, : i + 1]])
     expected[row, i, head] = scipy.special.softmax(k @ np.asarray(q[row, i, head]) / h**0.5) @ v
 

@@ -173,9 +173,9 @@ def test_one_continuation_reply_is_one_request():
 
 
 def test_a_server_that_refuses_ends_the_run_with_a_sentence():
-  with FakeServer(lambda *_: 403) as server, opened(server) as reviewer:
+  with FakeServer(lambda *_: 403) as server, opened(server, attempt_seconds=60.0) as reviewer:
     assert reviewer.problem() is None
-    reviews = reviewed(reviewer, requests(200))
+    reviews = reviewed(reviewer, requests(200), deadline=120.0)
     assert statuses(reviews) == {"client_error"}
     assert len(server.requests) < 100  # Those that were under way when the third refusal came.
     assert "refuses" in reviewer.problem()

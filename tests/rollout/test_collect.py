@@ -1,15 +1,13 @@
 """Which problems a batch is made of."""
 
 import collections
-import types
 
-import jax
 import numpy as np
 import pytest
 import words
+from scripted import Scripted
 
-from dca_jax.rollout import RolloutConfig, Samples
-from dca_jax.rollout.collect import collect
+from dca_jax.rollout import RolloutConfig, Sampler, collect, joined
 from dca_jax.tasks import JsonlConfig, Text
 
 ROWS = 24
@@ -24,49 +22,39 @@ def task(tmp_path_factory):
 
 
 class Guesser:
-  """Stands where the sampler does: writes the reference answer or a wrong one, as dice say."""
+  """Samples the reference answer or a wrong one, as dice say."""
 
-  end_ids_E = jax.device_put(np.array([1], np.int32))
-  policy = types.SimpleNamespace(rows=448)
+  def __init__(self, task, right: float, **changes):
+    self.task, self.right, self.tokenizer = task, right, task.tokenizer()
+    config = RolloutConfig(problems=4, group=2, max_prompt_tokens=64, max_tokens=8, **changes)
+    self.engine = Scripted(self.write)
+    self.sampler = Sampler(self.engine, config, task, self.tokenizer, 448, np.arange(4))
 
-  def __init__(self, task, tokenizer, right: float, **changes):
-    self.config = RolloutConfig(problems=4, group=2, max_prompt_tokens=64, max_tokens=8, **changes)
-    self.task, self.tokenizer, self.right = task, tokenizer, right
-    self.asked: list[list[int]] = []
+  def write(self, wanted, p, g):
+    n = int(wanted.problems_P[p])
+    right = np.random.default_rng([n, g]).random() < self.right
+    answer = self.task.problem("train", n).answer if right else "1"
+    return self.tokenizer(f"#### {answer}")["input_ids"]
 
-  def own(self, count):
-    return np.arange(count)
+  @property
+  def asked(self) -> list[list[int]]:
+    """The problems of each batch."""
+    return [wanted.problems_P.tolist() for wanted in self.engine.wanted]
 
-  def __call__(self, params, prompts, lengths, ids, key, numbers):
-    group = len(numbers)
-    self.asked.append(ids.tolist())
-    tokens = np.ones((len(ids) * group, 8), np.int32)
-    for row in range(len(tokens)):
-      n = int(ids[row // group])
-      right = np.random.default_rng([n, row % group]).random() < self.right
-      answer = self.task.problem("train", n).answer if right else "1"
-      encoded = self.tokenizer(f"#### {answer}")["input_ids"]
-      tokens[row, : len(encoded)] = encoded
-    return Samples(
-      tokens,
-      np.full(len(tokens), 8),
-      np.zeros(len(tokens), bool),
-      np.zeros(tokens.shape, np.float32),
-    )
+  def batch(self, step):
+    return joined([*collect(self.sampler, 0, step, None)], self.task, 8)
 
 
 def run(task, right, steps, **changes):
-  sampler = Guesser(task, task.tokenizer(), right, **changes)
-  return sampler, [
-    collect(sampler, 0, step, task, task.tokenizer(), None) for step in range(1, steps + 1)
-  ]
+  guesser = Guesser(task, right, **changes)
+  return guesser, [guesser.batch(step) for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize("right", [0.0, 0.1, 0.5])
 def test_every_problem_has_its_turn_in_every_epoch_whatever_is_refilled(task, right):
   epochs, steps = 3, ROWS // 4
-  sampler, batches = run(task, right, epochs * steps, zero_variance="refill", refill_rounds=4)
-  own = [numbers for numbers in sampler.asked if max(numbers) < 2**31]
+  guesser, batches = run(task, right, epochs * steps, zero_variance="refill", refill_rounds=4)
+  own = [numbers for numbers in guesser.asked if max(numbers) < 2**31]
   assert len(own) == epochs * steps
   for epoch in range(epochs):
     seen = [
@@ -75,7 +63,7 @@ def test_every_problem_has_its_turn_in_every_epoch_whatever_is_refilled(task, ri
       for n in numbers
     ]
     assert len(set(seen)) == len(seen) == ROWS
-  further = [n for numbers in sampler.asked for n in numbers if n >= 2**31]
+  further = [n for numbers in guesser.asked for n in numbers if n >= 2**31]
   assert (
     len(set(further)) == len(further) > 0
   )  # Never the same number, so never the same noise, twice.
@@ -105,16 +93,15 @@ def test_refilling_drops_no_group_that_teaches(task):
 def test_a_step_needs_no_other(task):
   """What a resumed run asks is what an uninterrupted one asks."""
   whole = run(task, 0.3, 6, zero_variance="refill", refill_rounds=3)[1]
-  sampler = Guesser(task, task.tokenizer(), 0.3, zero_variance="refill", refill_rounds=3)
-  last = collect(sampler, 0, 6, task, task.tokenizer(), None)
+  last = Guesser(task, 0.3, zero_variance="refill", refill_rounds=3).batch(6)
   assert [e.id for e in last.episodes] == [e.id for e in whole[-1].episodes]
   assert [e.outcome for e in last.episodes] == [e.outcome for e in whole[-1].episodes]
 
 
 def test_refills_pass_through_the_data_evenly(task):
-  sampler, _ = run(task, 0.0, 60, zero_variance="refill", refill_rounds=2)
+  guesser, _ = run(task, 0.0, 60, zero_variance="refill", refill_rounds=2)
   counts = collections.Counter(
-    task.problem("train", n).prompt for numbers in sampler.asked for n in numbers if n >= 2**31
+    task.problem("train", n).prompt for numbers in guesser.asked for n in numbers if n >= 2**31
   )
   assert len(counts) == ROWS
   assert max(counts.values()) - min(counts.values()) <= 2

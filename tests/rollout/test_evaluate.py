@@ -1,19 +1,18 @@
 """The numbers that an evaluation reports, and the batches that it draws."""
 
 import itertools
-import types
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import tiny
+from scripted import Scripted
 
 from dca_jax.devices import mesh
 from dca_jax.intervals import Estimate, share
 from dca_jax.policy import Policy
-from dca_jax.rollout import GREEDY, RolloutConfig, Sampler, Samples, sample
-from dca_jax.rollout.collect import step_key
+from dca_jax.rollout import GREEDY, RolloutConfig, Sampler, slots
 from dca_jax.rollout.evaluate import (
   EvaluateConfig,
   answer,
@@ -89,32 +88,6 @@ def test_config_finds_impossible_values():
 # Where the numbers come from.
 
 
-class Known:
-  """Stands where the sampler does, and writes an answer that its problem
-  and the sample's number decide."""
-
-  end_ids_E = jax.device_put(np.array([9], np.int32))
-  policy = types.SimpleNamespace(rows=100)
-
-  def __init__(self, **changes):
-    self.config = RolloutConfig(max_prompt_tokens=1, max_tokens=3, **changes)
-    self.shapes: set = set()
-
-  def own(self, count):
-    return np.arange(count)
-
-  def __call__(self, params, prompts, lengths, ids, key, numbers):
-    self.shapes.add(numbers.shape)
-    rows = [written(i, g) for i, own in zip(ids, numbers.tolist(), strict=True) for g in own]
-    tokens = np.array([row + [9] * (3 - len(row)) for row in rows])
-    return Samples(
-      tokens,
-      np.array([len(row) for row in rows]),
-      np.zeros(len(rows), bool),
-      np.zeros(tokens.shape),
-    )
-
-
 def written(problem: int, number: int) -> list[int]:
   """Two possible answers and none, of one to three tokens."""
   dice = np.random.default_rng([problem, number + 1])
@@ -147,17 +120,17 @@ def letters(texts, add_special_tokens):
 
 @pytest.mark.parametrize(("problems", "group"), [(1, 2), (4, 2), (3, 5), (2, 6), (16, 8)])
 def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, problems, group):
-  monkeypatch.setattr("dca_jax.rollout.verify.text_of", lambda _, tokens: "".join(map(str, tokens)))
-  sampler, config, task = (
-    Known(problems=problems, group=group),
-    EvaluateConfig(problems=7, samples=5, k=3),
-    Parity(),
+  monkeypatch.setattr(
+    "dca_jax.rollout.evaluate.text_of", lambda _, tokens: "".join(map(str, tokens))
   )
-  got = evaluate(config, sampler, task, letters, None)
+  engine = Scripted(lambda wanted, p, g: written(int(wanted.problems_P[p]), g))
+  rollout = RolloutConfig(max_prompt_tokens=1, max_tokens=3, problems=problems, group=group)
+  config, task = EvaluateConfig(problems=7, samples=5, k=3), Parity()
+  sampler = Sampler(engine, rollout, task, letters, 100, np.arange(problems))
+  got = evaluate(config, sampler, None)
   assert task.judged == 7 * 6
-  assert sampler.shapes == {
-    (problems, group)
-  }  # Training's, always: there is one program, and memory for it.
+  # Training's shape, always: there is one program, and memory for it.
+  assert {wanted.numbers_PxG.shape for wanted in engine.wanted} == {(problems, group)}
   first = {(i, g): written(i, g) for i in range(7) for g in (GREEDY, *range(5))}
   right = np.array([[first[i, g][0] == 1 for g in range(5)] for i in range(7)])
   assert got["greedy"] == share([first[i, GREEDY][0] == 1 for i in range(7)])
@@ -173,27 +146,25 @@ def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, 
   length = np.mean([len(first[i, g]) for i in range(7) for g in range(5)])
   assert got["length"] == Estimate(length, length, length)
   monkeypatch.setattr(Parity, "final_answer", None)  # As with a verifier that gives verdicts alone.
-  assert evaluate(config, sampler, task, letters, None) == {
-    k: x for k, x in got.items() if k != "maj@3"
-  }
+  assert evaluate(config, sampler, None) == {k: x for k, x in got.items() if k != "maj@3"}
 
 
 def test_the_program_of_training_answers_and_no_batch_decides_what():
   config = tiny.make_config({"evaluate.problems": 5, "evaluate.samples": 3})
   task = Chains(config.task)
   tokenizer = task.tokenizer()
-  policy, devices = Policy(config.policy, len(tokenizer)), mesh.make_mesh(config.mesh)
+  policy = Policy(config.policy, len(tokenizer), mesh.make_mesh(config.mesh))
   params = nn.unbox(jax.jit(policy.init_params)(jax.random.key(0)))
-  ends = jax.device_put(np.array([tokenizer.eos_token_id], np.int32), mesh.replicated(devices))
   told = []
   for changes in ({}, {"rollout.problems": 2}):
     rollout = tiny.make_config(changes).rollout
-    sampler = Sampler(policy, rollout, ends, mesh.batch_sharding(devices))
+    engine = config.engine.open(policy, rollout, tokenizer)
+    own = np.arange(rollout.problems)
+    sampler = Sampler(engine, rollout, task, tokenizer, policy.rows, own)
     prompts = np.ones((rollout.problems, 16), np.int32), np.ones(rollout.problems, np.int32)
-    key = step_key(0, 1, ends.sharding)
-    sampler(params, *prompts, np.arange(rollout.problems), key, np.arange(rollout.group))
-    compiled = sample._cache_size()
-    told.append(answer(config.evaluate, sampler, task, tokenizer, params))
-    assert sample._cache_size() == compiled
+    list(sampler.stream(params, prompts, own, np.arange(rollout.group), (0, 1)))
+    compiled = slots.decode._cache_size(), slots.begin._cache_size()
+    told.append(answer(config.evaluate, sampler, params))
+    assert (slots.decode._cache_size(), slots.begin._cache_size()) == compiled
   assert told[0] == told[1]
   assert told[0].keys() == set(itertools.product(range(5), (GREEDY, 0, 1, 2)))

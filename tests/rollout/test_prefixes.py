@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from scripted import Scripted
 
 from dca_jax import learner
 from dca_jax.credit import ReviewArrays
@@ -19,7 +20,7 @@ from dca_jax.learner.supervised import Demonstrations, warm_start
 from dca_jax.learner.values import Learned, ValueHead, fit_head, init_head, learned_values
 from dca_jax.loop import train
 from dca_jax.policy import Policy
-from dca_jax.rollout import Rollout, Sampler, Samples, encode_prompts, sample, sampler
+from dca_jax.rollout import Rollout, Sampler, encode_prompts, in_order, slots
 from dca_jax.rollout.collect import cut_steps, rows_of
 from dca_jax.rollout.prefixes import Continues, monte_carlo
 from dca_jax.store.trajectories import read_trajectories
@@ -30,8 +31,10 @@ TASK = CONFIG.task.open()
 TOKENIZER = TASK.tokenizer()
 POLICY = Policy(CONFIG.policy, len(TOKENIZER))
 ROWS = mesh.batch_sharding(mesh.make_mesh(CONFIG.mesh))
-END_IDS = np.array([TOKENIZER.eos_token_id], np.int32)
+END_IDS = (TOKENIZER.eos_token_id,)
 T = CONFIG.rollout.max_tokens
+ENGINE = CONFIG.engine.open(POLICY.clone(mesh=ROWS.mesh), CONFIG.rollout, TOKENIZER)
+SAMPLER = Sampler(ENGINE, CONFIG.rollout, TASK, TOKENIZER, 99, np.arange(CONFIG.rollout.problems))
 
 
 @functools.cache
@@ -56,8 +59,7 @@ class Batch:
         np.array(TOKENIZER(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts
       ]
     else:
-      samples = jax.device_get(self.draw(group, key=0))
-      answers = [row[:n] for row, n in zip(samples.tokens_BxT, samples.lengths_B, strict=True)]
+      answers = [sample.tokens for sample in self.draw(group, noise=0)]
     episodes = [
       Episode(
         "",
@@ -73,23 +75,14 @@ class Batch:
   def rollout(self):
     return Rollout(self.episodes, *self.prompts, *rows_of(self.episodes, T), [], 0, 0)
 
-  def draw(self, group, key):
-    return sample(
-      POLICY,
-      self.params,
-      *self.prompts,
-      np.arange(len(self.problems), dtype=np.uint32),
-      jax.random.key(key),
-      END_IDS,
-      sampling=CONFIG.rollout.sampling,
-      numbers_PxG=np.tile(np.arange(group), (len(self.problems), 1)),
-      max_tokens=T,
-    )
+  def draw(self, group, noise):
+    ids, numbers = range(len(self.problems)), np.arange(group)
+    return in_order(SAMPLER.stream(self.params, self.prompts, ids, numbers, (noise,)))
 
-  def values(self, continuations=4, key=9):
-    policy = Sampler(POLICY, CONFIG.rollout, jnp.asarray(END_IDS), ROWS)
-    asked = Continues(policy, self.params, jax.random.key(key), TASK, TOKENIZER)
-    reviews, generated = monte_carlo(continuations, asked, self.rollout)
+  def values(self, continuations=4, noise=9, engine=None):
+    sampler = SAMPLER._replace(engine=engine) if engine else SAMPLER
+    policy = Continues(sampler, self.params, (noise,))
+    reviews, generated = monte_carlo(continuations, policy, self.rollout)
     return [review.values for review in reviews], generated
 
 
@@ -111,11 +104,11 @@ def test_values_are_shares_of_the_continuations_and_shared_prefixes_have_one():
 def test_the_value_of_the_prompt_is_the_policys_own_accuracy():
   batch = Batch(2, group=2)
   values, _ = batch.values(512)
-  samples = jax.device_get(batch.draw(1024, key=5))
+  samples = batch.draw(1024, noise=5)
   for p, problem in enumerate(batch.problems):
-    rows = range(p * 1024, (p + 1) * 1024)
-    texts = [text_of(TOKENIZER, samples.tokens_BxT[i, : samples.lengths_B[i]]) for i in rows]
-    cut_off = samples.truncated_B[rows.start : rows.stop].tolist()
+    own = samples[p * 1024 : (p + 1) * 1024]
+    texts = [text_of(TOKENIZER, sample.tokens) for sample in own]
+    cut_off = [sample.truncated for sample in own]
     truth = np.mean(
       [TASK.verify(problem, x, cut).reward for x, cut in zip(texts, cut_off, strict=True)]
     )
@@ -138,55 +131,21 @@ def test_what_is_generated_is_counted_and_judged_by_the_task():
   """Both texts have one step, so all there is to continue is the prompt, once."""
   batch = Batch(1, texts=["#3$", "#4$"])
   values, generated = batch.values(4)
-  width = CONFIG.rollout.max_prompt_tokens + T
-  prompt = np.zeros((2, width), np.int32)
-  prompt[:, : batch.prompts[0].shape[1]] = batch.prompts[0]
-  lengths = np.repeat(batch.prompts[1], 2)
-  drawn = jax.device_get(
-    sample(
-      POLICY,
-      batch.params,
-      prompt,
-      lengths,
-      np.zeros(2, np.uint32),
-      jax.random.key(9),
-      END_IDS,
-      sampling=CONFIG.rollout.sampling,
-      numbers_PxG=np.tile(np.arange(4), (2, 1)),
-      max_tokens=T,
-    )
-  )
-  texts = [text_of(TOKENIZER, drawn.tokens_BxT[i, : drawn.lengths_B[i]]) for i in range(4)]
+  drawn = batch.draw(4, noise=9)
+  texts = [text_of(TOKENIZER, sample.tokens) for sample in drawn]
   won = [
-    TASK.verify(batch.problems[0], x, bool(cut)).reward
-    for x, cut in zip(texts, drawn.truncated_B, strict=False)
+    TASK.verify(batch.problems[0], text, sample.truncated).reward
+    for text, sample in zip(texts, drawn, strict=True)
   ]
   assert values == [(np.mean(won),)] * 2
-  assert generated == drawn.lengths_B[:4].sum()
+  assert generated == sum(len(sample.tokens) for sample in drawn)
 
 
-class Fake:
-  """In the place of the sampler: every continuation is the right answer, of `length` tokens."""
-
-  def __init__(self, batch, length, truncated=False):
-    self.text = ("b0;" * T)[: length - 3] + f"#{batch.problems[0].answer}$"
-    self.truncated, self.seen = truncated, []
-
-  def __call__(
-    self, policy, params, ids, lengths, numbers, key, end_ids, *, numbers_PxG, max_tokens, **_
-  ):
-    self.seen += [
-      tuple(row[:n]) for row, n in zip(np.asarray(ids).tolist(), np.asarray(lengths), strict=True)
-    ]
-    b = numbers_PxG.size
-    tokens = np.zeros((b, max_tokens), np.int32)
-    tokens[:, : len(self.text)] = TOKENIZER(self.text, add_special_tokens=False)["input_ids"]
-    return Samples(
-      tokens,
-      np.full(b, len(self.text)),
-      np.full(b, self.truncated),
-      np.zeros((b, max_tokens), np.float32),
-    )
+def right_after(batch, length):
+  """Continues every prefix to the right answer, in `length` tokens."""
+  text = ("b0;" * T)[: length - 3] + f"#{batch.problems[0].answer}$"
+  tokens = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+  return Scripted(lambda wanted, p, g: tokens, ends=END_IDS)
 
 
 def test_a_continuation_may_fill_the_room_and_not_one_token_more(monkeypatch):
@@ -198,50 +157,47 @@ def test_a_continuation_may_fill_the_room_and_not_one_token_more(monkeypatch):
     (7, (1, 1, 0, 0)),
     (12, (1, 0, 0, 0)),
   ):
-    monkeypatch.setattr(sampler, "sample", Fake(batch, length))
-    values, generated = batch.values(4)
+    values, generated = batch.values(4, engine=right_after(batch, length))
     assert values == [wanted] * 2
     # What runs over is paid for as far as it would have been written.
     assert generated == 4 * sum(min(length, T - written) for written in (0, 3, 6, 9))
-  monkeypatch.setattr(sampler, "sample", Fake(batch, 3, truncated=True))
-  assert batch.values(4)[0] == [(0, 0, 0, 0)] * 2
+  endless = Scripted(lambda wanted, p, g: [END_IDS[0] + 1] * T, ends=END_IDS)
+  assert batch.values(4, engine=endless)[0] == [(0, 0, 0, 0)] * 2
   # A task that looks at nothing else is told, too, that what runs over was cut.
   monkeypatch.setattr(
     TASK, "verify", lambda problem, text, cut: Outcome(float(not cut), not cut, cut)
   )
-  monkeypatch.setattr(sampler, "sample", Fake(batch, 6))
-  assert batch.values(4)[0] == [(1, 1, 1, 0)] * 2
+  assert batch.values(4, engine=right_after(batch, 6))[0] == [(1, 1, 1, 0)] * 2
 
 
-def test_each_prefix_is_continued_once_from_its_own_prompt(monkeypatch):
+def test_each_prefix_is_continued_once_from_its_own_prompt():
   batch = Batch(2, texts=["a1;b2;#3$", "a1;b3;#4$", "a1;b2;#3$", "#0$"])
-  fake = Fake(batch, 3)
-  monkeypatch.setattr(sampler, "sample", fake)
-  batch.values(4)
+  engine = right_after(batch, 3)
+  batch.values(4, engine=engine)
+  (asked,) = engine.wanted
   prompts = [tuple(batch.prompts[0][p, : batch.prompts[1][p]].tolist()) for p in range(2)]
   assert prompts[0] != prompts[1]
 
   def begun(p, text):
     return (*prompts[p], *(TOKENIZER(text, add_special_tokens=False)["input_ids"] if text else ()))
 
-  wanted = {begun(0, x) for x in ("", "a1;", "a1;b2;", "a1;b3;")} | {
-    begun(1, x) for x in ("", "a1;", "a1;b2;")
-  }
-  assert set(fake.seen) == wanted
-  # Two batches of four, the last one filled up.
-  assert len(fake.seen) == 8
-  assert sorted(map(len, fake.seen), reverse=True)[:4] == sorted(
-    map(len, fake.seen[:4]), reverse=True
-  )
+  rows = zip(asked.prompts_PxS.tolist(), asked.prompt_lengths_P, strict=True)
+  first = [begun(0, text) for text in ("", "a1;", "a1;b2;", "a1;b3;")]
+  second = [begun(1, text) for text in ("", "a1;", "a1;b2;")]
+  assert [tuple(row[:n]) for row, n in rows] == first + second
+  assert asked.begun_P.tolist() == [0, 3, 6, 6, 0, 3, 6]
+  assert asked.limits_P.tolist() == [T - n for n in asked.begun_P]
+  assert len({*asked.problems_P.tolist()}) == 7
 
 
-def test_monte_carlo_is_a_function_of_its_key_and_compiles_once():
+def test_monte_carlo_is_a_function_of_its_noise_and_compiles_once():
   batch = Batch()
   one, _ = batch.values(4)
-  compiled = sample._cache_size()
+  compiled = slots.decode._cache_size()
   assert batch.values(4)[0] == one
+  assert batch.values(4, noise=8)[0] != one
   Batch(2, texts=["a1;b2;#3$", "a1;b3;#4$", "b1;b0;a0;#1$", "#0$"]).values(4)
-  assert sample._cache_size() == compiled
+  assert slots.decode._cache_size() == compiled
 
 
 # A learned head.

@@ -1,6 +1,8 @@
 """The sampler: what it draws, what it reports about it, and where it stops."""
 
+import dataclasses
 import functools
+import typing
 
 import flax.linen as nn
 import jax
@@ -10,18 +12,20 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from dca_jax.devices.mesh import MeshConfig, make_mesh
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
-from dca_jax.rollout import GREEDY, encode_prompts, sample
-from dca_jax.rollout.collect import step_key
+from dca_jax.rollout import GREEDY, RolloutConfig, Wanted, encode_prompts, in_order, slots
+from dca_jax.rollout.slots import Slotted
 from dca_jax.tasks import Problem
 from dca_jax.tasks.chains import ChainsConfig
 
 VOCAB = 20
 P, G, T = 4, 2, 8
-POLICY = Policy(PolicyConfig(width=16, depth=1, heads=2, kv_heads=1, head_dim=8, mlp=24), VOCAB)
-IDS = np.array([5, 0, 7, 3], np.uint32)
-KEY = jax.random.key(11)
+CONFIG = PolicyConfig(width=16, depth=1, heads=2, kv_heads=1, head_dim=8, mlp=24)
+POLICY = Policy(CONFIG, VOCAB, make_mesh(MeshConfig()))
+IDS = np.array([5, 0, 7, 3])
+NOISE = (11,)
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +49,38 @@ def prompts():
 
 
 def ends(*ids):
-  """End ids in an array of fixed size; no token has the id -1."""
-  return jnp.array([*ids, *[-1] * (VOCAB - len(ids))], jnp.int32)
+  """As many end ids each time; no token has the id -1."""
+  return (*ids, *[-1] * (VOCAB - len(ids)))
 
 
-def draw(params, prompts, *, ids=IDS, key=KEY, end_ids=(), sampling=None, group=G, numbers=None):
+class Drawn(typing.NamedTuple):
+  """Samples as arrays, zeros beyond their lengths."""
+
+  tokens_BxT: np.ndarray
+  lengths_B: np.ndarray
+  truncated_B: np.ndarray
+  logprobs_BxT: np.ndarray
+
+
+def draw(
+  params, prompts, *, ids=IDS, noise=NOISE, end_ids=(), sampling=None, group=G, numbers=None
+) -> Drawn:
   tokens, lengths = prompts
-  out = sample(
-    POLICY,
-    params,
-    tokens,
-    lengths,
-    ids,
-    key,
-    ends(*end_ids),
-    sampling=sampling or Sampling(),
-    numbers_PxG=np.tile(np.arange(group), (len(lengths), 1)) if numbers is None else numbers,
-    max_tokens=T,
-  )
-  return jax.tree.map(np.asarray, out)
+  cut = {} if sampling is None else dataclasses.asdict(sampling)
+  rollout = RolloutConfig(problems=len(lengths), group=group, max_tokens=T, **cut)
+  rows = len(lengths) * group
+  engine = Slotted(POLICY, rollout, ends(*end_ids), lambda tokens: [b"x"] * len(tokens), rows, T)
+  numbers = np.tile(np.arange(group), (len(lengths), 1)) if numbers is None else numbers
+  none = np.zeros(len(lengths), np.int32)
+  wanted = Wanted(tokens, lengths, ids, numbers, np.full(len(lengths), T), none)
+  samples = in_order(engine.stream(params, wanted, noise))
+  assert [sample.row for sample in samples] == list(range(numbers.size))
+  tokens_BxT, logprobs_BxT = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.float32)
+  for i, sample in enumerate(samples):
+    tokens_BxT[i, : len(sample.tokens)] = sample.tokens
+    logprobs_BxT[i, : len(sample.tokens)] = sample.logprobs
+  lengths_B = np.array([len(sample.tokens) for sample in samples])
+  return Drawn(tokens_BxT, lengths_B, np.array([s.truncated for s in samples]), logprobs_BxT)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +113,7 @@ def test_same_key_reproduces_bit_for_bit(params, prompts, free):
 
 
 def test_steps_and_seeds_draw_different_samples(params, prompts):
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  keys = [step_key(seed, step, here) for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1))]
-  drawn = [draw(params, prompts, key=key) for key in keys]
+  drawn = [draw(params, prompts, noise=noise) for noise in ((0, 1), (0, 2), (1, 1), (0, 1))]
   rows = [{tuple(row) for row in samples.tokens_BxT.tolist()} for samples in drawn]
   assert not rows[0] & rows[1]
   assert not rows[0] & rows[2]
@@ -191,25 +206,28 @@ def test_an_end_token_at_once(params, prompts):
   assert not got.truncated_B.any()
 
 
-def test_stops_when_every_row_has_ended(params, prompts, free):
-  # The arrays begin as zeros, so a token beyond the longest row would show; any of these tokens
-  # would be drawn there.
+def test_stops_when_every_row_has_ended(params, prompts, free, monkeypatch):
+  clocks, plain = [], slots.decode
+
+  def decode(*given):
+    out = plain(*given)
+    clocks.append(int(out[0].context.clock))
+    return out
+
+  monkeypatch.setattr(slots, "decode", decode)
   got = draw(params, prompts, end_ids=range(1, VOCAB))
-  longest = got.lengths_B.max()
-  assert longest < T
-  assert free.tokens_BxT[:, longest:].any()
-  assert not got.tokens_BxT[:, longest:].any()
-  assert not got.logprobs_BxT[:, longest:].any()
+  assert clocks == [got.lengths_B.max()]
+  assert clocks[0] < T
 
 
 def test_other_ends_do_not_recompile(params, prompts):
   draw(params, prompts, end_ids=[3])
-  compiled = sample._cache_size()
+  compiled = slots.decode._cache_size()
   lengths = [
     draw(params, prompts, end_ids=end_ids).lengths_B.sum()
     for end_ids in ([3], [3, 4, 5, 6], range(VOCAB))
   ]
-  assert sample._cache_size() == compiled
+  assert slots.decode._cache_size() == compiled
   assert lengths[0] > lengths[1] > lengths[2]
 
 

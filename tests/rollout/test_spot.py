@@ -3,16 +3,13 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_prefixes import CONFIG, END_IDS, POLICY, ROWS, TASK, TOKENIZER, Batch, T
+from test_prefixes import SAMPLER, Batch, T
 
 from dca_jax.episode import Check, Episode, Outcome, Review
 from dca_jax.loop import train
-from dca_jax.rollout import Sampler
 from dca_jax.rollout.prefixes import Continues, monte_carlo
 from dca_jax.rollout.spot import SpotConfig, chosen, measured
 from dca_jax.store.trajectories import read_trajectories
@@ -29,9 +26,8 @@ def named(batch: Batch, rewards) -> Batch:
   return batch
 
 
-def policy(batch: Batch, key: int = 3) -> Continues:
-  sampler = Sampler(POLICY, CONFIG.rollout, jnp.asarray(END_IDS), ROWS)
-  return Continues(sampler, batch.params, jax.random.key(key), TASK, TOKENIZER)
+def policy(batch: Batch, noise: int = 3) -> Continues:
+  return Continues(SAMPLER, batch.params, (noise,))
 
 
 def drawn(batch: Batch, share: float, seed: int = 0):
@@ -68,7 +64,7 @@ def test_a_check_is_the_difference_of_the_values_on_both_sides():
   n = 256
   batch = named(Batch(1, texts=TEXTS), [1.0, 0.0, 0.0, 0.0])
   checked, generated = measured(SpotConfig(0.0, 1, n), 0, 1, policy(batch), batch.rollout)
-  reviews, _ = monte_carlo(n, policy(batch, key=8), batch.rollout)
+  reviews, _ = monte_carlo(n, policy(batch, noise=8), batch.rollout)
   assert 5 * n <= generated <= 6 * n * T  # Six distinct prefixes.
   compared = 0
   for episode, review in zip(checked.episodes[:3], reviews[:3], strict=True):

@@ -14,7 +14,7 @@ from dca_jax import patterns
 from dca_jax.episode import Episode, Outcome, Problem, Segment
 from dca_jax.errors import UserError
 from dca_jax.rollout import cut
-from dca_jax.rollout.collect import cut_steps
+from dca_jax.rollout.collect import Group, cut_steps, joined
 from dca_jax.tasks.text import _STEPS
 from dca_jax.tasks.tokenizer import load_tokenizer
 
@@ -143,10 +143,14 @@ def test_a_pattern_that_takes_for_ever_leaves_a_completion_whole_and_says_so(cut
 
 
 def test_a_pattern_that_takes_for_ever_on_all_completions_ends_the_run(cut_texts):
+  slow = Group(0, np.zeros(1), 1, *cut_texts(["abcd" * 100 + " $"] * 2, EXPONENTIAL))
+  fast = Group(1, np.zeros(1), 1, *cut_texts(["one."], EXPONENTIAL))
+  task = types.SimpleNamespace(step_end=EXPONENTIAL)
+  assert joined([fast, slow], task, 500).uncut == 2
   with pytest.raises(
     UserError, match=r"task\.steps: .* takes over 0\.05 s on every completion of a step"
   ):
-    cut_texts(["abcd" * 100 + " $"] * 2, EXPONENTIAL)
+    joined([slow], task, 500)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tokenizers of language models: what they are refused for, and the exact bytes of their tokens."""
 
+import itertools
 import json
 import pathlib
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dca_jax.errors import UserError
-from dca_jax.rollout import cut, step_texts, stop_length
+from dca_jax.rollout import cut, step_texts
+from dca_jax.rollout.steps import StopFinder
 from dca_jax.tasks.tokenizer import end_ids, id_count, load_tokenizer, text_of, token_bytes
 
 KINDS = [words.byte_level, words.sentencepiece_like]
@@ -84,11 +86,15 @@ def test_steps_partition_tokens_and_text(tokenizer, text, extra, step_end, data)
   stop=st.lists(
     st.sampled_from(["\n\n", "東", "🙂", "京é", " ", "Tom", "s "]), min_size=1, max_size=2
   ),
+  data=st.data(),
 )
-def test_a_stop_string_ends_with_the_token_that_completes_it(tokenizer, text, stop):
+def test_a_stop_string_ends_with_the_token_that_completes_it(tokenizer, text, stop, data):
   text = "".join(c for c in text if not 0xD800 <= ord(c) < 0xE000).replace("▁", "")
   pieces = token_bytes(tokenizer, encode(tokenizer, text))
-  length = stop_length(stop, pieces)
+  finder, length = StopFinder(stop), None
+  cuts = sorted(data.draw(st.lists(st.integers(0, len(pieces)), max_size=4)))
+  for start, end in itertools.pairwise([0, *cuts, len(pieces)]):
+    length = length or finder.feed(pieces[start:end])
   if not any(string in text for string in stop):
     assert length is None
   else:
@@ -105,7 +111,12 @@ def test_a_character_that_is_cut_belongs_to_the_step_with_its_last_byte():
 
 
 def test_the_first_of_several_stop_strings_counts():
-  assert stop_length(["c", "b", "zz"], [b"a", b"xb", b"c", b"b"]) == 2
+  assert StopFinder(["c", "b", "zz"]).feed([b"a", b"xb", b"c", b"b"]) == 2
+
+
+def test_a_stop_string_may_begin_in_what_was_written_before():
+  assert StopFinder(["zz"], b"xz").feed([b"a", b"z"]) is None
+  assert StopFinder(["zz"], b"xz").feed([b"z", b"a"]) == 1
 
 
 def test_special_tokens_and_unknown_ids_are_silent(tokenizer):

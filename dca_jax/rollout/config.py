@@ -1,0 +1,52 @@
+"""The `rollout` section: what a batch is made of, and how it is sampled."""
+
+import dataclasses
+
+from dca_jax.checks import at_least, one_of, positive
+from dca_jax.policy import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """The `rollout` section."""
+
+  problems: int = 16
+  """Problems in a batch."""
+  group: int = 8
+  """Completions of each problem."""
+  max_prompt_tokens: int = 64
+  max_tokens: int = 48
+  """Longest completion, its end token included."""
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  stop: tuple[str, ...] = ()
+  """Strings that end a completion too, with the token that completes one."""
+  zero_variance: str = "keep"
+  """Groups whose completions all have the same reward: `keep` trains on them too (they carry no
+  outcome signal, but count in the normalizer and in the KL and entropy terms), `skip` leaves them
+  out, `refill` replaces them by groups of problems from a second order of the data; the first order
+  passes through all of them either way."""
+  refill_rounds: int = 4
+  """`refill`: at most this many batches are sampled for one step; groups still missing then are skipped."""
+
+  @property
+  def sampling(self) -> Sampling:
+    return Sampling(self.temperature, self.top_k, self.top_p)
+
+  def check(self) -> dict[str, str]:
+    bad = at_least(1, self, "problems", "max_prompt_tokens", "refill_rounds") | at_least(
+      2, self, "group", "max_tokens"
+    )
+    bad |= at_least(0, self, "top_k") | positive(self, "top_p", most=1)
+    bad |= one_of(self, "zero_variance", "keep", "skip", "refill")
+    if self.temperature <= 0:
+      bad["temperature"] = "must be positive; for greedy decoding set rollout.top_k to 1"
+    if not all(isinstance(string, str) and string for string in self.stop):
+      bad["stop"] = "must be strings that are not empty"
+    return bad
+
+  def unused(self) -> dict[str, str]:
+    if self.zero_variance == "refill":
+      return {}
+    return {"refill_rounds": f"rollout.zero_variance is '{self.zero_variance}'"}

@@ -1,0 +1,73 @@
+"""What an engine is: samples that are wanted in, samples out as they end.
+
+`slots` is ours; another is a subclass of `EngineConfig` that opens anything with a `stream`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dca_jax.policy import Policy
+from dca_jax.rollout.config import RolloutConfig
+
+GREEDY = -1
+"""The number of a sample that takes the likeliest token each time."""
+
+
+class Wanted(NamedTuple):
+  """Samples that are wanted, G of each of P prompts; row p * G + g is sample g of prompt p."""
+
+  prompts_PxS: np.ndarray
+  """Token ids, filled up with anything on the right; an answer that is to go on ends its prompt."""
+  prompt_lengths_P: np.ndarray
+  """At least 1."""
+  problems_P: np.ndarray
+  """What tells the noise of one prompt from that of another, each below 2**32."""
+  numbers_PxG: np.ndarray
+  """What tells the noise of one sample from that of another; number `GREEDY` has none."""
+  limits_P: np.ndarray
+  """Tokens that a sample may have, at least 1 and at most `rollout.max_tokens`."""
+  begun_P: np.ndarray
+  """How many of a prompt's last tokens are the answer's own: a stop string may begin there."""
+
+
+class Sample(NamedTuple):
+  """A completion that has ended."""
+
+  row: int
+  """Of what was wanted."""
+  tokens: np.ndarray
+  """The token that ended it included; at least one."""
+  logprobs: np.ndarray
+  """Of each token, in nats, under the distribution that it was drawn from."""
+  truncated: bool
+  """Whether it ran out of tokens before an end token or a stop string."""
+
+
+class Engine(Protocol):
+  """Samples completions, on this process's own devices."""
+
+  def stream(self, params: Any, wanted: Wanted, noise: Sequence[int]) -> Iterator[Sample]:
+    """Gives every sample that is wanted once, when it has ended, in any order.
+
+    Args:
+      params: the policy's, laid out for sampling.
+      noise: numbers below 2**32 that tell this call's noise from that of others. The noise of a
+        token depends on these, its problem, the number of its sample and its place alone, so that a
+        run that goes on repeats what was lost.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """The `engine` section: what samples."""
+
+  name: str = "slots"
+  """`slots`; or your own, MODULE:CLASS."""
+
+  def open(self, policy: Policy, rollout: RolloutConfig, tokenizer: Any) -> Engine:
+    """The engine; `policy.mesh` has this process's devices."""
+    raise NotImplementedError

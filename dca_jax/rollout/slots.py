@@ -1,0 +1,345 @@
+"""The engine: rows that decode together; what has ended makes room.
+
+One jitted program decodes all rows until enough of them have ended, or their cache is full. Between
+calls the host takes what has ended, puts waiting problems into the free rows, and where none wait lays
+the live rows into fewer, and their cache into one of another size.
+
+The keys and values of a row lie in rings that all rows write at the same place: that of the next
+token, whichever token of its row it is. So a row can begin at any time, and nothing is moved when it
+does. What a row may read of a ring follows from how many tokens it has read.
+"""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dca_jax.checks import at_least
+from dca_jax.policy import Policy, Sampling, sampling_logits
+from dca_jax.policy.attention import KeyValue
+from dca_jax.policy.sharding import constrain
+from dca_jax.policy.transformer import Context
+from dca_jax.rollout.config import RolloutConfig
+from dca_jax.rollout.engine import GREEDY, EngineConfig, Sample, Wanted
+from dca_jax.rollout.schedule import Schedule
+from dca_jax.rollout.steps import StopFinder
+from dca_jax.tasks.tokenizer import end_ids, token_bytes
+
+
+class Slots(typing.NamedTuple):
+  """R rows that decode, each with up to T tokens."""
+
+  context: Context
+  hidden_RxD: jax.Array
+  """Predicts the next token."""
+  keys_R: jax.Array
+  """Of a sample's noise; folded with the number of the token."""
+  greedy_R: jax.Array
+  limits_R: jax.Array
+  tokens_RxT: jax.Array
+  logprobs_RxT: jax.Array
+
+  @property
+  def lengths_R(self) -> jax.Array:
+    """Tokens that each row has written; the last of them has been read too."""
+    return self.context.read_B
+
+
+class Ends(typing.NamedTuple):
+  """When decoding ends."""
+
+  ids_E: typing.Any
+  """Tokens that end a row."""
+  clock: typing.Any
+  live: typing.Any
+  """Rows that are few enough."""
+
+
+class Prompted(typing.NamedTuple):
+  """What the host gives of P prompts; R = P * G rows."""
+
+  prompts_PxS: typing.Any
+  lengths_P: typing.Any
+  problems_P: typing.Any
+  numbers_PxG: typing.Any
+  limits_P: typing.Any
+  """0 where the rows are to stay free."""
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "ring", "most"))
+def begin(policy: Policy, params, given: Prompted, key, *, ring: int, most: int) -> Slots:
+  """Rows that have read their prompts; each prompt is run once for its group.
+
+  Args:
+    ring: tokens in the ring of a layer.
+    most: tokens in the longest sample.
+  """
+  group = given.numbers_PxG.shape[1]
+  prompts = policy.read_prompts(params, given.prompts_PxS, given.lengths_P)
+  rows = given.numbers_PxG.size
+  context = Context(
+    tuple(jax.tree.map(lambda x, i=i: x[i], prompts.cache) for i in range(policy.config.depth)),
+    given.lengths_P,
+    policy.empty_cache(rows, ring),
+    jnp.int32(0),
+    jnp.zeros(rows, jnp.int32),
+  )
+
+  def sample_key(problem, number):
+    return jax.random.fold_in(jax.random.fold_in(key, problem), number)
+
+  slots = Slots(
+    context,
+    jnp.repeat(prompts.last_PxD, group, 0),
+    jax.vmap(jax.vmap(sample_key, (None, 0)))(given.problems_P, given.numbers_PxG).reshape(-1),
+    given.numbers_PxG.reshape(-1) == GREEDY,
+    jnp.repeat(given.limits_P, group),
+    jnp.zeros((rows, most), jnp.int32),
+    jnp.zeros((rows, most), jnp.float32),
+  )
+  return _spread(policy, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "sampling"), donate_argnames="slots")
+def decode(
+  policy: Policy, sampling: Sampling, params, ends: Ends, slots: Slots, live_R: jax.Array
+) -> tuple[Slots, jax.Array]:
+  """Decodes until the clock says `ends.clock`, or at most `ends.live` rows are live.
+
+  The noise of token t of a sample is its key folded with t, so a sample depends neither on its row
+  nor on its neighbours.
+
+  Returns:
+    The rows, and which of them are still live.
+  """
+  rows_R, most = jnp.arange(live_R.shape[0]), slots.tokens_RxT.shape[1]
+  layers = policy.layers(params)
+
+  def body(carry):
+    s, live_R = carry
+    logits_RxV = sampling_logits(s.hidden_RxD, policy.head(params), sampling)
+    keys_R = jax.vmap(jax.random.fold_in)(s.keys_R, s.lengths_R)
+    noise_RxV = jax.vmap(lambda key: jax.random.gumbel(key, logits_RxV.shape[1:]))(keys_R)
+    noise_RxV = jnp.where(s.greedy_R[:, None], 0.0, noise_RxV)
+    token_R = jnp.argmax(logits_RxV + noise_RxV, -1).astype(jnp.int32)
+    logprobs_RxV = jax.nn.log_softmax(logits_RxV)
+    logprob_R = jnp.take_along_axis(logprobs_RxV, token_R[:, None], 1)[:, 0]
+    hidden_RxD, cache = policy.decode(params, layers, s.context, token_R)
+    at = rows_R, jnp.where(live_R, s.lengths_R, most)  # Beyond the end nothing is written.
+    lengths_R = s.lengths_R + live_R
+    ended_R = (token_R[:, None] == ends.ids_E).any(1) | (lengths_R >= s.limits_R)
+    s = s._replace(
+      context=s.context._replace(cache=cache, clock=s.context.clock + 1, read_B=lengths_R),
+      hidden_RxD=hidden_RxD,
+      tokens_RxT=s.tokens_RxT.at[at].set(token_R, mode="drop"),
+      logprobs_RxT=s.logprobs_RxT.at[at].set(logprob_R, mode="drop"),
+    )
+    return s, live_R & ~ended_R
+
+  def goes_on(carry) -> jax.Array:
+    s, live_R = carry
+    return (s.context.clock < ends.clock) & (live_R.sum() > ends.live)
+
+  slots, live_R = jax.lax.while_loop(goes_on, body, (slots, live_R))
+  return _spread(policy, slots), live_R
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "ring"))
+def lay(policy: Policy, slots: Slots, rows_R, *, ring: int) -> Slots:
+  """The rows `rows_R`, each with a prompt of its own, in rings for `ring` tokens."""
+  c = slots.context
+  prompts_R = rows_R // (slots.keys_R.shape[0] // c.prompt_lengths_P.shape[0])
+  context = Context(
+    jax.tree.map(lambda x: x[prompts_R], c.prompt),
+    c.prompt_lengths_P[prompts_R],
+    _resized(policy, jax.tree.map(lambda x: x[rows_R], c.cache), c.clock, ring),
+    jnp.int32(0),
+    c.read_B[rows_R],
+  )
+  return _spread(policy, Slots(context, *(x[rows_R] for x in slots[1:])))
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "ring"))
+def widen(policy: Policy, slots: Slots, *, ring: int) -> Slots:
+  """The same rows in rings for `ring` tokens."""
+  c = slots.context
+  cache = _resized(policy, c.cache, c.clock, ring)
+  return _spread(policy, slots._replace(context=c._replace(cache=cache, clock=jnp.int32(0))))
+
+
+def _resized(policy: Policy, cache: Sequence[KeyValue], clock, ring: int) -> tuple[KeyValue, ...]:
+  """Rings of another size, the newest token last, so that their clock begins at 0 again."""
+  shapes = jax.eval_shape(lambda: policy.empty_cache(1, ring))
+  rings = []
+  for own, shape in zip(cache, shapes, strict=True):
+    old, new = own.v.shape[2], shape.v.shape[2]
+    # Where the new ring is longer, its first places are read by nobody.
+    order_U = (clock - new + jnp.arange(new)) % old
+    rings.append(KeyValue(own.k[..., order_U], own.v[:, :, order_U]))
+  return tuple(rings)
+
+
+@functools.partial(jax.jit, static_argnames="policy", donate_argnames="slots")
+def enter(policy: Policy, slots: Slots, new: Slots, rows_N) -> Slots:
+  """Puts the rows of `new` in the place of free rows; in `slots` every row has a prompt of its own."""
+  c, own = slots.context, new.context
+  prompts_N = jnp.arange(rows_N.shape[0]) // (rows_N.shape[0] // own.prompt_lengths_P.shape[0])
+
+  def put(into, x):
+    return into.at[rows_N].set(x)
+
+  context = c._replace(
+    prompt=jax.tree.map(lambda into, x: put(into, x[prompts_N]), c.prompt, own.prompt),
+    prompt_lengths_P=put(c.prompt_lengths_P, own.prompt_lengths_P[prompts_N]),
+    read_B=put(c.read_B, own.read_B),
+  )
+  return _spread(policy, Slots(context, *map(put, slots[1:], new[1:])))
+
+
+def _spread(policy: Policy, slots: Slots) -> Slots:
+  """Rows, and the heads of caches, where their devices compute them."""
+
+  def one(x):
+    heads = ("kv_heads", None, None) if x.ndim == 4 else (None,) * (x.ndim - 1)
+    return constrain(x, policy.mesh, "rows", *heads) if x.ndim else x
+
+  return jax.tree.map(one, slots)
+
+
+@jax.jit
+def noise_key(noise) -> jax.Array:
+  """A key of numbers: that of the first, folded with each of the others."""
+  return functools.reduce(jax.random.fold_in, noise[1:], jax.random.key(noise[0]))
+
+
+_STOP_CHUNK = 32
+"""Tokens after which the host looks for stop strings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotsConfig(EngineConfig):
+  """Our own engine."""
+
+  rows: int = 0
+  """Rows that decode at once, down to the next multiple of rollout.group; 0 for a whole batch."""
+
+  def check(self) -> dict[str, str]:
+    return at_least(0, self, "rows")
+
+  def open(self, policy, rollout, tokenizer):
+    rows = self.rows or rollout.problems * rollout.group
+    pieces = functools.partial(token_bytes, tokenizer)
+    chunk = _STOP_CHUNK if rollout.stop else rollout.max_tokens
+    return Slotted(policy, rollout, end_ids(tokenizer), pieces, rows, chunk)
+
+
+ENGINES: dict[str, type[EngineConfig]] = {"slots": SlotsConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slotted:
+  """The engine on the devices of `policy.mesh`."""
+
+  policy: Policy
+  rollout: RolloutConfig
+  end_ids: tuple[int, ...]
+  pieces: Callable[[np.ndarray], Sequence[bytes]]
+  """The bytes of each token."""
+  rows: int
+  """That decode at once."""
+  chunk: int
+  """Tokens after which the host looks at the latest at what has been written."""
+
+  @functools.cached_property
+  def _by_row(self) -> NamedSharding:
+    return NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
+
+  @functools.cached_property
+  def _everywhere(self) -> NamedSharding:
+    return NamedSharding(self._mesh, PartitionSpec())
+
+  @property
+  def _mesh(self) -> Mesh:
+    assert self.policy.mesh is not None
+    return self.policy.mesh
+
+  def stream(self, params, wanted: Wanted, noise: Sequence[int]) -> Iterator[Sample]:
+    """See `Engine`."""
+    policy, sampling = self.policy, self.rollout.sampling
+    shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+    plan = Schedule(wanted.limits_P, wanted.numbers_PxG.shape[1], self.rows, shards)
+    key = noise_key(self._put(np.array(noise, np.uint32)))
+    fill = functools.partial(self._begin, params, wanted, key, plan.ring)
+    slots, clock = fill(range(plan.at_once), plan.at_once), 0
+    finders: dict[int, StopFinder] = {}
+    ended: list[Sample] = []
+    while plan.live_R.any():
+      until = clock + min(plan.room, self.chunk)
+      ends = Ends(np.array(self.end_ids, np.int32), np.int32(until), np.int32(plan.enough))
+      live_R = jax.device_put(plan.live_R, self._by_row)
+      slots, live_R = decode(policy, sampling, params, self._put(ends), slots, live_R)
+      yield from ended  # Whoever takes them works while the devices decode.
+      ended = list(self._ended(plan, slots, live_R, wanted, finders))
+      while problems := plan.entering():
+        if slots.context.prompt_lengths_P.size < plan.sample_R.size:
+          slots = lay(policy, slots, self._put(np.arange(plan.sample_R.size)), ring=plan.ring)
+        rows_N = self._put(plan.place(problems))
+        slots = enter(policy, slots, fill(problems, plan.batch), rows_N)
+      if (rows_R := plan.fewer()) is not None:
+        plan.ring = plan.ring_needed()
+        slots = lay(policy, slots, self._put(rows_R), ring=plan.ring)
+      elif plan.room == 0:
+        plan.ring = plan.ring_needed()
+        slots = widen(policy, slots, ring=plan.ring)
+      clock = int(jax.device_get(slots.context.clock))
+    yield from ended
+
+  def _begin(self, params, wanted: Wanted, key, ring: int, problems, count: int) -> Slots:
+    """Rows of `problems`, filled up to `count` problems with rows that stay free."""
+    own_P = np.resize(problems, count)
+    prompted = Prompted(
+      wanted.prompts_PxS[own_P],
+      wanted.prompt_lengths_P[own_P],
+      wanted.problems_P[own_P].astype(np.uint32),
+      wanted.numbers_PxG[own_P].astype(np.int32),
+      wanted.limits_P[own_P].astype(np.int32),
+    )
+    most = self.rollout.max_tokens
+    prompted = jax.device_put(prompted, self._by_row)
+    return begin(self.policy, params, prompted, key, ring=ring, most=most)
+
+  def _ended(
+    self, plan: Schedule, slots: Slots, live_R, wanted: Wanted, finders: dict[int, StopFinder]
+  ) -> Iterator[Sample]:
+    """What has ended since the last look; tells the schedule."""
+    live_R, lengths_R = jax.device_get((live_R, slots.lengths_R))
+    before_R, plan.lengths_R = plan.lengths_R, lengths_R.copy()
+    looked_R = plan.live_R if self.rollout.stop else plan.live_R & ~live_R
+    if not looked_R.any():
+      return
+    tokens_RxT, logprobs_RxT = jax.device_get((slots.tokens_RxT, slots.logprobs_RxT))
+    for r in np.flatnonzero(looked_R).tolist():
+      sample, n = int(plan.sample_R[r]), int(lengths_R[r])
+      if sample not in finders:
+        finders[sample] = self._finder(wanted, sample)
+      stop = finders[sample].feed(self.pieces(tokens_RxT[r, before_R[r] : n]))
+      if stop is None and live_R[r]:
+        continue
+      n = stop or n
+      tokens, logprobs = tokens_RxT[r, :n].copy(), logprobs_RxT[r, :n].copy()
+      yield Sample(sample, tokens, logprobs, stop is None and int(tokens[-1]) not in self.end_ids)
+      plan.sample_R[r] = -1
+
+  def _finder(self, wanted: Wanted, sample: int) -> StopFinder:
+    p = sample // wanted.numbers_PxG.shape[1]
+    end = wanted.prompt_lengths_P[p]
+    begun = wanted.prompts_PxS[p, end - wanted.begun_P[p] : end]
+    return StopFinder(self.rollout.stop, b"".join(self.pieces(begun)))
+
+  def _put(self, tree):
+    return jax.device_put(tree, self._everywhere)

@@ -1,0 +1,23 @@
+"""A policy that reads given completions token by token, as the engine does."""
+
+import jax
+import jax.numpy as jnp
+
+from dca_jax.policy.transformer import Context
+
+
+def token_by_token(policy, params, prompts, lengths, completions) -> jax.Array:
+  """What `completion_hidden` gives for the same arguments."""
+  rows, most = completions.shape
+  read = policy.read_prompts(params, prompts, lengths)
+  keys = tuple(jax.tree.map(lambda x, i=i: x[i], read.cache) for i in range(policy.config.depth))
+  empty = policy.empty_cache(rows, most)
+  start = Context(keys, lengths, empty, jnp.int32(0), jnp.zeros(rows, jnp.int32))
+
+  def one(context, tokens):
+    hidden, cache = policy.decode(params, policy.layers(params), context, tokens)
+    return Context(*context[:2], cache, context.clock + 1, context.read_B + 1), hidden
+
+  _, rest = jax.lax.scan(one, start, completions.T[:-1])
+  first = jnp.repeat(read.last_PxD, rows // len(lengths), 0)[:, None]
+  return jnp.concatenate([first, rest.swapaxes(0, 1)], 1)

@@ -1,0 +1,235 @@
+"""The engine: that rows come and go without a trace in what is sampled, and what that saves."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from dca_jax.devices.mesh import MeshConfig, make_mesh
+from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
+from dca_jax.rollout import RolloutConfig, Wanted, in_order, slots
+from dca_jax.rollout.schedule import Schedule, ladder, ring_sizes
+from dca_jax.rollout.slots import Slotted
+
+VOCAB, END = 40, 0
+P, G, S, T = 6, 4, 7, 150
+# Rings grow twice. One layer reads a window, whose ring is full long before.
+CONFIG = PolicyConfig(
+  width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp=24, window=40, windowed=(0,)
+)
+POLICY = Policy(CONFIG, VOCAB, make_mesh(MeshConfig()))
+ROLLOUT = RolloutConfig(problems=P, group=G, max_prompt_tokens=S, max_tokens=T)
+
+
+@pytest.fixture(scope="module")
+def params():
+  """Made with numpy; with them answers have about 40 tokens, a few of them all that they may."""
+  rng = np.random.default_rng(0)
+  shapes = nn.unbox(jax.eval_shape(POLICY.init_params, jax.random.key(0)))
+  return jax.tree.map_with_path(
+    lambda path, a: np.float32(
+      0.2 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
+    ),
+    shapes,
+  )
+
+
+@pytest.fixture(scope="module")
+def wanted():
+  rng = np.random.default_rng(1)
+  return Wanted(
+    rng.integers(1, VOCAB, size=(P, S)).astype(np.int32),
+    rng.integers(1, S + 1, size=P).astype(np.int32),
+    np.arange(10, 10 + P),
+    np.tile(np.arange(G), (P, 1)),
+    np.full(P, T),
+    np.zeros(P, np.int32),
+  )
+
+
+def letters(tokens) -> list[bytes]:
+  return [bytes([65 + token]) for token in tokens]
+
+
+def engine(rows=P * G, chunk=T, **changes) -> Slotted:
+  rollout = dataclasses.replace(ROLLOUT, **changes)
+  return Slotted(POLICY, rollout, (END,), letters, rows, chunk)
+
+
+def drawn(params, wanted, **changes):
+  return in_order(engine(**changes).stream(params, wanted, (3, 1)))
+
+
+@pytest.fixture(scope="module")
+def whole(params, wanted):
+  """All rows from the beginning, in as few programs as there can be."""
+  return drawn(params, wanted)
+
+
+def same(ours, theirs, exact=True) -> None:
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.tokens.tolist() == b.tokens.tolist()
+    assert a.truncated == b.truncated
+    if exact:
+      np.testing.assert_array_equal(a.logprobs, b.logprobs)
+    else:
+      np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_lengths_are_mixed_and_ends_are_kept(whole):
+  lengths = [len(sample.tokens) for sample in whole]
+  assert min(lengths) < 20
+  assert sum(length > 64 for length in lengths) > 2
+  for sample in whole:
+    assert sample.truncated == (sample.tokens[-1] != END)
+    assert END not in sample.tokens[:-1]
+    assert len(sample.logprobs) == len(sample.tokens) <= T
+
+
+def test_logprobs_are_the_learners(params, wanted, whole):
+  """Through rings that grew, were laid anew, and in one layer go round."""
+  tokens = np.zeros((P * G, T), np.int32)
+  for sample in whole:
+    tokens[sample.row, : len(sample.tokens)] = sample.tokens
+
+  @jax.jit
+  def learner(params, prompts, lengths, tokens):
+    hidden = POLICY.completion_hidden(params, prompts, lengths, tokens)
+    return token_logprobs(hidden, POLICY.head(params), tokens, Sampling())[0]
+
+  expected = np.asarray(learner(params, *wanted[:2], tokens))
+  for sample in whole:
+    own = expected[sample.row, : len(sample.tokens)]
+    np.testing.assert_allclose(sample.logprobs, own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_when_the_host_looks_does_not_matter(params, wanted, whole, chunk):
+  same(drawn(params, wanted, chunk=chunk), whole)
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_how_many_rows_there_are_does_not_matter(params, wanted, whole, rows):
+  """Fewer rows than samples, so problems wait and enter where others have left."""
+  same(drawn(params, wanted, rows=rows), whole, exact=False)
+
+
+def test_the_order_of_arrival_does_not_matter(params, wanted, whole):
+  order = np.array([4, 1, 5, 0, 2, 3])
+  moved = drawn(params, Wanted(*(x[order] for x in wanted)))
+  back = [moved[p * G + g] for p in np.argsort(order) for g in range(G)]
+  same(back, whole)
+
+
+def test_samples_come_out_as_they_end(params, wanted):
+  """Not when all have: whoever takes the first of them sees the others still to come."""
+  came = [len(sample.tokens) for sample in engine().stream(params, wanted, (3, 1))]
+  assert max(came[: len(came) // 2]) < T
+
+
+def test_every_problem_has_its_own_limit(params, wanted, whole):
+  limits = np.array([1, 20, 64, 65, 100, T])
+  for sample, free in zip(drawn(params, wanted._replace(limits_P=limits)), whole, strict=True):
+    n = min(len(free.tokens), int(limits[sample.row // G]))
+    assert sample.tokens.tolist() == free.tokens[:n].tolist()
+    assert sample.truncated == (free.truncated or n < len(free.tokens))
+
+
+def test_a_stop_string_ends_a_row_within_a_chunk(params, wanted, whole, monkeypatch):
+  """And two letters count as one string, also where the first is the answer's that is to go on."""
+  clocks, decode = [], slots.decode
+
+  def counted(*given):
+    before = int(given[4].context.clock)
+    out = decode(*given)
+    clocks.append(int(out[0].context.clock) - before)
+    return out
+
+  pairs = [bytes(b"".join(letters(sample.tokens[5:7]))).decode() for sample in whole[:3]]
+  monkeypatch.setattr(slots, "decode", counted)
+  stopped = drawn(params, wanted, chunk=8, stop=(*pairs, "B"))
+  assert max(clocks) <= 8
+  for ours, free in zip(stopped, whole, strict=True):
+    text = b"".join(letters(free.tokens)).decode()
+    ends = [text.index(stop) + len(stop) for stop in (*pairs, "B") if stop in text]
+    n = min(ends, default=len(free.tokens))
+    assert ours.tokens.tolist() == free.tokens[:n].tolist()
+    assert ours.truncated == (free.truncated and not ends)
+    np.testing.assert_allclose(ours.logprobs, free.logprobs[:n], atol=1e-5)  # Rows left earlier.
+  longest = max(len(sample.tokens) for sample in stopped)
+  assert longest < max(len(sample.tokens) for sample in whole)
+  assert sum(clocks) < longest + 8
+  # The last letter of a prompt and the first of its answer.
+  n = int(wanted.prompt_lengths_P[0])
+  pair = b"".join(letters([wanted.prompts_PxS[0, n - 1], whole[0].tokens[0]])).decode()
+  begun = wanted._replace(begun_P=np.ones(P, np.int32))
+  assert len(drawn(params, begun, chunk=8, stop=(pair,))[0].tokens) == 1
+  assert len(drawn(params, wanted, chunk=8, stop=(pair,))[0].tokens) > 1
+
+
+# The schedule, which knows lengths alone.
+
+
+def run(lengths, group, rows, most, step=1) -> tuple[int, set]:
+  """Row-steps that decoding takes, and the shapes that are compiled for it."""
+  problems = len(lengths) // group
+  plan = Schedule(np.full(problems, most), group, rows, step)
+  steps, shapes = 0, set()
+  while plan.live_R.any():
+    assert plan.room > 0
+    n, live = 0, plan.live_R.copy()
+    while n < plan.room and live.sum() > plan.enough:
+      n += 1
+      live &= lengths[plan.sample_R] > plan.lengths_R + n
+    assert n
+    steps += n * len(plan.sample_R)
+    shapes.add((len(plan.sample_R), plan.ring))
+    assert not len(plan.sample_R) % step
+    plan.lengths_R = np.where(
+      plan.live_R, np.minimum(plan.lengths_R + n, lengths[plan.sample_R]), plan.lengths_R
+    )
+    plan.sample_R[plan.live_R & ~live] = -1
+    while problems_in := plan.entering():
+      plan.place(problems_in)
+    plan.fewer()
+    if plan.room == 0 or plan.live_R.any():
+      plan.ring = plan.ring_needed()
+  return steps, shapes
+
+
+@pytest.mark.parametrize(("problems", "rows"), [(8, 64), (32, 256), (32, 64)])
+def test_few_row_steps_are_wasted_on_mixed_lengths(problems, rows):
+  """Mean 64 of at most 256 tokens, as in `evidence/benchmarks/peers.py`."""
+  wasted = []
+  for seed in range(10):
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(rng.geometric(1 / 64, problems * 8), 256)
+    steps, shapes = run(lengths, 8, rows, 256)
+    wasted.append(1 - lengths.sum() / steps)
+    assert len(shapes) <= 16
+  assert np.mean(wasted) < 0.2
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_everything_is_sampled_whatever_the_lengths(step):
+  rng = np.random.default_rng(0)
+  for _ in range(60):
+    group, most = int(rng.integers(1, 9)), int(rng.integers(1, 300))
+    lengths = rng.integers(1, most + 1, size=group * int(rng.integers(1, 30)))
+    run(lengths, group, int(rng.integers(1, 64)), most, step)
+
+
+def test_equal_lengths_and_short_answers_take_one_program():
+  assert run(np.full(64, 64), 8, 64, 64)[1] == {(64, 64)}
+  assert run(np.arange(64) % 48 + 1, 8, 64, 48)[1] == {(64, 48)}
+
+
+def test_rows_and_rings_come_in_few_sizes():
+  assert ladder(64, 1) == [64, 48, 32, 24, 16, 12, 8, 6, 4]
+  assert ladder(64, 8) == [64, 48, 32, 24, 16, 8]
+  assert ladder(3, 1) == [3]
+  assert ring_sizes(48) == [48]
+  assert ring_sizes(256) == [64, 128, 256]
+  assert ring_sizes(300) == [64, 128, 256, 300]
