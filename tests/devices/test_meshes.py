@@ -45,16 +45,20 @@ RUNS = {
     {**VALUES, "value.source": "monte_carlo", "steps": 3},
     {"mesh.data": 1, "mesh.fsdp": 8},
   ),
+  "calibrated": (
+    {**WEIGHTED, "credit.scheme": "calibrated", "spot.share": 0.5, "steps": 4},
+    {"mesh.data": 8},
+  ),
   "overlap": (
     {**WEIGHTED, "reviewer.overlap": 1, "learner.loss": "ppo"},
     {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sampler": (-1, 1, 1)},
   ),
 }
-IN_TWO_PROCESSES = ("overlap", "monte_carlo")
+IN_TWO_PROCESSES = ("overlap", "monte_carlo", "calibrated")
 LONG = {
   **COMMON,
   "steps": 24,
-  "credit.scheme": "weighted",
+  "credit.scheme": "calibrated",
   "reviewer.name": "oracle",
   "checkpoint.every": 10,
 }
@@ -179,7 +183,7 @@ def assert_same_course(ours: pathlib.Path, theirs: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
   "name",
-  ["overlap", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "monte_carlo"))],
+  ["overlap", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "overlap")],
 )
 def test_a_run_on_eight_devices_is_the_run_on_one(name, eight, tmp_path):
   train(config_of(name), str(tmp_path), quiet=True)
