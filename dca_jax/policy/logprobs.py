@@ -93,10 +93,12 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
   @jax.checkpoint
   def one(hidden_NxD, targets_N):
     logits = sampling_logits(hidden_NxD, head, sampling, targets_N)
-    logps = jax.nn.log_softmax(logits, -1)
-    # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is not a number.
+    # Not by a log-softmax, an array as large as the logits, of which one column would be read.
+    total_N = jax.nn.logsumexp(logits, -1)
+    logps = logits - total_N[:, None]
+    # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is no number.
     entropy = -jnp.sum(jnp.exp(logps) * jnp.where(logits == -jnp.inf, 0.0, logps), -1)
-    return jnp.take_along_axis(logps, targets_N[:, None], -1)[:, 0], entropy
+    return jnp.take_along_axis(logits, targets_N[:, None], -1)[:, 0] - total_N, entropy
 
   logps, entropy = jax.lax.map(lambda args: one(*args), (cut(hidden_BxTxD), cut(targets_BxT)))
   return tuple(
