@@ -87,7 +87,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
     "logits of one token": 3 * 4 * decoding * policy.rows,
   }
   problems, n = rows(devices), config.learner.micro_batches
-  part = part_rows(problems * rollout.group, rollout.max_tokens, n)
+  part = part_rows(devices, problems * rollout.group, rollout.max_tokens, n)
   tokens, position = part * rollout.max_tokens, 2 * c.depth * heads * c.head_dim
   read = problems * rollout.max_prompt_tokens
   updating = {

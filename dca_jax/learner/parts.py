@@ -17,11 +17,13 @@ import jax.numpy as jnp
 
 from dca_jax.learner.loss import Batch
 from dca_jax.policy import KeyValue, Policy, Prompts
-from dca_jax.policy.sharding import constrain
+from dca_jax.policy.sharding import AnyMesh, constrain
 
 # A batch is cut until its parts have so few positions on a device, but into so many at most.
 # Smaller parts waste less on their longest rows, and more on adding up gradients.
 _POSITIONS, _MOST = 2048, 16
+# So many times larger where parameters are spread over devices: every part gathers them anew.
+_SPREAD = 4
 # Widths beside the whole one, as fractions of it; narrower ones are not worth compiling.
 _FRACTIONS, _NARROWEST = (1 / 4, 3 / 8, 5 / 8), 64
 
@@ -41,9 +43,10 @@ def widths(most: int) -> list[int]:
   return [width for width in narrower if _NARROWEST <= width < most] + [most]
 
 
-def part_rows(rows: int, most: int, micro_batches: int) -> int:
+def part_rows(mesh: AnyMesh | None, rows: int, most: int, micro_batches: int) -> int:
   """How many of a device's `rows` of up to `most` tokens are computed together."""
-  parts = max(micro_batches, min(_MOST, rows * most // _POSITIONS))
+  positions = _POSITIONS * (_SPREAD if mesh and mesh.shape["fsdp"] > 1 else 1)
+  parts = max(micro_batches, min(_MOST, rows * most // positions))
   return -(-rows // min(rows, parts))
 
 
@@ -60,7 +63,7 @@ def cut(policy: Policy, prompts: int, counted_BxT: jax.Array, micro_batches: int
   shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
   shards = 1 if prompts % shards else shards  # Then every device has all rows.
   rows = b // shards
-  size = part_rows(rows, t, micro_batches)
+  size = part_rows(mesh, rows, t, micro_batches)
   lengths_B = jnp.where(counted_BxT, jnp.arange(1, t + 1), 0).max(1)
   lengths_DxN = lengths_B.reshape(shards, rows)
   order_DxN = jnp.argsort(-lengths_DxN, 1, stable=True)

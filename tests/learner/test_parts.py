@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 
 from dca_jax.learner import Batch, Learner, LearnerConfig, init_state, reference_logprobs, update
 from dca_jax.learner.loss import loss_sums
@@ -114,7 +115,7 @@ def positions(parts: Part, t: int) -> int:
 def test_every_row_is_in_one_part_that_holds_it(shards):
   rng = np.random.default_rng(shards)
   lengths = np.minimum(rng.geometric(1 / 64, 60), 256)
-  policy = POLICY.clone(mesh=jax.sharding.AbstractMesh((shards, 1, 1), ("data", "fsdp", "tensor")))
+  policy = POLICY.clone(mesh=AbstractMesh((shards, 1, 1), ("data", "fsdp", "tensor")))
   parts = cut(policy, 12, lengths_of(lengths, 256), 4)
   assert len(parts.width) >= 4
   by_shard = lengths.reshape(shards, -1)
@@ -157,4 +158,10 @@ def test_nothing_counts_nothing_computed():
 
 @pytest.mark.parametrize(("rows", "most", "n"), [(8, 64, 1), (8, 8192, 1), (1, 9, 1), (6, 64, 4)])
 def test_parts_are_no_larger_than_a_micro_batch(rows, most, n):
-  assert 1 <= part_rows(rows, most, n) <= -(-rows // n)
+  assert 1 <= part_rows(None, rows, most, n) <= -(-rows // n)
+
+
+def test_parts_are_larger_where_each_gathers_the_parameters():
+  alone, spread = (AbstractMesh((1, n, 1), ("data", "fsdp", "tensor")) for n in (1, 8))
+  assert part_rows(spread, 64, 256, 1) == 4 * part_rows(alone, 64, 256, 1)
+  assert part_rows(spread, 64, 256, 8) == part_rows(alone, 64, 256, 8) == 8
