@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dca_jax.credit import Advantages, Scheme
+from dca_jax.credit.calibrated import SEEN, seen_of
 from dca_jax.episode import ROLES, Episode, Outcome, Review
 from dca_jax.intervals import Estimate
 from dca_jax.review.episodes import Asked
@@ -102,6 +103,7 @@ def _outcomes(rollout: Rollout) -> Means:
   sampled, n = rollout.outcomes, len(rollout.episodes)
   groups = rollout.rewards_B.reshape(len(rollout.prompt_lengths_P), -1).tolist()
   named = {name for o in sampled for name in o.parts}
+  seen = [kind for episode in rollout.episodes for kind in seen_of(episode)]
   return {
     "train/reward": (sum(o.reward for o in sampled), len(sampled)),
     "train/accuracy": (sum(o.correct for o in sampled), len(sampled)),
@@ -110,6 +112,9 @@ def _outcomes(rollout: Rollout) -> Means:
     **{f"verifier/{name}": _part(name, sampled) for name in sorted(named)},
     "train/uncut": (rollout.uncut, n),
     "train/length": (rollout.sampled_BxT.sum(), n),
+    # Of a policy that performs, these grow; in steps an episode.
+    "train/repeats": (seen.count(SEEN.index("repeat")), n),
+    "train/checks": (seen.count(SEEN.index("check")), n),
     "train/mixed_groups": (sum(len(set(group)) > 1 for group in groups), len(groups)),
   }
 

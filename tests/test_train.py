@@ -459,6 +459,10 @@ def test_metrics_agree_with_the_trajectories(weighted_run):
     assert line["train/accuracy"] == pytest.approx(np.mean([t.outcome.correct for t in rows]))
     assert line["train/truncated"] == pytest.approx(np.mean([t.outcome.truncated for t in rows]))
     assert line["train/length"] == pytest.approx(np.mean([len(t.tokens) for t in rows]))
+    said = [[step.text for step in t.steps] for t in rows]
+    again = [len(steps) - len(set(steps)) for steps in said]
+    assert line["train/repeats"] == pytest.approx(np.mean(again))
+    assert line["train/checks"] == 0
     assert line["train/mixed_groups"] == np.mean(
       [len({t.outcome.reward for t in g}) > 1 for g in groups(rows)]
     )

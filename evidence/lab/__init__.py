@@ -70,8 +70,13 @@ def run(folder: epath.Path) -> str:
       text_table(
         ["reviewer", "checks", "cosine", "SNR x cosine^2 / RLOO", "premium, leading +- s.d."],
         [
-          [p.reviewer, f"{p.checks:,}", f"{p.cosine:.3f}", f"{p.snr:.2f}"]
-          + [f"{round(p.leading, 3) + 0.0:+.3f} +- {p.spread:.3f}"]
+          [
+            p.reviewer,
+            f"{p.checks:,}",
+            f"{p.cosine:.3f}",
+            f"{p.snr:.2f}",
+            f"{round(p.leading, 3) + 0.0:+.3f} +- {p.spread:.3f}",
+          ]
           for p in points
         ],
       ),
