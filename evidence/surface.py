@@ -60,15 +60,18 @@ def arms(which: str) -> dict[str, tuple[str, ...]]:
   made: dict[str, tuple[str, ...]] = {"uniform": UNIFORM}
   if which == "grid":
     flawed = f"reviewer.name={__spec__.name}:Flawed"
-    for flip in FLIPS:
-      for applause in APPLAUSE:
+    for applause in APPLAUSE:
+      for flip in FLIPS:
         cell = (flawed, f"reviewer.flip={flip}", f"reviewer.applause={applause}")
         made[f"flip {flip} applause {applause}"] = cell
     return made
-  for name in ("oracle", "fooled", "lexical", "random", "thief", "suffix", "stale", "nan"):
+  for name in ("oracle", "fooled", "lexical", "random", "thief", "suffix", "stale"):
     made[name] = (f"reviewer.name={name}",)
   for flip in (0.05, 0.15, 0.25, 0.35):
     made[f"noisy {flip}"] = ("reviewer.name=noisy", f"reviewer.flip={flip}")
+  # Who says little is RLOO, which wants a lower rate.
+  for name in ("thief", "stale", "random"):
+    made[f"{name}, slower"] = (f"reviewer.name={name}", UNIFORM[1])
   return made
 
 

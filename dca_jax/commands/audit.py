@@ -260,7 +260,9 @@ def learning(judged: Sequence[Judged]) -> dict[str, Estimate]:
   def numbers(own: Sequence[Judged], seed: int) -> list[float] | None:
     told = [j for j in own if usable(j.review)]
     part = len(told) / len(own)
-    found = worth.worth(said_of(told, favoured), part, seed)
+    words = said_of(told, favoured)
+    said = {name: [worth.Word(*word) for word in own] for name, own in words.items()}
+    found = worth.worth(said, part, seed)
     liked = applause(told, favoured)
     if found is None or liked is None:
       return None

@@ -1,11 +1,13 @@
 """What learning from a reviewer is worth, told from how it errs.
 
 Its errors are carried over to the exact task (`exact.py`): a step there is said to be what the
-reviewer said of some audited step of the same class. That gives the update which such a reviewer
+reviewer said of some audited step of the same class, in an answer of the same outcome, and of a
+last step where it is one, as far as there are any. That gives the update which such a reviewer
 induces, in closed form. Speed is then read off a surface that was measured on the task `chains`.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,8 +22,24 @@ CLASSES = ("necessary", "error", "repair", "inert", "applauded")
 """What a step of the exact task can be: `applauded` is an inert one of the kind that the reviewer
 likes best, and `inert` any other."""
 
-Said = Mapping[str, Sequence[tuple[str, float]]]
-"""For each class what a reviewer said of steps of it: roles and weights."""
+
+class Word(NamedTuple):
+  """What a reviewer said of a step."""
+
+  role: str
+  weight: float
+  last: bool = False
+  """Whether the step was the last one of its answer."""
+  won: bool | None = None
+  """Whether the answer was right; None says it of both kinds."""
+
+  def fits(self, last: bool, won: bool) -> tuple[bool, bool]:
+    """Of a step of another answer: whether the outcome is the same, and the place."""
+    return self.won in (None, won), self.last == last
+
+
+Said = Mapping[str, Sequence[Word]]
+"""By class."""
 
 
 class Worth(NamedTuple):
@@ -53,10 +71,14 @@ def worth(said: Said, usable: float, seed: int = 0) -> Worth | None:
   tree, rng = exact.make_tree(), np.random.default_rng(seed)
   classes = _classes(tree)
   roles, weights = np.zeros(classes.shape, int), np.ones(classes.shape)
-  for i, name in enumerate(CLASSES):
-    drawn = rng.integers(len(pools[name]), size=classes.shape)
-    roles = np.where(classes == i, np.array([ROLES.index(r) for r, _ in pools[name]])[drawn], roles)
-    weights = np.where(classes == i, np.array([w for _, w in pools[name]])[drawn], weights)
+  is_last, won_Nx1 = np.arange(classes.shape[1]) == classes.shape[1] - 1, tree.reward_N[:, None] > 0
+  for i, last, won in itertools.product(range(len(CLASSES)), (False, True), (False, True)):
+    closest = max(word.fits(last, won) for word in pools[CLASSES[i]])
+    pool = [word for word in pools[CLASSES[i]] if word.fits(last, won) == closest]
+    here = (classes == i) & (is_last == last) & (won_Nx1 == won)
+    drawn = rng.integers(len(pool), size=here.sum())
+    roles[here] = np.array([ROLES.index(word.role) for word in pool])[drawn]
+    weights[here] = np.array([word.weight for word in pool])[drawn]
   ok_N = rng.random(len(classes)) < usable
   review = exact.review(tree, roles, weights)._replace(ok_B=ok_N)
   uniform_NxT = _uniform(tree)
@@ -139,7 +161,7 @@ def _flipped_snr() -> np.ndarray:
   for flip in FLIPS:
     wrong = round(100 * flip)
     said = {
-      name: [(role, 1.0)] * (100 - wrong) + [(opposite, 1.0)] * wrong
+      name: [Word(role, 1.0)] * (100 - wrong) + [Word(opposite, 1.0)] * wrong
       for name, role, opposite in zip(
         CLASSES,
         ("necessary", "error", "repair", "redundant", "redundant"),
@@ -169,8 +191,8 @@ def predicted_speedup(snr: float, applause: float) -> float:
 
 
 def verdict(speedup: Estimate | None, gain: Estimate | None) -> str:
-  """`train` where `weighted` credit will be faster than RLOO, `calibrated` where what the reviewer
-  says is worth something once outcomes have said what, else `no`."""
-  if speedup and speedup.low > 1:
-    return "train"
-  return "calibrated" if gain and gain.low > 1.1 else "no"
+  """`no` where what the reviewer says is worth nothing even once outcomes have said what, `train`
+  where `weighted` credit will be faster than RLOO, else `calibrated`."""
+  if speedup is None or gain is None or gain.low <= 1.2:
+    return "no"
+  return "train" if speedup.low > 1 else "calibrated"

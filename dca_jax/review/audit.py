@@ -248,15 +248,23 @@ def favourite(judged: Sequence[Judged]) -> str:
   return max(told, key=told.__getitem__, default="")
 
 
-def said_of(judged: Sequence[Judged], favoured: str) -> dict[str, list[tuple[str, float]]]:
-  """What was said of steps of each class of `credit.worth`, role and weight; `favoured` is the kind
-  of needless step that stands for the applauded ones."""
-  said: dict[str, list[tuple[str, float]]] = {}
+Words = dict[str, list[tuple[str, float, bool, bool]]]
+
+
+def said_of(judged: Sequence[Judged], favoured: str) -> Words:
+  """What was said of steps of each class of `credit.worth`: role, weight, whether a step is the
+  last, and whether its answer is right.
+
+  Args:
+    favoured: the kind of needless step that stands for the applauded ones.
+  """
+  said: Words = {}
   for case, review in judged:
     for k, label in enumerate(case.labels):
       if label in NEEDLESS:
         kind = kind_of(case.request, k, label)
         label = "applauded" if kind == favoured else "inert"
       if label:
-        said.setdefault(label, []).append((review.roles[k], review.weights[k]))
+        last, won = k == len(case.labels) - 1, case.request.correct
+        said.setdefault(label, []).append((review.roles[k], review.weights[k], last, won))
   return said

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dca_jax.credit import Uniform, Weighted, exact
-from dca_jax.credit.worth import CLASSES, Worth, predicted_speedup, verdict, worth
+from dca_jax.credit.worth import CLASSES, Word, Worth, predicted_speedup, verdict, worth
 from dca_jax.episode import ROLES
 from dca_jax.intervals import Estimate
 from evidence.lab import tree as lab
@@ -17,10 +17,10 @@ SHARES = (0.0, 0.2, 0.3, 0.4)
 OPPOSITE = {"necessary": "error", "error": "necessary", "repair": "error", "redundant": "necessary"}
 
 
-def flipped(share: float) -> dict[str, list[tuple[str, float]]]:
+def flipped(share: float) -> dict[str, list[Word]]:
   wrong = round(20 * share)
   return {
-    name: [(role, 1.0)] * (20 - wrong) + [(OPPOSITE[role], 1.0)] * wrong
+    name: [Word(role, 1.0)] * (20 - wrong) + [Word(OPPOSITE[role], 1.0)] * wrong
     for name, role in TRUE.items()
   }
 
@@ -30,8 +30,8 @@ def worth_of_flips(share: float) -> Worth:
   return worth(flipped(share), 1.0)
 
 
-def fooled(share: float = 0.0) -> dict[str, list[tuple[str, float]]]:
-  return flipped(share) | {"applauded": [("necessary", 3.0)]}
+def fooled(share: float = 0.0) -> dict[str, list[Word]]:
+  return flipped(share) | {"applauded": [Word("necessary", 3.0)]}
 
 
 def test_the_oracles_and_the_fooled_ones_update_are_the_laboratorys():
@@ -68,12 +68,12 @@ def test_reviews_that_cannot_be_used_are_rloo():
 
 
 def test_who_says_nothing_of_the_steps_gives_calibrated_credit_nothing():
-  told = {name: [(role, 1.0) for role in ROLES] for name in CLASSES}
+  told = {name: [Word(role, 1.0) for role in ROLES] for name in CLASSES}
   assert worth(told, 1.0).calibrated == pytest.approx(1.0, abs=0.05)
 
 
 def test_nothing_is_said_without_a_class_that_matters():
-  assert worth({"necessary": [("necessary", 1.0)]}, 1.0) is None
+  assert worth({"necessary": [Word("necessary", 1.0)]}, 1.0) is None
   without = {name: flipped(0.0)[name] for name in ("necessary", "error", "inert")}
   assert worth(without, 1.0) is not None  # Repairs and favourites may be missing.
 
@@ -91,15 +91,33 @@ def test_more_flips_and_more_applause_never_promise_more():
 
 def test_the_verdict_asks_for_the_lower_bound():
   sure, unsure = Estimate(2.0, 1.5, 2.5), Estimate(1.5, 0.9, 2.1)
-  assert verdict(sure, unsure) == "train"
+  assert verdict(sure, sure) == "train"
   assert verdict(unsure, sure) == "calibrated"
-  assert verdict(unsure, unsure) == verdict(None, None) == "no"
+  assert verdict(sure, unsure) == verdict(unsure, unsure) == verdict(None, None) == "no"
 
 
 def test_roles_are_drawn_from_what_was_said_of_the_class():
   tree = exact.make_tree()
-  said = {name: [("irrelevant", 1.0)] for name in CLASSES}
+  said = {name: [Word("irrelevant", 1.0)] for name in CLASSES}
   # Every step alike is uniform credit, whatever the label.
   credit = exact.credit(tree, Weighted(), exact.review(tree, ROLES.index("irrelevant")))
   assert np.ptp(credit, axis=1).max() < 1e-6
   assert worth(said, 1.0).snr == pytest.approx(1.0)
+
+
+def test_who_gives_all_to_the_last_step_tells_less_than_who_errs_at_random():
+  told = {
+    name: [Word("inherits", 1.0), Word("error" if name == "error" else "necessary", 1.0, last=True)]
+    for name in CLASSES
+  }
+  assert worth(told, 1.0).snr < 0.5 < worth_of_flips(0.3).snr
+
+
+def test_a_word_about_the_outcome_is_none_about_the_step():
+  """`necessary` in every win and `error` in every loss says what the reward has said already."""
+  told = {
+    name: [Word("necessary", 1.0, won=True), Word("error", 1.0, won=False)] for name in CLASSES
+  }
+  found = worth(told, 1.0)
+  assert found.snr == pytest.approx(1.0)
+  assert found.calibrated == pytest.approx(1.0, abs=0.05)
