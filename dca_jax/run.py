@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,16 +28,16 @@ from dca_jax.devices.processes import agree, check_alike, gather, mark, own_rows
 from dca_jax.errors import UserError, reason
 from dca_jax.learner.supervised import Demonstrations, cache_folder, warm_start
 from dca_jax.policy import Policy, join, pretrained, split
-from dca_jax.review import Request, Reviewer, Share, Trial, Truth, open_reviewer
-from dca_jax.review.episodes import Asked, Canary
-from dca_jax.rollout import Rollout, Sampler, Values, cut, encode_prompts
+from dca_jax.review import Reviewer, Share, Trial, Truth, open_reviewer
+from dca_jax.review.episodes import Asked
+from dca_jax.rollout import Rollout, Sampler, Values, encode_prompts
 from dca_jax.source import package_digest, source_digest
 from dca_jax.store.checkpoints import Checkpoints, put_aside
 from dca_jax.store.hold import held
 from dca_jax.store.metrics import dollars_spent
 from dca_jax.store.workdir import Growing, locate
 from dca_jax.store.writers import Log, LogConfig
-from dca_jax.tasks import Demonstrated, Task
+from dca_jax.tasks import Task
 from dca_jax.tasks.tokenizer import end_ids, id_count, text_of
 
 # In which a reviewer that is overloaded or down for a moment may come back.
@@ -107,7 +107,6 @@ class Trainer:
   """Fails where another run has taken the workdir."""
   reviewer: Reviewer
   checkpoints: Checkpoints
-  canaries: list[Canary]
   done: int
   """The step that the run goes on from."""
   state: learner.TrainState
@@ -210,7 +209,6 @@ def _opened(
       check_held,
       reviewer,
       checkpoints,
-      make_canaries(config, task),
       done,
       state,
       frozen,
@@ -271,21 +269,6 @@ def _reference(
 @jax.jit
 def copy(params: Any) -> Any:
   return jax.tree.map(jnp.copy, params)
-
-
-def make_canaries(config: Config, task: Task) -> list[Canary]:
-  """Demonstrations, for process 0, where the run is to know how good its reviewer is."""
-  if not config.reviewer.canary_every or jax.process_index() > 0:
-    return []
-  canaries, truth = [], Truth.of(task)
-  for i in range(8):
-    prompt, text = cast(Demonstrated, task).demonstration(i, True)
-    steps = tuple(text[a:b] for a, b in cut([c.encode() for c in text], task.step_end))
-    labels = list(truth.labels(Request("", prompt, steps, False, False)))
-    # An answer is right exactly where the role of its last step is.
-    correct = labels[-1] in ("necessary", "repair")
-    canaries.append(Canary(Request(f"canary/{i}", prompt, steps, correct, False), labels))
-  return canaries
 
 
 def check_data(config: Config, task: Task, tokenizer: Any, rows: int) -> dict[str, float]:

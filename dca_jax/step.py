@@ -12,7 +12,8 @@ from dca_jax.credit import ReviewArrays, assign_credit
 from dca_jax.devices.processes import fetch, gather, put
 from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
-from dca_jax.review.episodes import Asked, ask, canary_accuracy, wait_for_reviews, worth_a_review
+from dca_jax.review import Truth
+from dca_jax.review.episodes import Asked, ask, audited, wait_for_reviews, worth_a_review
 from dca_jax.rollout import Continues, Group, Rollout, collect, joined
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
@@ -76,7 +77,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     numbers = {key: float(x) for key, x in jax.device_get(stats | more).items()}
     clock.lap("update")
 
-  mine = tally(t.scheme, rollout, asked, credited, reviewer_metrics(t, step), clock)
+  mine = tally(t.scheme, rollout, asked, credited, reviewer_metrics(t, step, rollout), clock)
   evidence = t.scheme.evidence(kept, rollout.episodes, group)
   # The one place in a step where processes hear of each other's samples, apart from the arrays.
   told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
@@ -168,12 +169,12 @@ def update(t: Trainer, batch: Batch) -> dict[str, jax.Array]:
   return stats | {"sampler/logprob_error": first["sampler/logprob_error"]}
 
 
-def reviewer_metrics(t: Trainer, step: int) -> dict[str, float]:
-  """What the reviewer says of itself, and now and then how it does on solutions that are known."""
-  metrics = t.reviewer.stats()
-  if t.canaries and step % t.config.reviewer.canary_every == 0:
-    deadline = t.config.reviewer.deadline
-    metrics["review/canary_accuracy"] = canary_accuracy(t.reviewer, t.canaries, deadline)
+def reviewer_metrics(t: Trainer, step: int, rollout: Rollout) -> dict[str, float]:
+  """What the reviewer says of itself, and now and then how it meets faults planted in a batch."""
+  metrics, config = t.reviewer.stats(), t.config.reviewer
+  if config.audit_every and step % config.audit_every == 0:
+    labels = Truth.of(t.task).labels if "labels" in t.config.task.offers else None
+    metrics |= audited(t.reviewer, rollout.episodes, labels, config.deadline)
   return metrics
 
 

@@ -178,9 +178,9 @@ def merge(tallies: Sequence[Tally]) -> dict[str, float]:
   merged |= {key: sum(tally.sums[key] for tally in tallies) for key in tallies[0].sums}
   merged |= {key: max(tally.largest[key] for tally in tallies) for key in tallies[0].largest}
   for key in sorted({key for tally in tallies for key in tally.reviewer}):
-    total = sum(tally.reviewer.get(key, 0.0) for tally in tallies)
+    told = [tally.reviewer[key] for tally in tallies if key in tally.reviewer]
     name = re.sub(r"_\d$", "", key.rpartition("/")[2])  # The number is that of a panel's member.
-    merged[key] = total if name in _ADD_UP else total / len(tallies)
+    merged[key] = sum(told) if name in _ADD_UP else sum(told) / len(told)
   return merged
 
 

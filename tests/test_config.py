@@ -472,7 +472,7 @@ def test_what_an_override_makes_pointless_is_left_out_and_said(
 @pytest.mark.parametrize(
   ("recipe", "left_out"),
   [
-    ({"reviewer.name": "gemini", "reviewer.canary_every": 5}, "reviewer.canary_every"),
+    ({"reviewer.name": "gemini", "reviewer.audit_every": 5}, ""),
     ({"reviewer.name": "gemini", "reviewer.escalate": "noisy"}, "reviewer.escalate"),
     (
       {"reviewer.name": "panel", "reviewer.panel": ("random", "oracle")},
@@ -559,7 +559,7 @@ VALUES = {
   "reviewer.flip": [0.1, 2.0],
   "reviewer.overlap": [1],
   "reviewer.client.model": ["m"],
-  "reviewer.canary_every": [5],
+  "reviewer.audit_every": [5],
   "credit.scheme": ["uniform", "weighted", "signed", "potential", "y"],
   "credit.lam": [0.1, -1.0],
   "credit.discount": [0.5],

@@ -319,10 +319,6 @@ def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
       {"reviewer.name": "lexical", "reviewer.escalate": "oracle", "credit.scheme": "weighted"},
       r"reviewer\.name: asks oracle",
     ),
-    (
-      {"reviewer.name": "lexical", "reviewer.canary_every": 2, "credit.scheme": "weighted"},
-      r"reviewer\.canary_every: must be 0, because task 'tfds' has no demonstrations",
-    ),
     ({"task.lines": 3}, r"task\.lines: has no effect, because task\.name is 'tfds'"),
     ({"task.data_set": "a"}, r"task\.data_set: no such key; did you mean task\.dataset"),
     ({"task.path": "a.jsonl"}, r"task\.path: has no effect, because task\.name is 'tfds'"),

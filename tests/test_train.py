@@ -153,9 +153,9 @@ def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
 @pytest.mark.parametrize("name", ["nan", "stale", "lexical", "thief", "suffix"])
 def test_no_reviewer_can_break_a_run(scheme, name, tmp_path):
-  # Canaries too: their reviews need not fit them either.
+  # Audits too: reviews of what is planted need not fit it either.
   config = tiny.make_config(
-    {"credit.scheme": scheme, "reviewer.name": name, "reviewer.canary_every": 1, "steps": 2}
+    {"credit.scheme": scheme, "reviewer.name": name, "reviewer.audit_every": 1, "steps": 2}
   )
   train(config, str(tmp_path), quiet=True)
   lines = tiny.read_lines(tmp_path)
@@ -242,13 +242,13 @@ def test_a_reviewer_that_asks_to_stop_ends_the_run_with_its_step_saved(tmp_path,
 
 def test_a_share_of_the_completions_can_be_reviewed(tmp_path):
   train(
-    tiny.make_config({**WEIGHTED, "reviewer.sample_frac": 0.5, "reviewer.canary_every": 2}),
+    tiny.make_config({**WEIGHTED, "reviewer.sample_frac": 0.5, "reviewer.audit_every": 2}),
     str(tmp_path),
     quiet=True,
   )
   lines = tiny.read_lines(tmp_path)[1:]
   assert 0 < np.mean([line["review/asked"] for line in lines]) < 0.6
-  assert [line.get("review/canary_accuracy") for line in lines] == [None, 1.0, None]
+  assert [line.get("review/planted_wrong_number") for line in lines] == [None, 1.0, None]
 
 
 # Prefix values.

@@ -79,7 +79,7 @@ class Config:
       if not self.value.from_reviewer:
         bad["value.source"] = f"must be 'reviewer' with {scheme}"
     if "demonstrations" not in self.task.offers:
-      for key in (*_WARM, "reviewer.canary_every"):
+      for key in _WARM:
         if operator.attrgetter(key)(self):
           bad[key] = f"must be 0, because task '{self.task.name}' has no demonstrations"
     return bad
@@ -147,8 +147,6 @@ class Config:
     gives, offers = set(), self.task.offers
     if "demonstrations" not in offers or self.policy.pretrained:
       gives |= {key for key in _WARM if operator.attrgetter(key)(self)}
-    if "demonstrations" not in offers and self.reviewer.canary_every:
-      gives.add("reviewer.canary_every")
     if "labels" not in offers:
       gives |= {"reviewer.name"} if _labelled(self.reviewer.first) else set()
       gives |= {"reviewer.escalate"} if _labelled(self.reviewer.second) else set()
@@ -179,7 +177,7 @@ _FREE = (
   "evaluate.",
   "log.",
   "mesh.",
-  "reviewer.canary_every",
+  "reviewer.audit_every",
   "reviewer.deadline",
   "reviewer.required",
   "reviewer.client.",

@@ -9,6 +9,8 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from dca_jax.episode import Episode, Review
+from dca_jax.review.audit import usable as has_roles
+from dca_jax.review.faults import Labels, Pair, caught, plant
 from dca_jax.review.types import Request, Reviewer
 
 
@@ -74,20 +76,24 @@ def usable(
   ]
 
 
-class Canary(NamedTuple):
-  """An episode whose labels are known, to see how good a reviewer is while it works."""
-
-  request: Request
-  labels: list[str]
+_EACH = 2
+"""Faults of each kind and tier that an audit in training plants."""
 
 
-def canary_accuracy(reviewer: Reviewer, canaries: Sequence[Canary], deadline: float) -> float:
-  """Share of the canaries' steps whose role the reviewer knew; failed reviews know none."""
-  requests = [canary.request for canary in canaries]
-  reviews = usable(reviewer.submit(requests, deadline), requests, deadline)
-  known = [
-    role == true
-    for review, canary in zip(reviews, canaries, strict=True)
-    for role, true in zip(review.roles or [""] * len(canary.labels), canary.labels, strict=True)
-  ]
-  return sum(known) / len(known)
+def audited(
+  reviewer: Reviewer, episodes: Sequence[Episode], labels: Labels | None, deadline: float
+) -> dict[str, float]:
+  """How the reviewer meets faults planted in the right answers among `episodes`, as metrics; see
+  `faults.caught`. Empty where nothing could be planted, or no review of it is usable.
+
+  Args:
+    labels: true roles, where the task knows them.
+  """
+  planted = plant([Request.of(episode) for episode in episodes], _EACH, labels)
+  both = [request for p in planted for request in (p.case.request, p.twin)]
+  requests = [*dict.fromkeys(both)]
+  came = usable(reviewer.submit(requests, deadline), requests, deadline)
+  said = dict(zip(requests, came, strict=True))
+  pairs = [Pair(p, said[p.case.request], said[p.twin]) for p in planted]
+  told = [pair for pair in pairs if has_roles(pair.edited) and has_roles(pair.twin)]
+  return {f"review/{name}": e.value for name, e in caught(told).items()}

@@ -38,11 +38,13 @@ class Planted(NamedTuple):
   def credit(self, edited: Review, twin: Review) -> float:
     """What the reviewer credits the new steps with beyond the old ones, in multiples of what a step
     of the twin gets on average; the sum over an answer is conserved."""
-    mean = len(self.twin.steps)
-    now, before = shares(intensity(edited)), shares(intensity(twin))
-    end = self.first
-    gained = now[end : end + self.new].sum() - before[end : end + self.old].sum()
-    return float(mean * gained)
+    here = slice(self.first, self.first + self.new)
+    sizes = np.ones(len(edited.roles))
+    if not any(self.case.labels):  # A step that is only cut in two is as long as before.
+      sizes[here] = self.old / self.new
+    now, before = shares(sizes * intensity(edited)), shares(intensity(twin))
+    gained = now[here].sum() - before[self.first : self.first + self.old].sum()
+    return float(len(twin.roles) * gained)
 
 
 Editor = Callable[[Sequence[str], int, random.Random], tuple[str, ...] | None]

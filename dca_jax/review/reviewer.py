@@ -59,8 +59,9 @@ class ReviewerConfig:
   required: bool = True
   """Language models: whether the run ends at its start where one of them gives no usable review to
   a first question, or only says so and begins."""
-  canary_every: int = 0
-  """Steps between reviews of demonstrations whose labels are known; 0 never asks."""
+  audit_every: int = 0
+  """Steps between audits in training: faults are planted in right answers of the batch, and the
+  reviewer is asked about these and their untouched twins; 0 never asks."""
   client: ClientConfig = ClientConfig()
   """How the language models among the reviewers are called."""
 
@@ -147,7 +148,7 @@ class ReviewerConfig:
 
   def check(self) -> dict[str, str]:
     bad = positive(self, "sample_frac", most=1) | positive(self, "deadline")
-    bad |= at_least(0, self, "canary_every") | one_of(self, "overlap", 0, 1)
+    bad |= at_least(0, self, "audit_every") | one_of(self, "overlap", 0, 1)
     kind = type(self)
     if kind.open is ReviewerConfig.open and kind.review is ReviewerConfig.review:
       bad["name"] = "must have a method review(self, request)"

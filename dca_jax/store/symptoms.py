@@ -34,6 +34,7 @@ class Watch:
     self._recent.append(row)
     if len(self._first) < _LONG:
       self._first.append(row["train/accuracy"])
+    yield from self._pleased(row)
     last = [*self._recent][-_SHORT:]
     if len(last) == _SHORT and all(m.get("train/truncated") == 1 for m in last):
       yield "truncated", f"every completion has been cut off for {_SHORT} steps; {_TRUNCATED}"
@@ -52,6 +53,16 @@ class Watch:
       fell = f"accuracy has been {now:.3f} over {_LONG} steps and was {start:.3f} over the first"
       yield "falling", f"{fell}; {_FALLING}"
 
+  def _pleased(self, row: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """What audits in training say of a reviewer that can be pleased."""
+    for key in row:
+      if key.startswith("review/premium_"):
+        premiums = [m[key] for m in self._recent if key in m][-3:]
+        if len(premiums) > 1 and statistics.fmean(premiums) > _PREMIUM:
+          fault = key.removeprefix("review/premium_").replace("_", " ")
+          earns = f"planting a {fault} earns {premiums[-1]:.1f} times a step's credit"
+          yield key, f"{earns}; {_PLEASED}"
+
 
 def findings(rows: list[dict[str, float]]) -> list[str]:
   """Everything that a run's rows say."""
@@ -59,6 +70,11 @@ def findings(rows: list[dict[str, float]]) -> list[str]:
   return [said for row in rows for said in watch.read(row)]
 
 
+_PREMIUM = 0.5
+_PLEASED = (
+  "a policy that finds out will be paid for it: use credit.scheme=calibrated or uniform, or another"
+  " reviewer (docs/reviewers.md)"
+)
 _LEAK = (
   "scores on them say nothing of new ones: remove them from one side, or use task.heldout_fraction"
 )

@@ -41,7 +41,7 @@ def get_config():
     "warmstart": {"clean_steps": 0, "steps": 40, "batch": 16, "lr": 0.01},
     "rollout": {"problems": 4, "group": 4, "max_prompt_tokens": 8, "max_tokens": 8},
     "evaluate": {"problems": 4, "samples": 4, "k": 2},
-    "reviewer": {"name": "repeats.py:Repeats", "window": 2, "canary_every": 1},
+    "reviewer": {"name": "repeats.py:Repeats", "window": 2, "audit_every": 1},
     "credit": {"scheme": "spotlight.py:Spotlight", "contrast": 3.0},
     "checkpoint": {"every": 1},
   })
@@ -93,9 +93,7 @@ def test_a_task_a_scheme_and_a_reviewer_train_together(home):
   assert [line["step"] for line in lines][-1] == 2
   assert any(line.get("review/ok", 0.0) == 1.0 for line in lines)
   assert all(
-    0.0 <= line["review/canary_accuracy"] <= 1.0
-    for line in lines
-    if "review/canary_accuracy" in line
+    0.0 <= line["review/suffix_leak"] <= 1.0 for line in lines if "review/suffix_leak" in line
   )
   saved = json.loads((home / "run" / "config.json").read_text())
   assert saved["task"]["name"] == f"{home}/parity.py:Parity"

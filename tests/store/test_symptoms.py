@@ -121,3 +121,12 @@ def test_rows_of_another_version_are_no_reason_to_fail():
   assert not findings(
     [{"step": 0}, *({"step": step, "train/accuracy": 0.5} for step in range(1, 50))]
   )
+
+
+def test_a_reviewer_that_can_be_pleased_is_named_by_what_pleases_it():
+  given = rows(40)
+  for step in (10, 20, 30, 40):
+    given[step] |= {"review/premium_check": 1.5, "review/premium_repeat": 0.1}
+  (said,) = findings(given)
+  assert said.startswith("step 20: planting a check earns 1.5 times")
+  assert "credit.scheme=calibrated" in said
