@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -385,10 +386,13 @@ def use_compilation_cache() -> None:
   try:
     if "://" not in folder:
       os.makedirs(folder, exist_ok=True)
-      tempfile.TemporaryFile(dir=folder).close()
+      with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(b"room?")
   except OSError as error:
     why = "set DCA_JAX_CACHE to a folder that can be written"
     print(f"warning: compiled programs are not kept: {error}; {why}", file=sys.stderr)
     folder = ""
   jax.config.update("jax_compilation_cache_dir", folder or None)
+  # Where the disk fills up later, JAX would say so of every program.
+  warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
