@@ -82,7 +82,7 @@ def test_an_engine_trains_as_ours_does(home):
   assert all(line["sampler/logprob_error"] < 1e-5 for line in trained)
   assert all(line["train/generated_tokens"] > 0 for line in trained)
   wrong = run(
-    *("train", "--config=recipe.py", "--workdir=x", "--config.engine.row=8"), cwd=home, code=2
+    *("train", "--config=recipe.py", "--workdir=x", "--config.engine.row=8"), cwd=home, code=1
   )
   assert "engine.row" in wrong
   assert "did you mean engine.rows?" in wrong
