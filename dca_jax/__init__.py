@@ -11,7 +11,7 @@ if TYPE_CHECKING:
   from dca_jax.episode import ROLES, Episode, Outcome, Problem, Review, Segment, Step
   from dca_jax.errors import Terminated, UserError
   from dca_jax.review import LanguageModel, Request, Reviewer, ReviewerConfig
-  from dca_jax.rollout import Values
+  from dca_jax.rollout import Engine, EngineConfig, Sample, Values, Wanted
   from dca_jax.tasks import Task, TaskConfig
 
 # Where each public name lives. They are imported when they are first used: jax takes seconds.
@@ -23,7 +23,7 @@ _HOMES = {
   "dca_jax.episode": ("ROLES", "Episode", "Outcome", "Problem", "Review", "Segment", "Step"),
   "dca_jax.errors": ("Terminated", "UserError"),
   "dca_jax.review": ("LanguageModel", "Request", "Reviewer", "ReviewerConfig"),
-  "dca_jax.rollout": ("Values",),
+  "dca_jax.rollout": ("Engine", "EngineConfig", "Sample", "Values", "Wanted"),
   "dca_jax.tasks": ("Task", "TaskConfig"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -31,6 +31,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
   "ROLES",
   "Config",
+  "Engine",
+  "EngineConfig",
   "Episode",
   "Given",
   "LanguageModel",
@@ -42,6 +44,7 @@ __all__ = [
   "Reviewer",
   "ReviewerConfig",
   "Run",
+  "Sample",
   "Scheme",
   "Segment",
   "Step",
@@ -50,6 +53,7 @@ __all__ = [
   "Terminated",
   "UserError",
   "Values",
+  "Wanted",
   "credit_html",
   "evaluate",
   "load",

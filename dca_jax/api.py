@@ -21,7 +21,7 @@ from dca_jax.intervals import Estimate
 from dca_jax.loop import train as run_training
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.review import ReviewerConfig
-from dca_jax.rollout import GREEDY, Sampler, in_order
+from dca_jax.rollout import GREEDY, EngineConfig, Sampler, in_order
 from dca_jax.rollout import evaluate as evaluation
 from dca_jax.store.checkpoints import read_params, read_start
 from dca_jax.store.metrics import read_metrics
@@ -143,7 +143,7 @@ def train(
   quiet: bool = False,
   *,
   callbacks: Sequence[Callback] = (),
-  **chosen: TaskConfig | ReviewerConfig | Scheme,
+  **chosen: TaskConfig | ReviewerConfig | Scheme | EngineConfig,
 ) -> Run:
   """Trains, or continues the run that is in `workdir`.
 
@@ -151,7 +151,7 @@ def train(
     config: a Config, the settings of one, or a recipe's path.
     resume, quiet: see `dca_jax.loop.train`.
     callbacks: for process 0. What one raises ends the run; the step is recorded.
-    chosen: `task`, `reviewer`, `scheme`: objects in the place of what `config` chooses. They are
+    chosen: `task`, `reviewer`, `scheme`, `engine`: objects in the place of what `config` chooses. They are
       recorded by their classes' names, so `load` finds them where those can be imported; those of
       a script or a notebook, where that has been run.
 
@@ -180,7 +180,12 @@ def evaluate(run: Run | str | os.PathLike[str]) -> dict[str, Estimate]:
   return (run if isinstance(run, Run) else load(run)).policy.evaluate()
 
 
-_SECTIONS = {"task": "task.name", "reviewer": "reviewer.name", "scheme": "credit.scheme"}
+_SECTIONS = {
+  "task": "task.name",
+  "reviewer": "reviewer.name",
+  "scheme": "credit.scheme",
+  "engine": "engine.name",
+}
 
 
 def _config(
