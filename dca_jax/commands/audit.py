@@ -182,8 +182,9 @@ def audit(source: Source, member: str, settings: Sequence[str], workdir: str, re
   row = {
     "version": VERSION,
     "reviewer": split_member(member)[0],
-    "model": next((r.model for r in reviews if r.model), ""),
-    "settings": " ".join(s.removeprefix("--config.reviewer.") for s in settings),
+    # A server that names a model by its file names the file alone here.
+    "model": next((r.model.rpartition("/")[2] for r in reviews if r.model), ""),
+    "settings": " ".join(_telling(settings)),
     "source": source.name,
     "n": len(requests),
     "steps": sum(len(request.steps) for request in requests),
@@ -197,6 +198,13 @@ def audit(source: Source, member: str, settings: Sequence[str], workdir: str, re
   verdict = _VERDICTS[str(row["verdict"])]
   write_page(folder, f"dca-jax audit: {_title(row)}", verdict, sections, judged, pairs)
   return table(row, sections, judged)
+
+
+def _telling(settings: Sequence[str]) -> list[str]:
+  """Those that decide what a reviewer says, without where it is called and how often."""
+  said = [one.removeprefix("--config.reviewer.") for one in settings]
+  asked = ("client.thinking", "client.rubric", "client.whole_group", "client.max_output_tokens")
+  return [one for one in said if not one.startswith("client.") or one.startswith(asked)]
 
 
 _ALWAYS = ("role_accuracy", "kappa", "first_error_f1", "errors_in_wins", "predicted_speedup")
@@ -277,10 +285,12 @@ def learning(judged: Sequence[Judged]) -> dict[str, Estimate]:
   ]
   spread = 1.96 * np.std([x for x in drawn if x] or [value], axis=0)
   names = ("gradient_cosine", "gradient_snr", "performing", "calibrated_gain", "predicted_speedup")
-  return {
+  measures = {
     name: Estimate(x, x - s, x + s)
     for name, x, s in zip(names, value, spread.tolist(), strict=True)
   }
+  speedup = measures["predicted_speedup"]
+  return measures | {"predicted_speedup": speedup._replace(low=max(0.0, speedup.low))}
 
 
 def flat(measures: Mapping[str, Estimate]) -> dict[str, float]:
