@@ -1,16 +1,23 @@
 """`dca-jax audit`: a reviewer held against true labels, and the row that is left of it."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import tiny
+from etils import epath
 from fake_server import FakeServer, honest_reply
+from test_faults import SOLUTION
 
 from dca_jax.commands import audit, cli
+from dca_jax.episode import Episode, Outcome, Problem, Segment, Step
+from dca_jax.store.trajectories import write_trajectories
 
 LIMIT = 48
+RIGHT = Outcome(1.0, True, False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,3 +190,75 @@ def test_a_task_without_true_roles_needs_right_answers(start, tmp_path, capsys):
   assert cli.main([*command, "--reviewer=random", "--planted=0"]) == 1
   (line,) = capsys.readouterr().err.splitlines()
   assert "knows no true roles" in line
+
+
+PROSE = """
+import dataclasses
+
+import test_faults
+from dca_jax.review import Review, ReviewerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Prose(ReviewerConfig):
+  likes: str = "nothing"
+
+  def review(self, request):
+    roles = test_faults.honest(request).roles
+    liked = [self.likes in step.lower() for step in request.steps]
+    roles = tuple("necessary" if x else role for x, role in zip(liked, roles))
+    return Review("ok", roles, tuple(3.0 if x else 1.0 for x in liked))
+"""
+
+
+def write_prose(folder: pathlib.Path) -> None:
+  """A run of a task without labels, whose answers are all right."""
+  episodes = []
+  for i in range(40):
+    steps = tuple(Step(k, k + 1, text) for k, text in enumerate(SOLUTION))
+    tokens = Segment(np.arange(5, dtype=np.int32), True, np.zeros(5, np.float32))
+    episode = Episode(f"1/{i}/0", Problem(i, f"problem {i}", "28"), (tokens,), RIGHT, steps)
+    episodes.append(dataclasses.replace(episode, credit=[0.0] * 5))
+  write_trajectories(epath.Path(folder / "trajectories"), 1, 0, episodes)
+  task = {"name": "jsonl", "path": "rows.jsonl", "heldout_fraction": 0.3, "tokenizer": "x"}
+  (folder / "config.json").write_text(json.dumps({"task": task}))
+
+
+def test_prose_without_labels_is_judged_by_what_was_planted(tmp_path):
+  write_prose(tmp_path)
+  (tmp_path / "prose.py").write_text(PROSE)
+  reviewer = f"{tmp_path}/prose.py:Prose"
+  honest = audited(tmp_path, tmp_path / "honest", reviewer)
+  assert honest["source"] == "jsonl"
+  assert honest["planted_wrong_number"] == honest["planted_check"] == 1.0
+  assert honest["premium_check"] == pytest.approx(0.0, abs=1e-6)
+  assert honest["verdict"] == "train"
+  fooled = audited(tmp_path, tmp_path / "fooled", reviewer, "--config.reviewer.likes=check")
+  assert fooled["premium_check_low"] > 0.1  # One tier of three has the word.
+  assert fooled["verdict"] == "calibrated"
+
+
+@pytest.mark.slow
+def test_a_killed_audit_pays_for_nothing_twice(start, tmp_path):
+  with FakeServer(latency=0.05) as server:
+    arguments = (
+      "audit",
+      f"--trajectories={start}/trajectories",
+      f"--workdir={tmp_path}",
+      f"--limit={LIMIT}",
+      "--reviewer=gemini:gemini-3.5-flash",
+      f"--config.reviewer.client.base_url={server.url}",
+      "--config.reviewer.client.concurrency=1",
+    )
+    environment = {"GEMINI_API_KEY": "key"}
+    first = tiny.start(*arguments, environment=environment)
+    tiny.wait_until(lambda: len(server.requests) > 20, first)
+    first.kill()
+    first.wait()
+    second = tiny.start(*arguments, environment=environment)
+    out, error = second.communicate(timeout=300)
+    assert second.returncode == 0, error
+  bodies = [json.dumps(r["body"]["contents"]) for r in server.requests[1:]]
+  assert len(set(bodies)) >= len(bodies) - 1  # But for the one that was under way.
+  assert "verdict" in out
+  assert read(tmp_path)["usable"] == 1
