@@ -193,7 +193,7 @@ def audit(source: Source, member: str, settings: Sequence[str], workdir: str, re
     **stats,
     "verdict": worth.verdict(measures.get("predicted_speedup"), measures.get("calibrated_gain")),
   }
-  write_whole(folder / "audit.json", json.dumps(row, indent=2) + "\n")
+  write_whole(folder / "audit.json", json.dumps(row, indent=2, allow_nan=False) + "\n")
   sections = sectioned(measures)
   verdict = _VERDICTS[str(row["verdict"])]
   write_page(folder, f"dca-jax audit: {_title(row)}", verdict, sections, judged, pairs)
@@ -250,13 +250,13 @@ def _asked(reviewer: Reviewer, requests: Sequence[Request], portion: int):
 
 
 def _same(reviews, again) -> float:
-  """The share of steps that have the same role both times."""
+  """The share of steps that have the same role both times; 0 where none has been reviewed twice."""
   pairs = [
     a == b
     for one, other in zip(reviews, again, strict=False)
     for a, b in zip(one.roles, other.roles, strict=False)
   ]
-  return float(np.mean(pairs)) if pairs else math.nan
+  return float(np.mean(pairs)) if pairs else 0.0
 
 
 def learning(judged: Sequence[Judged]) -> dict[str, Estimate]:
@@ -293,10 +293,10 @@ def learning(judged: Sequence[Judged]) -> dict[str, Estimate]:
   return measures | {"predicted_speedup": speedup._replace(low=max(0.0, speedup.low))}
 
 
-def flat(measures: Mapping[str, Estimate]) -> dict[str, float]:
-  """Each measure and the ends of its interval, as keys of a row."""
+def flat(measures: Mapping[str, Estimate]) -> dict[str, float | None]:
+  """Each measure and the ends of its interval, as keys of a row; null where an end is unknown."""
   return {
-    f"{name}{end}": round(x, 6)
+    f"{name}{end}": round(x, 6) if math.isfinite(x) else None
     for name, e in measures.items()
     for end, x in zip(("", "_low", "_high"), e, strict=True)
   }
