@@ -151,9 +151,9 @@ def train(
     config: a Config, the settings of one, or a recipe's path.
     resume, quiet: see `dca_jax.loop.train`.
     callbacks: for process 0. What one raises ends the run; the step is recorded.
-    chosen: `task`, `reviewer`, `scheme`, `engine`: objects in the place of what `config` chooses. They are
-      recorded by their classes' names, so `load` finds them where those can be imported; those of
-      a script or a notebook, where that has been run.
+    chosen: `task`, `reviewer`, `scheme`, `engine`: objects in the place of what `config` chooses.
+      They are recorded by their classes' names, so `load` finds them where those can be imported;
+      those of a script or a notebook, where that has been run.
 
   Raises:
     UserError: bad input or circumstances; nothing that was saved is lost.

@@ -1,6 +1,6 @@
 """Our side of a comparison with other trainers: CPU-seconds of training steps and of sampling.
 
-    taskset -c 0 python evidence/benchmarks/peers.py --work=FOLDER [--rows=equal,mixed] [--steps=4]
+    taskset -c 0 python evidence/benchmarks/peers.py --work=FOLDER [--rows=mixed,1024] [--steps=8]
         [--peers=FILE.jsonl]
 
 FOLDER has `model` (answers never end: equal lengths), `model_eos` (answers end by chance),
@@ -59,7 +59,8 @@ def recipe(work: pathlib.Path, model: str, problems: int, tokens: int, steps: in
 
 
 def measure(row: str, work: pathlib.Path, steps: int) -> dict[str, float]:
-  """Trains, in this process; the last step, which also evaluates and saves, does not count."""
+  """Trains, in this process. Medians of all steps but the first and the last, which also compile
+  and evaluate; programs that a later step is the first to need make it an outlier."""
   import dca_jax
   from dca_jax import tally
 
@@ -88,10 +89,10 @@ def measure(row: str, work: pathlib.Path, steps: int) -> dict[str, float]:
     dca_jax.train(config, workdir, quiet=True, callbacks=[after])
   # Step 0 is the evaluation's; the first step compiles.
   kept = slice(2, steps + 1)
-  sample = statistics.mean(laps["sample"][1:steps])
+  sample = statistics.median(laps["sample"][1:steps])
   rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   return {
-    "step": statistics.mean(laps["step"][kept]),
+    "step": statistics.median(laps["step"][kept]),
     "sample": sample,
     "us_a_token": 1e6 * sample / statistics.mean(tokens[kept]),
     "first_step": first[0],
@@ -105,7 +106,7 @@ def main() -> None:
   )
   parser.add_argument("--work", required=True, type=pathlib.Path)
   parser.add_argument("--rows", default="", help="parts of the rows' names, with commas")
-  parser.add_argument("--steps", type=int, default=4)
+  parser.add_argument("--steps", type=int, default=8)
   parser.add_argument("--peers", type=pathlib.Path)
   parser.add_argument("--one", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
