@@ -318,7 +318,7 @@ class Prompts(typing.NamedTuple):
   last_PxD: jax.Array
   """The hidden states that predict the first tokens after them."""
   cache: KeyValue
-  """Their keys and values in every layer, [L, P, K, S, H]."""
+  """Of every layer, [L, P, K, H, S] and [L, P, K, S, H]."""
   lengths_P: jax.Array
 
   @property
