@@ -9,6 +9,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
@@ -16,6 +17,7 @@ from dca_jax.commands.report import text_table
 from dca_jax.config import ConfigError
 from dca_jax.episode import ROLES, Episode
 from dca_jax.review import Request, Review, Reviewer, Truth, open_reviewer
+from dca_jax.review.audit import kappa
 from dca_jax.review.language import price_of, read_rubric
 from dca_jax.review.prices import dollars
 from dca_jax.review.prompt import make_prompt
@@ -110,19 +112,17 @@ def agreement(trajectories: Sequence[Episode], reviews: Sequence[Review]) -> str
   ]
   if not pairs:
     return "no step was reviewed both times"
-  counts = collections.Counter(pairs)
-  rows, columns = (collections.Counter(pair[side] for pair in pairs) for side in (0, 1))
-  share = sum(a == b for a, b in pairs) / len(pairs)
-  chance = sum(rows[role] * columns[role] for role in ROLES) / len(pairs) ** 2
-  kappa = (share - chance) / (1 - chance) if chance < 1 else 1.0
-  table = [
-    [f"{role} ({rows[role]})", *(str(counts[role, other]) for other in ROLES)]
-    for role in ROLES
-    if rows[role]
+  counts = np.zeros((len(ROLES), len(ROLES)), int)
+  for pair in pairs:
+    counts[*map(ROLES.index, pair)] += 1
+  agreed = f"same role in {np.trace(counts) / len(pairs):.3f} of {len(pairs)} steps"
+  rows = [
+    [f"{role} ({own.sum()})", *map(str, own)]
+    for role, own in zip(ROLES, counts, strict=True)
+    if own.any()
   ]
-  return f"same role in {share:.3f} of {len(pairs)} steps; kappa {kappa:.3f}\n\n" + text_table(
-    ["stored \\ new", *ROLES], table
-  )
+  table = text_table(["stored \\ new", *ROLES], rows)
+  return f"{agreed}; kappa {kappa(counts[None])[0]:.3f}\n\n{table}"
 
 
 def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def _roles(judged: Sequence[Judged]) -> dict[str, Estimate]:
   right = np.einsum("nii->ni", counts)
   measures = {
     "role_accuracy": share(right.sum(1), counts.sum((1, 2))),
-    "kappa": bootstrap(counts.reshape(len(counts), -1), _kappa),
+    "kappa": bootstrap(counts.reshape(len(counts), -1), kappa),
   }
   for i, role in enumerate(ROLES):
     measures[f"recall_{role}"] = share(right[:, i], counts[:, i].sum(1))
@@ -117,8 +117,8 @@ def _roles(judged: Sequence[Judged]) -> dict[str, Estimate]:
   return measures | {"errors_in_wins": share(found, errors)}
 
 
-def _kappa(counts_RxM: np.ndarray) -> np.ndarray:
-  """Cohen's kappa (1960) of tables that lie flat."""
+def kappa(counts_RxM: np.ndarray) -> np.ndarray:
+  """Cohen's kappa (1960) of tables of true and said roles, flat or not."""
   tables = counts_RxM.reshape(-1, len(ROLES), len(ROLES))
   total = tables.sum((1, 2))
   agreed = np.einsum("rii->r", tables) / total

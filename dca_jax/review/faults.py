@@ -6,6 +6,7 @@ verdict on the answer stays as it was, so a wrong step is an error inside a righ
 """
 
 import dataclasses
+import itertools
 import operator
 import random
 import re
@@ -158,11 +159,10 @@ def plant(requests: Sequence[Request], each: int, labels: Labels | None = None) 
       and is kept only where the task agrees on what it is.
   """
   right = [r for r in requests if r.correct and len(r.steps) >= 3]
-  planted = []
+  planted: list[Planted] = []
   for fault, tiers in FAULTS.items():
     for tier in tiers:
-      made = _made(right, fault, tier, labels)
-      planted += [one for one, _ in zip(made, range(each), strict=False)]
+      planted += itertools.islice(_made(right, fault, tier, labels), each)
   return planted
 
 
