@@ -29,21 +29,6 @@ def run(folder: epath.Path) -> str:
   }
   (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
-  table = []
-  for r in rows:
-    snr, premiums = (
-      r.snr / rows[0].snr,
-      (round(x, 6) + 0.0 for x in (r.leading, r.trailing)),
-    )  # No sign of a zero.
-    table.append(
-      [
-        r.name,
-        f"{r.cosine:.6f}",
-        f"{snr:.2f}",
-        f"{snr * r.cosine**2:.2f}",
-        *(f"{x:+.6f}" for x in premiums),
-      ]
-    )
   start = curves[next(iter(curves))].checks[:, 0].mean()
   drifted = [
     [
@@ -59,27 +44,12 @@ def run(folder: epath.Path) -> str:
     [
       f"The exact update over all {len(traces.reward_N):,} traces of a policy that succeeds with"
       f" {traces.probability_N @ traces.reward_N:.3f}",
-      text_table(
-        ["scheme, reviewer", "cosine", "SNR / RLOO", "x cosine^2", "premium, leading", "trailing"],
-        table,
-      ),
+      _tree_table(rows),
       "Cosine with the policy gradient; signal to noise of one trace's update, which counts bias as"
       " signal, and without\nthat; how much more a check is reinforced than a step that does as"
       " little, where the policy leads (a better\nchance than at the start) and where it trails.",
       "Calibrated credit, by the spot checks that it has seen (one answer on each side of a step)",
-      text_table(
-        ["reviewer", "checks", "cosine", "SNR x cosine^2 / RLOO", "premium, leading +- s.d."],
-        [
-          [
-            p.reviewer,
-            f"{p.checks:,}",
-            f"{p.cosine:.3f}",
-            f"{p.snr:.2f}",
-            f"{round(p.leading, 3) + 0.0:+.3f} +- {p.spread:.3f}",
-          ]
-          for p in points
-        ],
-      ),
+      _checks_table(points),
       f"Training: {drift.UPDATES} updates of {drift.GROUPS * drift.GROUP} traces, {drift.SEEDS}"
       f" seeds; at first {start:.2f} of a trace's {drift.SLOTS} steps are checks",
       text_table(
@@ -130,6 +100,26 @@ def _lines(curves: dict[str, drift.Curves]) -> bytes:
 
 def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:
   return np.convolve(np.pad(y, (window - 1, 0), "edge"), np.full(window, 1 / window), "valid")
+
+
+def _tree_table(rows) -> str:
+  table = []
+  for r in rows:
+    snr = r.snr / rows[0].snr
+    premiums = (round(x, 6) + 0.0 for x in (r.leading, r.trailing))  # No sign of a zero.
+    numbers = f"{r.cosine:.6f}", f"{snr:.2f}", f"{snr * r.cosine**2:.2f}"
+    table.append([r.name, *numbers, *(f"{x:+.6f}" for x in premiums)])
+  heads = ["scheme, reviewer", "cosine", "SNR / RLOO", "x cosine^2", "premium, leading", "trailing"]
+  return text_table(heads, table)
+
+
+def _checks_table(points) -> str:
+  table = []
+  for p in points:
+    premium = f"{round(p.leading, 3) + 0.0:+.3f} +- {p.spread:.3f}"
+    table.append([p.reviewer, f"{p.checks:,}", f"{p.cosine:.3f}", f"{p.snr:.2f}", premium])
+  heads = ["reviewer", "checks", "cosine", "SNR x cosine^2 / RLOO", "premium, leading +- s.d."]
+  return text_table(heads, table)
 
 
 def _bars(rows: list[tree.Row]) -> bytes:
