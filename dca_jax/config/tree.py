@@ -139,7 +139,7 @@ class Config:
     if "demonstrations" not in self.task.offers or self.policy.pretrained:
       values |= {"warmstart.clean_steps": 0, "warmstart.steps": 0}
     if self.credit.needs_checks:
-      values |= {"spot.share": 0.1, "spot.first": 2, "spot.answers": 2}
+      values |= {"spot.share": 0.1, "spot.first": 4, "spot.answers": 4}
     return values
 
   def gives_way(self) -> set[str]:
