@@ -117,7 +117,7 @@ class Trainer:
   """Adds the log-probabilities of the policy that the run started from, where they are wanted."""
   data: dict[str, float]
   """Metrics of the data, which belong to every evaluation."""
-  ahead: tuple[Rollout, list[Asked]] | None = None
+  ahead: tuple[Rollout, Asked] | None = None
   """The next batch, where it is sampled a step ahead."""
 
   def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
 from dca_jax.review import Truth
 from dca_jax.review.episodes import Asked, ask, audited, wait_for_reviews, worth_a_review
-from dca_jax.rollout import Continues, Group, Rollout, collect, joined
+from dca_jax.rollout import Continues, Rollout, collect
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
@@ -91,7 +91,7 @@ def train_step(t: Trainer, step: int) -> Measured:
   )
 
 
-def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, list[Asked]]:
+def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
   """The batch to train on in `step`; with `reviewer.overlap` it was sampled a step ago, and the
   next one is on its way to the reviewer."""
   if not t.config.reviewer.overlap:
@@ -102,21 +102,14 @@ def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, list[Asked]
   return batch
 
 
-def begin(t: Trainer, step: int, params: Any) -> tuple[Rollout, list[Asked]]:
-  """Samples a batch and hands each group to the reviewer as soon as it is whole; he reads it while
-  the devices go on."""
-  c = t.config.reviewer
-  groups: list[Group] = []
-  asked: dict[int, Asked] = {}
-  for group in collect(t.sampler, t.config.seed, step, params):
-    if t.config.learner.mask_truncated:
-      group = group._replace(episodes=[*map(_left_out_if_truncated, group.episodes)])
-    groups.append(group)
-    if group.place >= 0:
-      chosen = worth_a_review(t.scheme, group.episodes, c.sample_frac)
-      asked[group.place] = ask(t.reviewer, group.episodes, chosen, c.deadline)
-  rollout = joined(groups, t.task, t.config.rollout.max_tokens)
-  return rollout, [asked[place] for place in sorted(asked)]
+def begin(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
+  """Samples a batch and hands it to the reviewer, who reads it while the devices go on."""
+  c = t.config
+  rollout = collect(t.sampler, c.seed, step, params)
+  if c.learner.mask_truncated:
+    rollout = rollout._replace(episodes=[*map(_left_out_if_truncated, rollout.episodes)])
+  chosen = worth_a_review(t.scheme, rollout.episodes, c.rollout.group, c.reviewer.sample_frac)
+  return rollout, ask(t.reviewer, rollout.episodes, chosen, c.reviewer.deadline)
 
 
 def _left_out_if_truncated(episode: Episode) -> Episode:
@@ -142,7 +135,7 @@ def spot_checked(
   return rollout, tokens
 
 
-def reviews_of(t: Trainer, asked: Sequence[Asked]) -> list[Review]:
+def reviews_of(t: Trainer, asked: Asked) -> list[Review]:
   deadline = t.config.reviewer.deadline
   t.stops.phase("reviews", seconds=deadline)
   return t.stops.wait(functools.partial(wait_for_reviews, asked, deadline), then="values")

@@ -71,7 +71,7 @@ class Credited(NamedTuple):
 def tally(
   scheme: Scheme,
   rollout: Rollout,
-  asked: Sequence[Asked],
+  asked: Asked,
   credited: Credited,
   reviewer: dict[str, float],
   clock: Clock,
@@ -124,7 +124,7 @@ def _part(name: str, outcomes: Sequence[Outcome]) -> tuple[float, int]:
   return sum(values), len(values)
 
 
-def _reviews(reviews: Sequence[Review], asked: Sequence[Asked]) -> Means:
+def _reviews(reviews: Sequence[Review], asked: Asked) -> Means:
   roles = [role for review in reviews for role in review.roles]
   # 1 where all steps weigh the same, 0 where one has everything.
   weights = [
@@ -133,7 +133,7 @@ def _reviews(reviews: Sequence[Review], asked: Sequence[Asked]) -> Means:
     if len(r.weights) > 1 and sum(r.weights) > 0
   ]
   evenness = [-np.sum(w * np.log(np.where(w > 0, w, 1.0))) / np.log(len(w)) for w in weights]
-  count = sum(request is not None for part in asked for request in part.requests)
+  count = sum(request is not None for request in asked.requests)
   return {
     "review/asked": (count, len(reviews)),
     "review/ok": (sum(review.status == "ok" for review in reviews), count),

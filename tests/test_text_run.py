@@ -18,7 +18,7 @@ from dca_jax.devices import mesh
 from dca_jax.errors import Terminated, UserError
 from dca_jax.loop import train
 from dca_jax.policy import Policy
-from dca_jax.rollout import Sampler, collect, joined
+from dca_jax.rollout import Sampler, collect
 from dca_jax.run import check_data
 from dca_jax.store.trajectories import read_trajectories
 from dca_jax.tasks.tokenizer import end_ids, text_of, token_bytes
@@ -236,7 +236,7 @@ def test_stop_strings_change_where_a_completion_ends_and_nothing_else(given):
     engine = config.engine.open(policy, rollout, tokenizer)
     own = np.arange(rollout.problems)
     sampler = Sampler(engine, rollout, task, tokenizer, policy.rows, own)
-    return joined([*collect(sampler, 0, 1, params)], task, rollout.max_tokens)
+    return collect(sampler, 0, 1, params)
 
   plain, stopped = draw({}), draw({"rollout.stop": ("s", "#")})
   kept = stopped.sampled_BxT

@@ -39,7 +39,7 @@ from dca_jax.review.audit import (
 from dca_jax.review.faults import Pair, Planted, caught, plant, unchanged
 from dca_jax.review.processbench import read_processbench
 from dca_jax.review.reviewer import split_member
-from dca_jax.rollout import collect, joined
+from dca_jax.rollout import collect
 from dca_jax.run import Programs, check_data, starting_policy, use_compilation_cache
 from dca_jax.store.trajectories import read_trajectories, shards, write_trajectories
 from dca_jax.store.workdir import is_remote, locate, write_whole
@@ -148,8 +148,7 @@ def _sample(config: Config, folder: epath.Path, limit: int) -> None:
   step = max(shards(kept), default=0)
   while have < limit:
     step += 1
-    groups = [*collect(programs.sampler, config.seed, step, params)]
-    rollout = joined(groups, task, config.rollout.max_tokens)
+    rollout = collect(programs.sampler, config.seed, step, params)
     blank = [dataclasses.replace(e, credit=[0.0] * len(e.tokens)) for e in rollout.episodes]
     write_trajectories(kept, step, 0, blank)
     have += len(blank)

@@ -1,7 +1,6 @@
 """From episodes to reviews: who is worth a question, and what of the answers is usable."""
 
 import contextlib
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import ClassVar, NamedTuple, Protocol
@@ -39,27 +38,26 @@ def ask(
   return Asked(requests, reviewer.submit([r for r in requests if r], deadline))
 
 
-def worth_a_review(scheme: ReadsReviews, group: Sequence[Episode], share: float) -> list[bool]:
-  """Which episodes of a group a review can matter to, and of these the `share` that is asked
-  about."""
-  idle = scheme.idle_when_equal and len({episode.outcome.reward for episode in group}) == 1
+def worth_a_review(
+  scheme: ReadsReviews, episodes: Sequence[Episode], group: int, share: float
+) -> list[bool]:
+  """Which episodes a review can matter to, and of these the `share` that is asked about."""
   chosen = []
-  for g, episode in enumerate(group):
+  for i, episode in enumerate(episodes):
+    first = i // group * group
+    rewards = {other.outcome.reward for other in episodes[first : first + group]}
+    idle = scheme.idle_when_equal and len(rewards) == 1
     short = len(episode.steps) < scheme.least_steps
-    dice = np.random.default_rng([episode.problem.id, g])
+    dice = np.random.default_rng([episode.problem.id, i % group])
     chosen.append(episode.trained and not idle and not short and dice.random() < share)
   return chosen
 
 
-def wait_for_reviews(asked: Sequence[Asked], deadline: float) -> list[Review]:
+def wait_for_reviews(asked: Asked, deadline: float) -> list[Review]:
   """A review for every episode; one that was not asked for is `skipped`."""
-  end = time.monotonic() + deadline
-  reviews = []
-  for part in asked:
-    sent = [request for request in part.requests if request]
-    came = iter(usable(part.reviews, sent, max(0.0, end - time.monotonic())))
-    reviews += [next(came) if request else Review("skipped") for request in part.requests]
-  return reviews
+  sent = [request for request in asked.requests if request]
+  came = iter(usable(asked.reviews, sent, deadline))
+  return [next(came) if request else Review("skipped") for request in asked.requests]
 
 
 def usable(

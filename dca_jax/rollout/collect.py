@@ -58,7 +58,7 @@ class Group(NamedTuple):
   """The episodes of one problem."""
 
   place: int
-  """Among the groups of the batch; -1 where others took its place."""
+  """Of its problem among those that were sampled with it."""
   prompt_S: np.ndarray
   prompt_length: int
   episodes: list[Episode]
@@ -75,29 +75,29 @@ class Group(NamedTuple):
 _FURTHER = 2**31
 
 
-def collect(sampler: Sampler, seed: int, step: int, params) -> Iterator[Group]:
-  """Samples, verifies and cuts the batch of `step`, and gives each group as soon as it is whole.
+def collect(sampler: Sampler, seed: int, step: int, params) -> Rollout:
+  """Samples, verifies and cuts the batch of `step`.
 
   Its problems are the next ones of the training split, whatever earlier steps were refilled with,
   so that all have their turn in every epoch. Groups are refilled from an order of their own.
+
+  Raises:
+    UserError: not one episode could be cut into steps in time.
   """
   config, own = sampler.config, sampler.own
-  noise, start = (seed, step), (step - 1) * config.problems
-  if config.zero_variance != "refill":
-    for group in _sampled(sampler, start + own, noise, params):
-      yield _trained(group, group.mixed or config.zero_variance == "keep")
-    return
-  groups: list[Group] = []
-  rounds = config.refill_rounds
+  refill = config.zero_variance == "refill"
+  rounds = config.refill_rounds if refill else 1
   further = ((step - 1) * (rounds - 1) + i for i in range(rounds - 1))
-  for first in (start, *(_FURTHER + i * config.problems for i in further)):
-    groups += sorted(_sampled(sampler, first + own, noise, params), key=lambda group: group.place)
-    if sum(group.mixed for group in groups) >= len(own):
+  groups: list[Group] = []
+  for first in ((step - 1) * config.problems, *(_FURTHER + i * config.problems for i in further)):
+    sampled = _sampled(sampler, first + own, (seed, step), params)
+    groups += sorted(sampled, key=lambda group: group.place)
+    if refill and sum(group.mixed for group in groups) >= len(own):
       break
   # Mixed groups first, each kind in the order of its problems.
-  ordered = sorted(groups, key=lambda group: not group.mixed)
-  for place, group in enumerate(ordered):
-    yield _trained(group, group.mixed)._replace(place=place if place < len(own) else -1)
+  kept = sorted(groups, key=lambda group: not group.mixed)[: len(own)] if refill else groups
+  trained = [_trained(group, group.mixed or config.zero_variance == "keep") for group in kept]
+  return joined(trained, groups, sampler.task, config.max_tokens)
 
 
 def _trained(group: Group, trains: bool) -> Group:
@@ -159,19 +159,15 @@ def cut_steps(episodes: Sequence[Episode], tokenizer, task: Task) -> tuple[list[
   return done, uncut
 
 
-def joined(groups: Sequence[Group], task: Task, most: int) -> Rollout:
-  """The batch of all its groups, which come in any order, with up to `most` tokens an episode.
-
-  Raises:
-    UserError: not one episode could be cut into steps in time.
-  """
-  kept = sorted((group for group in groups if group.place >= 0), key=lambda group: group.place)
+def joined(kept: Sequence[Group], sampled: Sequence[Group], task: Task, most: int) -> Rollout:
+  """The batch of the groups that are `kept` of those `sampled`, with up to `most` tokens an
+  episode."""
   episodes = [episode for group in kept for episode in group.episodes]
   uncut = sum(group.uncut for group in kept)
   if uncut and uncut == len(episodes):
     said = f"{task.step_end!r} takes over {patterns.SECONDS:g} s on every completion of a step"
     raise UserError(f"task.steps: {said}; write it without nested repetition")
-  everything = [episode for group in groups for episode in group.episodes]
+  everything = [episode for group in sampled for episode in group.episodes]
   return Rollout(
     episodes,
     np.stack([group.prompt_S for group in kept]),

@@ -74,7 +74,7 @@ def test_the_last_turn_is_a_completion_of_all_before_it(turns):
   fresh = Batch(prompts, lengths, tokens, sampled, turns.trained_B, **rest)
   only = np.array([np.arange(T) >= last_turn(row) for row in range(B)])
   ours = turns._replace(sampled_BxT=SAMPLED & only)
-  wanted, said = gradient(everything("tokens"), fresh, on_policy=False, group=1)
+  wanted, said = gradient(everything("tokens"), fresh, on_policy=False)
   got, metrics = gradient(everything("tokens"), ours, on_policy=False)
   assert np.abs(flat(wanted)).max() > 0.01
   assert_same(got, wanted, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import words
 from scripted import Scripted
 
-from dca_jax.rollout import RolloutConfig, Sampler, collect, joined
+from dca_jax.rollout import RolloutConfig, Sampler, collect
 from dca_jax.tasks import JsonlConfig, Text
 
 ROWS = 24
@@ -42,7 +42,7 @@ class Guesser:
     return [wanted.problems_P.tolist() for wanted in self.engine.wanted]
 
   def batch(self, step):
-    return joined([*collect(self.sampler, 0, step, None)], self.task, 8)
+    return collect(self.sampler, 0, step, None)
 
 
 def run(task, right, steps, **changes):

@@ -146,11 +146,11 @@ def test_a_pattern_that_takes_for_ever_on_all_completions_ends_the_run(cut_texts
   slow = Group(0, np.zeros(1), 1, *cut_texts(["abcd" * 100 + " $"] * 2, EXPONENTIAL))
   fast = Group(1, np.zeros(1), 1, *cut_texts(["one."], EXPONENTIAL))
   task = types.SimpleNamespace(step_end=EXPONENTIAL)
-  assert joined([fast, slow], task, 500).uncut == 2
+  assert joined([fast, slow], [], task, 500).uncut == 2
   with pytest.raises(
     UserError, match=r"task\.steps: .* takes over 0\.05 s on every completion of a step"
   ):
-    joined([slow], task, 500)
+    joined([slow], [], task, 500)
 
 
 @pytest.mark.parametrize(
