@@ -52,8 +52,8 @@ A row of your own:
 
 [reviewers.md](reviewers.md#is-it-good-enough) says what the columns mean; in brackets 95 %
 intervals. `applause` is what the needless kind of step that a reviewer likes best gets beside one
-that is to be credited. `realised` is the measured speed-up of `weighted` credit over `uniform` on a
-seed that the surface has not seen, 0 where 80 % was not reached in 90 steps.
+that is to be credited. `realised` is the measured speed-up of `weighted` credit over `uniform` on
+seed 42, of which the surface saw only `uniform`; 0 where 80 % was not reached in 90 steps.
 """
 
 
