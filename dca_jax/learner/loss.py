@@ -62,9 +62,11 @@ _FAR = 10.0
 
 
 def expm1_bounded(x: jax.Array) -> jax.Array:
-  """exp(x) - 1, continued beyond `_FAR` as a straight line, so that neither it nor its gradient overflows.
+  """exp(x) - 1, continued beyond `_FAR` as a straight line, so that neither it nor its gradient
+  overflows.
 
-  A policy writes tokens that are e^10 times likelier under another less than once in e^10, so little is changed.
+  A policy writes tokens that are e^10 times likelier under another less than once in e^10, so
+  little is changed.
   """
   near = jnp.minimum(x, _FAR)
   return jnp.expm1(near) + jnp.exp(near) * (x - near)

@@ -26,8 +26,8 @@ from dca_jax.policy import Policy, Prompts, Sampling, join, token_logprobs
 
 
 class TrainState(typing.NamedTuple):
-  """What training changes: parameters (with LoRA the adapters alone) and optimizer state; where values are learned, the
-  head that gives them."""
+  """What training changes: parameters (with LoRA the adapters alone) and optimizer state; where
+  values are learned, the head that gives them."""
 
   params: typing.Any
   opt_state: typing.Any
@@ -46,7 +46,8 @@ def init_state(
 
 
 def apply_rounded(params, changes, count: jax.Array):
-  """bfloat16 parameters plus changes, rounded up or down by chance, as often as makes the mean exact.
+  """bfloat16 parameters plus changes, rounded up or down by chance, as often as makes the mean
+  exact.
 
   Args:
     count: updates so far, which keys the chance.

@@ -1,7 +1,8 @@
-"""Attention over a block's own keys and, shared by a whole group of rows, the keys of their common prompt.
+"""Attention over a block's own keys and, shared by a whole group of rows, the keys of their common
+prompt.
 
-`attend` is plain JAX and serves decoding too. `flash_attend` does the same for whole blocks with a kernel of the
-accelerator, which never holds all scores.
+`attend` is plain JAX and serves decoding too. `flash_attend` does the same for whole blocks with a
+kernel of the accelerator, which never holds all scores.
 """
 
 import typing
@@ -36,9 +37,9 @@ def attend(
 ) -> jax.Array:
   """Softmax attention with grouped queries, in float32 where it sums.
 
-  Rows come in groups: B = P * G, and rows p * G to (p + 1) * G - 1 share prompt p, whose keys are read without being
-  copied G times. Groups of rows and of heads are folded into the rows of plain matrix products, which is several times
-  faster on a CPU than the equivalent einsum.
+  Rows come in groups: B = P * G, and rows p * G to (p + 1) * G - 1 share prompt p, whose keys are
+  read without being copied G times. Groups of rows and of heads are folded into the rows of plain
+  matrix products, which is several times faster on a CPU than the equivalent einsum.
 
   Args:
     q_BxTxNxH: queries, N = K * heads per key.
@@ -113,7 +114,8 @@ def _mix(weights, v):
 def choose_kernel(
   mesh: Mesh | None, tokens: int, head_dim: int, dtype: str, soft_cap: float
 ) -> str:
-  """`splash` on TPUs, `cudnn` on GPUs where it can, `plain` elsewhere and for short blocks, whose scores are small."""
+  """`splash` on TPUs, `cudnn` on GPUs where it can, `plain` elsewhere and for short blocks, whose
+  scores are small."""
   if mesh is None or tokens < 2 * LANES:
     return "plain"
   device = mesh.devices.flat[0]
@@ -139,12 +141,14 @@ def flash_attend(
 ) -> jax.Array:
   """`attend` for a block whose query t reads its own keys up to t, by a kernel of the accelerator.
 
-  The keys of a row are laid in one line, prompt before block, without a gap between, so that a window is one of places.
+  The keys of a row are laid in one line, prompt before block, without a gap between, so that a
+  window is one of places.
 
   Args:
     prompt_lengths_B: of each row's prompt.
     window: positions that a query reads, its own included; 0 for all.
-    kernel: `splash` (interpreted where there is no TPU), or, without soft cap, `cudnn` or its plain form, `xla`.
+    kernel: `splash` (interpreted where there is no TPU), or, without soft cap, `cudnn` or its plain
+      form, `xla`.
     mesh: over which rows and heads are spread; each device works on its own.
   """
 

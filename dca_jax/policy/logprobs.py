@@ -1,4 +1,5 @@
-"""Log-probabilities of the distribution that the sampler draws from: one definition for the sampler and the learner."""
+"""Log-probabilities of the distribution that the sampler draws from: one definition for the sampler
+and the learner."""
 
 import dataclasses
 
@@ -15,13 +16,15 @@ CHUNK_LOGITS = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are drawn: logits are divided by `temperature`, then cut to the `top_k` and `top_p` likeliest."""
+  """How tokens are drawn: logits are divided by `temperature`, then cut to the `top_k` and `top_p`
+  likeliest."""
 
   temperature: float = 1.0
   top_k: int = 0
   """0 keeps all."""
   top_p: float = 1.0
-  """1 keeps all; otherwise the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020)."""
+  """1 keeps all; otherwise the smallest set of tokens whose probability reaches top_p (Holtzman et
+  al. 2020)."""
 
 
 @flax.struct.dataclass
@@ -32,15 +35,16 @@ class Head:
   soft_cap: float = flax.struct.field(pytree_node=False, default=0.0)
   """Logits are squeezed between -soft_cap and soft_cap; 0 leaves them."""
   vocab_size: int | None = flax.struct.field(pytree_node=False, default=None)
-  """How many ids are tokens. A matrix may have more rows, whose ids nothing can decode: they are cut."""
+  """How many ids are tokens. A matrix may have more rows, whose ids nothing can decode: they are
+  cut."""
   mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def sampling_logits(hidden_NxD, head: Head, sampling: Sampling, targets_N=None) -> jax.Array:
   """Float32 logits [N, V] of the sampled distribution; tokens that are cut are -inf.
 
-  `targets_N`, where given, are never cut: after an update a token that was sampled can leave the top k, and its
-  log-probability must stay finite for the importance ratio and the gradient.
+  `targets_N`, where given, are never cut: after an update a token that was sampled can leave the
+  top k, and its log-probability must stay finite for the importance ratio and the gradient.
   """
   logits = jnp.matmul(
     hidden_NxD, head.matrix_VxD.T.astype(hidden_NxD.dtype), preferred_element_type=jnp.float32
@@ -70,10 +74,11 @@ def sampling_logits(hidden_NxD, head: Head, sampling: Sampling, targets_N=None) 
 
 
 def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
-  """Log-probability of each target and the entropy of its distribution, both [B, T] and float32, in nats.
+  """Log-probability of each target and the entropy of its distribution, both [B, T] and float32, in
+  nats.
 
-  Works through the columns of tokens in chunks and recomputes the logits in the backward pass, so that no [B, T, V]
-  array exists.
+  Works through the columns of tokens in chunks and recomputes the logits in the backward pass, so
+  that no [B, T, V] array exists.
   """
   b, t, _ = hidden_BxTxD.shape
   devices = head.mesh.size if head.mesh else 1
@@ -82,7 +87,8 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
   size = -(-t // chunks)
 
   def cut(x_BxTx):
-    """[chunks, B * size, ...], each chunk some columns of all rows, so that a device has its own."""
+    """[chunks, B * size, ...], each chunk some columns of all rows, so that a device has its
+    own."""
     padded = jnp.pad(x_BxTx, ((0, 0), (0, chunks * size - t), *[(0, 0)] * (x_BxTx.ndim - 2)))
     return (
       padded.reshape(b, chunks, size, *x_BxTx.shape[2:])
@@ -96,7 +102,8 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
     # Not by a log-softmax, an array as large as the logits, of which one column would be read.
     total_N = jax.nn.logsumexp(logits, -1)
     logps = logits - total_N[:, None]
-    # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is no number.
+    # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is no
+    # number.
     entropy = -jnp.sum(jnp.exp(logps) * jnp.where(logits == -jnp.inf, 0.0, logps), -1)
     return jnp.take_along_axis(logits, targets_N[:, None], -1)[:, 0] - total_N, entropy
 

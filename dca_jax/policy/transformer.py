@@ -1,11 +1,12 @@
 """The policy: a decoder-only transformer, one definition for training and for sampling.
 
-Arrays: P prompts, G completions of each, B = P * G rows, S prompt tokens, T completion tokens, D width, N query heads,
-K key heads, H head size, V vocabulary, L layers.
+Arrays: P prompts, G completions of each, B = P * G rows, S prompt tokens, T completion tokens, D
+width, N query heads, K key heads, H head size, V vocabulary, L layers.
 
-A prompt is run once and its keys are shared by its whole group, when sampling and when training alike. In training the
-layers are scanned and rematerialised (one compiled layer, little memory); in decoding they are unrolled, each with a
-cache of its own, because a cache that goes through a scan is copied at every token.
+A prompt is run once and its keys are shared by its whole group, when sampling and when training
+alike. In training the layers are scanned and rematerialised (one compiled layer, little memory); in
+decoding they are unrolled, each with a cache of its own, because a cache that goes through a scan
+is copied at every token.
 """
 
 import dataclasses
@@ -29,19 +30,21 @@ class PolicyConfig:
   """The `policy` section. Its defaults make a small policy that begins from nothing."""
 
   pretrained: str = ""
-  """A Hugging Face folder or hub id to start from; its config.json then decides every key but `dtype`, `weights`,
-  `remat`, `attention` and those of LoRA."""
+  """A Hugging Face folder or hub id to start from; its config.json then decides every key but
+  `dtype`, `weights`, `remat`, `attention` and those of LoRA."""
   family: str = door("")
   """What config.json and the tensors' names mean: empty for the built-in families, which go by its
   `model_type`; or your own, MODULE:CLASS."""
   lora_rank: int = 0
-  """Rank of the adapters, which alone are trained; 0 trains everything. What they adapt is kept in `dtype`."""
+  """Rank of the adapters, which alone are trained; 0 trains everything. What they adapt is kept in
+  `dtype`."""
   lora_alpha: float = 16.0
   """Adapters count alpha / rank."""
   lora_targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
   """Which matrices of a layer have adapters."""
   vocab_size: int = 0
-  """Rows of the embedding; 0 makes one for each token of the tokenizer. Ids that are no token are never sampled."""
+  """Rows of the embedding; 0 makes one for each token of the tokenizer. Ids that are no token are
+  never sampled."""
   tied: bool = True
   """The embedding is also the output matrix."""
   width: int = 64
@@ -55,8 +58,9 @@ class PolicyConfig:
   """`silu` or `gelu_tanh`, of the MLP's gate."""
   rope_theta: float = 10_000.0
   rope_scaling: tuple[float, ...] = ()
-  """(factor,) divides all rotary frequencies. (factor, low, high, original), as in Llama 3.1, divides those that turn
-  less than `low` times in `original` positions, leaves those that turn more than `high` times, and blends between."""
+  """(factor,) divides all rotary frequencies. (factor, low, high, original), as in Llama 3.1,
+  divides those that turn less than `low` times in `original` positions, leaves those that turn more
+  than `high` times, and blends between."""
   window: int = 0
   """Positions that a windowed layer reads, its own included."""
   windowed: tuple[int, ...] = ()
@@ -77,18 +81,21 @@ class PolicyConfig:
   post_norms: bool = False
   """Norms behind attention and MLP too (Gemma 2)."""
   qk_norm: bool = False
-  """Normalise queries and keys in each head, as Qwen3 and Gemma 3 do; it bears much higher learning rates."""
+  """Normalise queries and keys in each head, as Qwen3 and Gemma 3 do; it bears much higher learning
+  rates."""
   dtype: str = "float32"
   """Type of activations and matrix products."""
   weights: str = "float32"
-  """Type that trained weights are kept in; `bfloat16` needs half the memory for them, and every update rounds at
-  random, so that changes too small to show are right on average. Adapters are always float32."""
+  """Type that trained weights are kept in; `bfloat16` needs half the memory for them, and every
+  update rounds at random, so that changes too small to show are right on average. Adapters are
+  always float32."""
   remat: str = "projections"
-  """What the forward pass of an update keeps for the backward pass: `all`, `projections` (results of the matrix
-  products with weights), or `layers` (what goes into each layer), which takes least memory and a third more time."""
+  """What the forward pass of an update keeps for the backward pass: `all`, `projections` (results
+  of the matrix products with weights), or `layers` (what goes into each layer), which takes least
+  memory and a third more time."""
   attention: str = "auto"
-  """`plain`, or a kernel for blocks of tokens (decoding is plain): `splash` for TPUs, `cudnn` for GPUs in bfloat16.
-  `auto` takes what the devices have."""
+  """`plain`, or a kernel for blocks of tokens (decoding is plain): `splash` for TPUs, `cudnn` for
+  GPUs in bfloat16. `auto` takes what the devices have."""
 
   def check(self) -> dict[str, str]:
     bad = positive(self, "width", "depth", "heads", "kv_heads", "mlp", "lora_alpha")
@@ -192,7 +199,8 @@ def _param(
 
 
 class Weight(nn.Module):
-  """One named matrix, applied as a plain two-dimensional product, whose backward pass is much faster on a CPU."""
+  """One named matrix, applied as a plain two-dimensional product, whose backward pass is much
+  faster on a CPU."""
 
   shape: tuple[int, ...]
   axes: tuple[str, ...]
@@ -342,7 +350,8 @@ class Context(typing.NamedTuple):
 
 
 class Policy(nn.Module):
-  """The transformer. `init_params` makes its parameters; the other public methods are pure functions of them."""
+  """The transformer. `init_params` makes its parameters; the other public methods are pure
+  functions of them."""
 
   config: PolicyConfig
   vocab_size: int
@@ -491,9 +500,11 @@ class Policy(nn.Module):
 
 
 def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[tuple, ...]:
-  """(rope, own mask [T, U], prompt mask [P, T or 1, S]) of layers that read everything and, if any, of windowed ones.
+  """(rope, own mask [T, U], prompt mask [P, T or 1, S]) of layers that read everything and, if any,
+  of windowed ones.
 
-  Token t of a row is at position `start_B` + t; `queries_T` and `keys_U` count the tokens of the block.
+  Token t of a row is at position `start_B` + t; `queries_T` and `keys_U` count the tokens of the
+  block.
   """
   positions_BxT = queries_T if start_B is None else start_B[:, None] + queries_T
   back_TxU = queries_T[:, None] - keys_U
@@ -512,7 +523,8 @@ def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) ->
 
 
 def _rope(positions_BxT, config: PolicyConfig, windowed: bool = False):
-  """Cosines and sines [B, T, 1, H / 2] of the rotary position embedding (Su et al. 2021), half-rotation form."""
+  """Cosines and sines [B, T, 1, H / 2] of the rotary position embedding (Su et al. 2021),
+  half-rotation form."""
   local = windowed and config.local_rope_theta > 0
   theta, scaling = (
     (config.local_rope_theta, ()) if local else (config.rope_theta, config.rope_scaling)

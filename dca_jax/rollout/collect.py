@@ -182,7 +182,8 @@ def joined(kept: Sequence[Group], sampled: Sequence[Group], task: Task, most: in
 def rows_of(
   episodes: Sequence[Episode], most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Tokens, which of them were sampled, their steps, and their log-probabilities, each [B, most]."""
+  """Tokens, which of them were sampled, their steps, and their log-probabilities, each [B,
+  most]."""
   shape = len(episodes), most
   tokens_BxT, sampled_BxT = np.zeros(shape, np.int32), np.zeros(shape, bool)
   step_ids_BxT, logprobs_BxT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)

@@ -28,7 +28,8 @@ class RolloutConfig:
   out, `refill` replaces them by groups of problems from a second order of the data; the first order
   passes through all of them either way."""
   refill_rounds: int = 4
-  """`refill`: at most this many batches are sampled for one step; groups still missing then are skipped."""
+  """`refill`: at most this many batches are sampled for one step; groups still missing then are
+  skipped."""
 
   @property
   def sampling(self) -> Sampling:

@@ -1,4 +1,5 @@
-"""How good a policy is on held-out problems: greedy and sampled accuracy, pass@k and maj@k, with intervals."""
+"""How good a policy is on held-out problems: greedy and sampled accuracy, pass@k and maj@k, with
+intervals."""
 
 import dataclasses
 import math
@@ -33,7 +34,8 @@ class EvaluateConfig:
 
   @property
   def scores(self) -> list[str]:
-    """The names that scores have in the metrics; without `maj@k` where a task's answers cannot be told apart."""
+    """The names that scores have in the metrics; without `maj@k` where a task's answers cannot be
+    told apart."""
     names = ("greedy", "sampled", f"pass@{self.k}", f"maj@{self.k}", "length")
     return [f"eval/{name}{end}" for name in names for end in ("", "_low", "_high")]
 
@@ -108,7 +110,8 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> dict[tuple[int, 
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-  """Chance that k of the n samples, drawn without replacement, hold a correct one (Chen et al. 2021, eq. 1)."""
+  """Chance that k of the n samples, drawn without replacement, hold a correct one (Chen et al.
+  2021, eq. 1)."""
   return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 

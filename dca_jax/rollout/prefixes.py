@@ -1,7 +1,8 @@
 """Values of prefixes from the policy itself: how likely is success before each step is written?
 
 `monte_carlo` samples further answers from every step boundary and counts the successes (VinePPO,
-Kazemnejad et al. 2024): unbiased, blind to the rest of the answer, and paid for in generated tokens.
+Kazemnejad et al. 2024): unbiased, blind to the rest of the answer, and paid for in generated
+tokens.
 """
 
 import dataclasses

@@ -27,14 +27,14 @@ def encode_prompts(
   for row, ids, problem in zip(prompts_PxS, ids_P, problems, strict=True):
     if not 1 <= len(ids) <= limit:
       raise UserError(
-        f"the prompt of problem {problem.id} has {len(ids)} tokens; rollout.max_prompt_tokens allows 1 to {limit}: "
-        f"raise it, or leave such problems out ({problem.prompt[:60]!r})"
+        f"the prompt of problem {problem.id} has {len(ids)} tokens; rollout.max_prompt_tokens"
+        f" allows 1 to {limit}: raise it, or leave such problems out ({problem.prompt[:60]!r})"
       )
     if max(ids) >= rows:
       raise UserError(
         f"the prompt of problem {problem.id} holds the token {tokenizer.decode(max(ids))!r}, number"
-        f" {max(ids)}, and the policy's embedding has {rows} rows: take the model's own tokenizer, or"
-        f" leave such problems out ({problem.prompt[:60]!r})"
+        f" {max(ids)}, and the policy's embedding has {rows} rows: take the model's own tokenizer,"
+        f" or leave such problems out ({problem.prompt[:60]!r})"
       )
     row[: len(ids)] = ids
   return prompts_PxS, np.array([len(ids) for ids in ids_P], np.int32)

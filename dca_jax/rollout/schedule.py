@@ -1,4 +1,5 @@
-"""What the engine does next: which row has which sample, how many rows and how much cache there are.
+"""What the engine does next: which row has which sample, how many rows and how much cache there
+are.
 
 It knows lengths and stops alone, nothing of time, so a run that goes on repeats it.
 """

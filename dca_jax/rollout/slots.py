@@ -1,12 +1,12 @@
 """The engine: rows that decode together; what has ended makes room.
 
 One jitted program decodes all rows until enough of them have ended, or their cache is full. Between
-calls the host takes what has ended, puts waiting problems into the free rows, and where none wait lays
-the live rows into fewer, and their cache into one of another size.
+calls the host takes what has ended, puts waiting problems into the free rows, and where none wait
+lays the live rows into fewer, and their cache into one of another size.
 
 The keys and values of a row lie in rings that all rows write at the same place: that of the next
-token, whichever token of its row it is. So a row can begin at any time, and nothing is moved when it
-does. What a row may read of a ring follows from how many tokens it has read.
+token, whichever token of its row it is. So a row can begin at any time, and nothing is moved when
+it does. What a row may read of a ring follows from how many tokens it has read.
 """
 
 import dataclasses
@@ -186,7 +186,8 @@ def _resized(policy: Policy, cache: Sequence[KeyValue], clock, ring: int) -> tup
 
 @functools.partial(jax.jit, static_argnames="policy", donate_argnames="slots")
 def enter(policy: Policy, slots: Slots, new: Slots, rows_N) -> Slots:
-  """Puts the rows of `new` in the place of free rows; in `slots` every row has a prompt of its own."""
+  """Puts the rows of `new` in the place of free rows; in `slots` every row has a prompt of its
+  own."""
   c, own = slots.context, new.context
   prompts_N = jnp.arange(rows_N.shape[0]) // (rows_N.shape[0] // own.prompt_lengths_P.shape[0])
 

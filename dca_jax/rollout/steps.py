@@ -15,9 +15,10 @@ def cut(
 
   Args:
     pieces: the bytes of each token; joined, they are the completion.
-    step_end: regular expression; the token that holds the last byte of a match ends a step. What follows the last
-      match, the end token included, is the last step.
-    least: a step with fewer characters, white space aside, joins the next one; such a last step, the one before.
+    step_end: regular expression; the token that holds the last byte of a match ends a step. What
+      follows the last match, the end token included, is the last step.
+    least: a step with fewer characters, white space aside, joins the next one; such a last step,
+      the one before.
     most: steps after so many are joined to the last of them; 0 sets no limit.
 
   Raises:
@@ -28,13 +29,13 @@ def cut(
     return len("".join(b"".join(pieces[start:end]).decode(errors="replace").split()))
 
   ends = list(itertools.accumulate(map(len, pieces)))
-  # Bytes that are no text become one character each, so every place in the text is a place in the bytes.
+  # Bytes that are no text become one character each, so every place in the text is a place in the
+  # bytes.
   text = b"".join(pieces).decode(errors="surrogateescape")
   spans: list[tuple[int, int]] = []
   start = position = place = 0
-  counted = seen = (
-    0  # Tokens that were looked at, and what is visible of the step under way: each token is read once.
-  )
+  # Tokens that were looked at, and what is visible of the step under way: each is read once.
+  counted = seen = 0
   for match in patterns.finditer(step_end, text):
     if len(spans) + 1 == most:
       break
@@ -53,7 +54,8 @@ def cut(
 
 
 def step_texts(pieces: Sequence[bytes], spans: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-  """The texts of steps; joined, they are that of the completion. A character belongs to the step with its last byte."""
+  """The texts of steps; joined, they are that of the completion. A character belongs to the step
+  with its last byte."""
   decoder = codecs.getincrementaldecoder("utf-8")("replace")
   return tuple(
     decoder.decode(b"".join(pieces[start:end]), end == len(pieces)) for start, end in spans
