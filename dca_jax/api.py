@@ -20,6 +20,7 @@ from dca_jax.episode import Episode
 from dca_jax.intervals import Estimate
 from dca_jax.loop import train as run_training
 from dca_jax.policy import Policy, join, pretrained, split
+from dca_jax.policy.sharding import replicated
 from dca_jax.review import ReviewerConfig
 from dca_jax.rollout import GREEDY, EngineConfig, Sampler, in_order
 from dca_jax.rollout import evaluate as evaluation
@@ -81,7 +82,7 @@ class SavedPolicy:
     policy = Policy(pretrained.resolve(config.policy, ids), ids, devices)
     self.step, trained = read_params(folder, None)
     frozen = split(read_start(folder))[0] if config.policy.lora_rank else {}
-    everywhere = mesh.replicated(devices)
+    everywhere = replicated(devices)
     self._params = put(join(frozen, trained), everywhere)
     self._policy, self._everywhere = policy, everywhere
     engine = config.engine.open(policy, config.rollout, self._tokenizer)

@@ -29,6 +29,7 @@ from dca_jax.devices.processes import agree, check_alike, gather, mark, own_rows
 from dca_jax.errors import UserError, reason
 from dca_jax.learner.supervised import Demonstrations, cache_folder, warm_start
 from dca_jax.policy import Policy, join, pretrained, split
+from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.review import Reviewer, Share, Trial, Truth, open_reviewer
 from dca_jax.review.episodes import Asked
 from dca_jax.rollout import Rollout, Sampler, Values, encode_prompts
@@ -59,7 +60,7 @@ class Programs:
     rollout, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
     devices = mesh.make_mesh(config.mesh)
     self.policy = policy = policy.clone(mesh=devices)
-    self.rows, self.everywhere = mesh.batch_sharding(devices), mesh.replicated(devices)
+    self.rows, self.everywhere = batch_sharding(devices), replicated(devices)
     self.param_shardings = mesh.param_shardings(devices, policy)
     of_run = learner.Learner(policy, config.learner, rollout.sampling, optimizer)
     self.update = functools.partial(learner.update, of_run)

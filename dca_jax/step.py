@@ -71,7 +71,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     t.state = t.state._replace(value_head=head)
 
     host, values_BxK = fetch((advantages, said.values_BxK), t.rows)
-    credited = Credited(reviews, values_BxK, host, continued, spot_tokens)
+    credited = Credited(values_BxK, host, continued, spot_tokens)
     episodes = credited.finished(rollout.episodes)
     write_trajectories(t.folder / "trajectories", step, jax.process_index(), episodes)
     numbers = {key: float(x) for key, x in jax.device_get(stats | more).items()}

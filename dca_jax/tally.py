@@ -43,7 +43,6 @@ class Tally(NamedTuple):
 class Credited(NamedTuple):
   """What credit assignment made of a batch, on the host."""
 
-  reviews: list[Review]
   values_BxK: np.ndarray
   """Of the prefixes before each step; not a number where there is none."""
   advantages: Advantages
@@ -53,18 +52,17 @@ class Credited(NamedTuple):
   """Tokens generated for spot checks; None where the run makes none."""
 
   def finished(self, episodes: Sequence[Episode]) -> list[Episode]:
-    """The batch's episodes with all that happened to them."""
+    """The batch's reviewed episodes with all that happened to them."""
     own_PxG, tokens_BxT = self.advantages
-    rows = self.reviews, self.values_BxK, own_PxG.reshape(-1), tokens_BxT
+    rows = self.values_BxK, own_PxG.reshape(-1), tokens_BxT
     return [
       dataclasses.replace(
         episode,
-        review=review,
         values=values_K[: len(episode.steps)].astype(float).tolist(),
         advantage=float(own),
         credit=credit_T[: len(episode.tokens)].tolist(),
       )
-      for episode, review, values_K, own, credit_T in zip(episodes, *rows, strict=True)
+      for episode, values_K, own, credit_T in zip(episodes, *rows, strict=True)
     ]
 
 
@@ -80,7 +78,7 @@ def tally(
   largest = {f"seconds/{key}": value for key, value in clock.seconds.items()}
   largest["seconds/step"] = total = sum(clock.seconds.values())
   means, more = _credit(scheme, rollout, credited)
-  means |= _outcomes(rollout) | _reviews(credited.reviews, asked)
+  means |= _outcomes(rollout) | _reviews([episode.review for episode in rollout.episodes], asked)
   sums = {
     "train/completions": float(len(rollout.outcomes)),
     "train/generated_tokens": float(

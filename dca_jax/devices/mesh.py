@@ -12,12 +12,11 @@ import numpy as np
 import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 from dca_jax.policy import Policy, split
-from dca_jax.policy.sharding import AXES, AnyMesh, rules
+from dca_jax.policy.sharding import AXES, AnyMesh, replicated, rules
 
 _TYPES = (AxisType.Auto,) * 3
 
@@ -142,11 +141,6 @@ def by_process(order: np.ndarray) -> np.ndarray:
   ).reshape(order.shape)
 
 
-def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-  """Rows over all data-parallel devices."""
-  return NamedSharding(mesh, P(("data", "fsdp")))
-
-
 def check_rows(mesh: AnyMesh, problems: int, micro_batches: int) -> None:
   """Raises UserError where problems do not spread evenly."""
   shards, count = mesh.shape["data"] * mesh.shape["fsdp"], problems // micro_batches
@@ -155,10 +149,6 @@ def check_rows(mesh: AnyMesh, problems: int, micro_batches: int) -> None:
     raise UserError(
       f"{keys} = {count} does not divide over the {shards} devices of mesh.data x mesh.fsdp"
     )
-
-
-def replicated(mesh: AnyMesh) -> NamedSharding:
-  return NamedSharding(mesh, P())
 
 
 def state_shardings(

@@ -39,7 +39,8 @@ def attend(
 
   Rows come in groups: B = P * G, and rows p * G to (p + 1) * G - 1 share prompt p, whose keys are
   read without being copied G times. Groups of rows and of heads are folded into the rows of plain
-  matrix products, which is several times faster on a CPU than the equivalent einsum.
+  matrix products, which is several times faster on a CPU than the equivalent einsum. Own keys and
+  the prompt's share one softmax, so this is one function, longer than others.
 
   Args:
     q_BxTxNxH: queries, N = K * heads per key.
@@ -142,7 +143,7 @@ def flash_attend(
   """`attend` for a block whose query t reads its own keys up to t, by a kernel of the accelerator.
 
   The keys of a row are laid in one line, prompt before block, without a gap between, so that a
-  window is one of places.
+  window is one of places. Takes what `attend` takes, and what the masks there were made from.
 
   Args:
     prompt_lengths_B: of each row's prompt.

@@ -10,6 +10,15 @@ AXES = ("data", "fsdp", "tensor")
 AnyMesh = Mesh | AbstractMesh  # An abstract one has shapes only.
 
 
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+  """Rows over all data-parallel devices."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def rules(mesh: AnyMesh, vocab: int) -> list[tuple[str, str | tuple[str, ...]]]:
   """Logical axis -> mesh axes, in order: the first rule whose mesh axes are free in an array
   applies.

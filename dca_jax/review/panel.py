@@ -79,7 +79,7 @@ def _said(done: "Future[list[Review]]", requests: Sequence[Request]) -> list[Rev
   """What a member said, as far as it fits what it was asked; a bad one harms only itself."""
   try:
     reviews = done.result()
-  except Exception:
+  except Exception:  # A member may raise anything.
     reviews = []
   if len(reviews) != len(requests):
     return [Review("client_error")] * len(requests)

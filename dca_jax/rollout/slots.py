@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from dca_jax.checks import at_least
 from dca_jax.policy import Policy, Sampling, sampling_logits
 from dca_jax.policy.attention import KeyValue
-from dca_jax.policy.sharding import constrain
+from dca_jax.policy.sharding import batch_sharding, constrain, replicated
 from dca_jax.policy.transformer import Context
 from dca_jax.rollout.config import RolloutConfig
 from dca_jax.rollout.engine import GREEDY, EngineConfig, Sample, Wanted
@@ -60,31 +60,20 @@ class Ends(typing.NamedTuple):
   """Rows that are few enough."""
 
 
-class Prompted(typing.NamedTuple):
-  """What the host gives of P prompts; R = P * G rows."""
-
-  prompts_PxS: typing.Any
-  lengths_P: typing.Any
-  problems_P: typing.Any
-  numbers_PxG: typing.Any
-  limits_P: typing.Any
-  """0 where the rows are to stay free."""
-
-
 @functools.partial(jax.jit, static_argnames=("policy", "ring", "most"))
-def begin(policy: Policy, params, given: Prompted, key, *, ring: int, most: int) -> Slots:
+def begin(policy: Policy, params, wanted: Wanted, key, *, ring: int, most: int) -> Slots:
   """Rows that have read their prompts; each prompt is run once for its group.
 
   Args:
     ring: tokens in the ring of a layer.
     most: tokens in the longest sample.
   """
-  group = given.numbers_PxG.shape[1]
-  prompts = policy.read_prompts(params, given.prompts_PxS, given.lengths_P)
-  rows = given.numbers_PxG.size
+  group = wanted.numbers_PxG.shape[1]
+  prompts = policy.read_prompts(params, wanted.prompts_PxS, wanted.prompt_lengths_P)
+  rows = wanted.numbers_PxG.size
   context = Context(
     tuple(jax.tree.map(lambda x, i=i: x[i], prompts.cache) for i in range(policy.config.depth)),
-    given.lengths_P,
+    jnp.asarray(wanted.prompt_lengths_P),
     policy.empty_cache(rows, ring),
     jnp.int32(0),
     jnp.zeros(rows, jnp.int32),
@@ -96,9 +85,9 @@ def begin(policy: Policy, params, given: Prompted, key, *, ring: int, most: int)
   slots = Slots(
     context,
     jnp.repeat(prompts.last_PxD, group, 0),
-    jax.vmap(jax.vmap(sample_key, (None, 0)))(given.problems_P, given.numbers_PxG).reshape(-1),
-    given.numbers_PxG.reshape(-1) == GREEDY,
-    jnp.repeat(given.limits_P, group),
+    jax.vmap(jax.vmap(sample_key, (None, 0)))(wanted.problems_P, wanted.numbers_PxG).reshape(-1),
+    wanted.numbers_PxG.reshape(-1) == GREEDY,
+    jnp.repeat(wanted.limits_P, group),
     jnp.zeros((rows, most), jnp.int32),
     jnp.zeros((rows, most), jnp.float32),
   )
@@ -258,11 +247,11 @@ class Slotted:
 
   @functools.cached_property
   def _by_row(self) -> NamedSharding:
-    return NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
+    return batch_sharding(self._mesh)
 
   @functools.cached_property
   def _everywhere(self) -> NamedSharding:
-    return NamedSharding(self._mesh, PartitionSpec())
+    return replicated(self._mesh)
 
   @property
   def _mesh(self) -> Mesh:
@@ -302,17 +291,11 @@ class Slotted:
 
   def _begin(self, params, wanted: Wanted, key, ring: int, problems, count: int) -> Slots:
     """Rows of `problems`, filled up to `count` problems with rows that stay free."""
-    own_P = np.resize(problems, count)
-    prompted = Prompted(
-      wanted.prompts_PxS[own_P],
-      wanted.prompt_lengths_P[own_P],
-      wanted.problems_P[own_P].astype(np.uint32),
-      wanted.numbers_PxG[own_P].astype(np.int32),
-      wanted.limits_P[own_P].astype(np.int32),
-    )
+    own = Wanted(*(x[np.resize(problems, count)] for x in wanted))
+    own = own._replace(problems_P=own.problems_P.astype(np.uint32))  # Some are above 2**31.
+    own = jax.device_put(own, self._by_row)
     most = self.rollout.max_tokens
-    prompted = jax.device_put(prompted, self._by_row)
-    return begin(self.policy, params, prompted, key, ring=ring, most=most)
+    return begin(self.policy, params, own, key, ring=ring, most=most)
 
   def _ended(
     self, plan: Schedule, slots: Slots, live_R, wanted: Wanted, finders: dict[int, StopFinder]
@@ -326,9 +309,11 @@ class Slotted:
     tokens_RxT, logprobs_RxT = jax.device_get((slots.tokens_RxT, slots.logprobs_RxT))
     for r in np.flatnonzero(looked_R).tolist():
       sample, n = int(plan.sample_R[r]), int(lengths_R[r])
-      if sample not in finders:
-        finders[sample] = self._finder(wanted, sample)
-      stop = finders[sample].feed(self.pieces(tokens_RxT[r, before_R[r] : n]))
+      stop = None
+      if self.rollout.stop:
+        if sample not in finders:
+          finders[sample] = self._finder(wanted, sample)
+        stop = finders[sample].feed(self.pieces(tokens_RxT[r, before_R[r] : n]))
       if stop is None and live_R[r]:
         continue
       n = stop or n

@@ -28,7 +28,8 @@ from dca_jax import learner
 from dca_jax.commands.plan import batch_shapes, memory
 from dca_jax.devices import mesh
 from dca_jax.policy import Policy, pretrained, split
-from dca_jax.rollout import slots
+from dca_jax.policy.sharding import batch_sharding, replicated
+from dca_jax.rollout import Wanted, slots
 from dca_jax.tasks.tokenizer import id_count
 
 # Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
@@ -61,7 +62,7 @@ def main() -> None:
     return jax.tree.map(lambda a, s: on(s, a.dtype, *a.shape), shapes, shardings)
 
   def spread(shapes, mesh_of):
-    return jax.tree.map(lambda a: on(mesh.batch_sharding(mesh_of), a.dtype, *a.shape), shapes)
+    return jax.tree.map(lambda a: on(batch_sharding(mesh_of), a.dtype, *a.shape), shapes)
 
   r, optimizer = config.rollout, learner.make_optimizer(config.learner, config.steps)
   p, b, t = r.problems, r.problems * r.group, r.max_tokens
@@ -80,19 +81,19 @@ def main() -> None:
     learner.Learner(learning, config.learner, r.sampling, optimizer),
     state,
     spread(batch, training),
-    on(mesh.replicated(training), jnp.bool_),
+    on(replicated(training), jnp.bool_),
     frozen or None,
   )
   report(
     "update", updating, planned.parameters + planned.optimizer + sum(planned.updating.values())
   )
 
-  same = mesh.replicated(sampling)
+  same = replicated(sampling)
   params = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
   params = laid_out(params, mesh.param_shardings(sampling, policy))
   ids, numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p,), (p, r.group)))
   prompts = batch.prompts_PxS, batch.prompt_lengths_P
-  given = spread(slots.Prompted(*prompts, ids, numbers, ids), sampling)
+  given = spread(Wanted(*prompts, ids, numbers, ids, ids), sampling)
   start = functools.partial(slots.begin, writing, ring=t, most=t)
   rows = jax.eval_shape(start, params, given, on(same, jax.random.key(0).dtype))
   rows = jax.tree.map(lambda a: on(same, a.dtype) if not a.ndim else spread(a, sampling), rows)

@@ -14,7 +14,7 @@ from dca_jax.devices import mesh
 from dca_jax.devices.memory import check_fits
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy
-from dca_jax.rollout import slots
+from dca_jax.rollout import Wanted, slots
 
 VOCAB = 300
 CHANGES = {
@@ -88,8 +88,8 @@ def test_sampling_takes_about_what_is_planned(continuations):
   if continuations:
     p, s, g = p * g, s + r.max_tokens, 1
   shapes, key = mesh.param_shapes(policy), jax.eval_shape(lambda: jax.random.key(0))
-  given = slots.Prompted(
-    *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p, s), (p,), (p,), (p, g), (p,)))
+  given = Wanted(
+    *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((p, s), (p,), (p,), (p, g), (p,), (p,)))
   )
   start = functools.partial(slots.begin, policy, ring=r.max_tokens, most=r.max_tokens)
   rows = jax.eval_shape(start, shapes, given, key)

@@ -19,13 +19,11 @@ from jax.sharding import AbstractMesh
 
 from dca_jax.devices.mesh import (
   MeshConfig,
-  batch_sharding,
   by_process,
   check_rows,
   device_order,
   make_mesh,
   param_shapes,
-  replicated,
   state_shardings,
 )
 from dca_jax.devices.processes import put
@@ -33,6 +31,7 @@ from dca_jax.errors import UserError
 from dca_jax.learner import Batch, Learner, LearnerConfig, init_state, make_optimizer, update
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 from dca_jax.policy.attention import KeyValue, flash_attend
+from dca_jax.policy.sharding import batch_sharding, replicated
 
 VOCAB = 24
 P, G, S, T = 8, 2, 3, 4

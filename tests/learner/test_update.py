@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from policies import random_params
 
 from dca_jax.learner import (
   Batch,
@@ -53,20 +54,10 @@ def everything(normalizer, micro_batches=1):
   )
 
 
-def random_params(seed):
-  """Made with numpy, which needs no compiling."""
-  rng = np.random.default_rng(seed)
-  shapes = nn.unbox(jax.eval_shape(POLICY.init_params, jax.random.key(0)))
-  return jax.tree.map_with_path(
-    lambda path, a: np.float32(
-      0.25 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
-    ),
-    shapes,
-  )
-
-
-PARAMS = random_params(0)
-OTHER = jax.tree.map(lambda a, b: np.float32(0.9 * a + 0.1 * b), PARAMS, random_params(1))
+PARAMS = random_params(POLICY, 0.25)
+OTHER = jax.tree.map(
+  lambda a, b: np.float32(0.9 * a + 0.1 * b), PARAMS, random_params(POLICY, 0.25, 1)
+)
 
 
 def learner_logprobs(params, batch, sampling=WARM):

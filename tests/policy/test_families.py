@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import token_by_token
+from policies import token_by_token
 
 from dca_jax.devices.mesh import MeshConfig, make_mesh, state_shardings
 from dca_jax.learner import LearnerConfig, make_optimizer

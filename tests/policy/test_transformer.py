@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from decoding import token_by_token
+from policies import random_params, token_by_token
 
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.policy.attention import KeyValue, attend
@@ -28,15 +28,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def params(policy):
-  """Made with numpy, which needs no compiling; norm scales are not 1, so that they count too."""
-  rng = np.random.default_rng(0)
-  shapes = nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
-  return jax.tree.map_with_path(
-    lambda path, a: jnp.float32(
-      0.3 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
-    ),
-    shapes,
-  )
+  return jax.tree.map(jnp.float32, random_params(policy, 0.3))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from dca_jax.learner.supervised import Demonstrations, warm_start
 from dca_jax.learner.values import Learned, ValueHead, fit_head, init_head, learned_values
 from dca_jax.loop import train
 from dca_jax.policy import Policy
+from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.rollout import Rollout, Sampler, encode_prompts, in_order, slots
 from dca_jax.rollout.collect import cut_steps, rows_of
 from dca_jax.rollout.prefixes import Continues, monte_carlo
@@ -30,7 +31,7 @@ CONFIG = tiny.make_config()
 TASK = CONFIG.task.open()
 TOKENIZER = TASK.tokenizer()
 POLICY = Policy(CONFIG.policy, len(TOKENIZER))
-ROWS = mesh.batch_sharding(mesh.make_mesh(CONFIG.mesh))
+ROWS = batch_sharding(mesh.make_mesh(CONFIG.mesh))
 END_IDS = (TOKENIZER.eos_token_id,)
 T = CONFIG.rollout.max_tokens
 ENGINE = CONFIG.engine.open(POLICY.clone(mesh=ROWS.mesh), CONFIG.rollout, TOKENIZER)
@@ -43,7 +44,7 @@ def warm_params():
   params = jax.jit(lambda key: nn.unbox(POLICY.init_params(key)))(jax.random.key(0))
   limits = CONFIG.rollout.max_prompt_tokens, CONFIG.rollout.max_tokens
   demonstrations = Demonstrations(TASK, CONFIG.task, TOKENIZER, limits)
-  everywhere = mesh.replicated(ROWS.mesh)
+  everywhere = replicated(ROWS.mesh)
   return warm_start(CONFIG.warmstart, demonstrations, POLICY, params, everywhere)
 
 

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import typing
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from policies import random_params
 
 from dca_jax.devices.mesh import MeshConfig, make_mesh
 from dca_jax.errors import UserError
@@ -30,15 +30,7 @@ NOISE = (11,)
 
 @pytest.fixture(scope="module")
 def params():
-  """Made with numpy, which needs no compiling."""
-  rng = np.random.default_rng(0)
-  shapes = nn.unbox(jax.eval_shape(POLICY.init_params, jax.random.key(0)))
-  return jax.tree.map_with_path(
-    lambda path, a: jnp.float32(
-      0.3 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
-    ),
-    shapes,
-  )
+  return jax.tree.map(jnp.float32, random_params(POLICY, 0.3))
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from policies import random_params
 
 from dca_jax.devices.mesh import MeshConfig, make_mesh
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
@@ -25,15 +25,8 @@ ROLLOUT = RolloutConfig(problems=P, group=G, max_prompt_tokens=S, max_tokens=T)
 
 @pytest.fixture(scope="module")
 def params():
-  """Made with numpy; with them answers have about 40 tokens, a few of them all that they may."""
-  rng = np.random.default_rng(0)
-  shapes = nn.unbox(jax.eval_shape(POLICY.init_params, jax.random.key(0)))
-  return jax.tree.map_with_path(
-    lambda path, a: np.float32(
-      0.2 * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
-    ),
-    shapes,
-  )
+  """Answers have about 40 tokens with these, a few of them all that they may."""
+  return random_params(POLICY, 0.2)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
-"""A policy that reads given completions token by token, as the engine does."""
+"""Policies without training: random parameters, and given completions read token by token."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dca_jax.policy.transformer import Context
 
@@ -21,3 +23,15 @@ def token_by_token(policy, params, prompts, lengths, completions) -> jax.Array:
   _, rest = jax.lax.scan(one, start, completions.T[:-1])
   first = jnp.repeat(read.last_PxD, rows // len(lengths), 0)[:, None]
   return jnp.concatenate([first, rest.swapaxes(0, 1)], 1)
+
+
+def random_params(policy, scale: float, seed: int = 0):
+  """Made with numpy, which needs no compiling; norms do not scale by 1, so that they count too."""
+  rng = np.random.default_rng(seed)
+  shapes = nn.unbox(jax.eval_shape(policy.init_params, jax.random.key(0)))
+  return jax.tree.map_with_path(
+    lambda path, a: np.float32(
+      scale * rng.normal(size=a.shape) + ("scale" in jax.tree_util.keystr(path))
+    ),
+    shapes,
+  )
