@@ -31,7 +31,6 @@ from dca_jax.learner.supervised import Demonstrations, cache_folder, warm_start
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.review import Reviewer, Share, Trial, Truth, open_reviewer
-from dca_jax.review.episodes import Asked
 from dca_jax.rollout import Rollout, Sampler, Values, encode_prompts
 from dca_jax.source import package_digest, source_digest
 from dca_jax.store.checkpoints import Checkpoints, put_aside
@@ -118,7 +117,7 @@ class Trainer:
   """Adds the log-probabilities of the policy that the run started from, where they are wanted."""
   data: dict[str, float]
   """Metrics of the data, which belong to every evaluation."""
-  ahead: tuple[Rollout, Asked] | None = None
+  ahead: Rollout | None = None
   """The next batch, where it is sampled a step ahead."""
 
   def __post_init__(self) -> None:

@@ -13,8 +13,8 @@ from dca_jax.devices.processes import fetch, gather, put
 from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
 from dca_jax.review import Truth
-from dca_jax.review.episodes import Asked, ask, audited, wait_for_reviews, worth_a_review
-from dca_jax.rollout import Continues, Rollout, collect
+from dca_jax.review.episodes import ask, audited, wait_for_reviews, worth_a_review
+from dca_jax.rollout import Continues, Group, Rollout, collect
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
@@ -40,13 +40,13 @@ def train_step(t: Trainer, step: int) -> Measured:
   clock = Clock()
   with jax.transfer_guard("disallow"):
     params = t.for_sampler(t.whole(t.state.params))
-    rollout, asked = next_batch(t, step, params)
+    rollout = next_batch(t, step, params)
     clock.lap("sample")
 
     # The reference runs on the devices while the host waits for reviews.
     batch = t.reference(on_devices(t, rollout))
     rollout, spot_tokens = spot_checked(t, step, params, rollout, clock)  # Meanwhile, too.
-    reviews = reviews_of(t, asked)
+    reviews = reviews_of(t, rollout)
     policy = Continues(t.sampler, params, further_noise(t, step))
     reviews, continued = t.values.ask(policy, rollout, reviews)
     del params, policy  # A layout of its own would take memory while gradients do.
@@ -77,7 +77,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     numbers = {key: float(x) for key, x in jax.device_get(stats | more).items()}
     clock.lap("update")
 
-  mine = tally(t.scheme, rollout, asked, credited, reviewer_metrics(t, step, rollout), clock)
+  mine = tally(t.scheme, rollout, credited, reviewer_metrics(t, step, rollout), clock)
   evidence = t.scheme.evidence(kept, rollout.episodes, group)
   # The one place in a step where processes hear of each other's samples, apart from the arrays.
   told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
@@ -91,7 +91,7 @@ def train_step(t: Trainer, step: int) -> Measured:
   )
 
 
-def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
+def next_batch(t: Trainer, step: int, params: Any) -> Rollout:
   """The batch to train on in `step`; with `reviewer.overlap` it was sampled a step ago, and the
   next one is on its way to the reviewer."""
   if not t.config.reviewer.overlap:
@@ -102,14 +102,18 @@ def next_batch(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
   return batch
 
 
-def begin(t: Trainer, step: int, params: Any) -> tuple[Rollout, Asked]:
-  """Samples a batch and hands it to the reviewer, who reads it while the devices go on."""
-  c = t.config
-  rollout = collect(t.sampler, c.seed, step, params)
-  if c.learner.mask_truncated:
-    rollout = rollout._replace(episodes=[*map(_left_out_if_truncated, rollout.episodes)])
-  chosen = worth_a_review(t.scheme, rollout.episodes, c.rollout.group, c.reviewer.sample_frac)
-  return rollout, ask(t.reviewer, rollout.episodes, chosen, c.reviewer.deadline)
+def begin(t: Trainer, step: int, params: Any) -> Rollout:
+  """Samples a batch; the reviewer reads what is complete of it while the devices go on."""
+  c, submit = t.config.reviewer, t.reviewer.begin_step()
+
+  def handed_over(group: Group) -> Group:
+    episodes = group.episodes
+    if t.config.learner.mask_truncated:
+      episodes = [*map(_left_out_if_truncated, episodes)]
+    chosen = worth_a_review(t.scheme, episodes, c.sample_frac)
+    return group._replace(episodes=episodes, asked=ask(submit, episodes, chosen, c.deadline))
+
+  return collect(t.sampler, t.config.seed, step, params, handed_over)
 
 
 def _left_out_if_truncated(episode: Episode) -> Episode:
@@ -135,10 +139,10 @@ def spot_checked(
   return rollout, tokens
 
 
-def reviews_of(t: Trainer, asked: Asked) -> list[Review]:
+def reviews_of(t: Trainer, rollout: Rollout) -> list[Review]:
   deadline = t.config.reviewer.deadline
   t.stops.phase("reviews", seconds=deadline)
-  return t.stops.wait(functools.partial(wait_for_reviews, asked, deadline), then="values")
+  return t.stops.wait(functools.partial(wait_for_reviews, rollout.asked, deadline), then="values")
 
 
 def reviewed(episodes: Sequence[Episode], reviews: Sequence[Review]) -> list[Episode]:

@@ -10,9 +10,8 @@ import numpy as np
 
 from dca_jax.credit import Advantages, Scheme
 from dca_jax.credit.calibrated import SEEN, seen_of
-from dca_jax.episode import ROLES, Episode, Outcome, Review
+from dca_jax.episode import ROLES, Episode, Outcome
 from dca_jax.intervals import Estimate
-from dca_jax.review.episodes import Asked
 from dca_jax.review.types import Usage
 from dca_jax.rollout import Rollout
 
@@ -69,7 +68,6 @@ class Credited(NamedTuple):
 def tally(
   scheme: Scheme,
   rollout: Rollout,
-  asked: Asked,
   credited: Credited,
   reviewer: dict[str, float],
   clock: Clock,
@@ -78,7 +76,7 @@ def tally(
   largest = {f"seconds/{key}": value for key, value in clock.seconds.items()}
   largest["seconds/step"] = total = sum(clock.seconds.values())
   means, more = _credit(scheme, rollout, credited)
-  means |= _outcomes(rollout) | _reviews([episode.review for episode in rollout.episodes], asked)
+  means |= _outcomes(rollout) | _reviews(rollout)
   sums = {
     "train/completions": float(len(rollout.outcomes)),
     "train/generated_tokens": float(
@@ -122,7 +120,8 @@ def _part(name: str, outcomes: Sequence[Outcome]) -> tuple[float, int]:
   return sum(values), len(values)
 
 
-def _reviews(reviews: Sequence[Review], asked: Asked) -> Means:
+def _reviews(rollout: Rollout) -> Means:
+  reviews = [episode.review for episode in rollout.episodes]
   roles = [role for review in reviews for role in review.roles]
   # 1 where all steps weigh the same, 0 where one has everything.
   weights = [
@@ -131,7 +130,7 @@ def _reviews(reviews: Sequence[Review], asked: Asked) -> Means:
     if len(r.weights) > 1 and sum(r.weights) > 0
   ]
   evenness = [-np.sum(w * np.log(np.where(w > 0, w, 1.0))) / np.log(len(w)) for w in weights]
-  count = sum(request is not None for request in asked.requests)
+  count = sum(request is not None for asked in rollout.asked for request in asked.requests)
   return {
     "review/asked": (count, len(reviews)),
     "review/ok": (sum(review.status == "ok" for review in reviews), count),

@@ -9,17 +9,17 @@ from dca_jax.rollout import Sample, Wanted
 
 class Scripted:
   """Stands where the engine does. `write` says the tokens of a sample, from its prompt's row in
-  what is wanted and from its number."""
+  what is wanted and from its number; `order` in which order its rows end."""
 
   def __init__(self, write: Callable[[Wanted, int, int], list[int]], ends=()):
-    self.write, self.ends = write, ends
+    self.write, self.ends, self.order = write, ends, reversed
     self.wanted: list[Wanted] = []
 
   def stream(self, params, wanted, noise) -> Iterator[Sample]:
     self.wanted.append(wanted)
     group = wanted.numbers_PxG.shape[1]
     # The last first: nobody may count on an order.
-    for row in reversed(range(wanted.numbers_PxG.size)):
+    for row in self.order(range(wanted.numbers_PxG.size)):
       p, g = divmod(row, group)
       tokens = np.array(self.write(wanted, p, int(wanted.numbers_PxG[p, g])), np.int32)
       room = int(wanted.limits_P[p])

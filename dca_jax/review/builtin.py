@@ -188,7 +188,7 @@ class Fooled(Oracle):
 
 @dataclasses.dataclass(frozen=True)
 class Stale(Oracle):
-  """The review of the completion before."""
+  """The review of the completion before, of those that it is asked about together."""
 
   name: str = "stale"
 

@@ -11,9 +11,11 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
 import operator
 import random
 import statistics
@@ -25,13 +27,13 @@ from aiolimiter import AsyncLimiter
 
 from dca_jax.review.cache import Booking, Cache
 from dca_jax.review.client_config import ClientConfig
-from dca_jax.review.health import Health, Refusals, meaning
+from dca_jax.review.health import Fared, Health, Refusals, meaning
 from dca_jax.review.limits import Breaker, Budget, Gate, Purse
 from dca_jax.review.prices import Price, dollars, usage
 from dca_jax.review.prompt import Prompt, make_prompt, read_reviews
 from dca_jax.review.transports import CallFailed, Reply, Transport
 from dca_jax.review.trial import CHANCE, PASSING, PLANTED, PLANTED_ROLES, TRIES
-from dca_jax.review.types import Request, Review, Trial, Usage, finished
+from dca_jax.review.types import Request, Review, Submit, Trial, Usage, finished
 
 
 class Wallet(NamedTuple):
@@ -44,10 +46,14 @@ class Wallet(NamedTuple):
 
 @dataclasses.dataclass
 class _Step:
-  """One call of `submit`, or a probe of our own."""
+  """What is asked in one training step, in parts, or a probe of our own."""
 
   began: float
-  end: float
+  seconds: float = 0.0
+  """That its last part has."""
+  end: float = 0.0
+  """Later with every part: none has less time than if all were asked together with the last."""
+  fared: Fared = dataclasses.field(default_factory=Fared)
   asked: int = 0
   """Questions that the cache did not answer."""
   probed: bool = False
@@ -107,9 +113,17 @@ class Client:
   def submit(
     self, requests: Sequence[Request], deadline: float
   ) -> "concurrent.futures.Future[list[Review]]":
+    return self.begin_step()(requests, deadline)
+
+  def begin_step(self) -> Submit:
+    return functools.partial(self._submit, _Step(self._loop.time()))
+
+  def _submit(
+    self, step: _Step, requests: Sequence[Request], deadline: float
+  ) -> "concurrent.futures.Future[list[Review]]":
     if self._closed:
       return finished([Review("closed")] * len(requests))
-    reviewing = self._review(list(requests), self._loop.time() + deadline)
+    reviewing = self._review(list(requests), step, self._loop.time(), deadline)
     return asyncio.run_coroutine_threadsafe(reviewing, self._loop)
 
   def stats(self) -> dict[str, float]:
@@ -176,8 +190,10 @@ class Client:
 
   # In the loop.
 
-  async def _review(self, requests: list[Request], end: float) -> list[Review]:
-    step = _Step(self._loop.time(), end)
+  async def _review(
+    self, requests: list[Request], step: _Step, began: float, seconds: float
+  ) -> list[Review]:
+    step.seconds, step.end = seconds, began + seconds
     reviews = [Review("timeout")] * len(requests)
     calls: dict[str | int, list[int]] = collections.defaultdict(
       list
@@ -193,10 +209,10 @@ class Client:
       for i in sorted(itertools.chain(*calls.values()))
       if _fraction(requests[i].id) < self._config.repeat_frac
     }
-    if tasks := [*jobs, *repeats.values()]:
-      with contextlib.suppress(asyncio.CancelledError):  # The client is being closed.
-        await asyncio.wait(tasks, timeout=max(0.0, end - self._loop.time()))
-      await _cancel([task for task in tasks if not task.done()], 0.1)
+    tasks = [*jobs, *repeats.values()]
+    with contextlib.suppress(asyncio.CancelledError):  # The client is being closed.
+      await self._until_end(step, tasks)
+    await _cancel([task for task in tasks if not task.done()], 0.1)
     for task, own in jobs.items():
       for i, review in zip(own, _outcome(task, len(own)), strict=True):
         reviews[i] = review
@@ -209,8 +225,13 @@ class Client:
     self._statuses.update(review.status for review in reviews)
     self._cached += sum(review.cached for review in reviews)
     self._suspicious += sum(review.suspicious for review in reviews)
-    self._health.step(reviews, step.asked, self._calls)
+    self._health.step(reviews, step.asked, self._calls, step.fared)
     return reviews
+
+  async def _until_end(self, step: _Step, tasks) -> None:
+    """Waits for all of them, until a step's end, which may move meanwhile."""
+    while tasks and (left := step.end - self._loop.time()) > 0:
+      _, tasks = await asyncio.wait(tasks, timeout=left)
 
   async def _job(self, requests: list[Request], step: _Step, again: int = 0) -> list[Review]:
     """The reviews of answers that share one call."""
@@ -245,7 +266,7 @@ class Client:
     key = hashlib.sha256(f"{self._name}/trial".encode()).hexdigest()
     where, chances = self._config.where, 0
     for again in itertools.count():
-      step = _Step(began, end, is_probe=True)
+      step = _Step(began, end - began, end, is_probe=True)
       (review,) = await self._call([PLANTED], prompt, key, step, again)
       if review.status in ("ok", "suspicious"):
         seconds, cost = self._loop.time() - began, self._usage.dollars - spent
@@ -278,7 +299,7 @@ class Client:
       return
     step.probed, self._probe_began = True, now
     self._breaker.probes += 1
-    own = _Step(now, now + most, is_probe=True)
+    own = _Step(now, most, now + most, is_probe=True)
     self._probe_task = asyncio.create_task(self._call(requests, prompt, key, own, 0))
     self._loop.call_later(most, self._probe_task.cancel)
 
@@ -346,7 +367,9 @@ class Client:
         end = CallFailed("timeout", "cut off", billed=True, about="deadline")
         if attempt:
           prompt = make_prompt(self._rubric, requests, attempt)
-        end = await self._ask(prompt, most[1], attempt, step.end - began)
+        # A step's questions are cut off at its end, which may move.
+        left = step.end - began if step.is_probe else math.inf
+        end = await self._ask(prompt, most[1], attempt, left)
       finally:
         used = Usage()
         if end is not None:
@@ -381,8 +404,10 @@ class Client:
       self._breaker.answered()
     elif means.server == "failed":
       self._breaker.failed()
-    elif 2 * took >= min(self._config.attempt_seconds, step.end - step.began):
+    elif 2 * took >= min(self._config.attempt_seconds, step.seconds):
       self._breaker.cut(step.began)  # It had a fair chance.
+    if failed and means.server == "cut":  # Nobody is there any more to say why.
+      self._health.failed(failed)
     if means.load == "fine":
       self._answer_seconds = took
       self._gate.succeeded()

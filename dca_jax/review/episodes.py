@@ -1,6 +1,7 @@
 """From episodes to reviews: who is worth a question, and what of the answers is usable."""
 
 import contextlib
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import ClassVar, NamedTuple, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 from dca_jax.episode import Episode, Review
 from dca_jax.review.audit import usable as has_roles
 from dca_jax.review.faults import Labels, Pair, caught, plant
-from dca_jax.review.types import Request, Reviewer
+from dca_jax.review.types import Request, Reviewer, Submit
 
 
 class ReadsReviews(Protocol):
@@ -21,7 +22,7 @@ class ReadsReviews(Protocol):
 
 
 class Asked(NamedTuple):
-  """Questions about some of a batch's episodes, and the answers to come."""
+  """Questions about some of a group's episodes, and the answers to come."""
 
   requests: list[Request | None]
   """One for each episode; None where it is not asked about."""
@@ -29,46 +30,49 @@ class Asked(NamedTuple):
 
 
 def ask(
-  reviewer: Reviewer, episodes: Sequence[Episode], chosen: Sequence[bool], deadline: float
+  submit: Submit, episodes: Sequence[Episode], chosen: Sequence[bool], deadline: float
 ) -> Asked:
-  """Hands the episodes that are `chosen` to the reviewer, and returns at once."""
+  """Hands the episodes that are `chosen` to a reviewer, and returns at once."""
   requests = [
     Request.of(episode) if ask else None for episode, ask in zip(episodes, chosen, strict=True)
   ]
-  return Asked(requests, reviewer.submit([r for r in requests if r], deadline))
+  return Asked(requests, submit([r for r in requests if r], deadline))
 
 
-def worth_a_review(
-  scheme: ReadsReviews, episodes: Sequence[Episode], group: int, share: float
-) -> list[bool]:
-  """Which episodes a review can matter to, and of these the `share` that is asked about."""
+def worth_a_review(scheme: ReadsReviews, group: Sequence[Episode], share: float) -> list[bool]:
+  """Which episodes of a group a review can matter to, and of these the `share` that is asked
+  about."""
+  idle = scheme.idle_when_equal and len({episode.outcome.reward for episode in group}) == 1
   chosen = []
-  for i, episode in enumerate(episodes):
-    first = i // group * group
-    rewards = {other.outcome.reward for other in episodes[first : first + group]}
-    idle = scheme.idle_when_equal and len(rewards) == 1
+  for g, episode in enumerate(group):
     short = len(episode.steps) < scheme.least_steps
-    dice = np.random.default_rng([episode.problem.id, i % group])
+    dice = np.random.default_rng([episode.problem.id, g])
     chosen.append(episode.trained and not idle and not short and dice.random() < share)
   return chosen
 
 
-def wait_for_reviews(asked: Asked, deadline: float) -> list[Review]:
-  """A review for every episode; one that was not asked for is `skipped`."""
-  sent = [request for request in asked.requests if request]
-  came = iter(usable(asked.reviews, sent, deadline))
-  return [next(came) if request else Review("skipped") for request in asked.requests]
+def wait_for_reviews(asked: Sequence[Asked], deadline: float) -> list[Review]:
+  """A review for every episode of all groups; one that was not asked for is `skipped`."""
+  reviews, end = [], time.monotonic() + deadline + _SPARE
+  for group in asked:
+    sent = [request for request in group.requests if request]
+    came = iter(usable(group.reviews, sent, max(0.0, end - time.monotonic())))
+    reviews += [next(came) if request else Review("skipped") for request in group.requests]
+  return reviews
+
+
+_SPARE = 1.0
+"""Seconds: a client keeps its deadline, and is waited for no longer if it does not."""
 
 
 def usable(
-  reviews: Future[list[Review]], requests: Sequence[Request], deadline: float
+  reviews: Future[list[Review]], requests: Sequence[Request], seconds: float
 ) -> list[Review]:
-  """The reviews when they have come; one that does not fit its episode is `invalid`."""
+  """The reviews when they have come, in `seconds`; one that does not fit its episode is
+  `invalid`."""
   came = [Review("timeout")] * len(requests)
-  with contextlib.suppress(
-    TimeoutError
-  ):  # A client keeps its deadline; this is for one that does not.
-    came = reviews.result(deadline + 1.0)
+  with contextlib.suppress(TimeoutError):
+    came = reviews.result(seconds)
   return [
     review.checked(len(request.steps)) for review, request in zip(came, requests, strict=True)
   ]
@@ -90,7 +94,7 @@ def audited(
   planted = plant([Request.of(episode) for episode in episodes], _EACH, labels)
   both = [request for p in planted for request in (p.case.request, p.twin)]
   requests = [*dict.fromkeys(both)]
-  came = usable(reviewer.submit(requests, deadline), requests, deadline)
+  came = usable(reviewer.submit(requests, deadline), requests, deadline + _SPARE)
   said = dict(zip(requests, came, strict=True))
   pairs = [Pair(p, said[p.case.request], said[p.twin]) for p in planted]
   told = [pair for pair in pairs if has_roles(pair.edited) and has_roles(pair.twin)]

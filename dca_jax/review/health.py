@@ -1,6 +1,7 @@
 """What the end of a call means for those that follow, and what a run is told of its reviewer."""
 
 import collections
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -74,6 +75,16 @@ class Refusals:
     return (settings or contents) and (long or not self._accepted)
 
 
+@dataclasses.dataclass(eq=False)
+class Fared:
+  """How a step has fared so far."""
+
+  reviews: int = 0
+  ok: int = 0
+  asked: bool = False
+  """Whether it is known if a call was made for its questions."""
+
+
 class Health:
   """How the last steps fared, and what the run is told of it."""
 
@@ -81,16 +92,23 @@ class Health:
     """`where` is the server, for people."""
     self._min_ok_frac, self._strict, self._where = min_ok_frac, strict, where
     self._reasons: dict[str, str] = {}
-    self._steps: collections.deque[tuple[int, int]] = collections.deque(maxlen=_WINDOW)
+    self._steps: collections.deque[Fared] = collections.deque(maxlen=_WINDOW)
     self._told: set[str] = set()
     self._calls = self.uncalled_steps = 0
     """Steps in a row in which there was something to ask and no call was made."""
 
-  def step(self, reviews: list[Review], asked: int, calls: int) -> None:
-    """`asked` questions were new in this step; `calls` have been made in all."""
-    self._steps.append((len(reviews), sum(review.status == "ok" for review in reviews)))
-    if asked:
-      self.uncalled_steps = 0 if calls > self._calls else self.uncalled_steps + 1
+  def step(self, reviews: list[Review], asked: int, calls: int, step: Fared | None = None) -> None:
+    """Hears of a step, or of a part of `step`; `asked` questions of it were new so far, and `calls`
+    have been made in all."""
+    step = step or Fared()
+    if step not in self._steps:
+      self._steps.append(step)
+    step.reviews += len(reviews)
+    step.ok += sum(review.status == "ok" for review in reviews)
+    if asked and calls > self._calls:
+      self.uncalled_steps, step.asked = 0, True
+    elif asked and not step.asked:
+      self.uncalled_steps, step.asked = self.uncalled_steps + 1, True
     self._calls = calls
     for status, n in collections.Counter(review.status for review in reviews).items():
       if why := self._reasons.get(status):
@@ -111,8 +129,8 @@ class Health:
   def problem(self) -> str | None:
     """Why a strict run should end; a run that is not is warned, once of each."""
     steps, uncalled = list(self._steps), self.uncalled_steps  # At once: the loop adds to them.
-    asked = sum(n for n, _ in steps)
-    share = sum(ok for _, ok in steps) / max(1, asked)
+    asked = sum(step.reviews for step in steps)
+    share = sum(step.ok for step in steps) / max(1, asked)
     if len(steps) == _WINDOW and asked and share < self._min_ok_frac:
       message = f"only {share:.0%} of the last {asked} reviews were usable"
       message += "; what failed gets uniform credit"

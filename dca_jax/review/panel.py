@@ -1,12 +1,13 @@
 """Several reviewers as one: all of them asked at once, or a second one
 where the first is unsure."""
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from dca_jax.review.types import Request, Review, Reviewer, Trial
+from dca_jax.review.types import Request, Review, Reviewer, Submit, Trial
 
 
 class _Several:
@@ -14,6 +15,16 @@ class _Several:
     self._members = members
     self.size: int = sum(getattr(member, "size", 1) for member in members)
     """Reviewers in it, those of a panel in it too."""
+
+  def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
+    return self.begin_step()(requests, deadline)
+
+  def begin_step(self) -> Submit:
+    return functools.partial(self._submit, [member.begin_step() for member in self._members])
+
+  def _submit(self, members: Sequence[Submit], requests, deadline) -> "Future[list[Review]]":
+    """Asks the members."""
+    raise NotImplementedError
 
   def problem(self) -> str | None:
     return next((problem for member in self._members if (problem := member.problem())), None)
@@ -49,8 +60,8 @@ class Panel(_Several):
     self._how = how
     self._disagreed: list[float] = []
 
-  def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
-    asked = [member.submit(requests, deadline) for member in self._members]
+  def _submit(self, members: Sequence[Submit], requests, deadline) -> "Future[list[Review]]":
+    asked = [submit(requests, deadline) for submit in members]
     result: Future[list[Review]] = Future()
 
     def wait_for(k: int) -> None:
@@ -128,7 +139,8 @@ class Escalating(_Several):
     super().__init__([first, second])
     self._asked = self._escalated = 0
 
-  def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
+  def _submit(self, members: Sequence[Submit], requests, deadline) -> "Future[list[Review]]":
+    ask_first, ask_second = members
     end, result = time.monotonic() + deadline, Future()  # type: tuple[float, Future[list[Review]]]
 
     def first_answered(done) -> None:
@@ -146,9 +158,9 @@ class Escalating(_Several):
         result.set_result(reviews)
 
       again = [requests[i] for i in unsure]
-      self._members[1].submit(again, left).add_done_callback(second_answered)
+      ask_second(again, left).add_done_callback(second_answered)
 
-    self._members[0].submit(requests, deadline).add_done_callback(first_answered)
+    ask_first(requests, deadline).add_done_callback(first_answered)
     return result
 
   def stats(self) -> dict[str, float]:

@@ -49,7 +49,8 @@ class ReviewerConfig:
   escalate: str = door("")
   """NAME or NAME:MODEL of a second reviewer, asked where the first one says that it is not sure."""
   deadline: float = 60.0
-  """Seconds after which a step stops waiting; what is missing then gets uniform credit."""
+  """Seconds after the last question of a step at which it stops waiting; what is missing then gets
+  uniform credit."""
   sample_frac: float = 1.0
   """Share of the completions that are reviewed, of those that a review can matter to."""
   overlap: int = 0

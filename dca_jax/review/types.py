@@ -89,11 +89,20 @@ class Trial(NamedTuple):
   """Who gave no usable review, and why."""
 
 
+Submit = Callable[[Sequence[Request], float], "Future[list[Review]]"]
+"""Asks as `Reviewer.submit` does."""
+
+
 class Reviewer(Protocol):
   def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
     """One review per request, in order, always, within `deadline` seconds; failure is a status,
     never an exception."""
     ...
+
+  def begin_step(self) -> Submit:
+    """What asks the questions of one training step, in as many parts as it takes; for reviewers
+    that watch how steps fare, and have no other way to tell."""
+    return self.submit
 
   def stats(self) -> dict[str, float]:
     """Metrics of what was done since the last call."""

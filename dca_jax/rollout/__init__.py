@@ -1,6 +1,6 @@
 """Rollouts: prompts in, verified episodes that are cut into steps out."""
 
-from dca_jax.rollout.collect import Rollout, collect
+from dca_jax.rollout.collect import Group, Rollout, collect
 from dca_jax.rollout.config import RolloutConfig
 from dca_jax.rollout.engine import GREEDY, Engine, EngineConfig, Sample, Wanted
 from dca_jax.rollout.prefixes import Continues, Values
@@ -15,6 +15,7 @@ __all__ = [
   "Continues",
   "Engine",
   "EngineConfig",
+  "Group",
   "Rollout",
   "RolloutConfig",
   "Sample",

@@ -4,7 +4,7 @@ Where several processes share a run, each has the problems of its own devices he
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from dca_jax import patterns
 from dca_jax.episode import Episode, Outcome, Segment, Step
 from dca_jax.errors import UserError
+from dca_jax.review.episodes import Asked
 from dca_jax.rollout.engine import Sample
 from dca_jax.rollout.sampler import Sampler
 from dca_jax.rollout.steps import cut, step_texts
@@ -40,6 +41,8 @@ class Rollout(NamedTuple):
   """Tokens sampled for this step, for such groups too."""
   uncut: int
   """Episodes that are a single step because `task.steps` took too long on them."""
+  asked: list[Asked]
+  """What the reviewer was asked about each group."""
 
   @property
   def rewards_B(self) -> np.ndarray:
@@ -64,6 +67,9 @@ class Group(NamedTuple):
   episodes: list[Episode]
   uncut: int
   """See `Rollout`."""
+  kept: bool = False
+  """Whether it is sure that the batch has it."""
+  asked: Asked | None = None
 
   @property
   def mixed(self) -> bool:
@@ -75,11 +81,17 @@ class Group(NamedTuple):
 _FURTHER = 2**31
 
 
-def collect(sampler: Sampler, seed: int, step: int, params) -> Rollout:
+def collect(
+  sampler: Sampler, seed: int, step: int, params, ask: Callable[[Group], Group] = lambda g: g
+) -> Rollout:
   """Samples, verifies and cuts the batch of `step`.
 
   Its problems are the next ones of the training split, whatever earlier steps were refilled with,
   so that all have their turn in every epoch. Groups are refilled from an order of their own.
+
+  Args:
+    ask: is given each group of the batch as soon as it is sure that the batch has it, while others
+      may still be sampled; returns what the batch has in its place.
 
   Raises:
     UserError: not one episode could be cut into steps in time.
@@ -88,25 +100,27 @@ def collect(sampler: Sampler, seed: int, step: int, params) -> Rollout:
   refill = config.zero_variance == "refill"
   rounds = config.refill_rounds if refill else 1
   further = ((step - 1) * (rounds - 1) + i for i in range(rounds - 1))
+
+  def keep(group: Group) -> Group:
+    trains = group.mixed or config.zero_variance == "keep"
+    marked = [dataclasses.replace(e, trained=trains and e.outcome.judged) for e in group.episodes]
+    return ask(group._replace(episodes=marked, kept=True))
+
   groups: list[Group] = []
   for first in ((step - 1) * config.problems, *(_FURTHER + i * config.problems for i in further)):
-    sampled = _sampled(sampler, first + own, (seed, step), params)
-    groups += sorted(sampled, key=lambda group: group.place)
-    if refill and sum(group.mixed for group in groups) >= len(own):
+    room = len(own) - sum(group.mixed for group in groups)
+    if room <= 0:
       break
+    sampled = [
+      # Mixed groups go first, and at most as many as its place are before it.
+      keep(group) if not refill or (group.mixed and group.place < room) else group
+      for group in _sampled(sampler, first + own, (seed, step), params)
+    ]
+    groups += sorted(sampled, key=lambda group: group.place)
   # Mixed groups first, each kind in the order of its problems.
   kept = sorted(groups, key=lambda group: not group.mixed)[: len(own)] if refill else groups
-  trained = [_trained(group, group.mixed or config.zero_variance == "keep") for group in kept]
-  return joined(trained, groups, sampler.task, config.max_tokens)
-
-
-def _trained(group: Group, trains: bool) -> Group:
-  """The group with what of it is trained on."""
-  episodes = [
-    dataclasses.replace(episode, trained=trains and episode.outcome.judged)
-    for episode in group.episodes
-  ]
-  return group._replace(episodes=episodes)
+  kept = [group if group.kept else keep(group) for group in kept]
+  return joined(kept, groups, sampler.task, config.max_tokens)
 
 
 def _sampled(sampler: Sampler, numbers, noise: tuple[int, int], params) -> Iterator[Group]:
@@ -176,6 +190,7 @@ def joined(kept: Sequence[Group], sampled: Sequence[Group], task: Task, most: in
     [episode.outcome for episode in everything],
     sum(len(s.tokens) for episode in everything for s in episode.segments if s.sampled),
     uncut,
+    [group.asked for group in kept if group.asked],
   )
 
 

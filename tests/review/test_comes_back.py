@@ -562,3 +562,20 @@ def test_no_step_stalls_no_cap_breaks_and_health_is_noticed(script, poor):
     assert not budget._reserved
     assert kept.booked == pytest.approx(budget.spent)
     assert math.isfinite(budget.spent)
+
+
+# Parts of a step.
+
+
+def test_what_is_asked_early_has_until_the_steps_own_deadline():
+  async def drive(step, sleep):
+    submit = client.begin_step()
+    early = asyncio.create_task(step(2, 10.0, submit))
+    await sleep(8.0)
+    late = await step(2, 10.0, submit)
+    return await early, late
+
+  with virtual.opened(virtual.Server(latency=15.0), attempt_seconds=30.0) as client:
+    early, late = virtual.run(client, drive)
+    assert early == ({"ok": 2}, 15.0)
+    assert late[0] == {"timeout": 2}

@@ -10,7 +10,7 @@ import virtual
 from hypothesis import strategies as st
 
 from dca_jax.review import Review, Share
-from dca_jax.review.health import Health, Meaning, Refusals, meaning
+from dca_jax.review.health import Fared, Health, Meaning, Refusals, meaning
 from dca_jax.review.limits import Breaker, Budget, Gate, Purse
 from dca_jax.review.prices import Price, usage
 from dca_jax.review.transports import CallFailed, Reply
@@ -469,6 +469,17 @@ def test_steps_in_which_nothing_is_new_are_no_silence():
   assert health.problem() is None
   health.step([], 1, 4)
   assert "last 5 steps" in health.problem()
+
+
+def test_parts_of_a_step_count_as_one():
+  health = Health(0.5, strict=True)
+  for n in range(5):
+    step = Fared()
+    assert health.problem() is None
+    for part, calls in enumerate((n // 2, n // 2 + n % 2), 1):  # Every other step makes no call.
+      health.step([Review("ok" if part == 1 else "timeout")] * part, part, calls, step)
+    assert health.uncalled_steps == (n + 1) % 2
+  assert "only 33% of the last 15 reviews" in health.problem()
 
 
 def test_a_step_without_requests_says_nothing_of_health():

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from dca_jax.review import REVIEWERS, Request, Review, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Review, Reviewer, Truth, open_reviewer
 from dca_jax.review.panel import Escalating, Panel, combine_reviews
 
 A = Review("ok", ("error", "necessary"), (4.0, 2.0), model="a")
@@ -46,7 +46,7 @@ def test_values_are_combined_too():
   assert combine_reviews([A, *valued], "vote")[0].roles == A.roles
 
 
-class Said:
+class Said(Reviewer):
   """A reviewer that says what it was made with, when it is told to."""
 
   def __init__(self, reviews):

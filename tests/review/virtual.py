@@ -111,15 +111,15 @@ def run(client, drive):
   """Awaits `drive(step, sleep)` in the client's loop, where time passes only as it is waited for.
 
   `await step(count, deadline)` asks for new reviews; it returns their statuses, counted, and the
-  seconds that it waited.
+  seconds that it waited. With `submit`, of `begin_step`, they are a part of that step.
   """
   loop, numbers = client._loop, itertools.count()
 
-  async def step(count, deadline=10.0):
+  async def step(count, deadline=10.0, submit=client.submit):
     own = itertools.islice(numbers, count)
     asked = [Request(f"1/{i}", f"problem {i}", ("a;", "b"), True, False) for i in own]
     began = loop.time()
-    reviews = await asyncio.wrap_future(client.submit(asked, deadline))
+    reviews = await asyncio.wrap_future(submit(asked, deadline))
     assert len(reviews) == count
     return collections.Counter(review.status for review in reviews), loop.time() - began
 

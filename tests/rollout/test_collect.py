@@ -1,13 +1,23 @@
-"""Which problems a batch is made of."""
+"""Which problems a batch is made of, and when it is handed to the reviewer."""
 
 import collections
+import contextlib
+import functools
+import threading
+import types
 
 import numpy as np
 import pytest
 import words
 from scripted import Scripted
 
+from dca_jax.config import Config
+from dca_jax.credit import SCHEMES
+from dca_jax.review import REVIEWERS, Review, Truth, open_reviewer
+from dca_jax.review.episodes import wait_for_reviews
+from dca_jax.review.function import Calls
 from dca_jax.rollout import RolloutConfig, Sampler, collect
+from dca_jax.step import begin
 from dca_jax.tasks import JsonlConfig, Text
 
 ROWS = 24
@@ -26,7 +36,7 @@ class Guesser:
 
   def __init__(self, task, right: float, **changes):
     self.task, self.right, self.tokenizer = task, right, task.tokenizer()
-    config = RolloutConfig(problems=4, group=2, max_prompt_tokens=64, max_tokens=8, **changes)
+    config = RolloutConfig(problems=4, group=2, max_prompt_tokens=64, max_tokens=16, **changes)
     self.engine = Scripted(self.write)
     self.sampler = Sampler(self.engine, config, task, self.tokenizer, 448, np.arange(4))
 
@@ -34,7 +44,7 @@ class Guesser:
     n = int(wanted.problems_P[p])
     right = np.random.default_rng([n, g]).random() < self.right
     answer = self.task.problem("train", n).answer if right else "1"
-    return self.tokenizer(f"#### {answer}")["input_ids"]
+    return self.tokenizer(f"well\n#### {answer}")["input_ids"]
 
   @property
   def asked(self) -> list[list[int]]:
@@ -105,3 +115,67 @@ def test_refills_pass_through_the_data_evenly(task):
   )
   assert len(counts) == ROWS
   assert max(counts.values()) - min(counts.values()) <= 2
+
+
+# What goes to the reviewer, and when.
+
+
+def reviewed(guesser, reviewer, step=1):
+  """A batch and its reviews, as a training step makes them."""
+  scheme = SCHEMES["weighted"]()
+  trainer = types.SimpleNamespace(
+    config=Config(), sampler=guesser.sampler, reviewer=reviewer, scheme=scheme
+  )
+  batch = begin(trainer, step, None)
+  return batch, wait_for_reviews(batch.asked, 60.0)
+
+
+def test_reviews_are_under_way_before_the_last_row_has_ended(task):
+  guesser, begun = Guesser(task, 0.5), threading.Event()
+
+  def write(plain, wanted, p, g):
+    if (p, g) == (0, 0):  # The last one.
+      assert begun.wait(60.0)
+    return plain(wanted, p, g)
+
+  def review(request):
+    begun.set()
+    return Review("ok", ("necessary",) * len(request.steps))
+
+  guesser.engine.write = functools.partial(write, guesser.write)
+  with contextlib.closing(Calls(review, "watched", 1)) as reviewer:
+    reviews = reviewed(guesser, reviewer)[1]
+  assert {r.status for r in reviews} == {"ok", "skipped"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero_variance": "refill", "refill_rounds": 3}])
+def test_reviews_do_not_depend_on_which_row_ends_first(task, changes):
+  reviewer = open_reviewer(REVIEWERS["random"](), Truth(None, None), None)
+  orders = [reversed, lambda rows: rows, np.random.default_rng(0).permutation]
+  seen = []
+  for order in orders:
+    guesser = Guesser(task, 0.4, **changes)
+    guesser.engine.order = order
+    batch, reviews = reviewed(guesser, reviewer)
+    seen.append(
+      [(e.id, e.outcome, e.trained, r) for e, r in zip(batch.episodes, reviews, strict=True)]
+    )
+  assert seen[0] == seen[1] == seen[2]
+  assert {r.status for *_, r in seen[0]} == {"ok", "skipped"} - ({"skipped"} if changes else set())
+
+
+def test_no_review_is_asked_of_a_group_that_is_replaced(task):
+  for right in (0.1, 0.4, 0.6):
+    guesser = Guesser(task, right, zero_variance="refill", refill_rounds=3)
+    sent = []
+
+    def review(request, sent=sent):
+      sent.append(request.id)
+      return Review("ok", ("necessary",) * len(request.steps))
+
+    with contextlib.closing(Calls(review, "counted", 1)) as reviewer:
+      batches = [reviewed(guesser, reviewer, step)[0] for step in range(1, 9)]
+    asked = [r.id for b in batches for group in b.asked for r in group.requests if r]
+    assert sorted(sent) == sorted(asked)
+    trained = sum(episode.trained for batch in batches for episode in batch.episodes)
+    assert len(asked) == trained

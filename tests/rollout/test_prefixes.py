@@ -74,7 +74,7 @@ class Batch:
 
   @property
   def rollout(self):
-    return Rollout(self.episodes, *self.prompts, *rows_of(self.episodes, T), [], 0, 0)
+    return Rollout(self.episodes, *self.prompts, *rows_of(self.episodes, T), [], 0, 0, [])
 
   def draw(self, group, noise):
     ids, numbers = range(len(self.problems)), np.arange(group)
