@@ -18,7 +18,7 @@ from dca_jax.rollout import Continues, Group, Rollout, collect
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
-from dca_jax.tally import Clock, Credited, Tally, merge, tally
+from dca_jax.tally import Clock, Credited, Tally, merge, tally, waits
 
 
 class Measured(NamedTuple):
@@ -81,11 +81,12 @@ def train_step(t: Trainer, step: int) -> Measured:
   evidence = t.scheme.evidence(kept, rollout.episodes, group)
   # The one place in a step where processes hear of each other's samples, apart from the arrays.
   told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
-  tallies, evidences, problems, reasons = zip(*told, strict=True)
+  said, evidences, problems, reasons = zip(*told, strict=True)
+  tallies = [Tally(*one) for one in said]
   kept, found = t.scheme.learn(kept, evidences)
   t.state = t.state._replace(credit=put(kept, t.programs.everywhere))
   return Measured(
-    merge([Tally(*said) for said in tallies]) | numbers | found,
+    merge(tallies) | waits(tallies) | numbers | found,
     next(filter(None, problems), None),
     next(filter(None, reasons), ""),
   )

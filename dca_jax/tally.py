@@ -181,6 +181,14 @@ def merge(tallies: Sequence[Tally]) -> dict[str, float]:
   return merged
 
 
+def waits(tallies: Sequence[Tally]) -> dict[str, float]:
+  """Seconds that each process waited for the slowest in a step, which they begin together and end
+  in one update; nothing where there is one process."""
+  busy = [said.largest["seconds/step"] - said.largest["seconds/update"] for said in tallies]
+  waited = {f"seconds/wait_{p}": max(busy) - own for p, own in enumerate(busy)}
+  return waited if len(busy) > 1 else {}
+
+
 def eval_metrics(scores: dict[str, Estimate]) -> dict[str, float]:
   flat: dict[str, float] = {}
   for name, e in scores.items():

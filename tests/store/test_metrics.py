@@ -9,7 +9,7 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dca_jax.store.metrics import Reporter, missing_steps, not_finite, read_metrics
-from dca_jax.tally import Tally, merge
+from dca_jax.tally import Tally, merge, waits
 
 
 def write(workdir, start, steps):
@@ -179,6 +179,15 @@ def test_without_quiet_a_step_is_one_line(workdir, capsys):
   assert line.startswith("step  7/10 ")
   assert "reward 0.250" in line
   assert "mixed 25%  cut 25%" in line
+
+
+def test_every_process_waits_for_the_slowest():
+  tallies = [
+    Tally({}, {}, {"seconds/step": step, "seconds/update": update}, {})
+    for step, update in ((9.0, 6.0), (9.0, 1.0), (9.5, 4.0))
+  ]
+  assert waits(tallies) == {"seconds/wait_0": 5.0, "seconds/wait_1": 0.0, "seconds/wait_2": 2.5}
+  assert waits(tallies[:1]) == {}
 
 
 def test_what_reviewers_say_is_put_together_over_processes_and_members():
