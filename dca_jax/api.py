@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ from dca_jax.loop import train as run_training
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.policy.sharding import replicated
 from dca_jax.review import ReviewerConfig
-from dca_jax.rollout import GREEDY, EngineConfig, Sampler, in_order
+from dca_jax.rollout import GREEDY, EngineConfig, Sampler, Wanted, in_order
 from dca_jax.rollout import evaluate as evaluation
 from dca_jax.store.checkpoints import read_params, read_start
 from dca_jax.store.metrics import read_metrics
@@ -69,25 +70,42 @@ class Run:
     return SavedPolicy(self.config, self.workdir)
 
 
+_STREAMED = 16
+"""Tokens that a streamed answer gives at once."""
+
+
 class SavedPolicy:
   """A policy that can be asked, on this process's devices."""
 
-  def __init__(self, config: Config, workdir: str):
-    """Raises UserError where there is no readable checkpoint."""
-    folder = locate(workdir)
-    self._config, self._task = config, config.task.open()
-    self._tokenizer = self._task.tokenizer()
-    ids = id_count(self._tokenizer)
+  def __init__(self, config: Config, workdir: str, step: int | None = None):
+    """That of a checkpoint, the newest or the one of `step`; with an empty `workdir`, the policy
+    that training would start from.
+
+    Raises:
+      UserError: there is no such checkpoint that can be read, or no `policy.pretrained`.
+    """
+    self._config, self.task = config, config.task.open()
+    self.tokenizer = self.task.tokenizer()
+    ids = id_count(self.tokenizer)
     devices = mesh.make_mesh(mesh.MeshConfig(), jax.local_devices()[:1])
     policy = Policy(pretrained.resolve(config.policy, ids), ids, devices)
-    self.step, trained = read_params(folder, None)
-    frozen = split(read_start(folder))[0] if config.policy.lora_rank else {}
-    everywhere = replicated(devices)
-    self._params = put(join(frozen, trained), everywhere)
-    self._policy, self._everywhere = policy, everywhere
-    engine = config.engine.open(policy, config.rollout, self._tokenizer)
+    self._policy, self._everywhere = policy, replicated(devices)
+    if workdir:
+      self.step, trained = read_params(locate(workdir), step)
+      frozen = split(read_start(locate(workdir)))[0] if config.policy.lora_rank else {}
+      self._params = put(join(frozen, trained), self._everywhere)
+    else:
+      self.step, self._params = 0, self._published()
+    engine = config.engine.open(policy, config.rollout, self.tokenizer)
     own = np.arange(config.rollout.problems)
-    self._sampler = Sampler(engine, config.rollout, self._task, self._tokenizer, policy.rows, own)
+    self._sampler = Sampler(engine, config.rollout, self.task, self.tokenizer, policy.rows, own)
+
+  def _published(self) -> Any:
+    if not (name := self._config.policy.pretrained):
+      raise ConfigError("policy.pretrained: must be given where there is no --workdir")
+    shapes = nn.unbox(jax.eval_shape(self._policy.init_params, jax.random.key(0)))
+    shardings = jax.tree.map(lambda _: self._everywhere, shapes)
+    return pretrained.load(self._policy, pretrained.folder(name, weights=True), shardings)
 
   def sample(
     self, prompts: Sequence[str], samples: int = 1, greedy: bool = False, seed: int = 0
@@ -102,14 +120,14 @@ class SavedPolicy:
     encoded, ids = self._sampler.encode(problems), range(len(prompts))
     numbers = np.full(samples, GREEDY) if greedy else np.arange(samples)
     drawn = in_order(self._sampler.stream(self._params, encoded, ids, numbers, (seed,)))
-    texts = [text_of(self._tokenizer, sample.tokens) for sample in drawn]
+    texts = [text_of(self.tokenizer, sample.tokens) for sample in drawn]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
   def score(self, prompt: str, completion: str) -> list[tuple[str, float]]:
     """The tokens of a completion, each with its log-probability (nats) after what stands before it,
     under the distribution that training samples from."""
     prompts, lengths = self._sampler.encode([self._problem(0, prompt)])
-    ids = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+    ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
     if not 1 <= len(ids) <= self._config.rollout.max_tokens:
       most = self._config.rollout.max_tokens
       raise ConfigError(
@@ -126,15 +144,35 @@ class SavedPolicy:
       self._params,
       batch,
     )
-    pieces = [text_of(self._tokenizer, [token]) for token in ids]
+    pieces = [text_of(self.tokenizer, [token]) for token in ids]
     return list(zip(pieces, np.asarray(scored)[0, : len(ids)].tolist(), strict=True))
+
+  def stream(self, problem: Problem, seed: int) -> Iterator[tuple[list[int], bool]]:
+    """The tokens of a sampled answer, a few at a time, and whether it has ended with them; it is
+    cut off where it never does."""
+    prompts, lengths = self._sampler.encode([problem])
+    ids_1xS = np.pad(prompts, ((0, 0), (0, self._config.rollout.max_tokens)))
+    start, written, one = int(lengths[0]), 0, np.zeros(1, np.int32)
+    while (room := self._config.rollout.max_tokens - written) > 0:
+      limit, end = min(_STREAMED, room), start + written
+      wanted = Wanted(ids_1xS, one + end, one, one[None], one + limit, one + written)
+      (sample,) = self._sampler.engine.stream(self._params, wanted, (seed, written))
+      yield sample.tokens.tolist(), not sample.truncated
+      if not sample.truncated:
+        return
+      ids_1xS[0, end : end + len(sample.tokens)] = sample.tokens
+      written += len(sample.tokens)
+
+  def answers(self) -> evaluation.Answers:
+    """To the task's held-out problems, as config.evaluate says."""
+    return evaluation.answer(self._config.evaluate, self._sampler, self._params)
 
   def evaluate(self) -> dict[str, Estimate]:
     """Scores on the task's held-out problems, as config.evaluate says."""
     return evaluation.evaluate(self._config.evaluate, self._sampler, self._params)
 
   def _problem(self, i: int, prompt: str) -> Problem:
-    return Problem(i, prompt, "", self._task.render(prompt))
+    return Problem(i, prompt, "", self.task.render(prompt))
 
 
 def train(

@@ -22,7 +22,7 @@ class Problem:
   rendered: str = ""
   """What the policy reads, where it is not the prompt itself: the prompt in a chat template."""
   row: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, repr=False)
-  """The row of the data set, for a verifier of the user's."""
+  """The row of the data set, for a verifier of the user's and for scores by a field of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Episode:
       "prompt": self.problem.prompt,
       "answer": self.problem.answer,
       "tokens": self.tokens,
-      "given": [[s, e] for s, e, sampled in self._spans() if s < e and not sampled],
+      "given": [[s, e] for s, e, sampled in self.spans() if s < e and not sampled],
       "steps": [self._step_to_json(k) for k in range(len(self.steps))],
       **dataclasses.asdict(self.outcome),
       "review": self.review.status,
@@ -180,7 +180,8 @@ class Episode:
       "credit": list(self.credit),
     }
 
-  def _spans(self) -> Iterator[tuple[int, int, bool]]:
+  def spans(self) -> Iterator[tuple[int, int, bool]]:
+    """Of every segment, where it begins and ends, in tokens, and whether it was sampled."""
     end = 0
     for segment in self.segments:
       start, end = end, end + len(segment.tokens)

@@ -1,14 +1,19 @@
-"""`dca-jax train | compare | plan | status | report | export | review | audit`: the parser, and
-what it calls."""
+# PYTHON_ARGCOMPLETE_OK
+"""`dca-jax COMMAND`: the parser, and what it calls."""
 
 import argparse
+import importlib.metadata
+import json
 import os
+import re
 import signal
 import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+import argcomplete
 
 Command = Callable[[argparse.Namespace, Sequence[str]], None]
 
@@ -18,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   # It would say on every start that there is no PyTorch.
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  args, overrides = parser().parse_known_args(argv)
+  known = parser()
+  argcomplete.autocomplete(known)
+  args, overrides = known.parse_known_args(argv)
+  if getattr(args, "quiet", False):
+    os.environ["TQDM_DISABLE"] = "1"
   from dca_jax.errors import Terminated, UserError
 
   try:
@@ -27,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.run(args, overrides)
     return 0
   except UserError as error:
-    print(f"dca-jax: error: {error}", file=sys.stderr)
+    print(f"dca-jax: error: {error}{_page(str(error))}", file=sys.stderr)
   except Terminated as error:
     print(f"dca-jax: {error}", file=sys.stderr)
     return error.status
@@ -40,10 +49,37 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 1
 
 
+_PAGES = {
+  "task": "tasks",
+  "reviewer": "reviewers",
+  "credit": "method",
+  "value": "method",
+  "spot": "method",
+  "policy": "models",
+  "mesh": "tpu",
+}
+
+
+def _page(said: str) -> str:
+  """Where a mistake that begins with its setting is explained."""
+  key = re.match(r"(\w+)\.[\w.]+: ", said)
+  return f" (docs/{_PAGES.get(key[1], 'settings')}.md)" if key else ""
+
+
+class _Version(argparse.Action):
+  """Says the version; to look it up takes a while, so it is done on request."""
+
+  def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+    print(f"dca-jax {importlib.metadata.version('dca-jax')}")
+    parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
   """What can be said on the command line; settings, `--config.section.key=value`, are left over."""
   what = "Reinforcement learning with Deliberative Credit Assignment."
   top = argparse.ArgumentParser(prog="dca-jax", description=what)
+  what = "show the version and exit"
+  top.add_argument("--version", action=_Version, nargs=0, help=what)
   commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
   def command(
@@ -58,6 +94,10 @@ def parser() -> argparse.ArgumentParser:
       p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
     if workdir is not None:
       p.add_argument("--workdir", required=True, help=workdir or None)
+    if run in (_train, _compare, _eval, _audit):
+      p.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    if run in (_compare, _eval):
+      p.add_argument("--json", action="store_true", help="the result as one line of JSON")
     return p
 
   where = "where the run lives; the same command again continues it"
@@ -79,7 +119,25 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
 
   command(_status, "what a run is doing", False)
-  command(_report, "write report.html of a run anew", False)
+
+  p = command(_eval, "score a policy on held-out problems of any task", True, workdir=None)
+  policy = p.add_mutually_exclusive_group(required=True)
+  policy.add_argument("--workdir", help="of a run, whose checkpoint is scored")
+  policy.add_argument("--config", help="a recipe, whose policy.pretrained is scored")
+  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
+  p.add_argument("--by", default="", help="a field of the data set to tell scores apart by")
+  p.add_argument("--output", help="a file for the answers, a line of JSON for each problem")
+
+  p = command(_chat, "type problems and watch the answers come", True, "of a run")
+  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
+  what = "NAME or NAME:MODEL, which then reads each answer whose outcome is known"
+  p.add_argument("--review", default="", metavar="REVIEWER", help=what)
+
+  p = command(_view, "look at a run in a browser", False)
+  p.add_argument("--against", help="another run's workdir, to compare answers and curves with")
+  p.add_argument("--port", type=int, default=0, help="where to listen; any free one if not given")
+  p = command(_report, "write the page of a run as one file", False)
+  p.add_argument("--output", help="WORKDIR/report.html if not given")
 
   p = command(_export, "write a run's policy as a Hugging Face folder", False)
   p.add_argument("--output", required=True, help="the folder to make")
@@ -165,7 +223,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     must = "must be auto, never, or the number of a saved step"
     raise config.ConfigError(f"--resume={args.resume}: {must}")
   train.connect(args.distributed, args.coordinator, args.processes, args.process)
-  if said := train.train(settings, args.workdir, args.resume):
+  if said := train.train(settings, args.workdir, args.resume, args.quiet):
     print(said)
 
 
@@ -212,11 +270,38 @@ def _status(args: argparse.Namespace, _: Sequence[str]) -> None:
   print(status(args.workdir))
 
 
-def _report(args: argparse.Namespace, _: Sequence[str]) -> None:
-  from dca_jax.commands.report import write_report
+def _eval(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+  from dca_jax.commands import evaluate
+  from dca_jax.commands.report import text_table
   from dca_jax.store.workdir import locate
 
-  print(f"report: {write_report(locate(args.workdir))}")
+  config = evaluate.settings(args.workdir, args.config, overrides)
+  output = locate(args.output) if args.output else None
+  found = evaluate.evaluate(config, args.workdir or "", args.step, args.by, output)
+  print(json.dumps(found) if args.json else text_table(*evaluate.table(found)))
+
+
+def _chat(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+  from dca_jax.commands.chat import chat
+
+  chat(args.workdir, args.step, args.review, overrides)
+
+
+def _report(args: argparse.Namespace, _: Sequence[str]) -> None:
+  from dca_jax.commands.view import write_report
+  from dca_jax.store.workdir import locate
+
+  output = locate(args.output) if args.output else None
+  print(f"report: {write_report(locate(args.workdir), output)}")
+
+
+def _view(args: argparse.Namespace, _: Sequence[str]) -> None:
+  from dca_jax.commands.view import view
+
+  _between(args, "port", 0, 65535)
+  with view(args.workdir, args.against, args.port) as server:
+    print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+    server.serve_forever()
 
 
 def _export(args: argparse.Namespace, _: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Pages from the templates beside this file; what a value holds is text there, never markup."""
 
 import functools
+import importlib.resources
 from typing import Any
 
 
@@ -26,3 +27,9 @@ def markup(text: str) -> Any:
   import markupsafe
 
   return markupsafe.Markup(text)
+
+
+@functools.cache
+def source(name: str) -> str:
+  """The text of a file beside the templates."""
+  return importlib.resources.files("dca_jax.commands").joinpath("templates", name).read_text()

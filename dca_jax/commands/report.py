@@ -1,4 +1,4 @@
-"""A run, or a comparison of runs, as one self-contained HTML page."""
+"""What pages and tables say of runs: scores, curves, answers in the colours of their credit."""
 
 import bisect
 import io
@@ -11,18 +11,17 @@ from typing import Any
 
 from etils import epath
 
-from dca_jax.commands.pages import markup, render
+from dca_jax.commands.pages import render
 from dca_jax.config import ConfigError, flatten, read_saved
 from dca_jax.episode import Episode
 from dca_jax.store.metrics import missing_steps, read_metrics
 from dca_jax.store.symptoms import findings
-from dca_jax.store.trajectories import read_trajectories
 
 PALETTE = ("#5d6671", "#0b7285", "#d9480f", "#6741d9", "#2b8a3e", "#c2255c", "#846800", "#1864ab")
 
 
-def write_report(workdir: epath.Path) -> epath.Path:
-  """Writes `report.html` into a run's workdir from what the run left there.
+def summary(workdir: epath.Path) -> dict[str, Any]:
+  """What a run's page says beside its curves and episodes.
 
   Raises:
     ConfigError: there is no run, or it has not finished a step.
@@ -31,23 +30,16 @@ def write_report(workdir: epath.Path) -> epath.Path:
   trained = [m for m in metrics if "train/accuracy" in m]
   if not trained:
     raise ConfigError(f"--workdir={workdir} holds a run that has not finished a step yet")
-  text = render(
-    "report.html",
-    title=f"dca-jax: {workdir.parent.name}/{workdir.name}",
-    about=_about(flatten(saved)),
-    lost=missing_steps(metrics),
-    scores_header=["", *score_header(metrics)[1:]],
-    scores=score_rows(metrics),
-    findings=findings(metrics),
-    charts=[markup(svg) for svg in _curves(trained)],
-    seconds=_seconds(trained),
-    legend=_legend(),
-    examples=_examples(workdir, trained),
-    settings=json.dumps(saved, indent=2),
-  )
-  path = workdir / "report.html"
-  path.write_bytes(text.encode(errors="replace"))  # Data may hold halves of characters.
-  return path
+  return {
+    "title": f"dca-jax: {workdir.parent.name}/{workdir.name}",
+    "about": _about(flatten(saved)),
+    "lost": missing_steps(metrics),
+    "scores_header": ["", *score_header(metrics)[1:]],
+    "scores": score_rows(metrics),
+    "findings": findings(metrics),
+    "seconds": _seconds(trained),
+    "settings": json.dumps(saved, indent=2),
+  }
 
 
 def _about(config: dict[str, Any]) -> str:
@@ -60,21 +52,6 @@ def _about(config: dict[str, Any]) -> str:
     f"{setting('rollout.group')} completions a step, learning rate {setting('learner.lr')}. "
     "Intervals are 95 % over problems; curves are means of 5 steps."
   )
-
-
-def _curves(trained: list[dict]) -> list[str]:
-  completions = running_total(trained, "train/completions")
-
-  def of(key: str, smooth=list):
-    rows = [(x, m[key]) for x, m in zip(completions, trained, strict=True) if key in m]
-    return ([x for x, _ in rows], smooth([y for _, y in rows]))
-
-  sampled = [("accuracy", {"sampled, in training": of("train/accuracy", moving_average)})]
-  labels = ("tokens in a completion", "entropy (nats)", "KL to the start (nats)")
-  keys = ("train/length", "learner/entropy", "learner/kl")
-  others = [(label, {"": of(key)}) for label, key in zip(labels, keys, strict=True)]
-  charts = [(sampled, (7.5, 3.2)), (others, (7.5, 2.4))]
-  return [chart(panels, "completions sampled", size) for panels, size in charts]
 
 
 def _seconds(trained: list[dict]) -> list[list[str]]:
@@ -181,26 +158,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _examples(workdir: epath.Path, trained: list[dict]) -> list[dict[str, Any]]:
-  """Two wins and two losses of the first and of the last step,
-  of different problems if they can."""
-  examples = []
-  for step in dict.fromkeys([trained[0]["step"], trained[-1]["step"]]):
-    kept = [*read_trajectories(workdir / "trajectories", step)]
-    told = [t for t in kept if t.advantage]
-    why = ""
-    if not kept:
-      why = f"The trajectories of this step are not in {workdir / 'trajectories'}."
-    elif not told:
-      why = "The completions of every problem fared alike, so credit moved nothing."
-    kinds = []
-    for correct, kind in ((True, "right"), (False, "wrong")) if told else ():
-      by_problem = {t.problem.id: t for t in told if t.outcome.correct == correct}
-      kinds.append((kind, [_answer(t) for t in [*by_problem.values()][:2]]))
-    examples.append({"step": step, "why": why, "kinds": kinds})
-  return examples
-
-
 _BOUNDS = (0.05, 0.2, 0.5, 1.0)  # Of the shades: the same in every answer and in every report.
 _GREENS = ("#ffffff", "#e6f5ea", "#bfe6c8", "#8fd19e", "#57b66d")
 _REDS = ("#ffffff", "#fdeaea", "#fac8c8", "#f29d9d", "#e56b6b")
@@ -208,16 +165,6 @@ _REDS = ("#ffffff", "#fdeaea", "#fac8c8", "#f29d9d", "#e56b6b")
 
 def _shade(credit: float) -> str:
   return (_REDS if credit < 0 else _GREENS)[bisect.bisect_right(_BOUNDS, abs(credit))]
-
-
-def _legend() -> list[tuple[str, str]]:
-  """The shades from the most discouraged to the most reinforced, and what they mean."""
-  ranges = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(_BOUNDS)] + [
-    f"{_BOUNDS[-1]:g} and more"
-  ]
-  minus = [(shade, f"\u2212({label})") for shade, label in zip(_REDS[1:], ranges, strict=True)]
-  plus = [(shade, label) for shade, label in zip(_GREENS[1:], ranges, strict=True)]
-  return [*minus[::-1], (_GREENS[0], f"under {_BOUNDS[0]:g} either way"), *plus]
 
 
 def credit_html(episodes: Iterable[Episode]) -> str:

@@ -3,7 +3,7 @@
 import jax
 
 from dca_jax import loop
-from dca_jax.commands import report
+from dca_jax.commands import report, view
 from dca_jax.config import Config, ConfigError
 from dca_jax.devices import processes
 from dca_jax.store.metrics import read_metrics
@@ -24,17 +24,17 @@ def connect(distributed: bool, coordinator: str, count: int | None, number: int 
     processes.connect()
 
 
-def train(config: Config, workdir: str, resume: str) -> str:
+def train(config: Config, workdir: str, resume: str, quiet: bool = False) -> str:
   """Trains, writes the report, and returns the scores as text;
   empty in every process but the first.
 
   Raises:
     UserError, Terminated: see `loop.train`.
   """
-  loop.train(config, workdir, resume)
+  loop.train(config, workdir, resume, quiet)
   folder = locate(workdir)
   metrics = read_metrics(folder) if jax.process_index() == 0 else []
   if not any("train/accuracy" in row for row in metrics):
     return ""
   scores = report.text_table(report.score_header(metrics), report.score_rows(metrics))
-  return f"\n{scores}\n\nreport: {report.write_report(folder)}"
+  return f"\n{scores}\n\nreport: {view.write_report(folder)}"

@@ -225,6 +225,7 @@ class PanelConfig(ReviewerConfig):
   flip: float = Noisy.flip
   step: int = Thief.step
   seed: int = 0
+  """Those of its members `noisy` and `thief`, and the dice of all."""
 
   @property
   def first(self) -> tuple[ReviewerConfig, ...]:

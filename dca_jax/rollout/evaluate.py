@@ -8,6 +8,7 @@ import typing
 from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from dca_jax.checks import at_least
 from dca_jax.devices.processes import gather
@@ -52,17 +53,30 @@ class Answer(typing.NamedTuple):
   correct: bool
   final: str | None
   length: int
+  text: str
+
+
+Answers = dict[tuple[int, int], Answer]
+"""By problem and number of the sample."""
 
 
 def evaluate(config: EvaluateConfig, sampler: Sampler, params) -> dict[str, Estimate]:
   """Evaluates on problems 0 to `config.problems` of the held-out split; the noise is the same at
   every call."""
   answers = answer(config, sampler, params)
-  problems, samples = range(config.problems), range(config.samples)
+  return scores(config, answers, range(config.problems), bool(sampler.task.final_answer))
+
+
+def scores(
+  config: EvaluateConfig, answers: Answers, problems: Sequence[int], votes: bool
+) -> dict[str, Estimate]:
+  """Scores over some of the problems; `maj@k` where the task tells final answers apart, and so
+  counts `votes`."""
+  samples = range(config.samples)
   greedy = [answers[i, GREEDY].correct for i in problems]
   sampled = np.array([[answers[i, g].correct for g in samples] for i in problems])
   length = float(np.mean([answers[i, g].length for i in problems for g in samples]))
-  scores = {
+  found = {
     "greedy": share(greedy),
     "sampled": share(sampled.mean(1)),
     f"pass@{config.k}": share(
@@ -70,15 +84,15 @@ def evaluate(config: EvaluateConfig, sampler: Sampler, params) -> dict[str, Esti
     ),
     "length": Estimate(length, length, length),
   }
-  if sampler.task.final_answer:
+  if votes:
     voted = [[answers[i, g] for g in range(config.k)] for i in problems]
     majority = [majority_correct([a.final for a in own], [a.correct for a in own]) for own in voted]
-    scores[f"maj@{config.k}"] = share(majority)
-  return scores
+    found[f"maj@{config.k}"] = share(majority)
+  return found
 
 
-def answer(config: EvaluateConfig, sampler: Sampler, params) -> dict[tuple[int, int], Answer]:
-  """The greedy answer and the sampled ones to every problem, by problem and number of the sample.
+def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
+  """The greedy answer and the sampled ones to every problem.
 
   They are drawn in batches of training's shape, by its program and in its memory.
   """
@@ -86,8 +100,9 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> dict[tuple[int, 
   numbers = [GREEDY, *range(config.samples)]
   numbers += [GREEDY] * (-len(numbers) % rollout.group)
   groups = [(i, g) for i in range(config.problems) for g in range(0, len(numbers), rollout.group)]
-  own: dict[tuple[int, int], Answer] = {}
-  for first in range(0, len(groups), rollout.problems):
+  own: Answers = {}
+  batches = range(0, len(groups), rollout.problems)
+  for first in tqdm(batches, "evaluation", unit="batch", delay=5, disable=None, leave=False):
     # The last batch begins again, to be full.
     batch = [groups[(first + int(row)) % len(groups)] for row in sampler.own]
     problems = [task.problem("heldout", i) for i, _ in batch]
@@ -104,7 +119,7 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> dict[tuple[int, 
       new.items(), attempts, outcomes, strict=True
     ):
       final = task.final_answer(text) if task.final_answer else None
-      own[place] = Answer(outcome.correct, final, len(sample.tokens))
+      own[place] = Answer(outcome.correct, final, len(sample.tokens), text)
   told = gather("evaluation", [[*place, *own[place]] for place in own])
   return {(i, number): Answer(*rest) for part in told for i, number, *rest in part}
 

@@ -84,7 +84,7 @@ def read_trajectories(folder: epath.Path, step: int) -> Iterator[Episode]:
     damaged: list[str] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
       try:
-        yield _parsed(line)
+        yield parsed(line)
       except (ValueError, RecursionError) as error:
         damaged.append(f"line {number} is damaged ({error}) and left out")
     if damaged:
@@ -92,8 +92,8 @@ def read_trajectories(folder: epath.Path, step: int) -> Iterator[Episode]:
       print(f"warning: {path}, {damaged[0]}{more}", file=sys.stderr)
 
 
-def _parsed(line: bytes) -> Episode:
-  """Raises ValueError where a line holds no episode, or one of another version."""
+def parsed(line: bytes) -> Episode:
+  """The episode of a line; ValueError where it holds none, or one of another version."""
   try:
     kept = _Line.model_validate_json(line)
   except ValidationError as error:

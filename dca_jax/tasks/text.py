@@ -208,7 +208,7 @@ class Text:
         f"{here}: task.verifier '{self.config.verifier}' finds no answer in {answer[-60:]!r}"
       )
     asked = {"answer": boxed(final)} if self._reads_formulas else {}
-    return Problem(index, question, final, self.render(question), asked)
+    return Problem(index, question, final, self.render(question), {**_plain(row), **asked})
 
   def _reference(self, answer: str) -> str | None:
     """What a data set's answer says, or None where the verifier cannot read it."""

@@ -6,6 +6,7 @@ import jinja2
 import pytest
 
 from dca_jax.commands.pages import markup, render
+from dca_jax.commands.view import _page
 
 EVIL = (
   "<script>alert('x')</script>",
@@ -56,15 +57,12 @@ def comparison(text: str) -> str:
 
 
 def report(text: str) -> str:
-  told = {"prompt": text, "steps": [], "verdict": text}
-  example = {"step": 1, "why": text, "kinds": [("right", [told]), (text, [])]}
   lists = {"scores_header": [text], "scores": [[text]], "seconds": [[text, text]]}
-  lists |= {"findings": [text], "charts": [], "legend": [("#ffffff", text)]}
-  words = dict.fromkeys(("title", "about", "lost", "settings"), text)
-  return render("report.html", examples=[example], **lists, **words)
+  told = dict.fromkeys(("title", "about", "lost", "settings"), text)
+  return _page({"findings": [text], **lists, **told}, {"names": ["run"]}, gone=[text])
 
 
-@pytest.mark.parametrize(("page", "times"), [(answers, 4), (comparison, 5), (report, 15)])
+@pytest.mark.parametrize(("page", "times"), [(answers, 4), (comparison, 5), (report, 11)])
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_text_becomes_markup_and_none_is_lost(page, times, evil):
   ours, plain = Parsed(page(evil)), Parsed(page("plain"))

@@ -1,8 +1,6 @@
 """report.html: one file that needs nothing else and shows what the run did."""
 
 import dataclasses
-import html
-import html.parser
 import json
 import re
 import shutil
@@ -17,76 +15,46 @@ from dca_jax.commands.report import (
   score_header,
   score_rows,
   text_table,
-  write_report,
 )
+from dca_jax.commands.view import write_report
 from dca_jax.episode import Review, Step
-from dca_jax.loop import train
-from dca_jax.store.trajectories import read_trajectories, write_trajectories
+from dca_jax.store.trajectories import read_trajectories
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  workdir = epath.Path(tmp_path_factory.mktemp("reported") / "run")
-  train(
-    tiny.make_config({"credit.scheme": "weighted", "reviewer.name": "oracle"}),
-    str(workdir),
-    quiet=True,
-  )
-  return workdir
+def words(page, selector: str) -> list[str]:
+  return page.locator(selector).all_text_contents()
 
 
-class Page(html.parser.HTMLParser):
-  """Which elements a page has, and the values of their attributes."""
-
-  def __init__(self, text: str):
-    super().__init__()
-    self.tags: list[str] = []
-    self.attributes: list[tuple[str, str | None]] = []
-    self.settings = ""
-    self.feed(text)
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attributes += attrs
-
-  def handle_data(self, data):
-    if self.tags[-1:] == ["pre"]:
-      self.settings = self.settings or data
+def test_the_page_needs_nothing_from_elsewhere(reviewed, look):
+  path = write_report(reviewed)
+  page = look(f"file://{path}")
+  asked = page.evaluate("performance.getEntriesByType('resource').map((entry) => entry.name)")
+  assert asked == []
+  assert not re.search(r"url\(\s*['\"]?(http|//)|@import", path.read_text())
+  assert page.locator("link, img, iframe, script[src]").count() == 0
 
 
-def test_the_page_needs_nothing_from_elsewhere(run):
-  text = write_report(run).read_text()
-  page = Page(text)
-  assert not {"script", "link", "img", "iframe"} & set(page.tags)
-  # Names of namespaces and licences look like addresses too, but nothing is fetched from them.
-  loaded = {"src", "srcset", "href", "xlink:href", "data", "poster", "style"}
-  fetched = [value or "" for name, value in page.attributes if name in loaded]
-  assert not [value for value in fetched if "//" in value]
-  assert not re.search(r"url\(\s*['\"]?(http|//)|@import", text)
-
-
-def test_the_page_shows_curves_scores_steps_and_settings(run):
-  text = write_report(run).read_text()
-  page = Page(text)
-  assert page.tags.count("svg") == 2
-  assert "<path" in text
-  lines = tiny.read_lines(run)
+def test_the_page_shows_curves_scores_steps_and_settings(reviewed, look):
+  page = look(f"file://{write_report(reviewed)}")
+  text = page.inner_text("body")
+  assert page.get_by_role("img", name=re.compile(r"^Accuracy, by step: accuracy from")).count() == 1
+  assert page.locator("polyline").count() >= 10
+  lines = tiny.read_lines(reviewed)
   for name in ("greedy", "sampled", "pass@2", "maj@2"):
     for line in (lines[0], lines[-1]):
       assert f"{line[f'eval/{name}']:.3f}" in text
-  assert "step 3" in text
-  assert "Step 1" in text
-  shown = [
-    t
-    for step in (1, 3)
-    for t in read_trajectories(run / "trajectories", step)
-    if t.problem.prompt in text
-  ]
-  assert shown
-  assert any(html.escape(s.text) in text for t in shown for s in t.steps)
-  assert "class=step" in text
-  assert page.settings == json.dumps(json.loads((run / "config.json").read_text()), indent=2)
-  assert page.tags[0] == "html"
+  kept = [t for step in (1, 3) for t in read_trajectories(reviewed / "trajectories", step)]
+  assert page.inner_text("#count") == f"{len(kept)} episodes, page 1 of 1"
+  moved = next(t for t in kept if t.advantage and t.review.roles)
+  page.get_by_role("button", name=f"Open episode {moved.id}").click()
+  steps = words(page, "#episode .answer >> nth=0 >> .step")
+  assert len(steps) == len(moved.steps)
+  for said, step, role in zip(steps, moved.steps, moved.review.roles, strict=True):
+    assert said.startswith(f"{step.text}{role} ")
+  group = [t for t in kept if t.id.rpartition("/")[0] == moved.id.rpartition("/")[0]]
+  assert page.locator("#episode .answer").count() == len(group)
+  settings = json.dumps(json.loads((reviewed / "config.json").read_text()), indent=2)
+  assert page.locator("pre").text_content() == settings
 
 
 def said_of(episode, role: str) -> Review:
@@ -95,38 +63,60 @@ def said_of(episode, role: str) -> Review:
   return Review("ok", (role,) * n, (1.0,) * n)
 
 
-def test_text_of_problems_and_answers_cannot_become_markup(run, tmp_path):
-  copy = epath.Path(tmp_path / "run")
-  shutil.copytree(run, copy)
-  evil = "<script>alert('x')</script>\"&"
-  for step in (1, 3):
-    rows = [
-      dataclasses.replace(
-        t,
-        problem=dataclasses.replace(t.problem, prompt=evil, answer=evil),
-        steps=tuple(s._replace(text=evil) for s in t.steps),
-        review=said_of(t, f'" onmouseover="{evil}'),
-      )
-      for t in read_trajectories(copy / "trajectories", step)
-    ]
-    write_trajectories(copy / "trajectories", step, 0, rows)
-  text = write_report(copy).read_text()
-  page = Page(text)
-  assert "script" not in page.tags
-  assert "onmouseover" not in dict(page.attributes)
-  assert "&lt;script&gt;" in text
+CORPUS = (
+  "<script>alert('x')</script>\"&",
+  "</script><script>alert(1)</script>",
+  '" onmouseover="alert(1)',
+  "<img src=x onerror=alert(1)>",
+  '<a href="javascript:alert(1)">x</a>',
+  "javascript:alert(1)",
+  "\u202eright to left\u202c\u2067\u200f",
+  "<!--<script>",
+  "x" * 2**20,
+)
 
 
-def rewritten(run, folder, change):
-  """A copy of the run whose trajectories are what `change` makes of them."""
-  copy = epath.Path(shutil.copytree(run, folder / "run"))
-  for step in (1, 3):
-    rows = [change(t) for t in read_trajectories(copy / "trajectories", step)]
-    write_trajectories(copy / "trajectories", step, 0, rows)
-  return copy
+@pytest.mark.parametrize("evil", CORPUS, ids=range(len(CORPUS)))
+def test_text_of_problems_and_answers_cannot_become_markup(rewritten, tmp_path, look, evil):
+  first: list[str] = []
+
+  def change(t):
+    first.append(t.id)
+    if t.id != first[0]:
+      return t
+    return dataclasses.replace(
+      t,
+      problem=dataclasses.replace(t.problem, prompt=evil, answer=evil),
+      steps=tuple(s._replace(text=evil) for s in t.steps[:1]),
+      review=dataclasses.replace(said_of(t, evil), roles=(evil,), weights=(1.0,), model=evil),
+      values=(),
+    )
+
+  page = look(f"file://{write_report(rewritten(tmp_path, change))}")
+  page.get_by_role("button", name="Open episode").first.click()
+  assert page.locator("script").count() == 2
+  assert page.locator("main a, main img, [onmouseover]").count() == 0
+  assert page.locator(".prompt-text").text_content() == evil
+  assert evil in words(page, "#episode .step")[0]
+  assert page.get_by_role("button", name="Close").is_visible()
+  isolated = page.locator("#episode .step").first.evaluate("(e) => getComputedStyle(e).unicodeBidi")
+  assert "isolate" in isolated
+  assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_a_colour_means_the_same_credit_in_every_answer(run, tmp_path):
+def test_no_script_but_its_own_runs(reviewed, chromium, tmp_path):
+  """Also where markup had found a way into it."""
+  path, said = tmp_path / "page.html", []
+  text = write_report(reviewed).read_text()
+  path.write_text(text.replace("<main>", "<main><script>document.title = 'evil'</script>"))
+  page = chromium.new_page()
+  page.on("console", lambda message: said.append(message.text))
+  page.goto(f"file://{path}")
+  assert page.title() != "evil"
+  assert "Content Security Policy" in said[0]
+
+
+def test_a_colour_means_the_same_credit_in_every_answer(rewritten, tmp_path, look):
   credits = (-1.5, -0.3, 0.0, 0.1, 0.3, 2.0)
 
   def change(t):
@@ -140,45 +130,41 @@ def test_a_colour_means_the_same_credit_in_every_answer(run, tmp_path):
       t, credit=[*credits, *[0.0] * 50][: len(t.tokens)], review=said_of(t, "repair")
     )
 
-  text = write_report(rewritten(run, tmp_path, change)).read_text()
-  shown = re.findall(r"background:(#\w+)\">s(\d) <small>repair ([^<]+)</small>", text)
-  assert len(shown) > 10
-  colours = {k: {colour for colour, step, _ in shown if step == k} for k in "012345"}
+  page = look(f"file://{write_report(rewritten(tmp_path, change))}")
+  colours: dict[str, set[str]] = {}
+  for opened in page.get_by_role("button", name="Open episode").all()[:3]:
+    opened.click()
+    for step in page.locator("#episode .step").all():
+      said = step.locator("small").text_content()
+      colour = step.evaluate("(e) => getComputedStyle(e).backgroundColor")
+      colours.setdefault(said.split()[-1], set()).add(colour)
+  assert {*colours} == {"\u22121.50", "\u22120.30", "+0.00", "+0.10", "+0.30", "+2.00"}
   assert all(len(own) == 1 for own in colours.values())
   assert len(set.union(*colours.values())) == 6
-  # The legend has every colour that is used, and the credit stands there as text too.
-  legend = set(re.findall(r"background:(#\w+)\">[^s<]", text))
-  assert set.union(*colours.values()) <= legend
-  assert {said for _, step, said in shown if step == "0"} == {"\u22121.50"}
 
 
-def test_what_a_step_did_can_be_read_without_a_mouse(run):
-  text = write_report(run).read_text()
-  assert "title" not in dict(Page(text).attributes)
-  steps = text.split("class=step")[1:]
-  labelled = [
-    step for step in steps if re.search(r"<small>[a-z (]+\)? [+\u2212]\d\.\d\d</small>", step)
-  ]
-  assert len(steps) - len(labelled) == 9  # The legend.
+def test_what_a_step_did_can_be_read_without_a_mouse(reviewed, look):
+  page = look(f"file://{write_report(reviewed)}")
+  assert page.locator("[title]").count() == 0
+  opened = page.get_by_role("button", name="Open episode").first
+  opened.focus()
+  page.keyboard.press("Enter")
+  page.locator("#episode h2:focus").wait_for()
+  assert all(re.search(r"[a-z (]+\)?.* [+\u2212]\d\.\d\d", s) for s in words(page, ".step small"))
+  page.locator("#episode .step[tabindex]").first.focus()
+  assert re.search(r". [+\u2212]\d\.\d\d\d", page.inner_text("#token"))
+  page.keyboard.press("Escape")
+  page.locator("#episode").wait_for(state="hidden")
 
 
-def test_a_section_with_nothing_in_it_says_why(run, tmp_path):
-  copy = rewritten(run, tmp_path, lambda t: dataclasses.replace(t, advantage=0.0))
-  assert write_report(copy).read_text().count("The completions of every problem fared alike") == 2
+def test_a_section_with_nothing_in_it_says_why(rewritten, tmp_path):
+  copy = rewritten(tmp_path, lambda t: t)
   (copy / "trajectories" / "step_000001.jsonl").unlink()
   assert write_report(copy).read_text().count("The trajectories of this step are not in") == 1
-  wins = rewritten(
-    run,
-    tmp_path / "wins",
-    lambda t: dataclasses.replace(
-      t, advantage=0.5, outcome=dataclasses.replace(t.outcome, correct=True)
-    ),
-  )
-  assert write_report(wins).read_text().count("none was wrong") == 2
 
 
-def test_what_looks_wrong_is_shown(run, tmp_path):
-  copy = epath.Path(shutil.copytree(run, tmp_path / "run"))
+def test_what_looks_wrong_is_shown(reviewed, tmp_path):
+  copy = epath.Path(shutil.copytree(reviewed, tmp_path / "run"))
   assert "What looks wrong" not in write_report(copy).read_text()
   row = tiny.read_lines(copy)[-1] | {"train/truncated": 1.0}
   lines = "".join(json.dumps(row | {"step": step}) + "\n" for step in range(4, 10))
@@ -186,10 +172,11 @@ def test_what_looks_wrong_is_shown(run, tmp_path):
   assert "step 8: every completion has been cut off" in write_report(copy).read_text()
 
 
-def test_writing_it_touches_no_other_file(run):
-  before = {path.name for path in run.iterdir()}
-  write_report(run)
-  assert {path.name for path in run.iterdir()} == before | {"report.html"}
+def test_writing_it_touches_no_other_file(reviewed, tmp_path):
+  before = {path.name for path in reviewed.iterdir()} | {"report.html"}
+  write_report(reviewed)
+  assert {path.name for path in reviewed.iterdir()} == before
+  assert write_report(reviewed, epath.Path(tmp_path / "page.html")).stat().length > 5000
 
 
 def test_score_rows_compare_the_first_and_the_last_evaluation():
