@@ -15,9 +15,9 @@ from dca_jax.config import CHOICES, Config
 HEAD = """# Settings
 
 Every key of a recipe, which the command line can override, with its default. This page is made
-from the source: `python -m evidence.settings > docs/settings.md`. A key that is misspelt, impossible or
-without effect is an error. Where a section begins with a choice, such as `task.name`, each of the
-built-in choices has keys of its own beside those that all have; yours too
+from the source: `python -m evidence.settings > docs/settings.md`. A key that is misspelt,
+impossible or without effect is an error. Where a section begins with a choice, such as `task.name`,
+each of the built-in choices has keys of its own beside those that all have; yours too
 ([extending.md](extending.md)).
 """
 
