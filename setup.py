@@ -36,6 +36,7 @@ setup(
     "pydantic>=2.10",
     "regex",
     "safetensors>=0.4.3",
+    "scipy",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
     "tokenizers",

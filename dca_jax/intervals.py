@@ -5,6 +5,7 @@ import typing
 from collections.abc import Callable
 
 import numpy as np
+from scipy.special import stdtrit
 
 _DRAWS = 500
 
@@ -61,3 +62,13 @@ def bootstrap(sums_NxM, statistic: Callable[[np.ndarray], np.ndarray]) -> Estima
   drawn = drawn[np.isfinite(drawn)]
   low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (math.nan, math.nan)
   return Estimate(value, float(low), float(high))
+
+
+def paired_ratio(base_N, arm_N) -> Estimate:
+  """The geometric mean of the ratios of pairs, base over arm, and Student's interval of its
+  logarithm; at least two pairs of positive numbers."""
+  logs_N = np.log(np.asarray(base_N, float) / np.asarray(arm_N, float))
+  n = len(logs_N)
+  spread = stdtrit(n - 1, 0.975) * logs_N.std(ddof=1) / math.sqrt(n)
+  mean = logs_N.mean()
+  return Estimate(*(float(x) for x in np.exp([mean, mean - spread, mean + spread])))

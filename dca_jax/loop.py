@@ -67,7 +67,7 @@ def train(
 
 def one_step(t: Trainer, step: int, reporter: Reporter, callbacks: Sequence[Callback]) -> None:
   """Trains, evaluates where it is due, records and saves."""
-  metrics, problem, stop = train_step(t, step)
+  metrics, problem, stop, credit = train_step(t, step)
   if size := t.task.sizes.get("train"):
     metrics["train/epoch"] = step * t.config.rollout.problems / size
   if bad := not_finite(metrics):
@@ -81,7 +81,7 @@ def one_step(t: Trainer, step: int, reporter: Reporter, callbacks: Sequence[Call
   except Terminated as error:  # Whoever goes on will evaluate.
     asked = error
   last = bool(problem or asked) or step == t.config.steps
-  reporter.log(step, metrics)
+  reporter.log(step, metrics, {"credit/token": credit})
   if t.checkpoints.due(step, metrics, last):
     t.growing.publish()
     t.checkpoints.save(step, t.state, metrics, last)

@@ -29,6 +29,8 @@ class Measured(NamedTuple):
   """Why the reviewer thinks that the run should end."""
   stop: str
   """What has asked the run to stop; empty while nothing did."""
+  credit: np.ndarray
+  """The advantages of the tokens that this process sampled."""
 
 
 def train_step(t: Trainer, step: int) -> Measured:
@@ -89,6 +91,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     merge(tallies) | waits(tallies) | numbers | found,
     next(filter(None, problems), None),
     next(filter(None, reasons), ""),
+    host.tokens_BxT[rollout.sampled_BxT],
   )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dca_jax import config
 from dca_jax.commands import cli
-from dca_jax.commands.compare import arm_config
+from dca_jax.commands.compare import arm_config, arms_of
 from dca_jax.commands.review import reviewer_config
 from dca_jax.credit import SCHEMES
 from dca_jax.learner.values import VALUES
@@ -64,7 +64,7 @@ def test_a_command_of_the_docs_is_understood(page, command, monkeypatch):
   assert args.settings or not overrides
   if args.command == "compare":
     recipe = config.read_recipe(args.config)
-    for arm in args.arms.split(","):
+    for arm in arms_of(args.arms):
       arm_config(recipe, arm, 0, overrides)
   elif args.command == "review":
     reviewer_config(args.reviewer, overrides, {})
@@ -88,7 +88,7 @@ def arms(page: pathlib.Path) -> list[str]:
   return [
     arm
     for found in re.findall(r"`--arms=(\S+?)(?: --seeds|`)", page.read_text())
-    for arm in found.split(",")
+    for arm in arms_of(found)
   ]
 
 

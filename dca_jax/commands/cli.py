@@ -109,7 +109,10 @@ def parser() -> argparse.ArgumentParser:
   p = command(
     _compare, "train several arms and draw their curves", True, "where the runs and the figure go"
   )
-  what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas"
+  what = (
+    "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas; a value may be"
+  )
+  what += " [a,b], which makes an arm of each"
   p.add_argument("--arms", required=True, help=what)
   p.add_argument("--seeds", default="0", help="numbers, by commas")
   what = "accuracy that the samples are counted to"
@@ -229,9 +232,10 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _compare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   from dca_jax import config
-  from dca_jax.commands.compare import compare
+  from dca_jax.commands.compare import arms_of, compare
+  from dca_jax.store.workdir import locate
 
-  arms = [arm for arm in args.arms.split(",") if arm]
+  arms = arms_of(args.arms)
   seeds = [int(seed) for seed in args.seeds.split(",") if seed.isascii() and seed.isdigit()]
   if len(seeds) != args.seeds.count(",") + 1 or max(seeds) >= 2**31:
     must = "must be whole numbers from 0 to 2^31 - 1, separated by commas"
@@ -241,7 +245,11 @@ def _compare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
       raise config.ConfigError(f"--{name}={getattr(args, name)}: names one of them twice")
   _between(args, "threshold", 0, 1)
   recipe = config.read_recipe(args.config)
-  table = compare(recipe, arms, seeds, args.threshold, args.workdir, overrides)
+  quiet = args.quiet or args.json
+  table = compare(recipe, arms, seeds, args.threshold, args.workdir, overrides, quiet)
+  if args.json:
+    print((locate(args.workdir) / "compare.json").read_text(), end="")
+    return
   print(f"\n{table}\n\npage: {os.path.join(args.workdir, 'compare.html')} (and compare.png)")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from dca_jax.commands.report import chart, moving_average, running_total, text_t
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
+from dca_jax.intervals import paired_ratio
 from dca_jax.loop import train
 from dca_jax.store.metrics import missing_steps, read_metrics
 from dca_jax.store.workdir import locate
@@ -39,6 +41,17 @@ def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
   return config_lib.build(recipe.get_config(), overrides, named, [*typed, f"--config.seed={seed}"])
 
 
+def arms_of(text: str) -> list[str]:
+  """The arms between the commas of `text`; `key=[a,b]` in one stands for an arm with each value."""
+  arms = []
+  for arm in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", text):
+    # Every second part is what stands in brackets.
+    parts = re.split(r"\[([^\]]*)\]", arm)
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    arms += ["".join(chosen) for chosen in itertools.product(*choices)]
+  return arms
+
+
 def compare(
   recipe,
   arms: Sequence[str],
@@ -46,6 +59,7 @@ def compare(
   threshold: float,
   workdir: str,
   overrides: Sequence[str],
+  quiet: bool = False,
 ) -> str:
   """Trains every arm with every seed and writes compare.png, compare.html and compare.json; run
   again, it resumes.
@@ -59,9 +73,10 @@ def compare(
   folder = locate(workdir)
   runs: Runs = {}
   for seed, arm in itertools.product(seeds, arms):
-    print(f"\n{arm}, seed {seed}", flush=True)
+    if not quiet:
+      print(f"\n{arm}, seed {seed}", flush=True)
     run = folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
-    train(dataclasses.replace(configs[arm], seed=seed), str(run))
+    train(dataclasses.replace(configs[arm], seed=seed), str(run), quiet=quiet)
     runs[arm, seed] = read_metrics(run)
     if lost := missing_steps(runs[arm, seed]):
       raise UserError(
@@ -76,6 +91,21 @@ def compare(
   _write(folder, seeds, threshold, spent, header, rows)
   return text_table(header, rows)
 
+
+# What the columns of the table are called in compare.json.
+_JSON = (
+  "arm",
+  "lr",
+  "completions",
+  "completions_ratio",
+  "completions_ratio_by_seeds",
+  "tokens",
+  "tokens_ratio",
+  "tokens_ratio_by_seeds",
+  "sampled",
+  "greedy",
+  "length",
+)
 
 # By arm and seed, the rows of a run's metrics.
 Runs = dict[tuple[str, int], list[dict[str, Any]]]
@@ -102,7 +132,8 @@ def _spent(
 
 def _header(base: str, threshold: float) -> list[str]:
   versus = f"{base} / arm"
-  counted = f"completions to {threshold:g}", versus, f"tokens to {threshold:g}", versus
+  reached = versus, "by seeds, 95 %"
+  counted = f"completions to {threshold:g}", *reached, f"tokens to {threshold:g}", *reached
   return ["arm", "lr", *counted, "sampled at the end", "greedy", "length"]
 
 
@@ -114,6 +145,7 @@ def _row(arm: str, runs: Runs, seeds: Sequence[int], spent: dict[str, Spent]) ->
     base = next(iter(curves))
     row.append(" ".join("never" if n is None else f"{n / unit:,.0f}{sign}" for n in reached[arm]))
     row.append(ratio(reached[base], reached[arm], curves[base]))
+    row.append(by_seeds(reached[base], reached[arm]) if arm != base else "-")
   for score, digits in (("sampled", 3), ("greedy", 3), ("length", 1)):
     row.append(" ".join(f"{runs[arm, seed][-1][f'eval/{score}']:.{digits}f}" for seed in seeds))
   return row
@@ -138,8 +170,10 @@ def _write(
     about=(
       "Sampled accuracy on fresh training problems, mean of 5 steps; one curve a seed "
       f"({', '.join(map(str, seeds))}). Completions, and tokens generated, until that mean reaches "
-      f"{threshold:g}, a number a seed; ratios of medians. The tokens include continuations sampled"
-      " for prefix values, and no reviewer's. At the end: held-out problems."
+      f"{threshold:g}, a number a seed; ratios of medians, and geometric means of the seeds' own"
+      " ratios with their 95 % t intervals, which know nothing of what all seeds share. The tokens"
+      " include continuations sampled for prefix values, and no reviewer's. At the end: held-out"
+      " problems."
     ),
     header=header,
     rows=rows,
@@ -149,6 +183,7 @@ def _write(
     "threshold": threshold,
     "seeds": list(seeds),
     "curves": curves,
+    "rows": [dict(zip(_JSON, row, strict=True)) for row in rows],
     "completions_to_threshold": spent["completions"].to_threshold,
     "tokens_to_threshold": spent["generated_tokens"].to_threshold,
   }
@@ -168,6 +203,15 @@ def samples_to(x: list[float], y: list[float], threshold: float) -> float | None
   return next(
     (n for i, (n, a) in enumerate(zip(x, y, strict=True)) if a >= threshold and i >= 4), None
   )
+
+
+def by_seeds(base: list[float | None], arm: list[float | None]) -> str:
+  """The geometric mean over seeds of the first arm's spending over this one's, and its interval;
+  nothing where a run never arrived."""
+  if None in base or None in arm or len(arm) < 2:
+    return "-"
+  e = paired_ratio([n for n in base if n], [n for n in arm if n])
+  return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
 
 
 def ratio(base: list[float | None], arm: list[float | None], base_curves) -> str:

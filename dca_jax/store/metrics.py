@@ -7,8 +7,10 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -76,11 +78,14 @@ class Reporter(contextlib.AbstractContextManager):
       self._file = self._begin()
     self.log(step, metrics)
 
-  def log(self, step: int, metrics: dict[str, float]) -> None:
-    """Records the metrics of one step, flat keys `group/name`."""
+  def log(
+    self, step: int, metrics: dict[str, float], values: Mapping[str, np.ndarray] | None = None
+  ) -> None:
+    """Records the metrics of one step, flat keys `group/name`; `values` are for writers that show
+    how many numbers are distributed."""
     self._file.write(json.dumps({"step": step, **metrics}) + "\n")
     self._file.flush()
-    self._writers.log(step, metrics)
+    self._writers.log(step, metrics, values or {})
     self._bar.update(step - self._bar.n)
     for said in self._watch.read({"step": step, **metrics}) if not self._quiet else ():
       print(f"warning: {said}", file=sys.stderr)

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import histogram, scalar
 
 from dca_jax.doors import door, find, require
 from dca_jax.errors import reason
@@ -81,6 +82,12 @@ class TensorBoard:
     for key, value in metrics.items():
       self._write(step=step, summary=scalar(key, value))
     self._events.flush()
+
+  def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+    """How many numbers are distributed; a writer need not have this."""
+    for key, numbers in values.items():
+      if numbers.size:
+        self._write(step=step, summary=histogram(key, numbers, bins="auto"))
 
   def close(self) -> None:
     self._events.close()
@@ -213,9 +220,10 @@ class Writers:
       self._told[spec] = own, step
       write_whole(self._path, json.dumps(self._told) + "\n")
 
-  def log(self, step: int, metrics: Mapping[str, float]) -> None:
+  def log(self, step: int, metrics: Mapping[str, float], values: Mapping[str, np.ndarray]) -> None:
     for member in self._members:
       member.log(step, metrics)
+      member.histograms(step, values)
 
   def close(self, stopped: bool) -> None:
     """Waits for a while until all is written; not as long where the run was stopped."""
@@ -272,6 +280,10 @@ class _Member:
     told = self.told.get(step, ())
     if new := {key: value for key, value in metrics.items() if key not in told}:
       self._do(functools.partial(self._log, step, new))
+
+  def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+    """For a writer that has them."""
+    self._do(lambda: getattr(self._writer, "histograms", lambda *_: None)(step, values))
 
   def close(self) -> None:
     self._do(self._close)

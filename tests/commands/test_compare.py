@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from dca_jax.commands import cli
-from dca_jax.commands.compare import arm_config, ratio, samples_to
+from dca_jax.commands.compare import arm_config, arms_of, by_seeds, ratio, samples_to
 from dca_jax.config import ConfigError, read_recipe
 
 GENTLE = {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.lam": 0.25}
@@ -89,6 +89,19 @@ def test_a_wrong_arm_is_named(recipe, arm, parts):
     assert part in str(raised.value)
 
 
+@pytest.mark.parametrize(
+  ("text", "arms"),
+  [
+    ("uniform,weighted", ["uniform", "weighted"]),
+    ("a:x.lr=[5e-4,1e-3],b", ["a:x.lr=5e-4", "a:x.lr=1e-3", "b"]),
+    ("a:x=[1,2]:y=[3,4]", ["a:x=1:y=3", "a:x=1:y=4", "a:x=2:y=3", "a:x=2:y=4"]),
+    ("", []),
+  ],
+)
+def test_a_list_of_values_is_an_arm_for_each(text, arms):
+  assert arms_of(text) == arms
+
+
 # Counting.
 
 
@@ -126,6 +139,15 @@ def test_a_base_that_never_arrives_gives_a_lower_bound():
   assert ratio([None, 100.0], [50.0, 50.0], curves(500, 500)).startswith("≥ 6.00")
 
 
+def test_ratios_by_seeds_have_an_interval():
+  """By hand: logarithms of mean 1.0124 and standard deviation 0.157, t(3) = 3.182."""
+  base, arm = [9472.0, 10368.0, 11520.0, 11136.0], [4224.0, 3456.0, 3584.0, 4224.0]
+  assert by_seeds(base, arm) == "2.75 [2.14, 3.54]"
+  assert by_seeds([4.0, 8.0], [2.0, 4.0]) == "2.00 [2.00, 2.00]"
+  assert by_seeds([4.0], [2.0]) == "-"  # One pair has no spread.
+  assert by_seeds([4.0, None], [2.0, 2.0]) == "-"
+
+
 # The whole command.
 
 
@@ -140,6 +162,11 @@ def test_compare_writes_its_page_figure_numbers_and_table(tmp_path, capsys):
   table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
   assert table[0].split()[0] == "arm"
   assert [line.split()[0] for line in table[2:]] == ["uniform", "weighted:credit.lam=0.75"]
+
+  assert cli.main([*command, "--json"]) == 0  # It trains nothing.
+  told = json.loads(capsys.readouterr().out)
+  assert [row["completions"] for row in told["rows"]] == ["80 80", "80 80"]
+  assert told["rows"][1]["completions_ratio_by_seeds"] == "1.00 [1.00, 1.00]"
 
   assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
   page = (out / "compare.html").read_text()

@@ -5,9 +5,11 @@ import time
 
 import pytest
 import tiny
+from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 
 from dca_jax.commands import cli
 from dca_jax.loop import train
+from dca_jax.store.trajectories import read_trajectories
 
 
 def test_status_of_a_run_under_way_and_of_a_finished_one(tmp_path, capsys):
@@ -33,6 +35,18 @@ def test_status_of_a_run_under_way_and_of_a_finished_one(tmp_path, capsys):
   out = capsys.readouterr().out
   assert "step 3 of 1003, written 1:00:0" in out
   assert "to go" in out
+
+
+def test_tensorboard_shows_how_credit_is_distributed(reviewed):
+  events = EventAccumulator(str(reviewed / "tensorboard"), {HISTOGRAMS: 0}).Reload()
+  shown = {event.step: event.histogram_value for event in events.Histograms("credit/token")}
+  assert [*shown] == [1, 2, 3]
+  for step, own in shown.items():
+    kept = read_trajectories(reviewed / "trajectories", step)
+    credit = [x for episode in kept for x in episode.credit]
+    assert own.num == len(credit)
+    assert own.sum == pytest.approx(sum(credit), abs=1e-5)
+    assert own.max == pytest.approx(max(credit))
 
 
 @pytest.mark.parametrize("there", [[], ["config.json"]])
