@@ -58,10 +58,12 @@ class Review:
   """The model that said so, as its provider names the version."""
   cached: bool = False
   """Whether it came from the cache, and cost nothing."""
+  reasons: tuple[str, ...] = ()
+  """Why, of each step, where the reviewer says so. Only kept."""
 
   def checked(self, steps: int) -> "Review":
     """This review, or one of status `invalid` where it does not fit an episode of so many steps."""
-    fits = {len(self.roles), len(self.values)} <= {0, steps}
+    fits = {len(self.roles), len(self.values), len(self.reasons)} <= {0, steps}
     fits = fits and len(self.weights) == len(self.roles)
     says = self.roles or self.values
     if self.status != "ok" or (fits and says and set(self.roles) <= set(ROLES)):
@@ -191,6 +193,8 @@ class Episode:
     line: dict[str, Any] = self.steps[k]._asdict()
     if self.review.roles:
       line |= {"role": self.review.roles[k], "weight": self.review.weights[k]}
+    if self.review.reasons:
+      line["reason"] = self.review.reasons[k]
     if len(self.values) and not math.isnan(self.values[k]):
       line["value"] = self.values[k]
     if k in self.checks:
@@ -212,6 +216,7 @@ class Episode:
       tuple(step["role"] for step in steps) if told else (),
       tuple(step["weight"] for step in steps) if told else (),
       model=line["model"],
+      reasons=tuple(step["reason"] for step in steps) if "reason" in (steps or [{}])[0] else (),
     )
     return cls(
       line["id"],

@@ -162,7 +162,12 @@ def test_a_whole_number_serves_as_a_float():
     ("reviewer.name", "none", {"credit.scheme": "weighted"}),
     ("reviewer.flip", 1.5, {"credit.scheme": "weighted", "reviewer.name": "noisy"}),
     ("reviewer.name", "none", {"credit.scheme": "potential"}),
-    ("reviewer.name", "gemini", {"credit.scheme": "potential"}),
+    (
+      *("reviewer.name", "gemini"),
+      {"credit.scheme": "potential", "reviewer.client.level": "verdict"},
+    ),
+    ("reviewer.client.level", "quick", {**REVIEWED, "reviewer.name": "gemini"}),
+    ("reviewer.client.samples", 0, {**REVIEWED, "reviewer.name": "gemini"}),
     ("reviewer.panel", (), {**REVIEWED, "reviewer.name": "panel"}),
     ("reviewer.panel", ("oracle", "geminy:x"), {**REVIEWED, "reviewer.name": "panel"}),
     ("reviewer.escalate", "geminy", {**REVIEWED, "reviewer.name": "oracle"}),
@@ -650,6 +655,7 @@ def test_which_keys_a_resumed_run_may_change():
   # What is asked of whom is fixed; how long, how often and for how much is not.
   ours = {"name", "flip", "step", "seed", "panel", "combine", "escalate", "sample_frac", "overlap"}
   asked = {"model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens"}
+  asked |= {"level", "reference", "examples", "samples"}
   reviewer = {key for key in fixed if key.startswith("reviewer.")}
   assert reviewer == {f"reviewer.{key}" for key in ours} | {
     f"reviewer.client.{key}" for key in asked
@@ -674,6 +680,15 @@ def test_a_resumed_run_may_be_given_more_money_and_another_pace_but_no_other_mod
   assert [change.split()[0] for change in difference(other, saved.to_json())] == [
     "reviewer.client.model"
   ]
+
+
+def test_a_scheme_that_reads_values_alone_asks_a_model_for_them():
+  gemini = {"reviewer.name": "gemini", "credit.scheme": "potential"}
+  assert tiny.make_config(gemini).reviewer.client.level == "values"
+  weighted = {**gemini, "credit.scheme": "weighted"}
+  assert tiny.make_config(weighted).reviewer.client.level == "verdict"
+  alone = {**gemini, "reviewer.client.level": "values", "reviewer.client.whole_group": True}
+  assert message(tiny.settings(alone)).startswith("reviewer.client.whole_group: ")
 
 
 def test_difference_names_what_a_resumed_run_may_not_change():

@@ -219,16 +219,18 @@ def _reviewed(
   if repeat and config.models:
     client = dataclasses.replace(config.client, repeat_frac=repeat)
     config = dataclasses.replace(config, client=client)
+  longest = max(_SECONDS, 8 * config.client.attempt_seconds)
   begins = not (folder / "reviews.sqlite").exists()
   with contextlib.closing(open_reviewer(config, source.truth, cache)) as reviewer:
     if begins and (wrong := reviewer.trial(60.0).wrong):
       raise ConfigError(f"no usable review from {wrong}")
     began = time.monotonic()
-    reviews = _asked(reviewer, requests, 8 * config.client.concurrency)
+    reviews = _asked(reviewer, requests, 8 * config.client.concurrency, longest)
     seconds = time.monotonic() - began
     stats = reviewer.stats()
     if repeat and not config.models:
-      again = _asked(reviewer, requests[: math.ceil(repeat * len(requests))], len(requests))
+      part = requests[: math.ceil(repeat * len(requests))]
+      again = _asked(reviewer, part, len(requests), longest)
       stats["review/repeat_agreement"] = _same(reviews, again)
     failures = reviewer.failures()
   reviews = [r.checked(len(asked.steps)) for r, asked in zip(reviews, requests, strict=True)]
@@ -239,10 +241,10 @@ def _reviewed(
   return reviews, costs(stats, len(requests), seconds)
 
 
-def _asked(reviewer: Reviewer, requests: Sequence[Request], portion: int):
+def _asked(reviewer: Reviewer, requests: Sequence[Request], portion: int, seconds: float):
   reviews = []
   for i in range(0, len(requests), portion):
-    reviews += review_patiently(reviewer, requests[i : i + portion], _SECONDS)
+    reviews += review_patiently(reviewer, requests[i : i + portion], seconds)
     if len(requests) > portion:
       print(f"reviewed {len(reviews)} of {len(requests)}", file=sys.stderr)
   return reviews

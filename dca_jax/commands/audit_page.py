@@ -109,9 +109,11 @@ def _worst(told: Sequence[Judged]) -> list[Judged]:
 
 def _answer(j: Judged) -> dict[str, Any]:
   request, steps = j.case.request, []
-  rows = zip(request.steps, j.case.labels, j.review.roles, j.review.weights, strict=True)
-  for text, true, said, weight in rows:
+  whys = j.review.reasons or [""] * len(request.steps)
+  rows = zip(request.steps, j.case.labels, j.review.roles, j.review.weights, whys, strict=True)
+  for text, true, said, weight, why in rows:
     label = f"{said} x {weight:g}" + (f", truly {true}" if true and true != said else "")
-    steps.append({"text": text, "label": label, "shade": _SHADES[_wrong(true, said)]})
+    shade = _SHADES[_wrong(true, said)]
+    steps.append({"text": text, "label": label, "shade": shade, "why": why})
   verdict = "correct" if request.correct else "ran out of room" if request.truncated else "wrong"
   return {"prompt": request.problem, "steps": steps, "verdict": verdict}

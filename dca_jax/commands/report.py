@@ -179,7 +179,8 @@ def _answer(e: Episode) -> dict[str, Any]:
     credit = statistics.fmean(e.credit[step.start : step.end] or [0.0])
     role = e.review.roles[k] if e.review.roles else f"no review ({e.review.status})"
     label = f"{role} {credit:+.2f}".replace("-", "\u2212")
-    steps.append({"text": step.text, "label": label, "shade": _shade(credit)})
+    why = e.review.reasons[k] if e.review.reasons else ""
+    steps.append({"text": step.text, "label": label, "shade": _shade(credit), "why": why})
   truncated = "truncated" if e.outcome.truncated else f"wrong, the answer is {e.problem.answer}"
   verdict = "correct" if e.outcome.correct else truncated
   return {

@@ -7,9 +7,10 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from dca_jax import config as config_lib
@@ -18,10 +19,12 @@ from dca_jax.config import ConfigError
 from dca_jax.episode import ROLES, Episode
 from dca_jax.review import Request, Review, Reviewer, Truth, open_reviewer
 from dca_jax.review.audit import kappa
-from dca_jax.review.language import price_of, read_rubric
-from dca_jax.review.prices import dollars
-from dca_jax.review.prompt import make_prompt
+from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.language import form_of, price_of
+from dca_jax.review.prices import THOUGHT, dollars, thinks_at
+from dca_jax.review.prompt import LEAST_TOKENS, Form, Prompt, ask_about
 from dca_jax.review.reviewer import split_member
+from dca_jax.store.metrics import read_metrics
 from dca_jax.store.trajectories import read_trajectories, shards
 from dca_jax.store.workdir import is_remote, locate
 
@@ -74,7 +77,8 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
     )
   out = run / f"rereview_{member.replace(':', '_').replace('/', '_')}.jsonl"
   lines = [
-    {"id": t.id, "review": r.status, "roles": r.roles, "weights": r.weights, "model": r.model}
+    {"id": t.id, "review": r.status}
+    | {k: getattr(r, k) for k in ("roles", "weights", "values", "reasons", "model")}
     for t, r in zip(trajectories, reviews, strict=True)
   ]
   out.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -82,7 +86,21 @@ def rereview(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   parts += [f"failed: {failures}"] if counted["ok"] < len(reviews) and failures else []
   parts += [f"the reviewer says: {problem}"] if problem else []
   parts += [f"spent: ${stats['review/dollars']:.4f}"] if "review/dollars" in stats else []
-  return "\n\n".join([*parts, agreement(trajectories, reviews), f"reviews: {out}"])
+  parts += [agreement(trajectories, reviews), *_differences(trajectories, reviews)]
+  return "\n\n".join([*parts, f"reviews: {out}"])
+
+
+def _differences(trajectories: Sequence[Episode], reviews: Sequence[Review]) -> list[str]:
+  """The first steps where the two differ and the new reviewer says why."""
+  rows = [
+    [step.text.strip()[:60], old, new, why]
+    for t, review in zip(trajectories, reviews, strict=True)
+    for step, old, new, why in zip(
+      t.steps, t.review.roles, review.roles, review.reasons, strict=False
+    )
+    if old != new and why
+  ]
+  return [text_table(["step", "stored", "new", "why"], rows[:8])] if rows else []
 
 
 def review_patiently(
@@ -128,29 +146,54 @@ def agreement(trajectories: Sequence[Episode], reviews: Sequence[Review]) -> str
 def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> str:
   """What reviewing like these stored trajectories costs; calls nobody.
 
-  A token is taken to be four characters of prose or two of digits and symbols, and output to be 25
-  tokens a step and 30 an answer. Thought is not in it, and with a model that thinks it is most of
-  the price.
+  A token is taken to be four characters of prose or two of digits and symbols, and output to be 30
+  tokens a reply and three fifths of what its steps may take. Thought is as the run measured it,
+  where it had the same reviewer, or else as `prices.THOUGHT` supposes.
   """
   config = reviewer_config(member, overrides, {}).reviewer.client
-  price = price_of(config)
+  price, form, run = price_of(config), form_of(config), locate(folder).parent
   trajectories = read_folder(folder, limit)
-  prompts = [make_prompt(read_rubric(config), [Request.of(t)]) for t in trajectories]
-  prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user) / 2 for p in prompts)
-  output = sum(30 + 25 * sum(p.counts) for p in prompts)
+  every = [p for t in trajectories for p in _questions(form, Request.of(t))]
+  prompts = [
+    *{p.key: p for p in every}.values()
+  ] * config.samples  # What is the same is asked once.
+  prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user()) / 2 for p in prompts)
+  each_thought, known = _thought(run, config)
+  output = sum(30 + 0.6 * (p.tokens - LEAST_TOKENS) + each_thought for p in prompts)
   n = len(trajectories)
   lines = [
-    f"a review: about {prompt / n:,.0f} tokens of prompt and {output / n:,.0f} of output, thought"
-    " not counted"
+    f"a review: about {len(prompts) / n:.1f} calls, {prompt / n:,.0f} tokens of prompt and"
+    f" {output / n:,.0f} of output, {each_thought:,.0f} a call of them thought ({known})"
   ]
   if price:
     each = dollars(price, round(prompt), 0, round(output)) / n
-    run = config_lib.saved_config(str(locate(folder).parent))
-    batch = run.rollout.problems * run.rollout.group
+    saved = config_lib.saved_config(str(run))
+    batch = saved.rollout.problems * saved.rollout.group
     lines.append(f"1,000 reviews with {config.model}: about ${1000 * each:.2f}")
     lines.append(
-      f"this run, {run.steps} steps of {batch} completions, all of them reviewed: about"
-      f" ${run.steps * batch * each:,.2f} (with `weighted` credit, groups that all fare alike are"
+      f"this run, {saved.steps} steps of {batch} completions, all of them reviewed: about"
+      f" ${saved.steps * batch * each:,.2f} (with `weighted` credit, groups that all fare alike are"
       " skipped)"
     )
   return "\n".join(lines)
+
+
+def _questions(form: Form, request: Request) -> Iterator[Prompt]:
+  """All that is asked about an answer; what depends on earlier replies without those."""
+  asking = ask_about(form, [request])
+  with contextlib.suppress(StopIteration):
+    prompts = next(asking)
+    while True:
+      yield from prompts
+      prompts = asking.send([["not answered"]] * len(prompts))
+
+
+def _thought(run: epath.Path, config: ClientConfig) -> tuple[float, str]:
+  """Tokens of thought for a call, and how they are known."""
+  client = config_lib.read_saved(str(run)).get("reviewer", {}).get("client", {})
+  rows = [row for row in read_metrics(run) if row.get("review/calls")]
+  if rows and all(client.get(k) == getattr(config, k) for k in ("model", "thinking", "level")):
+    thought, calls = (sum(row[f"review/{k}"] for row in rows) for k in ("thought_tokens", "calls"))
+    return thought / calls, "as this run measured"
+  level = config.thinking or thinks_at(config.model)
+  return THOUGHT.get(level, 0), f"supposed at level {level}" if level else "unknown, not counted"

@@ -138,6 +138,8 @@ class Config:
     }
     if "demonstrations" not in self.task.offers or self.policy.pretrained:
       values |= {"warmstart.clean_steps": 0, "warmstart.steps": 0}
+    if self._wanted == {"values"} and self.reviewer.models:
+      values["reviewer.client.level"] = "values"
     if self.credit.needs_checks:
       values |= {"spot.share": 0.1, "spot.first": 4, "spot.answers": 4}
     return values
@@ -184,7 +186,10 @@ _FREE = (
   "task.verifier_seconds",
 )
 # Except for these keys of reviewer.client, which decide what is asked.
-_ASKED = ("model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens")
+_ASKED = (
+  *("model", "thinking", "base_url", "vertex", "max_output_tokens", "whole_group"),
+  *("rubric", "examples", "level", "reference", "samples"),
+)
 
 
 def is_free(key: str, config: Config) -> bool:

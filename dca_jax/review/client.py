@@ -16,12 +16,11 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import random
 import statistics
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiolimiter import AsyncLimiter
 
@@ -29,10 +28,11 @@ from dca_jax.review.cache import Booking, Cache
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.health import Fared, Health, Refusals, meaning
 from dca_jax.review.limits import Breaker, Budget, Gate, Purse
+from dca_jax.review.panel import combine_reviews
 from dca_jax.review.prices import Price, dollars, usage
-from dca_jax.review.prompt import Prompt, make_prompt, read_reviews
+from dca_jax.review.prompt import MAX_STEPS, Form, Prompt, ask_about
 from dca_jax.review.transports import CallFailed, Reply, Transport
-from dca_jax.review.trial import CHANCE, PASSING, PLANTED, PLANTED_ROLES, TRIES
+from dca_jax.review.trial import CHANCE, PASSING, PLANTED, TRIES, found
 from dca_jax.review.types import Request, Review, Submit, Trial, Usage, finished
 
 
@@ -59,6 +59,18 @@ class _Step:
   probed: bool = False
   """Whether it has sent a probe."""
   is_probe: bool = False
+  fresh: bool = False
+  """Whether the cache is not asked."""
+
+
+class _Answer(NamedTuple):
+  """How a question ended."""
+
+  status: str
+  said: Any = None
+  """What `Prompt.read` made of the reply; None where there is none."""
+  model: str = ""
+  cached: bool = False
 
 
 class Client:
@@ -69,20 +81,20 @@ class Client:
     config: ClientConfig,
     open_transport: Callable[[], Transport],
     name: str,
-    rubric: str,
+    form: Form,
     wallet: Wallet,
     cache: Cache,
     processes: int,
   ):
     """`name` tells models and servers apart; of the limits each of `processes` has its part."""
-    self._config, self._rubric, self._wallet, self._cache = config, rubric, wallet, cache
+    self._config, self._form, self._wallet, self._cache = config, form, wallet, cache
     self._spender = f"{name}/{config.model}"
     self._name = f"{self._spender}/{config.thinking}/{config.max_output_tokens}"
     self._start_counting()
     self._broke = self._closed = False
     self._refused, self._calls = "", 0
     self._dice = random.Random(0)
-    self._flying: dict[str, asyncio.Future[list[Review]]] = {}
+    self._flying: dict[str, asyncio.Future[_Answer]] = {}
     self._transport = open_transport()
     self._loop = asyncio.new_event_loop()
     clock = self._loop.time
@@ -90,7 +102,7 @@ class Client:
     self._purse, self._refusals = Purse(), Refusals(clock)
     wallet.budget.add_earlier(self._spender, cache.spent(self._spender))
     self._health = Health(config.min_ok_frac, config.strict, config.where)
-    self._probe_task: asyncio.Task[list[Review]] | None = None
+    self._probe_task: asyncio.Task[_Answer] | None = None
     self._probe_began = self._answer_seconds = 0.0
     self._per_minute = _limiter(config.requests_per_minute / processes)
     self._tokens = _limiter(config.tokens_per_minute / processes)
@@ -161,7 +173,7 @@ class Client:
     return self._health.problem()
 
   def trial(self, seconds: float) -> Trial:
-    if self._closed:
+    if self._closed or not self._config.at_once:
       return Trial()
     return asyncio.run_coroutine_threadsafe(
       self._trial(self._loop.time() + seconds), self._loop
@@ -199,13 +211,14 @@ class Client:
       list
     )  # The requests that share a call.
     for i, request in enumerate(requests):
-      calls[request.problem if self._config.whole_group else i].append(i)
+      together = self._config.whole_group and len(request.steps) <= MAX_STEPS
+      calls[request.problem if together else i].append(i)
     jobs = {
-      asyncio.create_task(self._job([requests[i] for i in own], step)): own
+      asyncio.create_task(self._sampled([requests[i] for i in own], step)): own
       for own in calls.values()
     }
     repeats = {
-      i: asyncio.create_task(self._job([requests[i]], step, again=1))
+      i: asyncio.create_task(self._job([requests[i]], step, again=self._config.samples))
       for i in sorted(itertools.chain(*calls.values()))
       if _fraction(requests[i].id) < self._config.repeat_frac
     }
@@ -233,47 +246,65 @@ class Client:
     while tasks and (left := step.end - self._loop.time()) > 0:
       _, tasks = await asyncio.wait(tasks, timeout=left)
 
+  async def _sampled(self, requests: list[Request], step: _Step) -> list[Review]:
+    """Asks as often as is wanted; several reviews are combined as those of a panel are."""
+    samples = range(self._config.samples)
+    each = await asyncio.gather(*(self._job(requests, step, again) for again in samples))
+    return [
+      combine_reviews(own, "vote")[0] if own[1:] else own[0] for own in zip(*each, strict=True)
+    ]
+
   async def _job(self, requests: list[Request], step: _Step, again: int = 0) -> list[Review]:
-    """The reviews of answers that share one call."""
-    prompt = make_prompt(self._rubric, requests)
+    """The reviews of answers that share their calls."""
+    asking, answers = ask_about(self._form, requests), list[_Answer]()
+    prompts = next(asking)
+    while prompts:
+      now = await asyncio.gather(*(self._answer(prompt, step, again) for prompt in prompts))
+      if all(answer.said is None for answer in now):
+        return [Review(now[0].status)] * len(requests)
+      answers += now
+      try:
+        prompts = asking.send([answer.said for answer in now])
+      except StopIteration as end:
+        model = next(a.model for a in answers if a.status == "ok")
+        cached = all(answer.cached for answer in answers)
+        return [dataclasses.replace(review, model=model, cached=cached) for review in end.value]
+    return [Review("skipped")] * len(requests)  # There is no step.
+
+  async def _answer(self, prompt: Prompt, step: _Step, again: int) -> _Answer:
+    """That of the cache, of whoever is asking the same, or of the model."""
     key = hashlib.sha256(f"{self._name}/{again}/{prompt.key}".encode()).hexdigest()
     if key in self._flying:
       return await asyncio.shield(self._flying[key])
     self._flying[key] = flying = self._loop.create_future()
-    reviews = [Review("timeout")] * len(requests)
+    answer = _Answer("timeout")
     try:
-      kept = await self._kept(requests, prompt, key)
-      reviews = kept or await self._call(requests, prompt, key, step, again)
-      return reviews
+      kept = None if step.fresh else await self._kept(prompt, key)
+      answer = kept or await self._call(prompt, key, step, again)
+      return answer
     finally:
       del self._flying[key]
-      flying.set_result(reviews)
+      flying.set_result(answer)
 
-  async def _kept(self, requests: list[Request], prompt: Prompt, key: str) -> list[Review]:
-    """The reviews of a reply that was paid for before; none where there is no such reply."""
+  async def _kept(self, prompt: Prompt, key: str) -> _Answer | None:
+    """What a reply that was paid for before says; None where there is no such reply."""
     if (kept := await self._cache.get(key)) is not None:
       with contextlib.suppress(ValueError):  # A damaged row is asked for again.
-        return read_reviews(requests, prompt, str(kept[1]), str(kept[0]), cached=True)
-    return []
+        return _Answer("ok", prompt.read(str(kept[1])), str(kept[0]), cached=True)
+    return None
 
   async def _trial(self, end: float) -> Trial:
     """Asks until there is a review, the time is up, or another try would not help."""
-    prompt, began, spent = (
-      make_prompt(self._rubric, [PLANTED]),
-      self._loop.time(),
-      self._usage.dollars,
-    )
-    key = hashlib.sha256(f"{self._name}/trial".encode()).hexdigest()
+    began, spent = self._loop.time(), self._usage.dollars
     where, chances = self._config.where, 0
     for again in itertools.count():
-      step = _Step(began, end - began, end, is_probe=True)
-      (review,) = await self._call([PLANTED], prompt, key, step, again)
+      step = _Step(began, end - began, end, is_probe=True, fresh=True)
+      (review,) = await self._job([PLANTED], step, again)
       if review.status in ("ok", "suspicious"):
         seconds, cost = self._loop.time() - began, self._usage.dollars - spent
-        known = sum(map(operator.eq, review.roles, PLANTED_ROLES))
         return Trial(
           f"{review.model or self._config.model} at {where} reviewed a planted answer in"
-          f" {seconds:.1f} s for ${cost:.4f}: {known} of {len(PLANTED_ROLES)} roles as expected"
+          f" {seconds:.1f} s for ${cost:.4f}: {found(review)}"
         )
       chances += review.status in CHANCE
       hopeful = review.status in PASSING or (review.status in CHANCE and chances < TRIES)
@@ -286,7 +317,7 @@ class Client:
       return Trial(f"{where} was not asked: reviewer.client.max_dollars are spent")
     return Trial(wrong=self._health.failures())
 
-  def _probe(self, requests: list[Request], prompt: Prompt, key: str, step: _Step) -> None:
+  def _probe(self, prompt: Prompt, key: str, step: _Step) -> None:
     """Asks one of the questions of a step, which does not wait for it: is the server back?
 
     The first few of an outage do not wait for each other, because the server may come back while
@@ -300,29 +331,27 @@ class Client:
     step.probed, self._probe_began = True, now
     self._breaker.probes += 1
     own = _Step(now, most, now + most, is_probe=True)
-    self._probe_task = asyncio.create_task(self._call(requests, prompt, key, own, 0))
+    self._probe_task = asyncio.create_task(self._call(prompt, key, own, 0))
     self._loop.call_later(most, self._probe_task.cancel)
 
-  async def _call(
-    self, requests, prompt: Prompt, key: str, step: _Step, again: int
-  ) -> list[Review]:
+  async def _call(self, prompt: Prompt, key: str, step: _Step, again: int) -> _Answer:
     step.asked += 1
     if self._breaker.open and not (step.is_probe or self._refused):
-      self._probe(requests, prompt, key, step)
-      return [Review("circuit_open")] * len(requests)
+      self._probe(prompt, key, step)
+      return _Answer("circuit_open")
     status, malformed = "timeout", 0
     for attempt in range(1 if step.is_probe else self._config.attempts):
       if attempt and self._breaker.open:
         break
       try:
-        reply = await self._attempt(requests, prompt, step, attempt + 10 * again)
+        reply = await self._attempt(prompt, step, attempt + 10 * again)
         try:
-          reviews = read_reviews(requests, prompt, reply.text or "", reply.model)
+          said = prompt.read(reply.text or "")
         except ValueError as error:
           raise CallFailed("malformed", str(error), again=True, about="content") from None
         self._cache.put(key, reply.model, reply.text or "")
         self._purse.succeeded()
-        return reviews
+        return _Answer("ok", said, reply.model)
       except CallFailed as failed:
         status, means = failed.status, meaning(failed)
         self._health.failed(failed)
@@ -334,13 +363,13 @@ class Client:
           if self._loop.time() + wait > step.end:
             break
           await asyncio.sleep(wait)
-    return [Review(status)] * len(requests)
+    return _Answer(status)
 
-  async def _attempt(self, requests, prompt: Prompt, step: _Step, attempt: int) -> Reply:
+  async def _attempt(self, prompt: Prompt, step: _Step, attempt: int) -> Reply:
     """One call, within every limit."""
     # No token is shorter than a byte. English has four in one, digits and escapes one or two.
-    sent = (prompt.system, prompt.user, json.dumps(prompt.schema))
-    most_output = self._config.max_output_tokens or 2048 + 40 * sum(prompt.counts)
+    sent = (prompt.system, prompt.user(), json.dumps(prompt.schema))
+    most_output = self._config.max_output_tokens or prompt.tokens
     most = sum(len(text.encode()) for text in sent), most_output
     last = step.end - self._answer_seconds  # Who begins later will hardly be answered.
     self._gate.check(last)
@@ -365,8 +394,6 @@ class Client:
           raise CallFailed("unbooked", "what it costs cannot be booked")
         # What nobody waits for any more may have been billed.
         end = CallFailed("timeout", "cut off", billed=True, about="deadline")
-        if attempt:
-          prompt = make_prompt(self._rubric, requests, attempt)
         # A step's questions are cut off at its end, which may move.
         left = step.end - began if step.is_probe else math.inf
         end = await self._ask(prompt, most[1], attempt, left)
@@ -388,7 +415,7 @@ class Client:
     self._calls += 1
     try:
       async with asyncio.timeout(max(0.0, min(left, self._config.attempt_seconds))):
-        return await self._transport(prompt.system, prompt.user, prompt.schema, most, seed)
+        return await self._transport(prompt.system, prompt.user(seed), prompt.schema, most, seed)
     except TimeoutError:
       about = "deadline" if left < self._config.attempt_seconds else "server"
       return CallFailed("timeout", "no answer in time", again=True, billed=True, about=about)

@@ -4,6 +4,10 @@ import dataclasses
 import urllib.parse
 
 from dca_jax.checks import at_least, between, one_of, positive
+from dca_jax.review.prompt import LEVELS
+
+TIERS = {"": 1.0, "flex": 0.5, "batch": 0.5}
+"""And what they cost, in parts of the price."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +23,25 @@ class ClientConfig:
   vertex: bool = False
   """`gemini`: through Google Cloud, with ambient credentials and GOOGLE_CLOUD_PROJECT,
   instead of a key."""
+  tier: str = ""
+  """`gemini`, at half the price: `flex`, answers within minutes that may be refused when the server
+  is busy, and `batch`, jobs that may take a day: for audits, with `attempt_seconds` and
+  `concurrency` to match. A job that nobody waits for any more is paid for all the same."""
   rubric: str = ""
   """A text file with your own description of roles and weights, in the place of ours."""
+  examples: str = ""
+  """A JSONL file of reviewed answers that the model is shown first; each line has `problem`,
+  `correct` and `steps`, and each of these `text`, `role` and `weight`."""
+  level: str = "verdict"
+  """`verdict`: roles and weights at once. `deliberate`: notes on what each step does and uses, and
+  then the verdict; the notes are kept as reasons, and a role that they contradict is corrected.
+  `critique_then_verdict`: the same in two calls. `values`: the chance of success before every step,
+  one question for each, which holds nothing of what follows; implied by a scheme that reads
+  values alone."""
+  reference: bool = False
+  """Whether the right answer is shown, where the task knows it."""
+  samples: int = 1
+  """How often an answer is reviewed; the roles are voted on."""
   whole_group: bool = False
   """One call for all completions of a problem: cheaper,
   but one answer can try to talk about another."""
@@ -52,6 +73,11 @@ class ClientConfig:
   to see how far the model agrees with itself."""
 
   @property
+  def at_once(self) -> bool:
+    """Whether a single question can be waited for."""
+    return self.tier != "batch"
+
+  @property
   def where(self) -> str:
     """The server's name and port, for people; an address may hold a password."""
     google = "aiplatform.googleapis.com" if self.vertex else "generativelanguage.googleapis.com"
@@ -65,12 +91,12 @@ class ClientConfig:
       "prompt_price",
       "output_price",
     )
-    bad = at_least(1, self, "concurrency", "attempts") | at_least(
-      0, self, *amounts, "max_output_tokens"
-    )
-    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | positive(
-      self, "attempt_seconds", most=600
-    )
+    bad = at_least(1, self, "concurrency", "attempts", "samples")
+    bad |= at_least(0, self, *amounts, "max_output_tokens") | one_of(self, "level", *LEVELS)
+    bad |= between(0, 1, self, "min_ok_frac", "repeat_frac") | one_of(self, "tier", *TIERS)
+    bad |= positive(self, "attempt_seconds", most=600 if self.tier != "batch" else 90_000)
+    if self.tier == "batch" and self.vertex:
+      bad["tier"] = "must be '' or 'flex' with vertex, whose jobs take no questions inline"
     if self.base_url and not _is_address(self.base_url):
       bad["base_url"] = (
         "must begin with http:// or https:// and name a server, such as http://localhost:8000/v1"
@@ -80,7 +106,9 @@ class ClientConfig:
 
   def unused(self) -> dict[str, str]:
     keys = ("on_budget", "prompt_price", "output_price") if not self.max_dollars else ()
-    return dict.fromkeys(keys, "reviewer.client.max_dollars is 0")
+    unused = dict.fromkeys(keys, "reviewer.client.max_dollars is 0")
+    alone = ("whole_group", "examples") if self.level == "values" else ()
+    return unused | dict.fromkeys(alone, "reviewer.client.level is 'values'")
 
 
 def _is_address(url: str) -> bool:

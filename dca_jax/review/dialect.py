@@ -18,6 +18,13 @@ class Part(NamedTuple):
   """A pattern for what a refusal calls it."""
 
 
+def without_lengths(schema: Any) -> Any:
+  """A JSON schema without the lengths of texts, which not every server knows."""
+  if not isinstance(schema, dict):
+    return schema
+  return {key: without_lengths(part) for key, part in schema.items() if key != "maxLength"}
+
+
 class Dialect:
   """How to talk to one server.
 

@@ -103,4 +103,5 @@ def _plain(review: Review) -> Review:
     bool(review.sure),
     bool(review.suspicious),
     str(review.model),
+    reasons=tuple(map(str, review.reasons)),
   )

@@ -7,8 +7,9 @@ from typing import Any
 import aiohttp
 
 from dca_jax.errors import UserError
+from dca_jax.review.batches import Batches
 from dca_jax.review.client_config import ClientConfig
-from dca_jax.review.dialect import Dialect, Part
+from dca_jax.review.dialect import Dialect, Part, without_lengths
 from dca_jax.review.keys import key_from_environment
 from dca_jax.review.transports import (
   CallFailed,
@@ -48,6 +49,7 @@ class Gemini:
       )
     self._client: google.genai.Client | None = None
     self._session: aiohttp.ClientSession | None = None
+    self._batches: Batches | None = None
     parts = {
       "response_json_schema": Part((True, False), "schema|constraint"),
       "seed": Part((True, False), r"\bseed\b"),
@@ -79,32 +81,35 @@ class Gemini:
     from google.auth.exceptions import GoogleAuthError
     from google.genai import types
 
+    model, tier = self._config.model, self._config.tier
     level = self._config.thinking.upper()
     thinking = types.ThinkingConfig(thinking_level=types.ThinkingLevel(level)) if level else None
 
     async def send(ways: dict[str, Any]) -> Reply:
-      response = await client.aio.models.generate_content(
-        model=self._config.model,
-        contents=user,
-        config=types.GenerateContentConfig(
-          system_instruction=system,
-          response_mime_type="application/json",
-          response_json_schema=schema if ways["response_json_schema"] else None,
-          max_output_tokens=max_tokens,
-          seed=seed if ways["seed"] else None,
-          candidate_count=1,
-          thinking_config=thinking if ways.get("thinking_level") else None,
-          automatic_function_calling=types.AutomaticFunctionCallingConfig(disable=True),
-          automatic_continuation=False,  # It is on by default; one call may become any number.
-          should_return_http_response=True,
-        ),
+      asked = types.GenerateContentConfig(
+        system_instruction=system,
+        response_mime_type="application/json",
+        response_json_schema=without_lengths(schema) if ways["response_json_schema"] else None,
+        max_output_tokens=max_tokens,
+        seed=seed if ways["seed"] else None,
+        candidate_count=1,
+        thinking_config=thinking if ways.get("thinking_level") else None,
       )
+      if self._batches:
+        return read_reply(await self._batches.ask(user, asked), model)
+      asked.service_tier = types.ServiceTier(tier) if tier else None
+      asked.automatic_function_calling = types.AutomaticFunctionCallingConfig(disable=True)
+      asked.automatic_continuation = False  # It is on by default; one call may become any number.
+      asked.should_return_http_response = True
+      response = await client.aio.models.generate_content(model=model, contents=user, config=asked)
       body = response.sdk_http_response and response.sdk_http_response.body
-      return read_reply(body or "", self._config.model)
+      return read_reply(body or "", model)
 
     try:
       # Within the loop, where its connections belong.
       client = self._client = self._client or self._connect()
+      if tier == "batch":
+        self._batches = self._batches or Batches(client, model)
       return await self._dialect.call(send)
     except GoogleAuthError as error:
       name = type(error).__name__

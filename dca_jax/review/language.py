@@ -9,11 +9,11 @@ from typing import ClassVar
 
 from dca_jax.errors import UserError
 from dca_jax.review.client import Client, Wallet
-from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.client_config import TIERS, ClientConfig
 from dca_jax.review.gemini import Gemini
 from dca_jax.review.openai import OpenAI
 from dca_jax.review.prices import Price, price
-from dca_jax.review.prompt import RUBRIC
+from dca_jax.review.prompt import LEVELS, Form, instructions
 from dca_jax.review.reviewer import ReviewerConfig, Uses
 from dca_jax.review.transports import Transport
 from dca_jax.review.types import Reviewer
@@ -35,6 +35,9 @@ class LanguageModel(ReviewerConfig):
       bad["name"] = "must have a method connect(self, client)"
     return bad
 
+  def gives_of(self, offers: tuple[str, ...]) -> set[str]:
+    return {LEVELS[self.client.level].gives}
+
   def open(self, uses: Uses) -> Reviewer:
     assert uses.replies is not None
     c = self.client
@@ -43,7 +46,7 @@ class LanguageModel(ReviewerConfig):
     wallet = Wallet(functools.partial(price_of, c), uses.budget)
     transport = functools.partial(self.connect, c)
     name, processes = f"{self.name}-{server}", uses.share.processes
-    return Client(c, transport, name, read_rubric(c), wallet, uses.replies, processes)
+    return Client(c, transport, name, form_of(c), wallet, uses.replies, processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class OpenAIModel(LanguageModel):
 
   name: str = "openai"
 
-  unread: ClassVar[tuple[str, ...]] = ("vertex",)
+  unread: ClassVar[tuple[str, ...]] = ("vertex", "tier")
 
   def check(self) -> dict[str, str]:
     bad = super().check()
@@ -74,13 +77,23 @@ class OpenAIModel(LanguageModel):
     return OpenAI(client)
 
 
-def read_rubric(config: ClientConfig) -> str:
-  if not config.rubric:
-    return RUBRIC
+def form_of(config: ClientConfig) -> Form:
+  """How reviews are asked for; raises UserError where a file that it names cannot be read."""
+  rubric, examples = (_read(config, key) for key in ("rubric", "examples"))
   try:
-    return pathlib.Path(config.rubric).read_text(encoding="utf-8")
+    said = instructions(config.level, rubric, examples.splitlines())
+  except ValueError as error:
+    raise UserError(f"reviewer.client.examples: {config.examples}: {error}") from None
+  return Form(said, config.level, config.reference)
+
+
+def _read(config: ClientConfig, key: str) -> str:
+  """The text of the file that a key names; empty where it names none."""
+  path = getattr(config, key)
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8") if path else ""
   except (OSError, ValueError) as error:
-    raise UserError(f"reviewer.client.rubric: cannot read {config.rubric} ({error})") from None
+    raise UserError(f"reviewer.client.{key}: cannot read {path} ({error})") from None
 
 
 def price_of(config: ClientConfig) -> Price | None:
@@ -99,4 +112,4 @@ def price_of(config: ClientConfig) -> Price | None:
       " reviewer.client.prompt_price and output_price (dollars per million tokens), or"
       " reviewer.client.max_dollars to 0 if it costs nothing"
     )
-  return known
+  return Price(*(TIERS[config.tier] * dollars for dollars in known))

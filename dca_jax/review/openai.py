@@ -5,7 +5,7 @@ from typing import Any
 import aiohttp
 
 from dca_jax.review.client_config import ClientConfig
-from dca_jax.review.dialect import Dialect, Part
+from dca_jax.review.dialect import Dialect, Part, without_lengths
 from dca_jax.review.keys import key_from_environment
 from dca_jax.review.transports import (
   Reply,
@@ -34,6 +34,7 @@ class OpenAI:
     self._session: aiohttp.ClientSession | None = None
     limits, forms = ("max_tokens", "max_completion_tokens"), ("json_schema", "json_object", False)
     parts = {
+      "maxLength": Part((True, False), "max_?length"),
       "max_tokens": Part(limits, f"{limits[1]}|max_tokens.*{_NO_SUCH}|{_NO_SUCH}.*max_tokens"),
       "response_format": Part(forms, "response.?format|schema|json.?object|grammar"),
       "seed": Part((True, False), r"\bseed\b"),
@@ -60,7 +61,8 @@ class OpenAI:
       if form := ways["response_format"]:
         body["response_format"] = {"type": form}
         if form == "json_schema":
-          body["response_format"][form] = {"name": "review", "schema": schema, "strict": True}
+          own = schema if ways["maxLength"] else without_lengths(schema)
+          body["response_format"][form] = {"name": "review", "schema": own, "strict": True}
       if ways["seed"]:
         body["seed"] = seed
       if ways.get("reasoning_effort"):

@@ -104,14 +104,15 @@ def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[f
   A step's role is the most frequent one, ties going to the reviewer named first. Its weight is,
   with `vote`, the mean of those who gave that role; with `mean` and `median` that of all, who gave
   another role counting as 0. Values are means or, with `median`, medians. Reviews that failed are
-  left out; where all did, the first one's failure stands.
+  left out; where all did, the first one's failure stands. A step's reason is that of the first who
+  gave the role.
   """
   good = [review for review in reviews if review.status == "ok"]
   if not good:
     return reviews[0], []
   middle = statistics.median if how == "median" else statistics.fmean
   named = [review for review in good if review.roles]
-  roles, weights, disagreed = [], [], []
+  roles, weights, disagreed, reasons = [], [], [], []
   for k in range(len(named[0].roles) if named else 0):
     said = [(review.roles[k], review.weights[k]) for review in named]
     role = statistics.mode(r for r, _ in said)
@@ -120,15 +121,18 @@ def combine_reviews(reviews: Sequence[Review], how: str) -> tuple[Review, list[f
       float(middle(for_it if how == "vote" else [w if r == role else 0.0 for r, w in said]))
     )
     roles.append(role)
+    why = (review.reasons[k] for review in named if review.reasons and review.roles[k] == role)
+    reasons.append(next(why, ""))
     disagreed.append(float(len(for_it) < len(said)))
   valued = [review.values for review in good if review.values]
   values = tuple(float(middle(v)) for v in zip(*valued, strict=True))
-  model = "+".join(review.model for review in good if review.model)
+  model = "+".join(dict.fromkeys(review.model for review in good if review.model))
   cached = all(review.cached for review in good)
   sure = all(review.sure for review in good)
   suspicious = any(review.suspicious for review in good)
-  combined = Review("ok", tuple(roles), tuple(weights), values, sure, suspicious, model, cached)
-  return combined, disagreed
+  flags = sure, suspicious, model, cached
+  whys = tuple(reasons) if any(reasons) else ()
+  return Review("ok", tuple(roles), tuple(weights), values, *flags, whys), disagreed
 
 
 class Escalating(_Several):

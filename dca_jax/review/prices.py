@@ -31,6 +31,18 @@ PRICES: dict[str, list[tuple[datetime.date, Price]]] = {
 }
 
 
+THOUGHT = {"minimal": 30, "low": 700, "medium": 1500, "high": 2000}
+"""Tokens that a review takes at a level of thought: suppositions, of which the provider says
+nothing."""
+
+
+def thinks_at(model: str) -> str:
+  """The level at which a model thinks when nothing is said; empty where that is not known."""
+  if model not in PRICES:
+    return ""
+  return "minimal" if "lite" in model else "high" if "pro" in model else "medium"
+
+
 def price(model: str, day: datetime.date) -> Price | None:
   """The price of a model on a day; None where it is not known."""
   rows = [row for since, row in PRICES.get(model, []) if since <= day]

@@ -1,6 +1,8 @@
 """One real question before anything costs device time: is the reviewer there, and does it work?"""
 
-from dca_jax.review.types import Request
+import operator
+
+from dca_jax.review.types import Request, Review
 
 PLANTED = Request(
   "trial",
@@ -23,3 +25,12 @@ CHANCE = ("connection", "malformed", "truncated", "blocked")
 """Failures that may not be there the next time: a dropped connection, a reply that is no review."""
 TRIES = 5
 """After so many of them it is no chance."""
+
+
+def found(review: Review) -> str:
+  """What a review says of the planted answer, for people."""
+  if review.values:
+    chances = ", ".join(f"{value:.2f}" for value in review.values)
+    return f"chances before its steps, of which the second is wrong: {chances}"
+  known = sum(map(operator.eq, review.roles, PLANTED_ROLES))
+  return f"{known} of {len(PLANTED_ROLES)} roles as expected"

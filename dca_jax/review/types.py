@@ -19,12 +19,15 @@ class Request:
   steps: tuple[str, ...]
   correct: bool
   truncated: bool
+  answer: str = ""
+  """The right one, where it is known; shown to a model on request."""
 
   @classmethod
   def of(cls, episode: Episode) -> "Request":
     texts = tuple(step.text for step in episode.steps)
     outcome = episode.outcome
-    return cls(episode.id, episode.problem.prompt, texts, outcome.correct, outcome.truncated)
+    problem, ended = episode.problem, (outcome.correct, outcome.truncated)
+    return cls(episode.id, problem.prompt, texts, *ended, problem.answer)
 
 
 class Truth(NamedTuple):

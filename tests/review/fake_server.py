@@ -20,6 +20,8 @@ def asked_for(user: str) -> dict[str, Any]:
 
 def honest_reply(data, role="necessary", weight=2) -> dict[str, Any]:
   """A well-formed review of what was asked for."""
+  if "begun" in data:
+    return {"chance": 50}
   return {
     "answers": [
       {
@@ -72,6 +74,8 @@ class FakeServer:
     self.requests: list[dict[str, Any]] = []
     self.in_flight = self.most_in_flight = 0
     self.attempts: collections.Counter[str] = collections.Counter()
+    self.jobs: list[dict[str, Any]] = []
+    """Batch jobs; each is told to be running once before it has ended."""
     self._lock = threading.Lock()
     self._hanging = threading.Event()
     outer = self
@@ -93,6 +97,11 @@ class FakeServer:
         finally:
           with outer._lock:
             outer.in_flight -= 1
+
+      def do_GET(self):
+        job = outer.jobs[int(self.path.rpartition("/")[2].partition("?")[0])]
+        told = outer._job(job)
+        outer._send(self, 200, json.dumps({"name": job["name"], "metadata": told}).encode())
 
       def log_message(self, *args):
         pass
@@ -118,7 +127,37 @@ class FakeServer:
     self._server.shutdown()
     self._server.server_close()
 
+  def _job(self, job) -> dict[str, Any]:
+    """What a batch job says of itself: the replies to its questions, last one first."""
+    job["asked"] += 1
+    if job["asked"] == 1:
+      return {"state": "BATCH_STATE_RUNNING"}
+    responses = []
+    for one in reversed(job["requests"]):
+      data = asked_for(one["request"]["contents"][0]["parts"][0]["text"])
+      name = hashlib.sha256(json.dumps(data).encode()).hexdigest()
+      attempt, self.attempts[name] = self.attempts[name], self.attempts[name] + 1
+      action = self.behave(name, attempt)
+      text = json.dumps(self.reply(data))
+      said = (
+        {"error": {"code": action, "message": "told to"}}
+        if isinstance(action, int)
+        else {"response": gemini_reply(action, text, self.tokens[0], 0, self.tokens[1])}
+      )
+      responses.append(said | {"metadata": one["metadata"]})
+    return {
+      "state": "BATCH_STATE_SUCCEEDED",
+      "output": {"inlinedResponses": {"inlinedResponses": responses}},
+    }
+
   def _answer(self, handler, body) -> None:
+    if handler.path.endswith(":batchGenerateContent"):
+      asked = body["batch"]["inputConfig"]["requests"]["requests"]
+      job = {"name": f"batches/{len(self.jobs)}", "requests": asked, "asked": 0}
+      self.jobs.append(job)
+      told = {"name": job["name"], "metadata": {"state": "BATCH_STATE_PENDING"}}
+      self._send(handler, 200, json.dumps(told).encode())
+      return
     openai = handler.path.endswith("chat/completions")
     user = body["messages"][1]["content"] if openai else body["contents"][0]["parts"][0]["text"]
     data = asked_for(user)

@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import datetime
+import hashlib
+import itertools
 import json
 import logging
 import math
@@ -9,14 +12,16 @@ import threading
 import time
 
 import pytest
-from fake_server import FakeServer, honest_reply
+from fake_server import FakeServer, asked_for, honest_reply
 
 from dca_jax.errors import UserError
-from dca_jax.review import REVIEWERS, Request, Share, Truth, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Share, Truth, batches, open_reviewer
 from dca_jax.review.cache import Cache
 from dca_jax.review.client import Client, Wallet
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.limits import Budget
+from dca_jax.review.prices import dollars, price
+from dca_jax.review.prompt import Form
 
 KEY = "secret-key-1234567890"
 
@@ -421,6 +426,138 @@ def test_nothing_is_paid_for_twice(tmp_path):
       assert not reviewed(reviewer, requests(1, steps=("a1;", "b3;", "#3$")))[0].cached
 
 
+def noted(data, role="necessary"):
+  """A reply of every level: notes, and a verdict."""
+  reply = honest_reply(data, role=role)
+  for answer, asked in zip(reply["answers"], data["answers"], strict=True):
+    numbers = [step["step"] for step in asked["steps"]]
+    uses = {f"step_{k}": {"does": f"does {k}", "uses": [k - 1], "without": ""} for k in numbers}
+    answer |= {"deliberation": uses, "faster": "no"}
+  return reply
+
+
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_two_calls_make_a_review_and_what_was_paid_for_of_them_is_kept(name, tmp_path):
+  with FakeServer(lambda *_: "ok" if len(server.requests) < 2 else 400, reply=noted) as server:
+    settings = {"cache": tmp_path / "reviews.sqlite", "level": "critique_then_verdict"}
+    with opened(server, name, concurrency=1, **settings) as reviewer:
+      assert statuses(reviewed(reviewer, requests(1))) == {"client_error"}
+    sent = len(server.requests)
+    server.behave = lambda *_: "ok"
+    with opened(server, name, **settings) as reviewer:
+      (review,) = reviewed(reviewer, requests(1))
+      assert review.reasons == ("does 1 (uses 0)", "does 2 (uses 1)", "does 3 (uses 2)")
+      assert not review.cached
+      assert len(server.requests) == sent + 1  # The verdict alone.
+      assert reviewed(reviewer, requests(1))[0].cached
+      assert len(server.requests) == sent + 1
+      assert reviewer.trial(20.0).said.endswith("1 of 3 roles as expected")
+
+
+def test_several_samples_are_several_calls_and_one_vote(tmp_path):
+  calls = itertools.count()
+
+  def reply(data):
+    return noted(data, "error" if next(calls) % 3 == 0 else "repair")
+
+  with FakeServer(reply=reply) as server:
+    settings = {"cache": tmp_path / "reviews.sqlite", "samples": 3, "level": "deliberate"}
+    with opened(server, **settings) as reviewer:
+      (review,) = reviewed(reviewer, requests(1))
+      assert review.roles == ("repair",) * 3
+      assert review.reasons[0] == "does 1 (uses 0)"
+      assert len(server.requests) == 3
+      assert reviewed(reviewer, requests(1))[0].cached
+      assert len(server.requests) == 3
+      assert {r["body"]["generationConfig"]["seed"] for r in server.requests} == {0, 10, 20}
+
+
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_values_come_from_questions_that_hold_no_more_than_the_prefix(name, tmp_path):
+  with FakeServer(reply=lambda data: {"chance": 10 * len(data["begun"])}) as server:
+    settings = {"cache": tmp_path / "reviews.sqlite", "level": "values"}
+    asked = requests(1) + requests(1, steps=("a1;", "later", "#4$"))
+    with opened(server, name, **settings) as reviewer:
+      reviews = reviewed(reviewer, asked)
+      assert [review.values for review in reviews] == [(0.0, 0.1, 0.2)] * 2
+      # Nothing, `a1;`, and `a1;` with the second step of either.
+      assert len(server.requests) == 4
+      for sent in server.requests:
+        text = json.dumps(sent["body"])
+        assert "#3$" not in text
+        assert "#4$" not in text
+        assert ("later" in text) + ("b2;" in text) < 2
+        assert "correct" not in json.dumps(asked_for_of(sent["body"]))
+    # One that fails leaves the others as they are.
+    server.behave = lambda *_: "safety" if len(server.requests) == 5 else "ok"
+    with opened(server, name, concurrency=1, **settings) as reviewer:
+      (review,) = reviewed(reviewer, requests(1, steps=("c1;", "d", "e", "f")))
+      assert review.status == "ok"
+      assert sum(map(math.isnan, review.values)) == 1
+
+
+def asked_for_of(body):
+  return body["messages"][1] if "messages" in body else body["contents"]
+
+
+def test_a_batch_job_answers_every_question_at_half_the_price(monkeypatch, tmp_path):
+  monkeypatch.setattr(batches, "_GATHER", 0.05)
+
+  def one_is_blocked_one_refused_one_busy(name, attempt):
+    return {"p1": "safety", "p2": 3, "p3": "ok" if attempt else 8}.get(names.get(name), "ok")
+
+  names = {}
+
+  def reply(data):
+    return honest_reply(
+      data, weight=int(f"0{data['problem'][8:]}") % 4 if "problem" in data["problem"] else 1
+    )
+
+  with FakeServer(one_is_blocked_one_refused_one_busy, reply=reply) as server:
+    paid = {}
+    for tier in ("", "batch"):
+      with opened(server, tier=tier, concurrency=100, attempt_seconds=60.0) as reviewer:
+        reviews = reviewed(reviewer, requests(12), 60.0)
+        assert [review.weights[0] for review in reviews] == [i % 4 for i in range(12)]
+        paid[tier] = reviewer.stats()["review/dollars"]
+        assert (reviewer.trial(20.0).said == "") == (tier == "batch")
+    assert paid["batch"] == pytest.approx(paid[""] / 2)
+    assert len(server.jobs) == 1
+    sent = server.jobs[0]["requests"][0]["request"]
+    assert sent["generationConfig"]["responseMimeType"] == "application/json"
+    # Questions of a job fail each by itself.
+    texts = [
+      json.dumps(asked_for(one["request"]["contents"][0]["parts"][0]["text"]))
+      for one in server.jobs[0]["requests"]
+    ]
+    names |= {hashlib.sha256(text.encode()).hexdigest(): f"p{i}" for i, text in enumerate(texts)}
+    with opened(server, tier="batch", concurrency=100, attempt_seconds=60.0) as reviewer:
+      said = [review.status for review in reviewed(reviewer, requests(5), 60.0)]
+    assert sorted(said) == ["blocked", "client_error", "ok", "ok", "ok"]
+
+
+def test_flex_is_asked_for_and_costs_half():
+  with FakeServer() as server, opened(server, tier="flex") as reviewer:
+    assert statuses(reviewed(reviewer, requests(1))) == {"ok"}
+    assert server.requests[0]["body"]["serviceTier"] == "flex"
+    half = dollars(price("gemini-3.5-flash-lite", datetime.date.today()), 500, 0, 110) / 2
+    assert reviewer.stats()["review/dollars"] == pytest.approx(half)
+
+
+def test_examples_are_shown_first_and_bad_ones_are_named(tmp_path):
+  path = tmp_path / "examples.jsonl"
+  good = {"problem": "2 + 2?", "correct": True, "steps": [{"text": "UNIQUE4", "role": "repair"}]}
+  path.write_text(json.dumps(good) + "\n")
+  with FakeServer() as server:
+    with opened(server, examples=str(path)) as reviewer:
+      assert statuses(reviewed(reviewer, requests(1))) == {"ok"}
+    system = json.dumps(server.requests[0]["body"]["systemInstruction"])
+    assert system.index("UNIQUE4") > system.index("2 + 2?")
+    path.write_text('{"problem": "2 + 2?", "correct": true, "steps": []}\n')
+    with pytest.raises(UserError, match=r"examples: .*line 1: steps: "):
+      opened(server, examples=str(path)).__enter__()
+
+
 def test_failures_are_not_kept_and_damaged_rows_are_asked_anew(tmp_path):
   import sqlite3
 
@@ -558,7 +695,7 @@ def test_an_unforeseen_error_is_a_status():
 
   wallet = Wallet(lambda: None, Budget(math.inf, Share()))
   with contextlib.closing(
-    Client(ClientConfig(), Broken, "broken", "", wallet, Cache(None), 1)
+    Client(ClientConfig(), Broken, "broken", Form(""), wallet, Cache(None), 1)
   ) as reviewer:
     assert statuses(reviewed(reviewer, requests(3))) == {"client_error"}
 

@@ -80,7 +80,7 @@ class Responds:
     self._server.server_close()
 
 
-def called(name, url, calls=1, **config):
+def called(name, url, calls=1, schema={"type": "object"}, **config):  # noqa: B006
   """What each of so many calls of one transport ended with: a Reply, or a CallFailed."""
 
   async def all_of_them():
@@ -89,7 +89,7 @@ def called(name, url, calls=1, **config):
     ends = []
     for i in range(calls):
       try:
-        ends.append(await transport("system", "user", {"type": "object"}, 100, i))
+        ends.append(await transport("system", "user", schema, 100, i))
       except CallFailed as failed:
         ends.append(failed)
     await transport.close()
@@ -491,6 +491,21 @@ def test_a_schema_that_is_too_large_for_one_content_is_left_out_for_it(name, cap
     sent = ["schema" in json.dumps(body).lower() for body in server.bodies]
   assert sent == [True, True, False, True]
   assert not capsys.readouterr().err
+
+
+def test_a_server_that_knows_no_lengths_of_texts_still_gets_a_schema():
+  bad = b'{"error": {"message": "Invalid schema for response_format: maxLength is not permitted"}}'
+
+  def respond(i, body):
+    return (400, {}, bad) if "maxLength" in json.dumps(body) else (200, {}, well("openai"))
+
+  schema = {"type": "object", "properties": {"does": {"type": "string", "maxLength": 9}}}
+  with Responds(respond) as server:
+    for name, calls in (("openai", 3), ("gemini", 2)):
+      server.bodies.clear()
+      called(name, server.url, 2, schema=schema)
+      assert len(server.bodies) == calls
+      assert "does" in json.dumps(server.bodies[-1])
 
 
 def test_what_has_worked_is_refused_for_one_content_only():

@@ -16,6 +16,7 @@ from dca_jax.review import Request, Share
 from dca_jax.review.client import Client, Wallet
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.limits import Budget
+from dca_jax.review.prompt import Form
 from dca_jax.review.transports import Reply
 
 
@@ -101,7 +102,7 @@ def opened(server, budget=None, cache=None, price=None, **settings):
   wallet = Wallet(lambda: price, budget or Budget(math.inf, Share()))
   with mock.patch("asyncio.new_event_loop", Loop):
     client = Client(
-      ClientConfig(**settings), lambda: server, "fake", "", wallet, cache or Kept(), 1
+      ClientConfig(**settings), lambda: server, "fake", Form(""), wallet, cache or Kept(), 1
     )
   with contextlib.closing(client):
     yield client
