@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from dca_jax.api import Metrics, Run, evaluate, load, train
+  from dca_jax.commands.audit import audit
   from dca_jax.commands.report import credit_html
   from dca_jax.config import Config
   from dca_jax.credit import Given, Scheme
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Where each public name lives. They are imported when they are first used: jax takes seconds.
 _HOMES = {
   "dca_jax.api": ("Metrics", "Run", "evaluate", "load", "train"),
+  "dca_jax.commands.audit": ("audit",),
   "dca_jax.commands.report": ("credit_html",),
   "dca_jax.config": ("Config",),
   "dca_jax.credit": ("Given", "Scheme"),
@@ -54,6 +56,7 @@ __all__ = [
   "UserError",
   "Values",
   "Wanted",
+  "audit",
   "credit_html",
   "evaluate",
   "load",

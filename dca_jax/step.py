@@ -13,7 +13,7 @@ from dca_jax.devices.processes import fetch, gather, put
 from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
 from dca_jax.review import Truth
-from dca_jax.review.episodes import ask, audited, wait_for_reviews, worth_a_review
+from dca_jax.review.episodes import ask, audited, too_blind, wait_for_reviews, worth_a_review
 from dca_jax.rollout import Continues, Group, Rollout, collect
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
@@ -87,8 +87,10 @@ def train_step(t: Trainer, step: int) -> Measured:
   tallies = [Tally(*one) for one in said]
   kept, found = t.scheme.learn(kept, evidences)
   t.state = t.state._replace(credit=put(kept, t.programs.everywhere))
+  metrics = merge(tallies) | waits(tallies) | numbers | found
+  problems = *problems, too_blind(metrics, t.config.reviewer.audit_floor)
   return Measured(
-    merge(tallies) | waits(tallies) | numbers | found,
+    metrics,
     next(filter(None, problems), None),
     next(filter(None, reasons), ""),
     host.tokens_BxT[rollout.sampled_BxT],

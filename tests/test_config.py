@@ -166,6 +166,7 @@ def test_a_whole_number_serves_as_a_float():
       *("reviewer.name", "gemini"),
       {"credit.scheme": "potential", "reviewer.client.level": "verdict"},
     ),
+    ("reviewer.audit_floor", 1.5, {**REVIEWED, "reviewer.audit_every": 5}),
     ("reviewer.client.level", "quick", {**REVIEWED, "reviewer.name": "gemini"}),
     ("reviewer.client.samples", 0, {**REVIEWED, "reviewer.name": "gemini"}),
     ("reviewer.panel", (), {**REVIEWED, "reviewer.name": "panel"}),

@@ -1,5 +1,6 @@
 """The training loop: what a step trains on, what it records, and what it must not do."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -162,6 +163,19 @@ def test_no_reviewer_can_break_a_run(scheme, name, tmp_path):
   lines = tiny.read_lines(tmp_path)
   assert lines[-1]["step"] == 2
   assert all(np.isfinite(value) for line in lines for value in line.values())
+
+
+@pytest.mark.parametrize(("name", "ends"), [("lexical", True), ("oracle", False)])
+def test_a_reviewer_that_misses_what_was_planted_ends_the_run(name, ends, tmp_path):
+  audits = {"reviewer.name": name, "reviewer.audit_every": 2, "reviewer.audit_floor": 0.5}
+  config = tiny.make_config({"credit.scheme": "weighted", **audits, "steps": 3})
+  expected = pytest.raises(UserError, match="audit_floor") if ends else contextlib.nullcontext()
+  with expected:
+    train(config, str(tmp_path), quiet=True)
+  last = tiny.read_lines(tmp_path)[2]
+  assert (last["review/planted_found"] < 0.5) == ends
+  # What was done is saved.
+  assert (tmp_path / "checkpoints" / "2").exists()
 
 
 def test_the_conserved_sum_is_checked_for_either_mass(tmp_path):

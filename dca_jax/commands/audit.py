@@ -20,9 +20,9 @@ from dca_jax import config as config_lib
 from dca_jax.commands.audit_page import write_page
 from dca_jax.commands.report import text_table
 from dca_jax.commands.review import review_patiently, reviewer_config
-from dca_jax.config import Config, ConfigError
+from dca_jax.config import ASKED, Config, ConfigError
 from dca_jax.credit import worth
-from dca_jax.episode import ROLES, Episode, Review
+from dca_jax.episode import ROLES, Check, Episode, Review
 from dca_jax.intervals import Estimate, share
 from dca_jax.policy import Policy, pretrained
 from dca_jax.review import Request, Reviewer, Truth, open_reviewer
@@ -36,10 +36,12 @@ from dca_jax.review.audit import (
   said_of,
   usable,
 )
+from dca_jax.review.effects import Checked, effects
 from dca_jax.review.faults import Pair, Planted, caught, plant, unchanged
 from dca_jax.review.processbench import read_processbench
 from dca_jax.review.reviewer import split_member
-from dca_jax.rollout import collect
+from dca_jax.rollout import Continues, collect
+from dca_jax.rollout.spot import SpotConfig, measured
 from dca_jax.run import Programs, check_data, starting_policy, use_compilation_cache
 from dca_jax.store.trajectories import read_trajectories, shards, write_trajectories
 from dca_jax.store.workdir import is_remote, locate, write_whole
@@ -53,12 +55,28 @@ _DRAWS = 12
 """Samples drawn again for the intervals of what a reviewer is worth."""
 
 
+class Sizes(NamedTuple):
+  """How much an audit looks at."""
+
+  limit: int = 256
+  """Answers to read."""
+  planted: int = 12
+  """Faults of each kind to plant in right answers."""
+  repeat: float = 0.0
+  """Share of the questions that is asked twice."""
+  spot_checks: int = 0
+  """With a recipe: answers that its policy writes from before and after every step of groups whose
+  rewards differ, to measure what the steps did."""
+
+
 class Source(NamedTuple):
   """Where the truth comes from."""
 
   name: str
   cases: list[Case]
   planted: list[Planted]
+  checks: dict[Request, Mapping[int, Check]]
+  """Measured effects of steps, where there are any."""
   truth: Truth
   """For reviewers that read it."""
   config: Config
@@ -66,7 +84,7 @@ class Source(NamedTuple):
 
 
 def from_recipe(
-  recipe: str, member: str, overrides: Sequence[str], workdir: str, limit: int, planted: int
+  recipe: str, member: str, overrides: Sequence[str], workdir: str, sizes: Sizes
 ) -> Source:
   """Episodes of the policy that a recipe's run would start from; they are kept in the workdir.
 
@@ -74,18 +92,21 @@ def from_recipe(
     UserError: the settings do not fit, or the workdir holds something else.
   """
   name, model = split_member(member)
-  chosen = [f"--config.reviewer.name={name}", "--config.credit.scheme=weighted"]
+  chosen = [f"--config.reviewer.name={name}", "--config.credit.scheme=calibrated"]
   chosen += [f"--config.reviewer.client.model={model}"] if model else []
   given = config_lib.read_recipe(recipe).get_config()
   config = config_lib.build(given, chosen, overrides)
   folder = config_lib.claim_workdir(config, workdir)
-  _sample(config, folder, limit)
-  return _of_episodes(config, _episodes(folder / "trajectories", limit), planted)
+  _sample(config, folder, sizes)
+  episodes = _episodes(folder / "trajectories", sizes.limit)
+  if sizes.spot_checks and not any(episode.checks for episode in episodes):
+    raise ConfigError(
+      f"--spot-checks={sizes.spot_checks}: the answers in {workdir} have none; take a new --workdir"
+    )
+  return _of_episodes(config, episodes, sizes.planted)
 
 
-def from_trajectories(
-  folder: str, member: str, overrides: Sequence[str], limit: int, planted: int
-) -> Source:
+def from_trajectories(folder: str, member: str, overrides: Sequence[str], sizes: Sizes) -> Source:
   """Episodes that a run has kept.
 
   Raises:
@@ -93,10 +114,10 @@ def from_trajectories(
   """
   run = config_lib.read_saved(os.fspath(locate(folder).parent))
   config = reviewer_config(member, overrides, run.get("task", {}))
-  episodes = _episodes(locate(folder), limit)
+  episodes = _episodes(locate(folder), sizes.limit)
   if not episodes:
     raise ConfigError(f"--trajectories={folder}: there are none (a run keeps WORKDIR/trajectories)")
-  return _of_episodes(config, episodes, planted)
+  return _of_episodes(config, episodes, sizes.planted)
 
 
 def from_processbench(path: str, member: str, overrides: Sequence[str], limit: int) -> Source:
@@ -106,7 +127,7 @@ def from_processbench(path: str, member: str, overrides: Sequence[str], limit: i
     UserError: it is of another form.
   """
   cases, truth = read_processbench(path, limit)
-  return Source("processbench", cases, [], truth, reviewer_config(member, overrides, {}))
+  return Source("processbench", cases, [], {}, truth, reviewer_config(member, overrides, {}))
 
 
 def _episodes(folder: epath.Path, limit: int) -> list[Episode]:
@@ -117,24 +138,25 @@ def _episodes(folder: epath.Path, limit: int) -> list[Episode]:
 def _of_episodes(config: Config, episodes: Sequence[Episode], planted: int) -> Source:
   """Labels where the task has them, and faults planted in right answers in any case."""
   name, requests = config.task.name, [*map(Request.of, episodes)]
+  checks = {request: e.checks for request, e in zip(requests, episodes, strict=True) if e.checks}
   if "labels" in config.task.offers:
     truth = Truth.of(config.task.open())
     cases = [Case.of(request, truth.labels(request)) for request in requests]
-    return Source(name, cases, plant(requests, planted, truth.labels), truth, config)
-  if not (made := plant(requests, planted)):
+    return Source(name, cases, plant(requests, planted, truth.labels), checks, truth, config)
+  if not (made := plant(requests, planted)) and not checks:
     raise ConfigError(
       f"task '{name}' knows no true roles of steps, and no fault could be planted: that takes"
       " --planted above 0 and right answers of at least three steps"
     )
   nothing = Truth(lambda r: (), lambda _, answers: [()] * len(answers))
-  return Source(name, [], made, nothing, config)
+  return Source(name, [], made, checks, nothing, config)
 
 
-def _sample(config: Config, folder: epath.Path, limit: int) -> None:
-  """Samples until there are `limit` episodes; what was sampled before is not sampled again."""
+def _sample(config: Config, folder: epath.Path, sizes: Sizes) -> None:
+  """Samples until there are enough episodes; what was sampled before is not sampled again."""
   kept = folder / "trajectories"
   have = sum(1 for step in shards(kept) for _ in read_trajectories(kept, step))
-  if have >= limit:
+  if have >= sizes.limit:
     return
   use_compilation_cache()
   task = config.task.open()
@@ -146,27 +168,74 @@ def _sample(config: Config, folder: epath.Path, limit: int) -> None:
   start = starting_policy(config, folder, policy, task, tokenizer, programs)
   params = programs.for_sampler(start)
   step = max(shards(kept), default=0)
-  while have < limit:
+  while have < sizes.limit:
     step += 1
     rollout = collect(programs.sampler, config.seed, step, params)
+    if sizes.spot_checks:
+      further = Continues(programs.sampler, params, (config.seed + 2**31, 2**31 + step))
+      every = SpotConfig(1.0, step, sizes.spot_checks)
+      rollout, _ = measured(every, config.seed, step, further, rollout)
     blank = [dataclasses.replace(e, credit=[0.0] * len(e.tokens)) for e in rollout.episodes]
     write_trajectories(kept, step, 0, blank)
     have += len(blank)
 
 
-def audit(source: Source, member: str, settings: Sequence[str], workdir: str, repeat: float) -> str:
-  """Has the cases reviewed, measures, and writes audit.json; returns the table.
+class Audited(NamedTuple):
+  """What an audit found, which is also in the workdir's audit.json and audit.html."""
+
+  row: dict[str, Any]
+  table: str
+  """The row, for people."""
+
+
+def audit(
+  reviewer: str,
+  workdir: str | os.PathLike[str],
+  *,
+  config: str = "",
+  trajectories: str = "",
+  processbench: str = "",
+  settings: Sequence[str] = (),
+  **sizes: Any,
+) -> Audited:
+  """Measures how good a reviewer is, as `dca-jax audit` does; the same call again goes on.
 
   Args:
-    settings: what was set of the reviewer, for the row.
-    repeat: share of the questions that is asked twice.
+    reviewer: NAME or NAME:MODEL.
+    workdir: where answers, replies and results are kept.
+    config, trajectories, processbench: one of them, where the answers come from: a recipe, whose
+      policy writes them, a run's folder of trajectories, or a file of solutions.
+    settings: `--config.section.key=value`, as in a shell.
+    sizes: see `Sizes`.
 
   Raises:
-    UserError: the reviewer cannot be opened, or is a language model without a usable review.
+    UserError: bad input, or a language model without a usable review.
   """
+  how, own, folder = (reviewer, settings), Sizes(**sizes), os.fspath(workdir)
+  if [bool(x) for x in (config, trajectories, processbench)].count(True) != 1:
+    raise ConfigError("one of config, trajectories and processbench says where answers come from")
+  if own.spot_checks and not config:
+    raise ConfigError(f"--spot-checks={own.spot_checks}: only with --config, whose policy answers")
+  if config:
+    source = from_recipe(config, *how, folder, own)
+  elif trajectories:
+    source = from_trajectories(trajectories, *how, own)
+  else:
+    source = from_processbench(processbench, *how, own.limit)
+  offers = source.config.task.offers
+  if not source.checks and source.config.reviewer.gives_of(offers) == {"values"}:
+    raise ConfigError(f"{reviewer} gives values alone, which only --spot-checks can tell right")
+  told = [said for said in settings if said.startswith("--config.reviewer.")]
+  return _audit(source, reviewer, told, folder, own.repeat)
+
+
+def _audit(
+  source: Source, member: str, settings: Sequence[str], workdir: str, repeat: float
+) -> Audited:
+  """Has the cases reviewed, measures, and writes what it finds."""
   folder = locate(workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  questions = [case.request for case in source.cases]
+  questions = [*(case.request for case in source.cases), *source.checks]
   for planted in source.planted:
     questions += [planted.case.request, planted.twin]
   requests = [*dict.fromkeys(questions)]
@@ -175,8 +244,10 @@ def audit(source: Source, member: str, settings: Sequence[str], workdir: str, re
   judged = [Judged(case, said[case.request]) for case in source.cases]
   pairs = [Pair(p, said[p.case.request], said[p.twin]) for p in source.planted]
   pairs = [pair for pair in pairs if usable(pair.edited) and usable(pair.twin)]
+  checked = [Checked(request, checks, said[request]) for request, checks in source.checks.items()]
+  checked = [one for one in checked if _told(one.review)]
   by_faults = [Judged(p.planted.case, p.edited) for p in pairs] + [*map(unchanged, pairs)]
-  measures = {"usable": share([usable(review) for review in reviews])}
+  measures = {"usable": share([_told(review) for review in reviews])} | effects(checked)
   measures |= agreement(judged) | caught(pairs) | learning(judged or by_faults)
   row = {
     "version": VERSION,
@@ -196,14 +267,19 @@ def audit(source: Source, member: str, settings: Sequence[str], workdir: str, re
   sections = sectioned(measures)
   verdict = _VERDICTS[str(row["verdict"])]
   write_page(folder, f"dca-jax audit: {_title(row)}", verdict, sections, judged, pairs)
-  return table(row, sections, judged)
+  return Audited(row, table(row, sections, judged))
+
+
+def _told(review: Review) -> bool:
+  """Whether a review says what an audit can use."""
+  return usable(review) or (review.status == "ok" and len(review.values) > 0)
 
 
 def _telling(settings: Sequence[str]) -> list[str]:
   """Those that decide what a reviewer says, without where it is called and how often."""
   said = [one.removeprefix("--config.reviewer.") for one in settings]
-  asked = ("client.thinking", "client.rubric", "client.whole_group", "client.max_output_tokens")
-  return [one for one in said if not one.startswith("client.") or one.startswith(asked)]
+  kept = {f"client.{key}" for key in ASKED} - {"client.model", "client.base_url", "client.vertex"}
+  return [one for one in said if not one.startswith("client.") or one.partition("=")[0] in kept]
 
 
 _ALWAYS = ("role_accuracy", "kappa", "first_error_f1", "errors_in_wins", "predicted_speedup")
@@ -234,7 +310,7 @@ def _reviewed(
       stats["review/repeat_agreement"] = _same(reviews, again)
     failures = reviewer.failures()
   reviews = [r.checked(len(asked.steps)) for r, asked in zip(reviews, requests, strict=True)]
-  if config.models and not any(map(usable, reviews)):
+  if config.models and not any(map(_told, reviews)):
     statuses = collections.Counter(review.status for review in reviews)
     said = ", ".join(f"{n} {status}" for status, n in statuses.most_common())
     raise ConfigError(f"no usable review of {len(reviews)} ({said}){failures and f': {failures}'}")
@@ -324,6 +400,7 @@ _SECTIONS = {
   "needless steps": ("needless", "applause"),
   "planted faults": ("planted", "false_alarms", "premium_", "suffix_leak"),
   "what does not matter": ("position", "length"),
+  "measured effects": ("effect_",),
   "training": ("gradient", "performing", "calibrated", "predicted"),
 }
 

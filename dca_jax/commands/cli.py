@@ -169,6 +169,8 @@ def _what_is_audited(audit: argparse.ArgumentParser) -> None:
   audit.add_argument("--limit", type=int, default=256, help="answers to read")
   what = "faults of each kind to plant in right answers"
   audit.add_argument("--planted", type=int, default=12, help=what)
+  what = "with --config: answers that the policy writes from before and after each step"
+  audit.add_argument("--spot-checks", type=int, default=0, help=what)
   what = "share of the questions that is asked twice"
   audit.add_argument("--repeat", type=float, default=0.0, help=what)
 
@@ -269,7 +271,7 @@ def _between(args: argparse.Namespace, name: str, least: float, most: float = fl
 
   if not least <= getattr(args, name) <= most:
     must = f"between {least} and {most}" if most < float("inf") else f"at least {least}"
-    raise ConfigError(f"--{name}={getattr(args, name)}: must be {must}")
+    raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}: must be {must}")
 
 
 def _status(args: argparse.Namespace, _: Sequence[str]) -> None:
@@ -332,12 +334,8 @@ def _audit(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   _between(args, "limit", 1)
   _between(args, "repeat", 0, 1)
   _between(args, "planted", 0)
-  how = args.reviewer, overrides
-  if args.config:
-    source = audit.from_recipe(args.config, *how, args.workdir, args.limit, args.planted)
-  elif args.trajectories:
-    source = audit.from_trajectories(args.trajectories, *how, args.limit, args.planted)
-  else:
-    source = audit.from_processbench(args.processbench, *how, args.limit)
-  told = [said for said in overrides if said.startswith("--config.reviewer.")]
-  print(audit.audit(source, args.reviewer, told, args.workdir, args.repeat))
+  _between(args, "spot_checks", 0)
+  where = {name: getattr(args, name) for name in ("config", "trajectories", "processbench")}
+  sizes = {name: getattr(args, name) for name in audit.Sizes._fields}
+  given = {name: path for name, path in where.items() if path}
+  print(audit.audit(args.reviewer, args.workdir, settings=overrides, **given, **sizes).table)

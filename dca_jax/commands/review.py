@@ -45,7 +45,7 @@ def reviewer_config(member: str, overrides: Sequence[str], task: dict) -> config
   """The config of NAME or NAME:MODEL with `--config.reviewer.key=value` arguments,
   for a run's `task` section."""
   name, model = split_member(member)
-  given = ConfigDict({"reviewer": {"name": name}, "credit": {"scheme": "weighted"}, "task": task})
+  given = ConfigDict({"reviewer": {"name": name}, "credit": {"scheme": "calibrated"}, "task": task})
   if model:
     given.reviewer.client = {"model": model}
   return config_lib.build(given, overrides)

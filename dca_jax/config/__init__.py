@@ -4,9 +4,10 @@ step."""
 from dca_jax.config.levels import build, load, read_recipe
 from dca_jax.config.saved import claim_workdir, difference, read_saved, saved_config
 from dca_jax.config.sections import CHOICES
-from dca_jax.config.tree import Config, ConfigError, flatten, nested
+from dca_jax.config.tree import ASKED, Config, ConfigError, flatten, nested
 
 __all__ = [
+  "ASKED",
   "CHOICES",
   "Config",
   "ConfigError",

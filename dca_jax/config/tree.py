@@ -180,13 +180,14 @@ _FREE = (
   "log.",
   "mesh.",
   "reviewer.audit_every",
+  "reviewer.audit_floor",
   "reviewer.deadline",
   "reviewer.required",
   "reviewer.client.",
   "task.verifier_seconds",
 )
 # Except for these keys of reviewer.client, which decide what is asked.
-_ASKED = (
+ASKED = (
   *("model", "thinking", "base_url", "vertex", "max_output_tokens", "whole_group"),
   *("rubric", "examples", "level", "reference", "samples"),
 )
@@ -197,7 +198,7 @@ def is_free(key: str, config: Config) -> bool:
   if key == "steps":
     # More steps continue the same run, unless the learning rate depends on where the end is.
     return config.learner.schedule == "constant"
-  return key.startswith(_FREE) and key.removeprefix("reviewer.client.") not in _ASKED
+  return key.startswith(_FREE) and key.removeprefix("reviewer.client.") not in ASKED
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

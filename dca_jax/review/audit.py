@@ -218,11 +218,11 @@ def biases(judged: Sequence[Judged]) -> dict[str, Estimate]:
     true = Review("ok", case.labels, (1.0,) * len(case.labels))
     wrong = shares(intensity(review)) - shares(intensity(true))
     steps = case.request.steps
-    places.append(_moments(wrong, np.linspace(0, 1, len(steps))))
-    lengths.append(_moments(wrong, np.log1p([len(step) for step in steps])))
+    places.append(moments(wrong, np.linspace(0, 1, len(steps))))
+    lengths.append(moments(wrong, np.log1p([len(step) for step in steps])))
   return {
-    "position_bias": bootstrap(places, _correlation),
-    "length_bias": bootstrap(lengths, _correlation),
+    "position_bias": bootstrap(places, correlation),
+    "length_bias": bootstrap(lengths, correlation),
   }
 
 
@@ -231,12 +231,14 @@ def shares(x: np.ndarray) -> np.ndarray:
   return x / x.sum() if x.sum() > 0 else np.full(len(x), 1 / len(x))
 
 
-def _moments(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+def moments(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+  """Sums of xy, xx and yy about the means."""
   x, y = x - x.mean(), y - y.mean()
   return float(x @ y), float(x @ x), float(y @ y)
 
 
-def _correlation(sums_Rx3: np.ndarray) -> np.ndarray:
+def correlation(sums_Rx3: np.ndarray) -> np.ndarray:
+  """Of sums of xy, xx and yy, each about its mean; 0 where one of them never changes."""
   xy, xx, yy = sums_Rx3.T
   size = np.sqrt(xx * yy)
   return np.where(size > 1e-12, xy / np.maximum(size, 1e-12), 0.0)

@@ -42,7 +42,7 @@ class Nobody(ReviewerConfig):
   gives: ClassVar[tuple[str, ...]] = ()
 
   def unused(self) -> dict[str, str]:
-    keys = ("escalate", "sample_frac", "overlap", "audit_every")
+    keys = ("escalate", "sample_frac", "overlap", "audit_every", "audit_floor")
     return super().unused() | dict.fromkeys(keys, f"reviewer.name is '{self.name}'")
 
   def open(self, uses: Uses) -> Reviewer:

@@ -231,7 +231,7 @@ class Client:
         reviews[i] = review
     for i, task in repeats.items():
       again = _outcome(task, 1)[0]
-      if again.status == reviews[i].status == "ok":
+      if again.status == reviews[i].status == "ok" and again.roles:
         self._agreed.append(
           statistics.fmean(a == b for a, b in zip(again.roles, reviews[i].roles, strict=True))
         )

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -99,3 +99,11 @@ def audited(
   pairs = [Pair(p, said[p.case.request], said[p.twin]) for p in planted]
   told = [pair for pair in pairs if has_roles(pair.edited) and has_roles(pair.twin)]
   return {f"review/{name}": e.value for name, e in caught(told).items()}
+
+
+def too_blind(metrics: Mapping[str, float], floor: float) -> str | None:
+  """Why the run should end where an audit has found less than `floor` of what was planted."""
+  found = metrics.get("review/planted_found", 1.0)
+  if found >= floor:
+    return None
+  return f"the reviewer found {found:.0%} of the planted faults (reviewer.audit_floor is {floor:g})"

@@ -210,10 +210,10 @@ def unchanged(pair: Pair) -> Judged:
 def caught(pairs: Sequence[Pair]) -> dict[str, Estimate]:
   """How faults are met, by name; the reviews must be usable.
 
-  `planted_FAULT` and `planted_tier_T`: share of the steps made wrong or needless that are called
-  so. `false_alarms`: share of the untouched twins of wrong steps that are called wrong.
-  `premium_FAULT`: what planting it earns, see `Planted.credit`. `suffix_leak`: share of the steps
-  before the fault whose role changes with it.
+  `planted_FAULT`, `planted_tier_T` and, of all, `planted_found`: share of the steps made wrong or
+  needless that are called so. `false_alarms`: share of the untouched twins of wrong steps that are
+  called wrong. `premium_FAULT`: what planting it earns, see `Planted.credit`. `suffix_leak`: share
+  of the steps before the fault whose role changes with it.
   """
   measures: dict[str, Estimate] = {}
   for kind, own in _grouped(pairs).items():
@@ -237,6 +237,7 @@ def _grouped(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
   for pair in pairs:
     groups.setdefault(pair.planted.fault, []).append(pair)
     groups.setdefault(f"tier_{pair.planted.tier}", []).append(pair)
+    groups.setdefault("found", []).append(pair)
   return groups
 
 

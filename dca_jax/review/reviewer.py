@@ -5,7 +5,7 @@ import math
 import pathlib
 from typing import ClassVar, NamedTuple
 
-from dca_jax.checks import at_least, one_of, positive
+from dca_jax.checks import at_least, between, one_of, positive
 from dca_jax.doors import choose, door
 from dca_jax.errors import UserError
 from dca_jax.review.cache import Cache
@@ -63,6 +63,9 @@ class ReviewerConfig:
   audit_every: int = 0
   """Steps between audits in training: faults are planted in right answers of the batch, and the
   reviewer is asked about these and their untouched twins; 0 never asks."""
+  audit_floor: float = 0.0
+  """Where such an audit finds a smaller share of the planted faults, the run ends; 0 never ends
+  it."""
   client: ClientConfig = ClientConfig()
   """How the language models among the reviewers are called."""
 
@@ -150,6 +153,7 @@ class ReviewerConfig:
   def check(self) -> dict[str, str]:
     bad = positive(self, "sample_frac", most=1) | positive(self, "deadline")
     bad |= at_least(0, self, "audit_every") | one_of(self, "overlap", 0, 1)
+    bad |= between(0, 1, self, "audit_floor")
     kind = type(self)
     if kind.open is ReviewerConfig.open and kind.review is ReviewerConfig.review:
       bad["name"] = "must have a method review(self, request)"
@@ -159,7 +163,8 @@ class ReviewerConfig:
     everything = {field.name for field in dataclasses.fields(ClientConfig)}
     unread = everything.intersection(*(member.unread for member in self.models))
     unused = [f"client.{key}" for key in sorted(unread)] + ([] if self.models else ["required"])
-    return dict.fromkeys(unused, f"reviewer.name is '{self.name}'")
+    never = {} if self.audit_every else {"audit_floor": "reviewer.audit_every is 0"}
+    return dict.fromkeys(unused, f"reviewer.name is '{self.name}'") | never
 
 
 def split_member(spec: str) -> tuple[str, str]:

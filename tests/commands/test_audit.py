@@ -12,6 +12,7 @@ from etils import epath
 from fake_server import FakeServer, honest_reply
 from test_faults import SOLUTION
 
+import dca_jax
 from dca_jax.commands import audit, cli
 from dca_jax.episode import Episode, Outcome, Problem, Segment, Step
 from dca_jax.store.trajectories import write_trajectories
@@ -97,6 +98,43 @@ def test_a_noisy_reviewer_and_one_asked_twice(start, tmp_path):
   assert row["self_agreement"] == 1.0  # Its dice belong to the sample.
   assert row["predicted_speedup"] < read(start)["predicted_speedup"]
   assert audited(start, tmp_path / "silent", "silent")["verdict"] == "no"
+
+
+def test_effects_of_steps_are_measured_by_the_policy_itself(start, tmp_path, capsys, monkeypatch):
+  checks = ["--spot-checks=2", f"--limit={LIMIT}", "--reviewer=oracle"]
+  command = ["audit", f"--config={start.parent}/recipe.py", *checks]
+  assert cli.main([*command, f"--workdir={tmp_path}"]) == 0
+  row = read(tmp_path)
+  assert row["effect_spearman"] > 0.1
+  assert row["effect_spearman"] < row["effect_ceiling_high"] <= 1
+  # They are kept with the answers, for other reviewers; also for one that gives values alone.
+  assert (
+    audited(tmp_path, tmp_path / "random", "random")["effect_spearman"] < row["effect_spearman"]
+  )
+  monkeypatch.setenv("GEMINI_API_KEY", "key")
+  with FakeServer(reply=lambda data: {"chance": min(100, 25 * len(data["begun"]))}) as server:
+    given = [f"--config.reviewer.client.{x}" for x in (f"base_url={server.url}", "level=values")]
+    told = audited(tmp_path, tmp_path / "values", "gemini", *given, "--planted=0")
+  assert told["usable"] == 1
+  assert told["settings"] == "client.level=values"
+  assert -1 <= told["effect_spearman"] <= 1
+  assert told["role_accuracy"] is None
+  # Not where there is no policy, and not for answers that were sampled without.
+  for where in (f"--trajectories={start}/trajectories", f"--config={start.parent}/recipe.py"):
+    assert cli.main(["audit", where, *checks, f"--workdir={start}"]) == 1
+    assert "--spot-checks=2" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_from_python_it_is_the_same_row(start, tmp_path):
+  given = {"trajectories": f"{start}/trajectories", "limit": LIMIT}
+  row = dca_jax.audit("lexical", tmp_path, **given).row
+  assert row == read(tmp_path)
+  assert row["verdict"] == "no"
+  with pytest.raises(dca_jax.UserError, match="one of config, trajectories"):
+    dca_jax.audit("lexical", tmp_path)
+  values = ["--config.reviewer.client.level=values"]
+  with pytest.raises(dca_jax.UserError, match="--spot-checks"):
+    dca_jax.audit("gemini", tmp_path, settings=values, **given)
 
 
 def test_a_model_is_paid_for_once_and_its_costs_are_told(start, tmp_path, monkeypatch):
