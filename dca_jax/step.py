@@ -83,8 +83,8 @@ def train_step(t: Trainer, step: int) -> Measured:
   evidence = t.scheme.evidence(kept, rollout.episodes, group)
   # The one place in a step where processes hear of each other's samples, apart from the arrays.
   told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
-  said, evidences, problems, reasons = zip(*told, strict=True)
-  tallies = [Tally(*one) for one in said]
+  counted, evidences, problems, reasons = zip(*told, strict=True)
+  tallies = [Tally(*one) for one in counted]
   kept, found = t.scheme.learn(kept, evidences)
   t.state = t.state._replace(credit=put(kept, t.programs.everywhere))
   metrics = merge(tallies) | waits(tallies) | numbers | found

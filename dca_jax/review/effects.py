@@ -24,13 +24,15 @@ class Checked(NamedTuple):
   @property
   def credit(self) -> np.ndarray:
     """What each step would be credited with: in a right answer the intensity of its role, in a
-    wrong one blame for what is called an error; or how the reviewer's values change with it."""
-    correct = self.request.correct
-    if self.review.values:
-      return np.diff([*self.review.values, float(correct)])
-    if correct:
-      return intensity(self.review)
-    return -np.asarray(self.review.weights, float) * (np.array(self.review.roles) == "error")
+    wrong one blame for what is called an error. Of a reviewer that gives values alone, how they
+    change with it. The last step has none: what is measured of it is the outcome itself, of which
+    the reviewer was told."""
+    if not self.review.roles:
+      return np.diff(self.review.values)
+    if self.request.correct:
+      return intensity(self.review)[:-1]
+    weights, wrong = np.asarray(self.review.weights, float), np.array(self.review.roles) == "error"
+    return (-weights * wrong)[:-1]
 
 
 def effects(checked: Sequence[Checked]) -> dict[str, Estimate]:
