@@ -5,9 +5,9 @@
 
 FOLDER has `model` (answers never end: equal lengths), `model_eos` (answers end by chance),
 `tok_auto` (their tokenizer), `prompts.jsonl` and `heldout.jsonl` with `prompt` and `answer`. Every
-row runs in a process of its own, with a cold cache of compiled programs. FILE has one JSON object
-for each number of a peer, {"row": ..., "peer": ..., "step": ...}, measured on the same machine,
-alternated with this, and is printed beside ours.
+row runs in a process of its own, with a cold cache of compiled programs, or that of --cache. FILE
+has one JSON object for each number of a peer, {"row": ..., "peer": ..., "step": ...}, measured on
+the same machine, alternated with this, and is printed beside ours.
 """
 
 import argparse
@@ -22,18 +22,20 @@ import tempfile
 import time
 from typing import Any
 
-BEGAN = time.monotonic()
 ROWS: dict[str, dict[str, Any]] = {
   "8 x 8 x 64": {"model": "model", "problems": 8, "tokens": 64},
   "8 x 8, mixed to 256": {"model": "model_eos", "problems": 8, "tokens": 256},
   "32 x 8, mixed to 256": {"model": "model_eos", "problems": 32, "tokens": 256},
   "8 x 8 x 1024": {"model": "model", "problems": 8, "tokens": 1024},
+  "1 x 2 x 8192": {"model": "model", "problems": 1, "group": 2, "tokens": 8192},
 }
-COLUMNS = ("step", "sample", "us_a_token", "first_step", "rss_gib")
-HEADS = ("CPU-s a step", "of these sampling", "us a token", "s to step 1", "RSS, GiB")
+COLUMNS = ("step", "sample", "us_a_token", "first_cpu", "rss_gib")
+HEADS = ("CPU-s a step", "of these sampling", "us a token", "CPU-s to step 1", "RSS, GiB")
 
 
-def recipe(work: pathlib.Path, model: str, problems: int, tokens: int, steps: int) -> dict:
+def recipe(
+  work: pathlib.Path, model: str, problems: int, tokens: int, steps: int, group: int = 8
+) -> dict:
   return {
     "steps": steps,
     "policy": {"pretrained": str(work / model)},
@@ -48,7 +50,7 @@ def recipe(work: pathlib.Path, model: str, problems: int, tokens: int, steps: in
     },
     "rollout": {
       "problems": problems,
-      "group": 8,
+      "group": group,
       "max_prompt_tokens": 32,
       "max_tokens": tokens,
     },
@@ -77,7 +79,7 @@ def measure(row: str, work: pathlib.Path, steps: int) -> dict[str, float]:
 
   def after(run, step: int, metrics: dict) -> None:
     if step == 1:
-      first.append(time.monotonic() - BEGAN)
+      first.append(time.process_time())
     now = time.process_time()
     laps["step"].append(now - clock["step"])
     tokens.append(metrics.get("train/generated_tokens", 0.0))
@@ -95,7 +97,7 @@ def measure(row: str, work: pathlib.Path, steps: int) -> dict[str, float]:
     "step": statistics.median(laps["step"][kept]),
     "sample": sample,
     "us_a_token": 1e6 * sample / statistics.mean(tokens[kept]),
-    "first_step": first[0],
+    "first_cpu": first[0],
     "rss_gib": rss,
   }
 
@@ -108,6 +110,7 @@ def main() -> None:
   parser.add_argument("--rows", default="", help="parts of the rows' names, with commas")
   parser.add_argument("--steps", type=int, default=8)
   parser.add_argument("--peers", type=pathlib.Path)
+  parser.add_argument("--cache", type=pathlib.Path, help="where compiled programs are kept")
   parser.add_argument("--one", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.one:
@@ -122,7 +125,9 @@ def main() -> None:
       command = [sys.executable, __file__, f"--work={arguments.work}", f"--steps={arguments.steps}"]
       done = subprocess.run(
         [*command, f"--one={row}"],
-        env={"JAX_PLATFORMS": "cpu"} | os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
+        env={"JAX_PLATFORMS": "cpu"}
+        | os.environ
+        | {"JAX_COMPILATION_CACHE_DIR": str(arguments.cache or cache)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

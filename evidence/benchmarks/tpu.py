@@ -1,6 +1,6 @@
 """Compiles a recipe's update and decoding for TPUs that are not there, and prints the memory they
-take by XLA's own account, and the least time that arithmetic and memory allow; real steps take
-longer, often twice as long.
+take by XLA's own account, what a decoded token moves, and the least time that arithmetic and memory
+allow; real steps take longer, often twice as long.
 
     pip install libtpu  # the version that jax's `tpu` extra names
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
@@ -12,8 +12,11 @@ compiler refuses a program that does not fit a chip.
 
 import argparse
 import functools
+import math
 import os
+import re
 import time
+from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # Or libtpu asks the network for them.
@@ -100,16 +103,21 @@ def main() -> None:
   ends = slots.Ends(on(same, jnp.int32, 1), on(same, jnp.int32), on(same, jnp.int32))
   live = spread(jax.ShapeDtypeStruct((b,), jnp.bool_), sampling)
   lowered = slots.decode.lower(writing, r.sampling, params, ends, rows, live)
-  report("decode", lowered, planned.parameters + sum(planned.sampling.values()))
+  compiled = report("decode", lowered, planned.parameters + sum(planned.sampling.values()))
+  held = held_bytes(params)
+  least = held + held_bytes((rows.context.prompt, rows.context.cache))
+  moved = loop_traffic(compiled.as_text())
+  print(
+    f"a decoded token reads {moved.read / 1e9:.2f} GB on each chip, {moved.read / least:.2f} times"
+    f" its parameters, prompts and full caches, and writes {moved.written / 1e9:.2f} GB;"
+    f" {moved.collectives} operations of several chips"
+  )
 
   # Times by the roofline.
   peak, bandwidth = PEAKS[arguments.topology.split(":")[0]]
   weights = sum(x.size for x in jax.tree.leaves(whole["blocks"])) + policy.rows * known.width
   forward = 2 * weights * (b * t + p * r.max_prompt_tokens)
   passes = (2 if known.lora_rank else 3) + (known.remat == "layers") + config.learner.reference
-  held = sum(
-    np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params)
-  )
   cache = planned.sampling["keys and values"] * (r.max_prompt_tokens + b // p * t / 2)
   cache /= r.max_prompt_tokens + b // p * t
   sampled, updated = t * (held + cache) / bandwidth, passes * forward / peak / len(chips)
@@ -119,14 +127,97 @@ def main() -> None:
   )
 
 
-def report(name: str, lowered, planned: int) -> None:
+def held_bytes(tree) -> int:
+  """What a chip holds of it."""
+  return sum(
+    np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+
+
+def report(name: str, lowered, planned: int):
+  """Compiles, and says what memory that takes."""
   begun = time.perf_counter()
-  m, unit = lowered.compile().memory_analysis(), 2**30
+  compiled = lowered.compile()
+  m, unit = compiled.memory_analysis(), 2**30
   print(
     f"{name}: {m.peak_memory_in_bytes / unit:.2f} GiB on each chip, planned {planned / unit:.2f};"
     f" compiled in {time.perf_counter() - begun:.0f} s",
     flush=True,
   )
+  return compiled
+
+
+# What a compiled program moves between a chip's memory (HBM) and its units, by its scheduled HLO.
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_SHAPE = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]((?:\{[^}]*\})?)")
+_LINE = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_IN_PLACE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+class Traffic(NamedTuple):
+  """Of one turn of a loop."""
+
+  read: int
+  """Bytes of HBM; where an operation reads a part of what it is given, all of it counts."""
+  written: int
+  collectives: int
+  """Operations that several chips do together."""
+
+
+def loop_traffic(hlo: str) -> Traffic:
+  """Of the program's first `while`; its own loops count as one turn."""
+  body = re.findall(r"while\(.*?body=(%[\w.\-]+)", hlo)[-1]
+  begin = hlo.index(f"\n{body} ")
+  types: dict[str, str] = {}
+  read = written = collectives = 0
+  for line in hlo[begin : hlo.index("\n}", begin)].splitlines():
+    if not (found := _LINE.match(line)):
+      continue
+    name, kind, operation, rest = found.groups()
+    types[name] = kind
+    collectives += operation.removesuffix("-start") in _COLLECTIVES
+    if operation in _IN_PLACE or operation.endswith("-done"):
+      continue
+    given = [types.get(operand, "") for operand in _operands(rest)]
+    if operation.endswith("-start"):  # A copy to or from VMEM, under way beside the rest.
+      source, target = _SHAPE.findall(kind)[:2]
+      if operation == "copy-start":
+        source, target = target, source
+      moved = min(_size(source), _size(target))
+      read += moved * _in_hbm(source)
+      written += moved * _in_hbm(target)
+      continue
+    if operation == "dynamic-update-slice":  # What is written is the update.
+      given, kind = given[1:], given[1]
+    if name.startswith("%gather"):
+      given = [kind, *given[1:]]
+    read += sum(_hbm(one) for one in given)
+    written += _hbm(kind)
+  return Traffic(read, written, collectives)
+
+
+def _operands(rest: str) -> list[str]:
+  depth = 1
+  for i, letter in enumerate(rest):
+    depth += (letter == "(") - (letter == ")")
+    if not depth:
+      return re.findall(r"%[\w.\-]+", rest[:i])
+  return []
+
+
+def _hbm(kind: str) -> int:
+  return sum(_size(shape) for shape in _SHAPE.findall(kind) if _in_hbm(shape))
+
+
+def _in_hbm(shape: tuple[str, str, str]) -> bool:
+  return "S(" not in shape[2]
+
+
+def _size(shape: tuple[str, str, str]) -> int:
+  kind, dimensions, _ = shape
+  return math.prod(map(int, filter(None, dimensions.split(",")))) * _BYTES.get(kind, 4)
 
 
 if __name__ == "__main__":

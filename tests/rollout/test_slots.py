@@ -109,6 +109,21 @@ def test_how_many_rows_there_are_does_not_matter(params, wanted, whole, rows):
   same(drawn(params, wanted, rows=rows), whole, exact=False)
 
 
+@pytest.mark.slow
+def test_hardly_a_sample_of_thousands_depends_on_how_many_rows_there_are(params, wanted):
+  """Products of another number of rows may differ in their last bits."""
+  rng, many = np.random.default_rng(2), 512
+  wanted = Wanted(*(x[rng.integers(P, size=many)] for x in wanted))._replace(
+    problems_P=np.arange(many)
+  )
+  first, *others = (drawn(params, wanted, rows=rows) for rows in (64, 32, 16, 8))
+  for other in others:
+    pairs = zip(first, other, strict=True)
+    equal = np.mean([a.tokens.tolist() == b.tokens.tolist() for a, b in pairs])
+    print(f"{equal:.2%} of {len(first)} samples are equal")
+    assert equal >= 0.999
+
+
 def test_the_order_of_arrival_does_not_matter(params, wanted, whole):
   order = np.array([4, 1, 5, 0, 2, 3])
   moved = drawn(params, Wanted(*(x[order] for x in wanted)))
@@ -202,7 +217,7 @@ def test_few_row_steps_are_wasted_on_mixed_lengths(problems, rows):
     steps, shapes = run(lengths, 8, rows, 256)
     wasted.append(1 - lengths.sum() / steps)
     assert len(shapes) <= 16
-  assert np.mean(wasted) < 0.2
+  assert np.mean(wasted) < 0.16
 
 
 @pytest.mark.parametrize("step", [1, 4])
