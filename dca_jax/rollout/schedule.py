@@ -29,10 +29,12 @@ def ladder(rows: int, step: int) -> list[int]:
 
 
 def ring_sizes(most: int) -> list[int]:
-  """Sizes that a ring may have; the last holds `most` tokens."""
+  """Sizes that a ring may have, the last of `most` tokens; they are closer where reading a ring takes
+  most of the time."""
   sizes = [RING]
-  while sizes[-1] < most:
-    sizes.append(2 * sizes[-1])
+  while (size := sizes[-1]) < most:
+    power = 2 ** (size.bit_length() - 1)
+    sizes.append(2 * power if size > power or size < 4 * RING else 3 * power // 2)
   return [size for size in sizes if size < most] + [most]
 
 

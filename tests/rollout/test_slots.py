@@ -241,3 +241,4 @@ def test_rows_and_rings_come_in_few_sizes():
   assert ring_sizes(48) == [48]
   assert ring_sizes(256) == [64, 128, 256]
   assert ring_sizes(300) == [64, 128, 256, 300]
+  assert ring_sizes(1000) == [64, 128, 256, 384, 512, 768, 1000]
