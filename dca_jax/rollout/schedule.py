@@ -29,7 +29,7 @@ def ladder(rows: int, step: int) -> list[int]:
 
 
 def ring_sizes(most: int) -> list[int]:
-  """Sizes that a ring may have, the last of `most` tokens; they are closer where reading a ring takes
+  """Sizes that a ring may have, the last of `most` tokens; closer to each other where reading takes
   most of the time."""
   sizes = [RING]
   while (size := sizes[-1]) < most:

@@ -110,7 +110,7 @@ def main() -> None:
   print(
     f"a decoded token reads {moved.read / 1e9:.2f} GB on each chip, {moved.read / least:.2f} times"
     f" its parameters, prompts and full caches, and writes {moved.written / 1e9:.2f} GB;"
-    f" {moved.collectives} operations of several chips"
+    f" chips exchange {moved.exchanged / 1e6:.3f} MB"
   )
 
   # Times by the roofline.
@@ -162,8 +162,8 @@ class Traffic(NamedTuple):
   read: int
   """Bytes of HBM; where an operation reads a part of what it is given, all of it counts."""
   written: int
-  collectives: int
-  """Operations that several chips do together."""
+  exchanged: int
+  """Bytes that operations of several chips give to each."""
 
 
 def loop_traffic(hlo: str) -> Traffic:
@@ -171,13 +171,14 @@ def loop_traffic(hlo: str) -> Traffic:
   body = re.findall(r"while\(.*?body=(%[\w.\-]+)", hlo)[-1]
   begin = hlo.index(f"\n{body} ")
   types: dict[str, str] = {}
-  read = written = collectives = 0
+  read = written = exchanged = 0
   for line in hlo[begin : hlo.index("\n}", begin)].splitlines():
     if not (found := _LINE.match(line)):
       continue
     name, kind, operation, rest = found.groups()
     types[name] = kind
-    collectives += operation.removesuffix("-start") in _COLLECTIVES
+    if operation.removesuffix("-start") in _COLLECTIVES:
+      exchanged += sum(_size(shape) for shape in _SHAPE.findall(kind))
     if operation in _IN_PLACE or operation.endswith("-done"):
       continue
     given = [types.get(operand, "") for operand in _operands(rest)]
@@ -195,7 +196,7 @@ def loop_traffic(hlo: str) -> Traffic:
       given = [kind, *given[1:]]
     read += sum(_hbm(one) for one in given)
     written += _hbm(kind)
-  return Traffic(read, written, collectives)
+  return Traffic(read, written, exchanged)
 
 
 def _operands(rest: str) -> list[str]:
