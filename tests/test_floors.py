@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
-  {"errors", "checks", "doors", "patterns", "episode", "intervals"},
+  {"errors", "checks", "doors", "patterns", "episode", "intervals", "progress"},
   {"tasks", "review", "credit", "policy"},
   {"rollout", "learner", "devices", "store", "source"},
   {"config"},

@@ -2,6 +2,7 @@
 that is small enough for here."""
 
 import pathlib
+import re
 
 import pytest
 import tiny
@@ -12,7 +13,8 @@ from dca_jax.commands.export import export
 from dca_jax.commands.plan import plan
 from dca_jax.loop import train
 
-RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("gsm8k_*.py"))
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("gsm8k_*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +39,14 @@ def test_a_recipe_runs_and_is_exported(path, data, tmp_path):
   train(config, str(tmp_path / "run"), quiet=True)
   assert [line["step"] for line in tiny.read_lines(tmp_path / "run")] == [0, 1, 2]
   assert "step 2: " in export(str(tmp_path / "run"), str(tmp_path / "out"))
+
+
+def test_the_word_problems_have_right_answers():
+  path = CONFIGS / "smollm2_arithmetic.py"
+  parts = config_lib.load(str(path)).task.parts()
+  train, heldout = ([part.rows[i] for i in part.numbers] for part in parts.values())
+  assert not {row["question"] for row in train} & {row["question"] for row in heldout}
+  for row in (*train, *heldout):
+    has, change = map(int, re.findall(r"\d+", row["question"]))
+    assert int(row["answer"]) == (has + change if row["kind"] == "more" else has - change) >= 0
+    assert ("more" in row["question"]) == (row["kind"] == "more")

@@ -31,6 +31,7 @@ from dca_jax.errors import UserError, reason
 from dca_jax.policy.families import family_of, read_json
 from dca_jax.policy.lora import join, split
 from dca_jax.policy.transformer import FREE, Policy, PolicyConfig
+from dca_jax.progress import progress
 
 _SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
 _TURNED = ("kernel", "lora_a", "lora_b")  # Parameters that a file has transposed.
@@ -92,6 +93,7 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
     (shapes, _), (shardings, adapters) = split(shapes), split(shardings)
     make = jax.jit(lambda key: split(nn.unbox(policy.init_params(key)))[1], out_shardings=adapters)
   files = _check(policy.config, source, shapes)
+  bar = progress(total=len(files), desc="weights", unit="tensor")
 
   def one(path, leaf, sharding):
     keys, layered = _keys(path), path[0].key == "blocks"
@@ -108,9 +110,11 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
       theirs = jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, P(*spec)), read)
       # Waited for, or what was read would pile up on the host.
       ours = jax.block_until_ready(_fill(ours, theirs, i, keys[-1] == "kernel", sharding))
+      bar.update()
     return ours
 
-  loaded = jax.tree.map_with_path(one, shapes, shardings)
+  with bar:
+    loaded = jax.tree.map_with_path(one, shapes, shardings)
   return join(loaded, make(jax.random.key(0))) if policy.config.lora_rank else loaded
 
 
@@ -241,7 +245,8 @@ def save(
     files = (_write_adapters if config.lora_rank else _write_model)(
       params, config, original, partial
     )
-    for name, keys, layer, shape in _named(config, params):
+    named = progress([*_named(config, params)], "reading it again", unit="tensor")
+    for name, keys, layer, shape in named:
       if _read(files[name], name).tobytes() != _theirs(params, keys, layer, shape).tobytes():
         raise UserError(f"{files[name]}: {name} was not written as it is; the disk may be failing")
     partial.rename(output)

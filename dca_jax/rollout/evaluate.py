@@ -8,11 +8,11 @@ import typing
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from dca_jax.checks import at_least
 from dca_jax.devices.processes import gather
 from dca_jax.intervals import Estimate, share
+from dca_jax.progress import progress
 from dca_jax.rollout.engine import GREEDY
 from dca_jax.rollout.sampler import Sampler
 from dca_jax.rollout.verify import verify
@@ -102,7 +102,7 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
   groups = [(i, g) for i in range(config.problems) for g in range(0, len(numbers), rollout.group)]
   own: Answers = {}
   batches = range(0, len(groups), rollout.problems)
-  for first in tqdm(batches, "evaluation", unit="batch", delay=5, disable=None, leave=False):
+  for first in progress(batches, "evaluation", unit="batch"):
     # The last batch begins again, to be full.
     batch = [groups[(first + int(row)) % len(groups)] for row in sampler.own]
     problems = [task.problem("heldout", i) for i, _ in batch]
