@@ -29,6 +29,12 @@ ARMS = {
   },
   "fooled": {
     "credit.scheme": "weighted",
+    "credit.guard": False,
+    "reviewer.name": "fooled",
+    "learner.lr": 1.5e-3,
+  },
+  "guarded": {
+    "credit.scheme": "weighted",
     "reviewer.name": "fooled",
     "learner.lr": 1.5e-3,
   },

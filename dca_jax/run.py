@@ -83,7 +83,7 @@ class Programs:
     self.init_params = jax.jit(
       lambda key: nn.unbox(policy.init_params(key)), out_shardings=self.param_shardings
     )
-    credit = config.credit.begin()
+    credit = config.scheme.begin()
     shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap, credit)
     self.init_state = jax.jit(new_state, out_shardings=shardings)
     # The shape of what a jitted function returns knows its sharding.
@@ -129,7 +129,7 @@ class Trainer:
 
   @property
   def scheme(self) -> Scheme:
-    return self.config.credit
+    return self.config.scheme
 
   @property
   def values(self) -> Values:
@@ -196,7 +196,7 @@ def _opened(
     frozen, trained = split(start)
     done, state = restored or (
       0,
-      programs.init_state(copy(trained), *put((head, config.credit.begin()), programs.everywhere)),
+      programs.init_state(copy(trained), *put((head, config.scheme.begin()), programs.everywhere)),
     )
     reference = _reference(config, programs, start)
     trainer = Trainer(

@@ -29,6 +29,8 @@ RECIPE = str(pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py")
 STEPS, THRESHOLD, RATE = 90, 0.8, 1e-3
 FLIPS, APPLAUSE = (0.0, 0.1, 0.2, 0.3, 0.4), (0.0, 0.1, 0.3, 1.0)
 UNIFORM = ("credit.scheme=uniform", "learner.lr=5e-4")
+UNGUARDED = "credit.guard=False"
+"""What such a reviewer does, and not what the guard makes of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +64,17 @@ def arms(which: str) -> dict[str, tuple[str, ...]]:
     flawed = f"reviewer.name={__spec__.name}:Flawed"
     for applause in APPLAUSE:
       for flip in FLIPS:
-        cell = (flawed, f"reviewer.flip={flip}", f"reviewer.applause={applause}")
+        cell = (UNGUARDED, flawed, f"reviewer.flip={flip}", f"reviewer.applause={applause}")
         made[f"flip {flip} applause {applause}"] = cell
     return made
-  for name in ("oracle", "fooled", "lexical", "random", "thief", "suffix", "stale"):
-    made[name] = (f"reviewer.name={name}",)
+  made["oracle"] = ("reviewer.name=oracle",)
+  for name in ("fooled", "lexical", "random", "thief", "suffix", "stale"):
+    made[name] = (f"reviewer.name={name}", UNGUARDED)
   for flip in (0.05, 0.15, 0.25, 0.35):
-    made[f"noisy {flip}"] = ("reviewer.name=noisy", f"reviewer.flip={flip}")
+    made[f"noisy {flip}"] = ("reviewer.name=noisy", f"reviewer.flip={flip}", UNGUARDED)
   # Who says little is RLOO, which wants a lower rate.
   for name in ("thief", "stale", "random"):
-    made[f"{name}, slower"] = (f"reviewer.name={name}", UNIFORM[1])
+    made[f"{name}, slower"] = (f"reviewer.name={name}", UNIFORM[1], UNGUARDED)
   return made
 
 

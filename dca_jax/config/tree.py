@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dca_jax.checks import at_least, between
-from dca_jax.credit import Scheme, Uniform
+from dca_jax.credit import Guarded, Scheme, Uniform
 from dca_jax.devices.mesh import MeshConfig
 from dca_jax.doors import nearest
 from dca_jax.errors import UserError
@@ -85,6 +85,16 @@ class Config:
     return bad
 
   @property
+  def scheme(self) -> Scheme:
+    """`credit` as training uses it: guarded, where it believes what may be wrong."""
+    return Guarded(inner=self.credit) if self.credit.guard and self._believes else self.credit
+
+  @property
+  def _believes(self) -> bool:
+    """Whether the scheme reads what a reviewer says that does not tell the task's own truth."""
+    return bool(self._wanted) and not all(m.is_truth for m in self.reviewer.members if m.gives)
+
+  @property
   def _wanted(self) -> set[str]:
     """What the scheme reads of reviews: roles, values or both."""
     return {*self.credit.reads} - (set() if self.value.from_reviewer else {"values"})
@@ -121,6 +131,8 @@ class Config:
       unused["reviewer.name"] = f"{scheme}, which reads no review"
     elif "roles" not in self.credit.reads and not self.value.from_reviewer:
       unused["reviewer.name"] = f"{scheme} and value.source '{self.value.source}'"
+    if not self._believes:
+      unused["credit.guard"] = "no reviewer is believed that could be pleased"
     if (
       self.learner.loss == "ppo"
       and self.learner.updates_per_batch == 1

@@ -1,6 +1,7 @@
 """Credit assignment: from outcomes and reviews to token advantages."""
 
 from dca_jax.credit.calibrated import Calibrated
+from dca_jax.credit.guard import Guarded
 from dca_jax.credit.scheme import (
   Advantages,
   Array,
@@ -29,6 +30,7 @@ __all__ = [
   "Calibrated",
   "Capo",
   "Given",
+  "Guarded",
   "Potential",
   "ReturnToGo",
   "ReviewArrays",

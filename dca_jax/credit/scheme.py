@@ -89,6 +89,9 @@ class Scheme:
   """An episode's mass is its T_i sampled tokens times its advantage (`tokens`), or the same number
   of tokens for every episode (`completion`): then tokens without credit cannot pump up the
   others."""
+  guard: bool = True
+  """Lower the reviewer's share of credit when the policy seems to perform for it; see
+  `credit.guard`. Not for a reviewer that tells the task's own truth."""
 
   reads: ClassVar[tuple[str, ...]] = ()
   """What of a review: `roles`, `values`."""

@@ -143,6 +143,10 @@ class Oracle(ReviewerConfig):
   def open(self, uses: Uses) -> Reviewer:
     return Instant(lambda requests: self.distorted(requests, true_reviews(uses.truth, requests)))
 
+  @property
+  def is_truth(self) -> bool:
+    return type(self) is Oracle
+
   def distorted(self, requests: Sequence[Request], reviews: list[Review]) -> list[Review]:
     """What it says, knowing the true reviews."""
     return [self.distort(*pair) for pair in zip(requests, reviews, strict=True)]

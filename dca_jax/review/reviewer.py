@@ -90,6 +90,11 @@ class ReviewerConfig:
     return Calls(self.review, self.name, self.threads)
 
   @property
+  def is_truth(self) -> bool:
+    """Whether what it says is the task's own truth, so that nobody can please it."""
+    return False
+
+  @property
   def first(self) -> tuple["ReviewerConfig", ...]:
     """Everyone who is asked about every episode."""
     return (self,)

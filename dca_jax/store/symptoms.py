@@ -5,6 +5,8 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from dca_jax.credit.guard import WATCHED
+
 _SHORT, _LONG = 5, 20  # Steps in a row before it is said: without a doubt, perhaps by chance.
 
 
@@ -35,6 +37,9 @@ class Watch:
     if len(self._first) < _LONG:
       self._first.append(row["train/accuracy"])
     yield from self._pleased(row)
+    if reason := int(row.get("guard/reason", 0)):
+      what, why = _GUARDED[WATCHED[reason - 1]]
+      yield f"guard {reason}", f"{what}, {why}; {_LOWERED.format(row['guard/share'])}"
     last = [*self._recent][-_SHORT:]
     if len(last) == _SHORT and all(m.get("train/truncated") == 1 for m in last):
       yield "truncated", f"every completion has been cut off for {_SHORT} steps; {_TRUNCATED}"
@@ -70,6 +75,19 @@ def findings(rows: list[dict[str, float]]) -> list[str]:
   return [said for row in rows for said in watch.read(row)]
 
 
+_UNPAID = "although answers with more of it do not win more often than others"
+_GUARDED = {
+  "repeats": ("answers repeat themselves more and more", _UNPAID),
+  "checks": ("answers check themselves more and more", _UNPAID),
+  "length": ("answers get longer", _UNPAID),
+  "truncated": ("more and more answers are cut off", "which never wins"),
+  "reward": ("the reward has fallen", "which the outcome alone would not do"),
+}
+_LOWERED = (
+  "the guard lowers the reviewer's share of credit, to {:.2f} now, and lets it come back when that"
+  " is over (guard/share). Read answers in trajectories/; credit.scheme=calibrated measures what"
+  " such steps are worth, and credit.guard=False would let the reviewer have its way"
+)
 _PREMIUM = 0.5
 _PLEASED = (
   "a policy that finds out will be paid for it: use credit.scheme=calibrated or uniform, or another"

@@ -8,24 +8,27 @@ import numpy as np
 from etils import epath
 
 from dca_jax.commands.report import PALETTE, draw, line_style, text_table
-from evidence.lab import checks, drift, tree
+from evidence.lab import checks, drift, room, tree, tried
 
 
 def run(folder: epath.Path) -> str:
-  """All experiments; writes lab.png, checks.png, drift.png and lab.json into `folder`
+  """All experiments; writes lab.png, checks.png, drift.png, room.png and lab.json into `folder`
   and returns the tables as text."""
   traces = tree.make_tree()
   rows = tree.table(traces)
   points = checks.curves(traces)
   curves = drift.run()
   ends = {name: drift.end(c) for name, c in curves.items()}
+  rooms = room.run()
   (folder / "lab.png").write_bytes(_bars(rows))
   (folder / "checks.png").write_bytes(_checks(points))
   (folder / "drift.png").write_bytes(_lines(curves))
+  (folder / "room.png").write_bytes(_rooms(rooms))
   numbers = {
     "tree": [r._asdict() for r in rows],
     "checks": [p._asdict() for p in points],
     "drift": {name: e._asdict() for name, e in ends.items()},
+    "room": {start: {n: room.end(c)._asdict() for n, c in c.items()} for start, c in rooms.items()},
   }
   (folder / "lab.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
@@ -56,6 +59,13 @@ def run(folder: epath.Path) -> str:
         ["scheme, reviewer", "accuracy", "worst seed", "checks at the end +- s.e.", "s.d."], drifted
       ),
       "Checks do nothing and cost nothing here, so accuracy does not tell who drifts towards them.",
+      f"Training where steps cost something: answers end themselves, at most {room.SLOTS} steps,"
+      f" {room.UPDATES} updates, {room.SEEDS} seeds",
+      *(f"{start}\n{_room_table(own)}" for start, own in rooms.items()),
+      "Tried: doubly robust credit (share of steps checked x answers), a control variate along"
+      " the trajectory, and\na critic distilled from reviews under potential at discount 1 and 0:"
+      " signal to noise x cosine^2 / RLOO's, and premium",
+      text_table(tried.HEADS, tried.table(traces)),
     ]
   )
 
@@ -96,6 +106,24 @@ def _lines(curves: dict[str, drift.Curves]) -> bytes:
       axis.grid(alpha=0.25)
 
   return draw(2, (10, 4), "png", paint)
+
+
+def _rooms(rooms: dict[str, dict[str, room.Curves]]) -> bytes:
+  def paint(axes: Any) -> None:
+    for axis, (start, own) in zip(axes, rooms.items(), strict=True):
+      for i, (name, c) in enumerate(own.items()):
+        y = _smooth(c.accuracy.mean(0))
+        axis.plot(np.arange(len(y)), y, linewidth=1.5, label=name, **line_style(i))
+      axis.set(xlabel=f"updates, {start} at first", ylabel="accuracy", ylim=(0, 1.01))
+      axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+
+  return draw(2, (10, 4), "png", paint)
+
+
+def _room_table(curves: dict[str, room.Curves]) -> str:
+  heads = ["scheme, reviewer", "accuracy", "worst seed", "checks", "steps", "truncated"]
+  return text_table(heads, [[n, *(f"{x:.2f}" for x in room.end(c))] for n, c in curves.items()])
 
 
 def _smooth(y: np.ndarray, window: int = 15) -> np.ndarray:

@@ -381,8 +381,8 @@ def test_what_is_reported_as_unused_is_all_that_is_unused():
   changes |= {"discount": 0.5, "log_epsilon": 0.1, "penalty": 0.1, "credit": table, "blame": table}
   changes |= {"blame_truncated": table}
   known = {field.name for kind in SCHEMES.values() for field in dataclasses.fields(kind)}
-  # These decide what is learnt, in test_calibrated.py.
-  assert {"scheme", "baseline", "keep", "doubt", *changes} == known
+  # These decide what is learnt, in test_calibrated.py and test_guard.py.
+  assert {"scheme", "baseline", "keep", "doubt", "guard", *changes} == known
   batch = _batch(9, np.tile([1.0, 0.0, 1.0, 0.0], (P, 1)))
   batch["truncated"][:] = np.arange(B) % 4 == 3
   batch["lengths"][:] = T - 2

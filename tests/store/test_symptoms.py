@@ -45,6 +45,11 @@ def rows(steps, **changes):
       None,
       ["was 0.500 over the first", "learner.lr"],
     ),
+    (
+      {"guard__reason": lambda step: float(step > 10), "guard__share": 0.5},
+      11,
+      ["answers repeat themselves", "lowers the reviewer's share", "0.50", "credit.guard=False"],
+    ),
   ],
 )
 def test_what_is_wrong_is_said_once_with_a_cause(changes, step, parts):
