@@ -77,9 +77,10 @@ def test_when_every_review_fails_the_run_is_grpo_bit_for_bit(fault, tmp_path, mo
     train(config(server, **begin, **failing), str(tmp_path / "failing"), quiet=True)
     assert server.requests
     train(config(server, **plain), str(tmp_path / "uniform"), quiet=True)
-  tiny.assert_same_arrays(
-    tiny.saved_state(tmp_path / "failing"), tiny.saved_state(tmp_path / "uniform")
-  )
+  failed = tiny.saved_state(tmp_path / "failing")
+  # What the guard keeps is all that such a run has beside the other one.
+  failed = {key: x for key, x in failed.items() if not key.startswith("['credit'][0]")}
+  tiny.assert_same_arrays(failed, tiny.saved_state(tmp_path / "uniform"))
   assert tiny.read_lines(tmp_path / "failing")[-1]["review/ok"] == 0
 
 

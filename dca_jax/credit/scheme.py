@@ -90,8 +90,8 @@ class Scheme:
   of tokens for every episode (`completion`): then tokens without credit cannot pump up the
   others."""
   guard: bool = True
-  """Lower the reviewer's share of credit when the policy seems to perform for it; see
-  `credit.guard`. Not for a reviewer that tells the task's own truth."""
+  """Lower the reviewer's share of credit while the policy seems to perform for it
+  (docs/method.md); without effect where the reviewer tells the task's own truth."""
 
   reads: ClassVar[tuple[str, ...]] = ()
   """What of a review: `roles`, `values`."""
