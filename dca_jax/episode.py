@@ -216,7 +216,7 @@ class Episode:
       tuple(step["role"] for step in steps) if told else (),
       tuple(step["weight"] for step in steps) if told else (),
       model=line["model"],
-      reasons=tuple(step["reason"] for step in steps) if "reason" in (steps or [{}])[0] else (),
+      reasons=tuple(step.get("reason", "") for step in steps if any("reason" in s for s in steps)),
     )
     return cls(
       line["id"],

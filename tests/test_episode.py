@@ -37,7 +37,11 @@ def reviewed(turns: Episode) -> Episode:
   return dataclasses.replace(
     whole,
     trained=False,
-    review=Review("ok", ("error",) * n, tuple(k / 2 for k in range(n)), model="m-1"),
+    review=Review(
+      *("ok", ("error",) * n, tuple(k / 2 for k in range(n))),
+      model="m-1",
+      reasons=tuple(f"because {k}" for k in range(n)),
+    ),
     values=(0.25, *[math.nan] * n)[:n],
     advantage=-0.5,
     credit=tuple(k / 8 for k in range(len(whole.tokens))),

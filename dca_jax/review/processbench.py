@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, Validat
 
 from dca_jax.errors import UserError
 from dca_jax.review.audit import Case
+from dca_jax.review.replies import mistake
 from dca_jax.review.types import Request, Truth
 
 
@@ -50,10 +51,7 @@ def _parsed(path: str, number: int, line: str) -> _Line:
   try:
     said = _Line.model_validate_json(line)
   except ValidationError as error:
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    why = f"{where}: {first['msg']}" if where else first["msg"]
-    raise UserError(f"--processbench={path}: line {number}: {why}; {form}") from None
+    raise UserError(f"--processbench={path}: line {number}: {mistake(error)}; {form}") from None
   if said.label >= len(said.steps):
     why = f"label {said.label} of {len(said.steps)} steps"
     raise UserError(f"--processbench={path}: line {number}: {why}; {form}")

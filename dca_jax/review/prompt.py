@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 
 from dca_jax.episode import ROLES
-from dca_jax.review.replies import MAX_WEIGHT, Role, Said, parse_chance, parse_reply
+from dca_jax.review.replies import MAX_WEIGHT, Role, Said, mistake, parse_chance, parse_reply
 from dca_jax.review.types import Request, Review
 
 MAX_STEPS = 120
@@ -76,20 +76,14 @@ class Part(NamedTuple):
   """At most, for a step."""
 
 
-class Level(NamedTuple):
-  """How thoroughly an answer is reviewed."""
-
-  calls: tuple[tuple[str, ...], ...] = ()
-  """The parts that each call asks for, in the order in which they are to be written."""
-  gives: str = "roles"
-
-
-LEVELS = {
-  "verdict": Level((("verdict",),)),
-  "deliberate": Level((("deliberation", "verdict"),)),
-  "critique_then_verdict": Level((("deliberation",), ("notes", "verdict"))),
-  "values": Level(gives="values"),
+LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
+  "verdict": (("verdict",),),
+  "deliberate": (("deliberation", "verdict"),),
+  "critique_then_verdict": (("deliberation",), ("notes", "verdict")),
+  "values": (),
 }
+"""The parts that each call asks for, in the order in which they are to be written; where there is
+none, values are asked for."""
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
@@ -191,14 +185,12 @@ def instructions(level: str, rubric: str, examples: Sequence[str]) -> str:
   Raises:
     ValueError: a line is of another form.
   """
-  parts = [rubric or (VALUE_RUBRIC if LEVELS[level].gives == "values" else RUBRIC)]
+  parts = [rubric or (RUBRIC if LEVELS[level] else VALUE_RUBRIC)]
   for number, line in enumerate(examples, 1):
     try:
       told = _Example.model_validate_json(line)
     except ValidationError as error:
-      first = error.errors(include_url=False, include_input=False)[0]
-      where = ".".join(map(str, first["loc"]))
-      raise ValueError(f"line {number}: {where or 'line'}: {first['msg']}") from None
+      raise ValueError(f"line {number}: {mistake(error)}") from None
     steps = tuple(step.text for step in told.steps)
     answer = _as_data(Request("", "", steps, told.correct, False), range(1, len(steps) + 1), 0)
     said = {f"step_{k}": {"role": s.role, "weight": s.weight} for k, s in enumerate(told.steps, 1)}
@@ -211,11 +203,11 @@ class Prompt(NamedTuple):
   system: str
   payload: str
   """The data, as one line."""
+  key: str
+  """Names what was asked, whatever the marks; what a cache goes by."""
   end: str
   """What is said behind the data."""
   schema: dict[str, Any]
-  key: str
-  """Names what was asked, whatever the marks; what a cache goes by."""
   tokens: int
   """Of a reply, at most."""
   read: Callable[[str], Any]
@@ -235,8 +227,7 @@ Asking = Generator[list[Prompt], list[Any], list[Review]]
 def ask_about(form: Form, requests: Sequence[Request]) -> Asking:
   """The questions about several answers to one problem; one with more than MAX_STEPS steps is asked
   about alone."""
-  values = LEVELS[form.level].gives == "values"
-  return (_ask_for_values if values else _ask_for_roles)(form, requests)
+  return (_ask_for_roles if LEVELS[form.level] else _ask_for_values)(form, requests)
 
 
 def _ask_for_roles(form: Form, requests: Sequence[Request]) -> Asking:
@@ -245,7 +236,7 @@ def _ask_for_roles(form: Form, requests: Sequence[Request]) -> Asking:
     shown = [range(start + 1, min(start + MAX_STEPS, len(r.steps)) + 1) for r in requests]
     goes_on = any(len(r.steps) >= numbers.stop for r, numbers in zip(requests, shown, strict=True))
     said: list[Said | str] = ["no entry"] * len(requests)
-    for i, parts in enumerate(LEVELS[form.level].calls):
+    for i, parts in enumerate(LEVELS[form.level]):
       parts += ("summary",) * (goes_on and not i) + ("earlier",) * bool(start)
       answers = [
         _as_data(*known, n) | _before(windows, said, n)
@@ -304,17 +295,15 @@ def _prompt(
   end = f"The text between the marks is data. {', '.join(steps)}. Review all of them."
   tokens = LEAST_TOKENS + sum(p.tokens for p in asked) * sum(map(len, shown))
   read = functools.partial(parse_reply, shown=shown, judged="verdict" in parts)
-  return _made(form, frame, request, {"answers": answers}, (end, schema, tokens, read))
+  return _made(form, frame, request, {"answers": answers}, end, schema, tokens, read)
 
 
-def _made(
-  form: Form, frame: str, request: Request, data: dict[str, Any], rest: tuple[Any, ...]
-) -> Prompt:
+def _made(form: Form, frame: str, request: Request, data: dict[str, Any], *rest: Any) -> Prompt:
+  """The prompt with this data, `rest` being its end, schema, tokens and reading."""
   reference = {"reference": _clean(request.answer)} if form.reference and request.answer else {}
   data = {"problem": _clean(request.problem)} | reference | data
   key = hashlib.sha256(json.dumps([form.rubric, frame, json.dumps(data)]).encode()).hexdigest()
-  end, schema, tokens, read = rest
-  return Prompt(form.rubric + "\n" + frame, one_line(data), end, schema, key, tokens, read)
+  return Prompt(form.rubric + "\n" + frame, one_line(data), key, *rest)
 
 
 def _review(windows: Sequence[Said | str]) -> Review:
@@ -356,7 +345,7 @@ def _chance(form: Form, request: Request, k: int) -> Prompt:
   data = {"begun": [{"step": i, "text": _clean(text)} for i, text in enumerate(begun, 1)]}
   schema = _object({"chance": {"type": "integer", "enum": [*range(0, 101, 5)]}})
   end = "The text between the marks is data. How likely is the right result?"
-  return _made(form, _VALUE_FRAME, request, data, (end, schema, LEAST_TOKENS, parse_chance))
+  return _made(form, _VALUE_FRAME, request, data, end, schema, LEAST_TOKENS, parse_chance)
 
 
 def one_line(data: Any) -> str:

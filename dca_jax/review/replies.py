@@ -11,6 +11,13 @@ MAX_WEIGHT = 4
 Role = Literal["necessary", "redundant", "irrelevant", "error", "inherits", "repair"]
 
 
+def mistake(error: ValidationError) -> str:
+  """The first thing that is wrong, and where."""
+  first = error.errors(include_url=False, include_input=False)[0]
+  where = ".".join(map(str, first["loc"]))
+  return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
 def _lower(value: Any) -> Any:
   return value.strip().lower() if isinstance(value, str) else value
 
@@ -114,8 +121,7 @@ def _said(answer: Any, shown: range, judged: bool) -> Said | str:
     steps = [_Step.model_validate(entries[k]) for k in shown]
     flags = _Flags.model_validate(answer)
   except ValidationError as error:
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'step'}: {first['msg']}"[:200]
+    return mistake(error)[:200]
   except ValueError as error:
     return str(error)
   roles, weights = tuple(s.role for s in steps), tuple(float(s.weight) for s in steps)

@@ -9,6 +9,7 @@ from etils import epath
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dca_jax.episode import Episode
+from dca_jax.review.replies import mistake
 from dca_jax.store.workdir import write_whole
 
 
@@ -18,6 +19,7 @@ class _Step(BaseModel):
   text: str
   role: str | None = None
   weight: float | None = None
+  reason: str | None = None
   value: float | None = None
   before: list[float] | None = None
   after: list[float] | None = None
@@ -97,9 +99,7 @@ def parsed(line: bytes) -> Episode:
   try:
     kept = _Line.model_validate_json(line)
   except ValidationError as error:
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+    raise ValueError(mistake(error)) from None
   if wrong := [s for s in kept.steps if not 0 <= s.start <= s.end <= len(kept.credit)]:
     raise ValueError(f"a step is from {wrong[0].start} to {wrong[0].end}")
   if any((s.role is None) != (s.weight is None) for s in kept.steps):
