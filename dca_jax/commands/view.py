@@ -14,7 +14,9 @@ import json
 import math
 import os
 import pathlib
+import sqlite3
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -169,8 +171,8 @@ def _step(episode: Episode, k: int, texts: Sequence[str]) -> dict[str, Any]:
     told["tokens"] = [*zip(texts[step.start : step.end], credit, strict=True)]
   if review.roles:
     told |= {"role": review.roles[k], "weight": review.weights[k]}
-  if reasons := getattr(review, "reasons", ()):
-    told["reason"] = reasons[k]
+  if review.reasons:
+    told["reason"] = review.reasons[k]
   if len(episode.values) and episode.values[k] == episode.values[k]:
     told["value"] = episode.values[k]
   if k in episode.checks:
@@ -194,8 +196,8 @@ class Shown:
     while True:
       try:
         self.index.update()
-      except OSError as error:  # A folder that is gone may come back.
-        print(f"warning: {self.workdir}: {error}", flush=True)
+      except (OSError, sqlite3.Error) as error:  # A folder that is gone may come back.
+        print(f"warning: {self.workdir}: {error}", file=sys.stderr)
       time.sleep(_SECONDS[is_remote(self.workdir)])
 
   def _look(self) -> None:
@@ -287,7 +289,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _metrics(self, run: Shown, wanted: Mapping[str, str]) -> dict[str, Any]:
     since = int(wanted.get("since", "-1"))
     new = [row for row in run.rows() if row["step"] > since]
-    return {"rows": new, "statuses": run.index.statuses()}
+    statuses = run.index.statuses()
+    return {"rows": new, "statuses": [*statuses], "episodes": sum(statuses.values())}
 
   def _episodes(self, run: Shown, wanted: dict[str, str]) -> dict[str, Any]:
     sort, down = wanted.pop("sort", "step"), wanted.pop("down", "") == "1"

@@ -69,6 +69,14 @@ class Index:
     cache.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(os.fspath(folder).encode()).hexdigest()[:16]
     self._path = cache / f"{name}_{_VERSION}.sqlite"
+    try:
+      self._make()
+    except sqlite3.DatabaseError:  # It is damaged, and can be made again.
+      self._path.unlink()
+      self._make()
+
+  def _make(self) -> None:
+    """Makes the tables, where they are not there yet."""
     columns = ", ".join(f"{key} {kind}" for key, kind in {**_COLUMNS, **_OF_FILE}.items())
     with self._open() as db:
       db.execute("PRAGMA journal_mode = WAL")
@@ -164,10 +172,10 @@ class Index:
       return [parsed(file.read(size))]
     return []
 
-  def statuses(self) -> list[str]:
-    """Of the reviews."""
+  def statuses(self) -> dict[str, int]:
+    """How many episodes have a review of which status."""
     with self._open() as db:
-      return [own for (own,) in db.execute("SELECT DISTINCT review FROM episodes ORDER BY review")]
+      return dict(db.execute("SELECT review, count(*) FROM episodes GROUP BY review"))
 
 
 PAGE = 50

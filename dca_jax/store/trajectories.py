@@ -21,6 +21,7 @@ class _Step(BaseModel):
   weight: float | None = None
   reason: str | None = None
   value: float | None = None
+  reason: str | None = None
   before: list[float] | None = None
   after: list[float] | None = None
 

@@ -88,16 +88,20 @@ def test_text_of_problems_and_answers_cannot_become_markup(rewritten, tmp_path, 
       t,
       problem=dataclasses.replace(t.problem, prompt=evil, answer=evil),
       steps=tuple(s._replace(text=evil) for s in t.steps[:1]),
-      review=dataclasses.replace(said_of(t, evil), roles=(evil,), weights=(1.0,), model=evil),
+      review=dataclasses.replace(
+        said_of(t, evil), roles=(evil,), weights=(1.0,), model=evil, reasons=(evil,)
+      ),
       values=(),
     )
 
-  page = look(f"file://{write_report(rewritten(tmp_path, change))}")
+  copy = rewritten(tmp_path, change)
+  shutil.rmtree(copy / "tokenizer")  # So that the text of steps is shown, and not that of tokens.
+  page = look(f"file://{write_report(copy)}")
   page.get_by_role("button", name="Open episode").first.click()
   assert page.locator("script").count() == 2
   assert page.locator("main a, main img, [onmouseover]").count() == 0
   assert page.locator(".prompt-text").text_content() == evil
-  assert evil in words(page, "#episode .step")[0]
+  assert words(page, "#episode .step")[0].count(evil) == 3  # Text, role and reason.
   assert page.get_by_role("button", name="Close").is_visible()
   isolated = page.locator("#episode .step").first.evaluate("(e) => getComputedStyle(e).unicodeBidi")
   assert "isolate" in isolated

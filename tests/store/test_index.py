@@ -114,3 +114,12 @@ def test_an_index_that_is_there_is_taken_up(index, folder, tmp_path, monkeypatch
   monkeypatch.setattr("dca_jax.store.index.parsed", None)  # Nothing is read again.
   again.update()
   assert again.find({})["total"] == 120
+  assert again.statuses() == {"ok": 60, "skipped": 60}
+
+
+def test_a_damaged_index_is_made_anew(index, folder, tmp_path):
+  for path in (tmp_path / "cache").iterdir():
+    path.write_bytes(b"no database, of some length" * 100)
+  again = Index(folder, tmp_path / "cache")
+  again.update()
+  assert again.find({})["total"] == 120

@@ -248,21 +248,24 @@ function statuses(own) {
   for (const status of own) if (!there.has(status)) form.elements.review.append(el("option", {}, status));
 }
 
+let known = 0;
 async function follow() {
-  let more = false;
+  let more = false, episodes = 0;
   for (let run = 0; run < metrics.length; run += 1) {
     const rows = metrics[run], since = rows.length ? rows[rows.length - 1].step : -1;
-    const came = await ask("metrics", { run, since }).catch(() => ({ rows: [], statuses: [] }));
+    const came = await ask("metrics", { run, since }).catch(() => ({ rows: [], statuses: [], episodes: 0 }));
     rows.push(...came.rows);
     more = more || came.rows.length > 0;
+    episodes += came.episodes;
     statuses(came.statuses);
   }
   if (more) draw();
-  if (page === 0 && order.sort === "step" && (more || !$("episodes").tBodies[0].rows.length || total !== $("count").textContent)) await show();
-  total = $("count").textContent;
+  if (episodes && episodes !== known && page === 0 && !$("list").contains(document.activeElement)) {
+    known = episodes;
+    await show();
+  }
   setTimeout(follow, 2000);
 }
-let total = "";
 
 form.elements.role.append(...data.roles.map((role) => el("option", {}, role)));
 form.elements.run.append(...data.names.map((name, i) => el("option", { value: i }, name)));
