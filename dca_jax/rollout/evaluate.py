@@ -53,7 +53,8 @@ class Answer(typing.NamedTuple):
   correct: bool
   final: str | None
   length: int
-  text: str
+  text: str = ""
+  """Known to the process that sampled it, and to no other."""
 
 
 Answers = dict[tuple[int, int], Answer]
@@ -120,8 +121,8 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
     ):
       final = task.final_answer(text) if task.final_answer else None
       own[place] = Answer(outcome.correct, final, len(sample.tokens), text)
-  told = gather("evaluation", [[*place, *own[place]] for place in own])
-  return {(i, number): Answer(*rest) for part in told for i, number, *rest in part}
+  told = gather("evaluation", [[*place, *own[place][:-1]] for place in own])
+  return {(i, number): Answer(*rest) for part in told for i, number, *rest in part} | own
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
