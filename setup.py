@@ -47,8 +47,10 @@ setup(
     "tpu": ["jax[tpu]>=0.7.2"],
     "cuda": ["jax[cuda12]>=0.7.2"],
     "gcs": ["gcsfs"],
+    "gym": ["reasoning-gym>=0.1.25"],
     "hub": ["datasets>=4.0"],
     "math": ["math-verify>=0.9"],
+    "openenv": ["openenv-core>=0.3"],
     "trackio": ["trackio>=0.43"],
     "wandb": ["wandb>=0.20"],
     "test": [

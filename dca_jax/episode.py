@@ -1,7 +1,6 @@
 """The one value that flows: what happened in one attempt at a problem."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,16 +26,19 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What the verifier says of an episode: `reward` in [0, 1]; `truncated` when it ran out of
-  tokens."""
+  """What the verifier or the environment says of an episode: `reward` in [0, 1]; `truncated` when
+  it ran out of tokens or turns."""
 
   reward: float
   correct: bool
   truncated: bool
   judged: bool = True
-  """False where the verifier gave no verdict; such an episode is not trained on."""
+  """False where the verifier gave no verdict, or the environment failed; such an episode is not
+  trained on."""
   parts: dict[str, float] = dataclasses.field(default_factory=dict)
   """Numbers that the verifier reports besides the reward, by name."""
+  progress: tuple[float, ...] = ()
+  """The environment's score of the state after each turn; not a number where it gave none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +81,14 @@ class Segment:
   sampled: bool
   logprobs: np.ndarray
   """Of each token under the policy that sampled it; anything for what was given."""
+  text: str = ""
+  """What was given, without a chat template's words around it."""
 
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Segment):
       return NotImplemented
     return (
-      self.sampled == other.sampled
+      (self.sampled, self.text) == (other.sampled, other.text)
       and np.array_equal(self.tokens, other.tokens)
       and np.array_equal(self.logprobs, other.logprobs)
     )
@@ -153,8 +157,10 @@ class Episode:
     return self._comparable() == other._comparable()
 
   def _comparable(self) -> dict[str, Any]:
-    values = [None if math.isnan(value) else value for value in self.values]
-    return {**vars(self), "values": values, "credit": list(self.credit)}
+    outcome = dataclasses.replace(self.outcome, progress=())
+    values, progress = (_known(own) for own in (self.values, self.outcome.progress))
+    same = {"outcome": outcome, "values": values, "progress": progress}
+    return {**vars(self), **same, "credit": list(self.credit)}
 
   @property
   def tokens(self) -> list[int]:
@@ -165,16 +171,18 @@ class Episode:
     return "".join(step.text for step in self.steps)
 
   def to_json(self) -> dict[str, Any]:
-    """A line of a run's trajectories. `given` are the spans of tokens that were not sampled."""
+    """A line of a run's trajectories. `given` are the spans of tokens that were not sampled, and
+    their texts."""
     return {
       "id": self.id,
       "problem": self.problem.id,
       "prompt": self.problem.prompt,
       "answer": self.problem.answer,
       "tokens": self.tokens,
-      "given": [[s, e] for s, e, sampled in self.spans() if s < e and not sampled],
+      "given": [[s, e, own.text] for s, e, own in self.spans() if not own.sampled],
       "steps": [self._step_to_json(k) for k in range(len(self.steps))],
       **dataclasses.asdict(self.outcome),
+      "progress": _known(self.outcome.progress),
       "review": self.review.status,
       "model": self.review.model,
       "trained": self.trained,
@@ -182,12 +190,17 @@ class Episode:
       "credit": list(self.credit),
     }
 
-  def spans(self) -> Iterator[tuple[int, int, bool]]:
-    """Of every segment, where it begins and ends, in tokens, and whether it was sampled."""
+  def spans(self) -> Iterator[tuple[int, int, Segment]]:
+    """Each segment with its first place and the one after its last."""
     end = 0
     for segment in self.segments:
       start, end = end, end + len(segment.tokens)
-      yield start, end, segment.sampled
+      yield start, end, segment
+
+  def given(self) -> tuple[str, ...]:
+    """What was given directly before each step; empty where nothing was."""
+    said = {end: own.text for _, end, own in self.spans() if not own.sampled}
+    return tuple(said.get(step.start, "") for step in self.steps)
 
   def _step_to_json(self, k: int) -> dict[str, Any]:
     line: dict[str, Any] = self.steps[k]._asdict()
@@ -210,6 +223,8 @@ class Episode:
       KeyError, TypeError: it is no such line.
     """
     outcome = Outcome(**{field.name: line[field.name] for field in dataclasses.fields(Outcome)})
+    progress = tuple(math.nan if x is None else x for x in outcome.progress)
+    outcome = dataclasses.replace(outcome, progress=progress)
     steps, told = line["steps"], all("role" in step for step in line["steps"])
     review = Review(
       line["review"],
@@ -237,10 +252,23 @@ class Episode:
     )
 
 
-def _segments(tokens: list[int], given: list[list[int]]) -> Iterator[Segment]:
+def _known(values: Sequence[float]) -> list[float | None]:
+  """Numbers, and None in the place of what is none."""
+  return [None if math.isnan(value) else value for value in values]
+
+
+def _segments(tokens: list[int], given: list[list[Any]]) -> Iterator[Segment]:
   """Segments of tokens, of which the spans `given` were not sampled."""
-  edges = sorted({0, len(tokens), *(edge for span in given for edge in span)})
-  starts = {start for start, _ in given}
-  for start, end in itertools.pairwise(edges):
+
+  def segment(start: int, end: int, sampled: bool, text: str = "") -> Segment:
     own = np.array(tokens[start:end], np.int32)
-    yield Segment(own, start not in starts, np.zeros(len(own), np.float32))
+    return Segment(own, sampled, np.zeros(len(own), np.float32), text)
+
+  place = 0
+  for start, end, text in given:
+    if place < start:
+      yield segment(place, start, True)
+    yield segment(start, end, False, text)
+    place = end
+  if place < len(tokens):
+    yield segment(place, len(tokens), True)

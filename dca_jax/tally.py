@@ -74,6 +74,8 @@ def tally(
 ) -> Tally:
   """The metrics of this process's part of a step; `reviewer` is what that says of itself."""
   largest = {f"seconds/{key}": value for key, value in clock.seconds.items()}
+  if rollout.environment_seconds:
+    largest["seconds/environments"] = rollout.environment_seconds
   largest["seconds/step"] = total = sum(clock.seconds.values())
   means, more = _credit(scheme, rollout, credited)
   means |= _outcomes(rollout) | _reviews(rollout)
@@ -100,6 +102,7 @@ def _outcomes(rollout: Rollout) -> Means:
   groups = rollout.rewards_B.reshape(len(rollout.prompt_lengths_P), -1).tolist()
   named = {name for o in sampled for name in o.parts}
   seen = [kind for episode in rollout.episodes for kind in seen_of(episode)]
+  turns = sum(s.sampled for e in rollout.episodes for s in e.segments)
   return {
     "train/reward": (sum(o.reward for o in sampled), len(sampled)),
     "train/accuracy": (sum(o.correct for o in sampled), len(sampled)),
@@ -112,6 +115,7 @@ def _outcomes(rollout: Rollout) -> Means:
     "train/repeats": (seen.count(SEEN.index("repeat")), n),
     "train/checks": (seen.count(SEEN.index("check")), n),
     "train/mixed_groups": (sum(len(set(group)) > 1 for group in groups), len(groups)),
+    **({"train/turns": (turns, n)} if rollout.environment_seconds else {}),
   }
 
 

@@ -15,7 +15,15 @@ class Scripted:
     self.write, self.ends, self.order = write, ends, reversed
     self.wanted: list[Wanted] = []
 
-  def stream(self, params, wanted, noise) -> Iterator[Sample]:
+  def stream(self, params, wanted, noise, further=None) -> Iterator[Sample]:
+    first = 0
+    while wanted:
+      for sample in self.samples(wanted):
+        yield sample._replace(row=first + sample.row)
+      first += wanted.numbers_PxG.size
+      wanted = further.take(wait=True) if further else None
+
+  def samples(self, wanted) -> Iterator[Sample]:
     self.wanted.append(wanted)
     group = wanted.numbers_PxG.shape[1]
     # The last first: nobody may count on an order.

@@ -174,13 +174,14 @@ def credit_html(episodes: Iterable[Episode]) -> str:
 
 def _answer(e: Episode) -> dict[str, Any]:
   """What a page shows of an episode."""
-  steps = []
+  steps, given = [], e.given()
   for k, step in enumerate(e.steps):
     credit = statistics.fmean(e.credit[step.start : step.end] or [0.0])
     role = e.review.roles[k] if e.review.roles else f"no review ({e.review.status})"
     label = f"{role} {credit:+.2f}".replace("-", "\u2212")
     why = e.review.reasons[k] if e.review.reasons else ""
-    steps.append({"text": step.text, "label": label, "shade": _shade(credit), "why": why})
+    shown = {"given": given[k], "text": step.text, "label": label, "shade": _shade(credit)}
+    steps.append({**shown, "why": why})
   truncated = "truncated" if e.outcome.truncated else f"wrong, the answer is {e.problem.answer}"
   verdict = "correct" if e.outcome.correct else truncated
   return {

@@ -141,10 +141,9 @@ def shown(episode: Episode, pieces: Pieces | None) -> dict[str, Any]:
   """
   texts = _texts(episode.tokens, pieces)
   spans = [(step.start, _step(episode, k, texts)) for k, step in enumerate(episode.steps)]
-  for start, end, sampled in episode.spans():
-    if not sampled:
-      given = "".join(texts[start:end]) if texts else "(what the environment gave)"
-      spans.append((start, {"given": given}))
+  for start, _, segment in episode.spans():
+    if not segment.sampled:
+      spans.append((start, {"given": segment.text}))
   return {
     **facts(episode),
     "problem": str(episode.problem.id),

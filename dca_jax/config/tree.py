@@ -78,6 +78,10 @@ class Config:
         bad["spot.share"] = f"must be above 0 with {scheme}, which learns from spot checks"
       if not self.value.from_reviewer:
         bad["value.source"] = f"must be 'reviewer' with {scheme}"
+    if self.value.needs and self.value.needs not in self.task.offers:
+      bad["value.source"] = f"needs a task with an {self.value.needs}; '{self.task.name}' has none"
+    if "environment" in self.task.offers and (key := self._goes_on_from_prefixes):
+      bad[key] = f"must not ask for further answers: '{self.task.name}' cannot go back to a prefix"
     if "demonstrations" not in self.task.offers:
       for key in _WARM:
         if operator.attrgetter(key)(self):
@@ -93,6 +97,11 @@ class Config:
   def _believes(self) -> bool:
     """Whether the scheme reads what a reviewer says that does not tell the task's own truth."""
     return bool(self._wanted) and not all(m.is_truth for m in self.reviewer.members if m.gives)
+
+  @property
+  def _goes_on_from_prefixes(self) -> str:
+    """The key that has the policy go on from the middle of an episode; empty where none does."""
+    return "value.source" if self.value.answers else "spot.share" if self.spot.share else ""
 
   @property
   def _wanted(self) -> set[str]:
@@ -196,6 +205,7 @@ _FREE = (
   "reviewer.deadline",
   "reviewer.required",
   "reviewer.client.",
+  "task.turn_seconds",
   "task.verifier_seconds",
 )
 # Except for these keys of reviewer.client, which decide what is asked.

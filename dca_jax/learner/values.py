@@ -15,7 +15,7 @@ from dca_jax.credit import Array, ReviewArrays
 from dca_jax.learner.loss import Batch
 from dca_jax.learner.parts import map_hidden
 from dca_jax.policy import Policy
-from dca_jax.rollout.prefixes import FromReviewer, MonteCarlo, Values
+from dca_jax.rollout.prefixes import FromEnvironment, FromReviewer, MonteCarlo, Values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Learned(Values):
     return head, {"value/loss": loss}
 
 
-VALUES: dict[str, type[Values]] = {c.source: c for c in (FromReviewer, MonteCarlo, Learned)}
+_ALL = (FromReviewer, MonteCarlo, Learned, FromEnvironment)
+VALUES: dict[str, type[Values]] = {kind.source: kind for kind in _ALL}
 
 
 class ValueHead(NamedTuple):

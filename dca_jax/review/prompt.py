@@ -253,8 +253,15 @@ def _as_data(request: Request, shown: range, i: int) -> dict[str, Any]:
   return {
     "answer": i + 1,
     "outcome": "correct" if request.correct else ended,
-    "steps": [{"step": k, "text": _clean(request.steps[k - 1])} for k in shown],
+    "steps": [_shown(request, k) for k in shown],
   }
+
+
+def _shown(request: Request, k: int) -> dict[str, Any]:
+  """Step k, counted from 1, with what its environment had said."""
+  given = request.given_before(k)
+  said = {"given_before": _clean(given)} if given else {}
+  return {"step": k, **said, "text": _clean(request.steps[k - 1])}
 
 
 def _before(windows: Sequence[list[Said | str]], said: list[Said | str], i: int) -> dict[str, Any]:
@@ -339,10 +346,13 @@ def _ask_for_values(form: Form, requests: Sequence[Request]) -> Asking:
 def _chance(form: Form, request: Request, k: int) -> Prompt:
   """How likely success is before step k, from 0, is written; of what follows the question holds
   nothing, nor of how it ended."""
-  begun = [*request.steps[:k]]
-  if before := begun[: 1 - MAX_STEPS] if len(begun) > MAX_STEPS else []:
-    begun = ["".join(before), *begun[1 - MAX_STEPS :]]
-  data = {"begun": [{"step": i, "text": _clean(text)} for i, text in enumerate(begun, 1)]}
+  begun = [_shown(request, i) for i in range(1, k + 1)]
+  if k > MAX_STEPS:
+    first = k + 1 - MAX_STEPS
+    merged = {"step": 1, "text": _clean("".join(request.steps[:first]))}
+    begun = [merged, *(step | {"step": i} for i, step in enumerate(begun[first:], 2))]
+  given = request.given_before(k + 1)
+  data = {"begun": begun} | ({"given_then": _clean(given)} if given else {})
   schema = _object({"chance": {"type": "integer", "enum": [*range(0, 101, 5)]}})
   end = "The text between the marks is data. How likely is the right result?"
   return _made(form, _VALUE_FRAME, request, data, end, schema, LEAST_TOKENS, parse_chance)

@@ -21,13 +21,19 @@ class Request:
   truncated: bool
   answer: str = ""
   """The right one, where it is known; shown to a model on request."""
+  given: tuple[str, ...] = ()
+  """What the environment said before each step; empty where it has none."""
+
+  def given_before(self, k: int) -> str:
+    """What was given before step k, counted from 1; nothing where steps were edited."""
+    return self.given[k - 1] if len(self.given) == len(self.steps) else ""
 
   @classmethod
   def of(cls, episode: Episode) -> "Request":
     texts = tuple(step.text for step in episode.steps)
-    outcome = episode.outcome
-    problem, ended = episode.problem, (outcome.correct, outcome.truncated)
-    return cls(episode.id, problem.prompt, texts, *ended, problem.answer)
+    problem, outcome, given = episode.problem, episode.outcome, episode.given()
+    ended, said = (outcome.correct, outcome.truncated), given if any(given) else ()
+    return cls(episode.id, problem.prompt, texts, *ended, problem.answer, said)
 
 
 class Truth(NamedTuple):

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from dca_jax import patterns
-from dca_jax.episode import Episode, Outcome, Segment, Step
+from dca_jax.episode import Episode, Outcome, Step
 from dca_jax.errors import UserError
 from dca_jax.review.episodes import Asked
-from dca_jax.rollout.engine import Sample
 from dca_jax.rollout.sampler import Sampler
 from dca_jax.rollout.steps import cut, step_texts
-from dca_jax.rollout.verify import neutral, verify
+from dca_jax.rollout.turns import Played, outcomes_of, play
+from dca_jax.rollout.verify import neutral
 from dca_jax.tasks import Task
-from dca_jax.tasks.tokenizer import text_of, token_bytes
+from dca_jax.tasks.tokenizer import token_bytes
 
 
 class Rollout(NamedTuple):
@@ -43,6 +43,8 @@ class Rollout(NamedTuple):
   """Episodes that are a single step because `task.steps` took too long on them."""
   asked: list[Asked]
   """What the reviewer was asked about each group."""
+  environment_seconds: float = 0.0
+  """That environments took, of all episodes together."""
 
   @property
   def rewards_B(self) -> np.ndarray:
@@ -70,6 +72,7 @@ class Group(NamedTuple):
   kept: bool = False
   """Whether it is sure that the batch has it."""
   asked: Asked | None = None
+  environment_seconds: float = 0.0
 
   @property
   def mixed(self) -> bool:
@@ -128,25 +131,21 @@ def _sampled(sampler: Sampler, numbers, noise: tuple[int, int], params) -> Itera
   size, tokenizer = sampler.config.group, sampler.tokenizer
   problems = [sampler.task.problem("train", (noise[0] << 32) + int(n)) for n in numbers]
   prompts = sampler.encode(problems)
-  waiting: list[dict[int, Sample]] = [{} for _ in problems]
-  for sample in sampler.stream(params, prompts, numbers, np.arange(size), noise):
-    p, g = divmod(sample.row, size)
-    waiting[p][g] = sample
+  waiting: list[dict[int, Played]] = [{} for _ in problems]
+  for attempt in play(sampler, params, problems, prompts, numbers, np.arange(size), noise):
+    p, g = divmod(attempt.row, size)
+    waiting[p][g] = attempt
     if len(waiting[p]) < size:
       continue
     own = [waiting[p].pop(g) for g in range(size)]
-    attempts = [(problems[p], text_of(tokenizer, s.tokens), s.truncated) for s in own]
-    outcomes = neutral(verify(sampler.task, attempts))
+    outcomes = neutral(outcomes_of(sampler, [problems[p]] * size, own))
     episodes = [
-      Episode(
-        f"{noise[1]}/{problems[p].id}/{g}",
-        problems[p],
-        (Segment(s.tokens, True, s.logprobs),),
-        outcomes[g],
-      )
-      for g, s in enumerate(own)
+      Episode(f"{noise[1]}/{problems[p].id}/{g}", problems[p], attempt.segments, outcomes[g])
+      for g, attempt in enumerate(own)
     ]
-    yield Group(p, prompts[0][p], prompts[1][p], *cut_steps(episodes, tokenizer, sampler.task))
+    cut_up = cut_steps(episodes, tokenizer, sampler.task)
+    seconds = sum(attempt.seconds for attempt in own)
+    yield Group(p, prompts[0][p], prompts[1][p], *cut_up, environment_seconds=seconds)
 
 
 def cut_steps(episodes: Sequence[Episode], tokenizer, task: Task) -> tuple[list[Episode], int]:
@@ -191,6 +190,7 @@ def joined(kept: Sequence[Group], sampled: Sequence[Group], task: Task, most: in
     sum(len(s.tokens) for episode in everything for s in episode.segments if s.sampled),
     uncut,
     [group.asked for group in kept if group.asked],
+    sum(group.environment_seconds for group in sampled),
   )
 
 

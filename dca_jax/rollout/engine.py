@@ -30,7 +30,12 @@ class Wanted(NamedTuple):
   limits_P: np.ndarray
   """Tokens that a sample may have, at least 1 and at most `rollout.max_tokens`."""
   begun_P: np.ndarray
-  """How many of a prompt's last tokens are the answer's own: a stop string may begin there."""
+  """How many of a prompt's last tokens belong to the answer already: a stop string may begin there,
+  and the noise of what follows is that of its place in the answer."""
+
+  def and_then(self, more: "Wanted") -> "Wanted":
+    """Both, the rows of `more` counted on."""
+    return Wanted(*map(np.concatenate, zip(self, more, strict=True)))
 
 
 class Sample(NamedTuple):
@@ -46,14 +51,30 @@ class Sample(NamedTuple):
   """Whether it ran out of tokens before an end token or a stop string."""
 
 
+class Further(Protocol):
+  """What is wanted later on: of what has ended, some goes on when its environment has answered."""
+
+  def take(self, wait: bool) -> Wanted | None:
+    """What is wanted by now, in prompts as wide as those before and in groups of the same size;
+    None where nothing is. With `wait` it blocks until something is, and None says that no more
+    comes."""
+
+  def expected(self) -> int:
+    """How many samples may still be wanted, of those that were given out."""
+
+
 class Engine(Protocol):
   """Samples completions, on this process's own devices."""
 
-  def stream(self, params: Any, wanted: Wanted, noise: Sequence[int]) -> Iterator[Sample]:
+  def stream(
+    self, params: Any, wanted: Wanted, noise: Sequence[int], further: Further | None = None
+  ) -> Iterator[Sample]:
     """Gives every sample that is wanted once, when it has ended, in any order.
 
     Args:
       params: the policy's, laid out for sampling.
+      further: asked again and again for what else is wanted, until no more comes; None where
+        nothing else is.
       noise: numbers below 2**32 that tell this call's noise from that of others. The noise of a
         token depends on these, its problem, the number of its sample and its place alone, so that a
         run that goes on repeats what was lost.

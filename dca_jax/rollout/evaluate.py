@@ -15,7 +15,7 @@ from dca_jax.intervals import Estimate, share
 from dca_jax.progress import progress
 from dca_jax.rollout.engine import GREEDY
 from dca_jax.rollout.sampler import Sampler
-from dca_jax.rollout.verify import verify
+from dca_jax.rollout.turns import last_text, outcomes_of, play
 from dca_jax.tasks.tokenizer import text_of
 
 
@@ -97,7 +97,7 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
 
   They are drawn in batches of training's shape, by its program and in its memory.
   """
-  rollout, task, tokenizer = sampler.config, sampler.task, sampler.tokenizer
+  rollout, task = sampler.config, sampler.task
   numbers = [GREEDY, *range(config.samples)]
   numbers += [GREEDY] * (-len(numbers) % rollout.group)
   groups = [(i, g) for i in range(config.problems) for g in range(0, len(numbers), rollout.group)]
@@ -110,17 +110,16 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
     ids = [i for i, _ in batch]
     wanted_PxG = np.array([numbers[g : g + rollout.group] for _, g in batch])
     new = {}
-    for sample in sampler.stream(params, sampler.encode(problems), ids, wanted_PxG, (0,)):
-      place = ids[sample.row // rollout.group], int(wanted_PxG.flat[sample.row])
+    prompts = sampler.encode(problems)
+    for attempt in play(sampler, params, problems, prompts, ids, wanted_PxG, (0,)):
+      place = ids[attempt.row // rollout.group], int(wanted_PxG.flat[attempt.row])
       if place not in own:
-        new[place] = problems[sample.row // rollout.group], sample
-    attempts = [(p, text_of(tokenizer, s.tokens), s.truncated) for p, s in new.values()]
-    outcomes = verify(task, attempts)
-    for (place, (_, sample)), (_, text, _), outcome in zip(
-      new.items(), attempts, outcomes, strict=True
-    ):
-      final = task.final_answer(text) if task.final_answer else None
-      own[place] = Answer(outcome.correct, final, len(sample.tokens), text)
+        new[place] = problems[attempt.row // rollout.group], attempt
+    outcomes = outcomes_of(sampler, *zip(*new.values(), strict=True)) if new else []
+    for (place, (_, attempt)), outcome in zip(new.items(), outcomes, strict=True):
+      final = task.final_answer(last_text(sampler, attempt)) if task.final_answer else None
+      text = text_of(sampler.tokenizer, attempt.tokens)
+      own[place] = Answer(outcome.correct, final, attempt.sampled, text)
   told = gather("evaluation", [[*place, *own[place][:-1]] for place in own])
   return {(i, number): Answer(*rest) for part in told for i, number, *rest in part} | own
 

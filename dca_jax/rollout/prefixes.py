@@ -5,7 +5,9 @@ Kazemnejad et al. 2024): unbiased, blind to the rest of the answer, and paid for
 tokens.
 """
 
+import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from dca_jax.checks import at_least
 from dca_jax.devices.processes import gather
-from dca_jax.episode import Outcome, Review
+from dca_jax.episode import Episode, Outcome, Review
 from dca_jax.rollout.collect import Rollout
 from dca_jax.rollout.engine import Wanted
 from dca_jax.rollout.sampler import Sampler
@@ -37,10 +39,12 @@ class Values:
   subclass, which overrides what it needs."""
 
   source: str = "reviewer"
-  """`reviewer`, `monte_carlo` or `learned`; or your own, MODULE:CLASS."""
+  """`reviewer`, `monte_carlo`, `learned` or `environment`; or your own, MODULE:CLASS."""
 
   from_reviewer: ClassVar[bool] = False
   """Whether they are the reviewer's word."""
+  needs: ClassVar[str] = ""
+  """What the task must offer."""
 
   @property
   def answers(self) -> int:
@@ -71,6 +75,26 @@ class FromReviewer(Values):
   """The reviewer's own values."""
 
   from_reviewer: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class FromEnvironment(Values):
+  """The environment's scores of the state: a step's is that of the state before its turn, so their
+  differences tell what a turn brought, and add up to the outcome."""
+
+  source: str = "environment"
+
+  needs: ClassVar[str] = "environment"
+
+  def ask(self, policy, rollout, reviews):
+    return [Review("ok", values=scores_before(episode)) for episode in rollout.episodes], 0
+
+
+def scores_before(episode: Episode) -> tuple[float, ...]:
+  """The score of the state before the turn of each step; not a number before the first."""
+  ends = [end for _, end, segment in episode.spans() if segment.sampled]
+  scores = (math.nan, *episode.outcome.progress)
+  return tuple(scores[bisect.bisect_right(ends, step.start)] for step in episode.steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,23 +44,43 @@ class Schedule:
   Problems enter together in batches of a quarter of the rows, so that one program serves them.
   """
 
-  def __init__(self, limits_P: np.ndarray, group: int, rows: int, step: int):
-    """Rows for as many of the problems as fit in `rows`, a multiple of `step` of them."""
-    self._limits_P, self._group = limits_P, group
-    problems = len(limits_P)
+  def __init__(
+    self,
+    limits_P: np.ndarray,
+    group: int,
+    rows: int,
+    step: int,
+    most: int,
+    expected: int | None = None,
+  ):
+    """Rows for as many of the problems as fit in `rows`, a multiple of `step` of them.
+
+    Args:
+      most: tokens in the longest sample.
+      expected: problems that may still come, one for each that ends; None where none does.
+    """
+    self._limits_P, self.group, self.expected = limits_P, group, expected or 0
+    self._comes_back = expected is not None
+    problems = len(limits_P) + self.expected
     self.at_once = -(-min(problems, max(1, rows // group)) // step) * step
     """Problems that begin together."""
     self.batch = max(step, self.at_once // 4 // step * step)
     """Problems that enter together later."""
     self.sample_R = np.arange(self.at_once * group)
     """The sample that each row works on; -1 where it is free."""
-    self.sample_R[self.sample_R >= problems * group] = -1
+    self.sample_R[self.sample_R >= len(limits_P) * group] = -1
     self.lengths_R = np.zeros(len(self.sample_R), np.int32)
-    self._waiting = list(range(self.at_once, problems))
-    self._rings = ring_sizes(int(limits_P.max()))
+    self.waiting = list(range(self.at_once, len(limits_P)))
+    self._rings = ring_sizes(most)
     self.ring = self._rings[0]
     several = len(self._rings) > 1
     self._ladder = ladder(len(self.sample_R), step) if several else [len(self.sample_R)]
+
+  def add(self, limits_P: np.ndarray) -> None:
+    """Problems that came later."""
+    first = len(self._limits_P)
+    self._limits_P = np.concatenate([self._limits_P, limits_P])
+    self.waiting += range(first, len(self._limits_P))
 
   @property
   def live_R(self) -> np.ndarray:
@@ -75,37 +95,43 @@ class Schedule:
   def enough(self) -> int:
     """As soon as no more rows are live, there is something to do."""
     rows = len(self.sample_R)
-    if self._waiting:
-      return rows - self.batch * self._group
+    if self._comes_back:
+      return max(0, int(self.live_R.sum()) - self.batch)
+    if self.waiting:
+      return rows - self.batch * self.group
     below = [n for n in self._ladder if n < self.live_R.sum()]
     return max(below, default=0) if self._worth else 0
 
   @property
   def _worth(self) -> bool:
-    limits_R = np.where(self.live_R, self._limits_P[self.sample_R // self._group], 0)
+    limits_R = np.where(self.live_R, self._limits_P[self.sample_R // self.group], 0)
     return int((limits_R - self.lengths_R).max(initial=0)) >= WORTH
 
   def entering(self) -> list[int]:
     """Problems that enter now; none where there is no room or none waits."""
-    if (~self.live_R).sum() < self.batch * self._group:
+    free = int((~self.live_R).sum()) // self.group
+    if free < self.batch and not self._comes_back:
       return []
-    now, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
+    count = min(free, self.batch)
+    now, self.waiting = self.waiting[:count], self.waiting[count:]
     return now
 
   def place(self, problems: Sequence[int]) -> np.ndarray:
-    """Gives free rows to the samples of `problems`, filled up to a batch; returns the rows."""
-    rows = np.flatnonzero(~self.live_R)[: self.batch * self._group]
-    samples = (np.array(problems)[:, None] * self._group + np.arange(self._group)).reshape(-1)
-    self.sample_R[rows] = np.pad(samples, (0, len(rows) - len(samples)), constant_values=-1)
-    self.lengths_R[rows] = 0
-    return rows
+    """Gives free rows to the samples of `problems`; returns them, filled up to a batch with rows
+    that there are not."""
+    samples = (np.array(problems)[:, None] * self.group + np.arange(self.group)).reshape(-1)
+    rows = np.flatnonzero(~self.live_R)[: len(samples)]
+    self.sample_R[rows], self.lengths_R[rows] = samples, 0
+    missing = self.batch * self.group - len(rows)
+    return np.pad(rows, (0, missing), constant_values=len(self.sample_R))
 
   def fewer(self) -> np.ndarray | None:
     """The rows to go on with, where fewer suffice."""
-    if self._waiting or not self._worth:
+    if self.waiting or not self._worth:
       return None
-    n = min(n for n in self._ladder if n >= self.live_R.sum())
-    if n == len(self.sample_R):
+    needed = int(self.live_R.sum()) + self.expected
+    n = min((n for n in self._ladder if n >= needed), default=len(self.sample_R))
+    if n >= len(self.sample_R):
       return None
     rows = np.sort(np.argsort(~self.live_R, kind="stable")[:n])
     self.sample_R, self.lengths_R = self.sample_R[rows], self.lengths_R[rows]

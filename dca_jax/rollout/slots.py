@@ -25,7 +25,7 @@ from dca_jax.policy.attention import KeyValue
 from dca_jax.policy.sharding import batch_sharding, constrain, replicated
 from dca_jax.policy.transformer import Context
 from dca_jax.rollout.config import RolloutConfig
-from dca_jax.rollout.engine import GREEDY, EngineConfig, Sample, Wanted
+from dca_jax.rollout.engine import GREEDY, EngineConfig, Further, Sample, Wanted
 from dca_jax.rollout.schedule import Schedule
 from dca_jax.rollout.steps import StopFinder
 from dca_jax.tasks.tokenizer import end_ids, token_bytes
@@ -38,9 +38,11 @@ class Slots(typing.NamedTuple):
   hidden_RxD: jax.Array
   """Predicts the next token."""
   keys_R: jax.Array
-  """Of a sample's noise; folded with the number of the token."""
+  """Of a sample's noise; folded with the place of the token in its answer."""
   greedy_R: jax.Array
   limits_R: jax.Array
+  begun_R: jax.Array
+  """Tokens of the answer that the prompt holds already."""
   tokens_RxT: jax.Array
   logprobs_RxT: jax.Array
 
@@ -88,6 +90,7 @@ def begin(policy: Policy, params, wanted: Wanted, key, *, ring: int, most: int) 
     jax.vmap(jax.vmap(sample_key, (None, 0)))(wanted.problems_P, wanted.numbers_PxG).reshape(-1),
     wanted.numbers_PxG.reshape(-1) == GREEDY,
     jnp.repeat(wanted.limits_P, group),
+    jnp.repeat(wanted.begun_P, group),
     jnp.zeros((rows, most), jnp.int32),
     jnp.zeros((rows, most), jnp.float32),
   )
@@ -100,7 +103,7 @@ def decode(
 ) -> tuple[Slots, jax.Array]:
   """Decodes until the clock says `ends.clock`, or at most `ends.live` rows are live.
 
-  The noise of token t of a sample is its key folded with t, so a sample depends neither on its row
+  The noise of token t of an answer is its key folded with t, so a sample depends neither on its row
   nor on its neighbours.
 
   Returns:
@@ -112,7 +115,7 @@ def decode(
   def body(carry):
     s, live_R = carry
     logits_RxV = sampling_logits(s.hidden_RxD, policy.head(params), sampling)
-    keys_R = jax.vmap(jax.random.fold_in)(s.keys_R, s.lengths_R)
+    keys_R = jax.vmap(jax.random.fold_in)(s.keys_R, s.begun_R + s.lengths_R)
     noise_RxV = jax.vmap(lambda key: jax.random.gumbel(key, logits_RxV.shape[1:]))(keys_R)
     noise_RxV = jnp.where(s.greedy_R[:, None], 0.0, noise_RxV)
     token_R = jnp.argmax(logits_RxV + noise_RxV, -1).astype(jnp.int32)
@@ -176,12 +179,12 @@ def _resized(policy: Policy, cache: Sequence[KeyValue], clock, ring: int) -> tup
 @functools.partial(jax.jit, static_argnames="policy", donate_argnames="slots")
 def enter(policy: Policy, slots: Slots, new: Slots, rows_N) -> Slots:
   """Puts the rows of `new` in the place of free rows; in `slots` every row has a prompt of its
-  own."""
+  own. A row of `rows_N` that there is not gets nothing."""
   c, own = slots.context, new.context
   prompts_N = jnp.arange(rows_N.shape[0]) // (rows_N.shape[0] // own.prompt_lengths_P.shape[0])
 
   def put(into, x):
-    return into.at[rows_N].set(x)
+    return into.at[rows_N].set(x, mode="drop")
 
   context = c._replace(
     prompt=jax.tree.map(lambda into, x: put(into, x[prompts_N]), c.prompt, own.prompt),
@@ -207,8 +210,8 @@ def noise_key(noise) -> jax.Array:
   return functools.reduce(jax.random.fold_in, noise[1:], jax.random.key(noise[0]))
 
 
-_STOP_CHUNK = 32
-"""Tokens after which the host looks for stop strings."""
+_CHUNK = 32
+"""Tokens after which the host looks for stop strings, and for what environments have answered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +227,7 @@ class SlotsConfig(EngineConfig):
   def open(self, policy, rollout, tokenizer):
     rows = self.rows or rollout.problems * rollout.group
     pieces = functools.partial(token_bytes, tokenizer)
-    chunk = _STOP_CHUNK if rollout.stop else rollout.max_tokens
+    chunk = _CHUNK if rollout.stop else rollout.max_tokens
     return Slotted(policy, rollout, end_ids(tokenizer), pieces, rows, chunk)
 
 
@@ -258,28 +261,39 @@ class Slotted:
     assert self.policy.mesh is not None
     return self.policy.mesh
 
-  def stream(self, params, wanted: Wanted, noise: Sequence[int]) -> Iterator[Sample]:
+  def stream(
+    self, params, wanted: Wanted, noise: Sequence[int], further: Further | None = None
+  ) -> Iterator[Sample]:
     """See `Engine`."""
     policy, sampling = self.policy, self.rollout.sampling
     shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-    plan = Schedule(wanted.limits_P, wanted.numbers_PxG.shape[1], self.rows, shards)
+    plan = self._plan(wanted, shards, further)
     key = noise_key(self._put(np.array(noise, np.uint32)))
-    fill = functools.partial(self._begin, params, wanted, key, plan.ring)
-    slots, clock = fill(range(plan.at_once), plan.at_once), 0
+    first = np.flatnonzero(plan.live_R[:: plan.group])
+    slots, clock = self._begin(params, wanted, key, plan.ring, first, plan.at_once), 0
     finders: dict[int, StopFinder] = {}
     ended: list[Sample] = []
+    chunk = min(self.chunk, _CHUNK) if further else self.chunk
     while plan.live_R.any():
-      until = clock + min(plan.room, self.chunk)
+      until = clock + min(plan.room, chunk)
       ends = Ends(np.array(self.end_ids, np.int32), np.int32(until), np.int32(plan.enough))
       live_R = jax.device_put(plan.live_R, self._by_row)
       slots, live_R = decode(policy, sampling, params, self._put(ends), slots, live_R)
       yield from ended  # Whoever takes them works while the devices decode.
       ended = list(self._ended(plan, slots, live_R, wanted, finders))
+      if further:  # Environments work while the devices do.
+        yield from ended
+        ended = []
+        while more := further.take(wait=not plan.live_R.any() and not plan.waiting):
+          wanted = wanted.and_then(more)
+          plan.add(more.limits_P)
+        plan.expected = further.expected()
       while problems := plan.entering():
         if slots.context.prompt_lengths_P.size < plan.sample_R.size:
           slots = lay(policy, slots, self._put(np.arange(plan.sample_R.size)), ring=plan.ring)
         rows_N = self._put(plan.place(problems))
-        slots = enter(policy, slots, fill(problems, plan.batch), rows_N)
+        new = self._begin(params, wanted, key, plan.ring, problems, plan.batch)
+        slots = enter(policy, slots, new, rows_N)
       if (rows_R := plan.fewer()) is not None:
         plan.ring = plan.ring_needed()
         slots = lay(policy, slots, self._put(rows_R), ring=plan.ring)
@@ -288,6 +302,13 @@ class Slotted:
         slots = widen(policy, slots, ring=plan.ring)
       clock = int(jax.device_get(slots.context.clock))
     yield from ended
+
+  def _plan(self, wanted: Wanted, shards: int, further: Further | None) -> Schedule:
+    group, most = wanted.numbers_PxG.shape[1], int(wanted.limits_P.max())
+    if further is None:
+      return Schedule(wanted.limits_P, group, self.rows, shards, most)
+    expected = further.expected()
+    return Schedule(wanted.limits_P, group, self.rows, shards, self.rollout.max_tokens, expected)
 
   def _begin(self, params, wanted: Wanted, key, ring: int, problems, count: int) -> Slots:
     """Rows of `problems`, filled up to `count` problems with rows that stay free."""

@@ -36,13 +36,14 @@ class _Line(BaseModel):
   prompt: str
   answer: str
   tokens: list[int]
-  given: list[tuple[int, int]]
+  given: list[tuple[int, int, str]]
   steps: list[_Step]
   reward: float
   correct: bool
   truncated: bool
   judged: bool
   parts: dict[str, float]
+  progress: list[float | None]
   review: str
   model: str
   trained: bool

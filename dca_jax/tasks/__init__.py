@@ -1,6 +1,9 @@
 """Problems, verifiers, tokenizers and, for synthetic tasks, exact step labels."""
 
 from dca_jax.tasks.chains import Chains, ChainsConfig
+from dca_jax.tasks.environments import Environment, EnvironmentConfig, Turn
+from dca_jax.tasks.gym import GymConfig
+from dca_jax.tasks.openenv import OpenEnvConfig
 from dca_jax.tasks.sources import HubConfig, JsonlConfig, TfdsConfig
 from dca_jax.tasks.text import Text, TextConfig
 from dca_jax.tasks.tokenizer import character_tokenizer
@@ -20,6 +23,8 @@ TASKS: dict[str, type[TaskConfig]] = {
   "tfds": TfdsConfig,
   "jsonl": JsonlConfig,
   "hub": HubConfig,
+  "openenv": OpenEnvConfig,
+  "reasoning_gym": GymConfig,
 }
 
 __all__ = [
@@ -28,6 +33,8 @@ __all__ = [
   "Chains",
   "ChainsConfig",
   "Demonstrated",
+  "Environment",
+  "EnvironmentConfig",
   "HubConfig",
   "JsonlConfig",
   "Labelled",
@@ -38,6 +45,7 @@ __all__ = [
   "Text",
   "TextConfig",
   "TfdsConfig",
+  "Turn",
   "Valued",
   "character_tokenizer",
 ]

@@ -2,9 +2,7 @@
 `sources`)."""
 
 import dataclasses
-import datetime
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +13,9 @@ import numpy as np
 from dca_jax import patterns
 from dca_jax.doors import door, require
 from dca_jax.errors import UserError
+from dca_jax.tasks.chat import Chat, ChatConfig
 from dca_jax.tasks.judge import Judge, Verdict, VerifierError
-from dca_jax.tasks.tokenizer import load_tokenizer
-from dca_jax.tasks.types import Outcome, Problem, TaskConfig
+from dca_jax.tasks.types import Outcome, Problem
 from dca_jax.tasks.verifiers import JUDGED, VERIFIERS, boxed, formula, given_answer, reference
 
 _STEPS = {
@@ -27,15 +25,6 @@ _STEPS = {
   # quadratic in its length.
   "sentence": r"(?<![.!?\"'”’)\]*])[\"'”’)\]*]*+[.!?][.!?\"'”’)\]*]*+\s+|[。！？]+\s*|\n\s*",
 }
-
-# Set before a chat template that asks for the day: what a run asks may not depend on when it runs.
-_TODAY = datetime.datetime(2024, 7, 26)
-_CALENDAR = "".join(
-  f"|replace('%{code}', '{_TODAY.strftime(f'%{code}')}')"
-  for code in ("-d", "-m", *"aAbBcdeFHIjmMpSTuUVwWxXyY%")
-)
-_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_CALENDAR} }}}}{{% endmacro %}}\n"
-
 
 _MEND = "mend it, then run again to go on"
 
@@ -51,7 +40,7 @@ class Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig(TaskConfig):
+class TextConfig(ChatConfig):
   """The `task` section of every source, which extends it with where its data are."""
 
   question: str = "question"
@@ -80,16 +69,6 @@ class TextConfig(TaskConfig):
   max_steps: int = 32
   """A shorter step, such as `1.` on a line of its own, joins the next one;
   steps beyond the most join the last."""
-  tokenizer: str = ""
-  """Folder or hub id of a tokenizer; empty is that of policy.pretrained."""
-  prompt: str = "{question}"
-  """What the policy is asked, such as `{question} Put the answer after ####.`"""
-  chat_template: bool = True
-  """Writes the prompt as the tokenizer's chat template does."""
-  system_prompt: str = ""
-  template_kwargs: str = "{}"
-  """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`. A
-  template that asks for today's date is told 26 July 2024, which is Llama's where it knows none."""
 
   def parts(self) -> dict[str, Rows]:
     """`train` and `heldout`; UserError where they cannot be read."""
@@ -116,9 +95,6 @@ class TextConfig(TaskConfig):
   def open(self) -> "Text":
     return Text(self)
 
-  def implied(self, pretrained: str) -> dict[str, Any]:
-    return {"tokenizer": pretrained}
-
   def check(self) -> dict[str, str]:
     built_in = {**VERIFIERS, **JUDGED}
     known = self.verifier in built_in or re.fullmatch(r"([\w.]+|.+\.py):[\w.]+", self.verifier)
@@ -137,21 +113,18 @@ class TextConfig(TaskConfig):
       "format_weight": (not 0 <= self.format_weight < 1, "must be at least 0 and below 1"),
       "steps": (typo, f"must be one of {', '.join(_STEPS)}, or a regular expression"),
       "max_steps": (self.max_steps < 1, "must be at least 1"),
-      "prompt": ("{question}" not in self.prompt, "must hold {question}"),
       "tokenizer": (not self.tokenizer, "must be given, because policy.pretrained is not"),
     }
     bad = {key: why for key, (wrong, why) in rules.items() if wrong}
-    return bad | {
-      key: why for key in ("format", "steps") if (why := patterns.mistake(getattr(self, key)))
-    }
+    return (
+      super().check()
+      | bad
+      | {key: why for key in ("format", "steps") if (why := patterns.mistake(getattr(self, key)))}
+    )
 
   def unused(self) -> dict[str, str]:
-    unused = {}
-    if self.verifier in VERIFIERS:
-      unused["verifier_seconds"] = f"task.verifier '{self.verifier}' needs no limit"
-    if not self.chat_template:
-      unused |= dict.fromkeys(("system_prompt", "template_kwargs"), "task.chat_template is False")
-    return unused
+    unlimited = {"verifier_seconds": f"task.verifier '{self.verifier}' needs no limit"}
+    return super().unused() | (unlimited if self.verifier in VERIFIERS else {})
 
 
 class Text:
@@ -173,21 +146,13 @@ class Text:
     self._value = functools.cache(self._judged)
     self._parts = config.parts()
     self.sizes = {part: len(rows.numbers) for part, rows in self._parts.items()}
-    tokenizer = self._tokenizer = load_tokenizer(config.tokenizer)
-    if config.chat_template and not tokenizer.chat_template:
-      raise UserError(
-        f"task.chat_template: {config.tokenizer!r} has none; set it to False, and see task.prompt"
-      )
-    # As a chat template would, start with what the tokenizer starts with.
-    self._start = (
-      tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
-    )
+    self._chat = Chat(config)
     self._order = functools.lru_cache(4)(
       lambda *key: np.random.default_rng(key).permutation(self.sizes["train"])
     )
 
   def tokenizer(self):
-    return self._tokenizer
+    return self._chat.tokenizer
 
   def problem(self, split: str, index: int) -> Problem:
     """Problem number `index`. Training goes through the data again and again, each time in an order
@@ -265,22 +230,7 @@ class Text:
     return formula(text) if self._reads_formulas else text
 
   def render(self, question: str) -> str:
-    text = self.config.prompt.replace("{question}", question)
-    if not self.config.chat_template:
-      return self._start + text
-    said = {"system": self.config.system_prompt, "user": text}
-    messages = [{"role": role, "content": content} for role, content in said.items() if content]
-    try:
-      options = json.loads(self.config.template_kwargs)
-      template = self._tokenizer.get_chat_template(options.pop("chat_template", None))
-      template = _CLOCK + template if "strftime_now" in template else template
-      return self._tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
-      )
-    except Exception as error:  # A template raises what it likes.
-      raise UserError(
-        f"task.chat_template or task.template_kwargs: the template fails ({error})"
-      ) from None
+    return self._chat.ask(question)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

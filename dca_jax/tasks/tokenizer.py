@@ -106,6 +106,22 @@ def text_of(tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
   return b"".join(token_bytes(tokenizer, tokens)).decode(errors="replace")
 
 
+def plain_ids(tokenizer, text: str) -> list[int]:
+  """The tokens of a text in which nothing is special, whatever it spells. What a tokenizer cannot
+  spell otherwise, as one of single characters its end token, is left out."""
+  ids = _plain(tokenizer).encode(text, add_special_tokens=False).ids
+  return [i for i in ids if i not in {*tokenizer.all_special_ids, *end_ids(tokenizer)}]
+
+
+@functools.lru_cache
+def _plain(tokenizer):
+  """The tokenizer without the tokens that were added to it, special ones among them."""
+  from tokenizers import Tokenizer
+
+  file = json.loads(tokenizer.backend_tokenizer.to_str())
+  return Tokenizer.from_str(json.dumps(file | {"added_tokens": [], "post_processor": None}))
+
+
 def _decoders(tokenizer) -> set[str]:
   decoder = tokenizer.backend_tokenizer.decoder
   return set(re.findall(r'"type":"(\w+)"', decoder.__getstate__().decode())) if decoder else set()

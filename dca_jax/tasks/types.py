@@ -15,11 +15,11 @@ class TaskConfig:
   task that has nothing to open has the methods of `Task` itself."""
 
   name: str = ""
-  """`chains`, `tfds`, `jsonl` or `hub`; or your own, MODULE:CLASS."""
+  """`chains`, `tfds`, `jsonl`, `hub`, `openenv` or `reasoning_gym`; or your own, MODULE:CLASS."""
 
   offers: ClassVar[tuple[str, ...]] = ()
   """Which of the optional parts of `Task` it has: `labels` (`label_steps`), `values`
-  (`prefix_values`), `demonstrations` (`demonstration`)."""
+  (`prefix_values`), `demonstrations` (`demonstration`), `environment` (see `environments`)."""
   step_end: ClassVar[str] = "\n"
   step_limits: ClassVar[tuple[int, int]] = (0, 0)
   sizes: ClassVar[Mapping[str, int]] = {}

@@ -28,11 +28,20 @@ class Forward:
   def __init__(self, policy, rollout, end):
     self.policy, self.rollout, self.end = policy, rollout, end
 
-  def stream(self, params, wanted, noise):
+  def stream(self, params, wanted, noise, further=None):
+    first = 0
+    while wanted:  # Whatever goes on when its environment has answered comes in a batch of its own.
+      for row, sample in enumerate(self.samples(params, wanted, noise)):
+        yield sample._replace(row=first + row)
+      first += wanted.numbers_PxG.size
+      wanted = further.take(wait=True) if further else None
+
+  def samples(self, params, wanted, noise):
     p, g = wanted.numbers_PxG.shape
     tokens = np.zeros((p * g, self.rollout.max_tokens), np.int32)
     logprobs = np.zeros(tokens.shape, np.float32)
-    rng = np.random.default_rng([*noise, *wanted.problems_P])  # A run that goes on repeats it.
+    # A run that goes on repeats it.
+    rng = np.random.default_rng([*noise, *wanted.problems_P, *wanted.begun_P])
     for t in range(self.rollout.max_tokens):
       given = jax.device_put((wanted.prompts_PxS, wanted.prompt_lengths_P, tokens))
       all_BxTxV = scores(self.policy, self.rollout.sampling, params, *given)

@@ -170,11 +170,59 @@ def test_a_stop_string_ends_a_row_within_a_chunk(params, wanted, whole, monkeypa
   assert longest < max(len(sample.tokens) for sample in whole)
   assert sum(clocks) < longest + 8
   # The last letter of a prompt and the first of its answer.
-  n = int(wanted.prompt_lengths_P[0])
-  pair = b"".join(letters([wanted.prompts_PxS[0, n - 1], whole[0].tokens[0]])).decode()
+  last = wanted.prompts_PxS[0, int(wanted.prompt_lengths_P[0]) - 1]
   begun = wanted._replace(begun_P=np.ones(P, np.int32))
-  assert len(drawn(params, begun, chunk=8, stop=(pair,))[0].tokens) == 1
-  assert len(drawn(params, wanted, chunk=8, stop=(pair,))[0].tokens) > 1
+  for asked, lengths in ((begun, [1]), (wanted, range(2, T + 1))):
+    first = drawn(params, asked)[0].tokens[0]
+    pair = b"".join(letters([last, first])).decode()
+    assert len(drawn(params, asked, chunk=8, stop=(pair,))[0].tokens) in lengths
+
+
+class Later:
+  """Wants what was wanted at once only when the engine asks, `most` samples at a time."""
+
+  def __init__(self, wanted, most):
+    self.parts = [Wanted(*(x[i : i + most] for x in wanted)) for i in range(0, P * G, most)]
+    self.asked = []
+
+  def expected(self):
+    return sum(len(part.limits_P) for part in self.parts)
+
+  def take(self, wait):
+    self.asked.append(wait)
+    # Every other time the environments are slow.
+    return self.parts.pop(0) if self.parts and (wait or len(self.asked) % 2) else None
+
+
+@pytest.mark.parametrize("most", [1, 5, 16])
+def test_when_it_is_wanted_does_not_matter(params, wanted, whole, most):
+  single = Wanted(
+    *(np.repeat(x, G, 0) for x in wanted[:3]),
+    wanted.numbers_PxG.reshape(-1, 1),
+    *(np.repeat(x, G, 0) for x in wanted[4:]),
+  )
+  later = Later(single, most)
+  before = slots.decode._cache_size()
+  ours = in_order(engine(rows=16).stream(params, later.take(True), (3, 1), later))
+  same(ours, whole, exact=False)
+  assert not later.parts
+  if most == 1:  # However small the parts are, they are laid into the same few programs.
+    assert slots.decode._cache_size() - before <= 12
+
+
+def test_an_answer_that_goes_on_has_the_noise_of_its_place(params, wanted, whole):
+  """So it goes on as it would have; a noise of its own for every turn, and none twice."""
+  rows = [i for i, sample in enumerate(whole) if len(sample.tokens) > 10]
+  prompts = np.zeros((len(rows), S + T), np.int32)
+  lengths = wanted.prompt_lengths_P[np.array(rows) // G] + 10
+  for row, i, n in zip(prompts, rows, lengths, strict=True):
+    row[:n] = [*wanted.prompts_PxS[i // G, : n - 10], *whole[i].tokens[:10]]
+  p, g = np.divmod(rows, G)
+  tens = np.full(len(rows), 10)
+  asked = Wanted(prompts, lengths, wanted.problems_P[p], g[:, None], T - tens, tens)
+  for i, ours in zip(rows, drawn(params, asked), strict=True):
+    assert [*whole[i].tokens[:10], *ours.tokens] == whole[i].tokens.tolist()
+    assert ours.truncated == whole[i].truncated
 
 
 # The schedule, which knows lengths alone.
@@ -183,7 +231,7 @@ def test_a_stop_string_ends_a_row_within_a_chunk(params, wanted, whole, monkeypa
 def run(lengths, group, rows, most, step=1) -> tuple[int, set]:
   """Row-steps that decoding takes, and the shapes that are compiled for it."""
   problems = len(lengths) // group
-  plan = Schedule(np.full(problems, most), group, rows, step)
+  plan = Schedule(np.full(problems, most), group, rows, step, most)
   steps, shapes = 0, set()
   while plan.live_R.any():
     assert plan.room > 0
