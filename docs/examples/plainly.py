@@ -30,11 +30,11 @@ class Forward:
 
   def stream(self, params, wanted, noise, further=None):
     first = 0
-    while wanted:  # Whatever goes on when its environment has answered comes in a batch of its own.
+    while wanted:
       for row, sample in enumerate(self.samples(params, wanted, noise)):
         yield sample._replace(row=first + row)
       first += wanted.numbers_PxG.size
-      wanted = further.take(wait=True) if further else None
+      wanted = further and further.take(wait=True)  # Episodes whose environments have answered.
 
   def samples(self, params, wanted, noise):
     p, g = wanted.numbers_PxG.shape

@@ -1,6 +1,6 @@
 """The smallest environment of OpenEnv, and its server: `python letters.py PORT`.
 
-It asks for a letter; who names it has done, and every letter named on the way that is a vowel brings
+It asks for a letter; who names it has done, and every vowel that is named on the way brings
 a little.
 """
 
