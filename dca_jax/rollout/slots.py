@@ -270,7 +270,8 @@ class Slotted:
     plan = self._plan(wanted, shards, further)
     key = noise_key(self._put(np.array(noise, np.uint32)))
     first = np.flatnonzero(plan.live_R[:: plan.group])
-    slots, clock = self._begin(params, wanted, key, plan.ring, first, plan.at_once), 0
+    begun = functools.partial(self._begin, params, key, plan.ring)
+    slots, clock = begun(wanted, first, plan.at_once), 0
     finders: dict[int, StopFinder] = {}
     ended: list[Sample] = []
     chunk = min(self.chunk, _CHUNK) if further else self.chunk
@@ -292,8 +293,7 @@ class Slotted:
         if slots.context.prompt_lengths_P.size < plan.sample_R.size:
           slots = lay(policy, slots, self._put(np.arange(plan.sample_R.size)), ring=plan.ring)
         rows_N = self._put(plan.place(problems))
-        new = self._begin(params, wanted, key, plan.ring, problems, plan.batch)
-        slots = enter(policy, slots, new, rows_N)
+        slots = enter(policy, slots, begun(wanted, problems, plan.batch), rows_N)
       if (rows_R := plan.fewer()) is not None:
         plan.ring = plan.ring_needed()
         slots = lay(policy, slots, self._put(rows_R), ring=plan.ring)
@@ -310,7 +310,7 @@ class Slotted:
     expected = further.expected()
     return Schedule(wanted.limits_P, group, self.rows, shards, self.rollout.max_tokens, expected)
 
-  def _begin(self, params, wanted: Wanted, key, ring: int, problems, count: int) -> Slots:
+  def _begin(self, params, key, ring: int, wanted: Wanted, problems, count: int) -> Slots:
     """Rows of `problems`, filled up to `count` problems with rows that stay free."""
     own = Wanted(*(x[np.resize(problems, count)] for x in wanted))
     own = own._replace(problems_P=own.problems_P.astype(np.uint32))  # Some are above 2**31.

@@ -120,9 +120,10 @@ def letters(texts, add_special_tokens):
 
 @pytest.mark.parametrize(("problems", "group"), [(1, 2), (4, 2), (3, 5), (2, 6), (16, 8)])
 def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, problems, group):
-  monkeypatch.setattr(
-    "dca_jax.rollout.evaluate.text_of", lambda _, tokens: "".join(map(str, tokens))
-  )
+  for module in ("evaluate", "turns"):
+    monkeypatch.setattr(
+      f"dca_jax.rollout.{module}.text_of", lambda _, tokens: "".join(map(str, tokens))
+    )
   engine = Scripted(lambda wanted, p, g: written(int(wanted.problems_P[p]), g))
   rollout = RolloutConfig(max_prompt_tokens=1, max_tokens=3, problems=problems, group=group)
   config, task = EvaluateConfig(problems=7, samples=5, k=3), Parity()
