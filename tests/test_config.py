@@ -651,7 +651,7 @@ def test_which_keys_a_resumed_run_may_change():
     for key in free
     if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "log", "mesh")
   }
-  assert others == {"steps", "task.verifier_seconds"}
+  assert others == {"steps", "task.turn_seconds", "task.verifier_seconds"}
   assert not [key for key in fixed if key.split(".")[0] in ("checkpoint", "evaluate", "mesh")]
   # What is asked of whom is fixed; how long, how often and for how much is not.
   ours = {"name", "flip", "step", "seed", "panel", "combine", "escalate", "sample_frac", "overlap"}
