@@ -690,6 +690,8 @@ def test_a_scheme_that_reads_values_alone_asks_a_model_for_them():
   assert tiny.make_config(weighted).reviewer.client.level == "verdict"
   alone = {**gemini, "reviewer.client.level": "values", "reviewer.client.whole_group": True}
   assert message(tiny.settings(alone)).startswith("reviewer.client.whole_group: ")
+  audited = {**gemini, "reviewer.audit_every": 5}  # It looks at roles.
+  assert message(tiny.settings(audited)).startswith("reviewer.audit_every: ")
 
 
 def test_difference_names_what_a_resumed_run_may_not_change():

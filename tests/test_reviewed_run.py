@@ -104,3 +104,19 @@ def test_a_strict_run_ends_where_the_reviewer_is_not_called_any_more(tmp_path):
     train(config(server, **strict), str(tmp_path), quiet=True)
   waited = [line["seconds/review"] for line in tiny.read_lines(tmp_path)[2:]]
   assert max(waited) < 20  # Of a deadline of 60.
+
+
+@pytest.mark.parametrize("name", ["gemini", "openai"])
+def test_a_model_gives_values_of_prefixes_to_potential_credit(name, tmp_path, monkeypatch):
+  monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+  with FakeServer(reply=lambda data: {"chance": 10 * len(data["begun"])}) as server:
+    own = {"gemini": {}, "openai": {"reviewer.client.max_dollars": 0.0}}[name]
+    own |= {"reviewer.client.base_url": server.url + "/v1" * (name == "openai")}
+    chosen = {"credit.scheme": "potential", "reviewer.name": name, "steps": 2}
+    train(config(server, **chosen, **own), str(tmp_path), quiet=True)
+  told = [t for step in (1, 2) for t in read_trajectories(tmp_path / "trajectories", step)]
+  valued = [t for t in told if t.review.status == "ok"]
+  assert valued
+  for t in valued:
+    assert t.values == pytest.approx([k / 10 for k in range(len(t.steps))])
+  assert any(len(set(t.credit)) > 1 for t in valued)

@@ -35,8 +35,16 @@ class LanguageModel(ReviewerConfig):
       bad["name"] = "must have a method connect(self, client)"
     return bad
 
+  def unused(self) -> dict[str, str]:
+    none = {"audit_every": "reviewer.client.level is 'values'"} if self._values else {}
+    return super().unused() | none
+
   def gives_of(self, offers: tuple[str, ...]) -> set[str]:
-    return {"roles"} if LEVELS[self.client.level] else {"values"}
+    return {"values"} if self._values else {"roles"}
+
+  @property
+  def _values(self) -> bool:
+    return LEVELS.get(self.client.level) == ()
 
   def open(self, uses: Uses) -> Reviewer:
     assert uses.replies is not None

@@ -35,9 +35,13 @@ class _Step(BaseModel):
   weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT), BeforeValidator(_no_boolean)]
 
 
-class _Flags(BaseModel):
+class _Rest(BaseModel):
+  """What stands beside the steps."""
+
   suspicious: bool = False
   sure: bool = True
+  summary: str = ""
+  keeps: tuple[int, ...] = ()
 
 
 class Note(BaseModel):
@@ -61,11 +65,6 @@ class Note(BaseModel):
     without = [f"without it: {self.without}"] if self.without else []
     aside = "; ".join(uses + without)
     return f"{self.does} ({aside})" if aside else self.does
-
-
-class _Rest(BaseModel):
-  summary: str = ""
-  keeps: list[int] = []
 
 
 class Said(NamedTuple):
@@ -112,21 +111,17 @@ def _said(answer: Any, shown: range, judged: bool) -> Said | str:
     notes = _notes(answer.get("deliberation"), shown)
     rest = _Rest.model_validate(answer)
     if not judged:
-      return (
-        Said(notes=notes, summary=rest.summary, keeps=tuple(rest.keeps)) if notes else "no note"
-      )
+      return Said(notes=notes, summary=rest.summary, keeps=rest.keeps) if notes else "no note"
     entries = _numbered(answer, "step")
     if set(entries) != {*shown}:
       return f"{len(entries)} steps that are not {shown.start} to {shown.stop - 1}"
     steps = [_Step.model_validate(entries[k]) for k in shown]
-    flags = _Flags.model_validate(answer)
   except ValidationError as error:
     return mistake(error)[:200]
   except ValueError as error:
     return str(error)
   roles, weights = tuple(s.role for s in steps), tuple(float(s.weight) for s in steps)
-  said = roles, weights, flags.suspicious, flags.sure
-  return Said(*said, notes, rest.summary, tuple(rest.keeps))
+  return Said(roles, weights, rest.suspicious, rest.sure, notes, rest.summary, rest.keeps)
 
 
 def _notes(deliberation: Any, shown: range) -> dict[int, Note]:
