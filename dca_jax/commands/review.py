@@ -154,9 +154,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   price, form, run = price_of(config), form_of(config), locate(folder).parent
   trajectories = read_folder(folder, limit)
   every = [p for t in trajectories for p in _questions(form, Request.of(t))]
-  prompts = [
-    *{p.key: p for p in every}.values()
-  ] * config.samples  # What is the same is asked once.
+  prompts = [*{p.key: p for p in every}.values()] * config.samples
   prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user()) / 2 for p in prompts)
   each_thought, known = _thought(run, config)
   output = sum(30 + 0.6 * (p.tokens - LEAST_TOKENS) + each_thought for p in prompts)

@@ -21,7 +21,6 @@ class _Step(BaseModel):
   weight: float | None = None
   reason: str | None = None
   value: float | None = None
-  reason: str | None = None
   before: list[float] | None = None
   after: list[float] | None = None
 
