@@ -202,9 +202,9 @@ class Turns:
     begins = not seat.segments
     if isinstance(answer, Exception):
       return self._failed(seat, reason(answer))
-    if not isinstance(answer, str | None if begins else Turn):
-      return self._failed(seat, f"it answered {answer!r}")
-    turn = answer if isinstance(answer, Turn) else Turn(answer)
+    turn = Turn(answer) if begins else answer
+    if wrong := _mistake(turn):
+      return self._failed(seat, f"{wrong} in its answer {answer!r:.200}")
     given = self._given(seat, turn.observation or "")
     seat.turns += [] if begins else [turn]
     fits = len(given.tokens) < self._left(seat)
@@ -262,6 +262,16 @@ class Turns:
       np.array([self._left(seat) for seat in seats]),
       lengths - np.array([len(seat.prompt) for seat in seats], np.int32),
     )
+
+
+def _mistake(turn: Any) -> str:
+  """What is wrong with an answer; empty where nothing is."""
+  if not isinstance(turn, Turn):
+    return "there is no Turn"
+  if not isinstance(turn.observation, str | None):
+    return "the observation is no text"
+  sound = isinstance(turn.outcome, Outcome) and 0 <= turn.outcome.reward <= 1
+  return "" if sound else "there is no Outcome with a reward from 0 to 1"
 
 
 def observed(tokenizer: Any, frame: Frame, text: str, last: Sequence[int] = ()) -> list[int]:

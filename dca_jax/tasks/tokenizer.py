@@ -109,6 +109,7 @@ def text_of(tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
 def plain_ids(tokenizer, text: str) -> list[int]:
   """The tokens of a text in which nothing is special, whatever it spells. What a tokenizer cannot
   spell otherwise, as one of single characters its end token, is left out."""
+  text = text.encode(errors="replace").decode()  # Half a character is none.
   ids = _plain(tokenizer).encode(text, add_special_tokens=False).ids
   return [i for i in ids if i not in {*tokenizer.all_special_ids, *end_ids(tokenizer)}]
 

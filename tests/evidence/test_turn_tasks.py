@@ -1,5 +1,7 @@
 """The tasks with environments: their labels are exact, and a run on one can be killed."""
 
+import shutil
+
 import pytest
 import tiny
 from ml_collections import ConfigDict
@@ -83,18 +85,14 @@ def test_a_run_with_an_environment_goes_on_where_it_was(tmp_path):
     "rollout.max_tokens": 24,
     "credit.scheme": "potential",
     "value.source": "environment",
-    "steps": 4,
   }
   settings = tiny.settings(changes)
   whole = dca_jax.train(settings, tmp_path / "whole", quiet=True)
-  settings["steps"] = 2
-  dca_jax.train(settings, tmp_path / "cut", quiet=True)
-  settings["steps"] = 4
-  ours = dca_jax.train(settings, tmp_path / "cut", quiet=True)
-  for step in (3, 4):
-    assert ours.episodes(step) == whole.episodes(step)
+  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+  ours = dca_jax.train(settings, tmp_path / "cut", "2", quiet=True)
+  assert ours.episodes(3) == whole.episodes(3)
   tiny.assert_same_arrays(tiny.saved_state(tmp_path / "cut"), tiny.saved_state(tmp_path / "whole"))
-  episodes = whole.episodes(4)
+  episodes = whole.episodes(3)
   assert any(len(e.segments) > 2 for e in episodes)
   for episode in episodes:
     given = [i for s, e, own in episode.spans() if not own.sampled for i in range(s, e)]
