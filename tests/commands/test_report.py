@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 
-import pytest
 import tiny
 from etils import epath
 
@@ -76,13 +75,13 @@ CORPUS = (
 )
 
 
-@pytest.mark.parametrize("evil", CORPUS, ids=range(len(CORPUS)))
-def test_text_of_problems_and_answers_cannot_become_markup(rewritten, tmp_path, look, evil):
-  first: list[str] = []
+def test_text_of_problems_and_answers_cannot_become_markup(rewritten, tmp_path, look):
+  own: dict[str, str] = {}
 
   def change(t):
-    first.append(t.id)
-    if t.id != first[0]:
+    """An episode with one of the texts wherever there can be any."""
+    evil = own.setdefault(t.id, CORPUS[len(own) % len(CORPUS)])
+    if evil == CORPUS[-1] and [*own.values()].count(evil) > 1:
       return t
     return dataclasses.replace(
       t,
@@ -97,12 +96,14 @@ def test_text_of_problems_and_answers_cannot_become_markup(rewritten, tmp_path, 
   copy = rewritten(tmp_path, change)
   shutil.rmtree(copy / "tokenizer")  # So that the text of steps is shown, and not that of tokens.
   page = look(f"file://{write_report(copy)}")
-  page.get_by_role("button", name="Open episode").first.click()
+  for id, evil in [*own.items()][: len(CORPUS)]:
+    page.get_by_role("button", name=f"Open episode {id}", exact=True).click()
+    page.get_by_role("heading", name=f"Episode {id}").wait_for()
+    assert page.locator(".prompt-text").text_content() == evil
+    said = page.locator("#episode .answer").first.text_content()
+    assert said.count(evil) >= 4  # Model, text, role, reason.
   assert page.locator("script").count() == 2
   assert page.locator("main a, main img, [onmouseover]").count() == 0
-  assert page.locator(".prompt-text").text_content() == evil
-  assert words(page, "#episode .step")[0].count(evil) == 3  # Text, role and reason.
-  assert page.get_by_role("button", name="Close").is_visible()
   isolated = page.locator("#episode .step").first.evaluate("(e) => getComputedStyle(e).unicodeBidi")
   assert "isolate" in isolated
   assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -136,7 +137,7 @@ def test_a_colour_means_the_same_credit_in_every_answer(rewritten, tmp_path, loo
 
   page = look(f"file://{write_report(rewritten(tmp_path, change))}")
   colours: dict[str, set[str]] = {}
-  for opened in page.get_by_role("button", name="Open episode").all()[:3]:
+  for opened in page.get_by_role("button", name="Open episode").all()[:2]:
     opened.click()
     for step in page.locator("#episode .step").all():
       said = step.locator("small").text_content()
