@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from dca_jax.commands.pages import render
-from dca_jax.config import ConfigError, flatten, read_saved
+from dca_jax.config import ConfigError, flatten, read_saved, saved_config
 from dca_jax.episode import Episode
 from dca_jax.store.metrics import missing_steps, read_metrics
 from dca_jax.store.symptoms import findings
@@ -33,6 +33,7 @@ def summary(workdir: epath.Path) -> dict[str, Any]:
   return {
     "title": f"dca-jax: {workdir.parent.name}/{workdir.name}",
     "about": _about(flatten(saved)),
+    "notation": _notation(workdir),
     "lost": missing_steps(metrics),
     "scores_header": ["", *score_header(metrics)[1:]],
     "scores": score_rows(metrics),
@@ -40,6 +41,14 @@ def summary(workdir: epath.Path) -> dict[str, Any]:
     "seconds": _seconds(trained),
     "settings": json.dumps(saved, indent=2),
   }
+
+
+def _notation(workdir: epath.Path) -> str:
+  """What the run's task says of it, where that can be imported here."""
+  try:
+    return saved_config(os.fspath(workdir)).task.notation
+  except ConfigError:
+    return ""
 
 
 def _about(config: dict[str, Any]) -> str:

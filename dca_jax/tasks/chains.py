@@ -43,6 +43,12 @@ class ChainsConfig(TaskConfig):
   """The `task` section for `chains`."""
 
   name: str = "chains"
+  notation: ClassVar[str] = (
+    "Two chains of arithmetic modulo 10, interleaved. `+3a*2b-4c+1d?cm7n3;` says: start from m = 7"
+    " and n = 3; a is the value two lines before it, m, plus 3, so 0; b is n times 2; c is a minus"
+    " 4, so 6; d is b plus 1; what is c? A right answer is `a0;c6;#6$`: each step writes a value,"
+    " and the last one the result, which alone is verified."
+  )
   lines: int = 12
   """Lines in the prompt, both chains together; even, 2 to 24."""
   modulus: int = 10

@@ -20,6 +20,8 @@ class TaskConfig:
   offers: ClassVar[tuple[str, ...]] = ()
   """Which of the optional parts of `Task` it has: `labels` (`label_steps`), `values`
   (`prefix_values`), `demonstrations` (`demonstration`), `environment` (see `environments`)."""
+  notation: ClassVar[str] = ""
+  """How to read its prompts and answers, where that is not plain; the page of a run says it."""
   step_end: ClassVar[str] = "\n"
   step_limits: ClassVar[tuple[int, int]] = (0, 0)
   sizes: ClassVar[Mapping[str, int]] = {}

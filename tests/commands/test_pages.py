@@ -58,11 +58,11 @@ def comparison(text: str) -> str:
 
 def report(text: str) -> str:
   lists = {"scores_header": [text], "scores": [[text]], "seconds": [[text, text]]}
-  told = dict.fromkeys(("title", "about", "lost", "settings"), text)
+  told = dict.fromkeys(("title", "about", "lost", "notation", "settings"), text)
   return _page({"findings": [text], **lists, **told}, {"names": ["run"]}, gone=[text])
 
 
-@pytest.mark.parametrize(("page", "times"), [(answers, 5), (comparison, 5), (report, 11)])
+@pytest.mark.parametrize(("page", "times"), [(answers, 5), (comparison, 5), (report, 12)])
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_text_becomes_markup_and_none_is_lost(page, times, evil):
   ours, plain = Parsed(page(evil)), Parsed(page("plain"))

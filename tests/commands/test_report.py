@@ -38,6 +38,7 @@ def test_the_page_shows_curves_scores_steps_and_settings(reviewed, look):
   text = page.inner_text("body")
   assert page.get_by_role("img", name=re.compile(r"^Accuracy, by step: accuracy from")).count() == 1
   assert page.locator("polyline").count() >= 10
+  assert "Two chains of arithmetic" in text
   lines = tiny.read_lines(reviewed)
   for name in ("greedy", "sampled", "pass@2", "maj@2"):
     for line in (lines[0], lines[-1]):
