@@ -47,7 +47,7 @@ class Parsed(html.parser.HTMLParser):
 
 
 def answers(text: str) -> str:
-  step = {"text": text, "label": text, "shade": "#ffffff", "why": text}
+  step = {"given": text, "text": text, "label": text, "shade": "#ffffff", "why": text}
   return render("answers.html", answers=[{"prompt": text, "steps": [step], "verdict": text}])
 
 
@@ -62,7 +62,7 @@ def report(text: str) -> str:
   return _page({"findings": [text], **lists, **told}, {"names": ["run"]}, gone=[text])
 
 
-@pytest.mark.parametrize(("page", "times"), [(answers, 5), (comparison, 5), (report, 12)])
+@pytest.mark.parametrize(("page", "times"), [(answers, 6), (comparison, 5), (report, 12)])
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_text_becomes_markup_and_none_is_lost(page, times, evil):
   ours, plain = Parsed(page(evil)), Parsed(page("plain"))

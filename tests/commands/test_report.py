@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import tiny
 from etils import epath
 
@@ -16,7 +17,7 @@ from dca_jax.commands.report import (
   text_table,
 )
 from dca_jax.commands.view import write_report
-from dca_jax.episode import Review, Step
+from dca_jax.episode import Review, Segment, Step
 from dca_jax.store.trajectories import read_trajectories
 
 
@@ -161,6 +162,25 @@ def test_what_a_step_did_can_be_read_without_a_mouse(reviewed, look):
   assert re.search(r". [+\u2212]\d\.\d\d\d", page.inner_text("#token"))
   page.keyboard.press("Escape")
   page.locator("#episode").wait_for(state="hidden")
+
+
+def test_what_an_environment_says_stands_between_the_steps(rewritten, tmp_path, look):
+  def change(t):
+    cut = t.steps[0].end
+    parts = [t.tokens[:cut], [1, 2], t.tokens[cut:]]
+    segments = [
+      Segment(np.array(own, np.int32), i != 1, np.zeros(len(own)), "<b>a tool</b>" * (i == 1))
+      for i, own in enumerate(parts)
+    ]
+    later = (s._replace(start=s.start + 2, end=s.end + 2) for s in t.steps[1:])
+    credit = [*t.credit[:cut], 0.0, 0.0, *t.credit[cut:]]
+    steps = t.steps[0], *later
+    return dataclasses.replace(t, segments=tuple(segments), steps=steps, credit=credit)
+
+  page = look(f"file://{write_report(rewritten(tmp_path, change))}")
+  page.get_by_role("button", name="Open episode").first.click()
+  parts = page.locator("#episode .answer").first.locator(".step, .given")
+  assert parts.nth(1).text_content() == "<b>a tool</b>"
 
 
 def test_a_section_with_nothing_in_it_says_why(rewritten, tmp_path):
