@@ -46,6 +46,7 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.7.2"],
     "cuda": ["jax[cuda12]>=0.7.2"],
+    "cuda13": ["jax[cuda13]>=0.7.2"],
     "gcs": ["gcsfs"],
     "gym": ["reasoning-gym>=0.1.25"],
     "hub": ["datasets>=4.0"],
@@ -57,6 +58,8 @@ setup(
       "gcsfs",
       "hypothesis",
       "ipykernel",
+      "kubeflow-trainer-api>=2.1",
+      "kubernetes-validate>=1.34",
       "mypy",
       "nbclient",
       "playwright",

@@ -164,7 +164,7 @@ def test_shellcheck():
 COMMANDS = [
   path.name
   for path in sorted(SCRIPTS.glob("*.sh"))
-  if path.name not in ("common.sh", "settings.sh", "loop.sh")
+  if path.name not in ("common.sh", "settings.sh", "loop.sh", "limit.sh", "entry.sh", "gke.sh")
 ]
 
 
@@ -194,6 +194,9 @@ def accelerator(provisioning: str) -> dict[str, str]:
     ({"PROVISIONING": "preemptible"}, "PROVISIONING=preemptible: must be"),
     ({"ACCELERATOR": "v99-8"}, "set RUNTIME"),
     ({"BUCKET": "b"}, "BUCKET=b: must be"),
+    ({"MAX_HOURS": "0"}, "MAX_HOURS=0: must be"),
+    ({"SLICES": "2"}, "SLICES=2: several slices"),
+    ({"PROVISIONING": "gke"}, "gke.sh does all of it"),
     (
       {"PROVISIONING": "compute-engine", "TOPOLOGY": "2x4", "ACCELERATOR": "v6e-8"},
       "wants such as",
@@ -239,6 +242,82 @@ def test_create(provisioning, accelerator, expected, cloud):
   (call,) = cloud.changes()
   assert {"create", "dca-jax", "--project=p", "--zone=us-west4-a", *expected} <= set(call)
   assert ("--spot" in call) == provisioning.endswith("spot")
+
+
+NETWORK = {
+  "NETWORK": "n",
+  "SUBNETWORK": "s",
+  "INTERNAL_IPS": "true",
+  "SERVICE_ACCOUNT": "a",
+  "RESERVATION": "r",
+  "MAX_HOURS": "7",
+}
+
+
+def test_create_limits_the_hours_and_says_the_largest_bill(cloud):
+  tpu = {"--network=n", "--subnetwork=s", "--internal-ips", "--service-account=a", "--reserved"}
+  engine = {"--network=n", "--subnet=s", "--no-address", "--service-account=a", "--reservation=r"}
+  engine |= {"--max-run-duration=7h", "--instance-termination-action=STOP"}
+  for provisioning in ("on-demand", "queued", "compute-engine"):
+    cloud.states("NOT_FOUND", "RUNNING+RUNNING" if provisioning == "compute-engine" else "READY")
+    settings = {"PROVISIONING": provisioning, "ACCELERATOR": "v5p-16", **NETWORK}
+    before = len(cloud.changes())
+    out = cloud.run("create.sh", **{**settings, **accelerator(provisioning)})
+    call = cloud.changes()[before]
+    if provisioning == "compute-engine":
+      assert "at most $151: 8 chips x 7 hours x $2.70" in out
+      assert engine <= set(call)
+      continue
+    assert "at most $235: 8 chips x 7 hours x $4.20" in out
+    assert tpu <= set(call)
+    assert f"--metadata-from-file=startup-script={SCRIPTS / 'limit.sh'}" in call
+    (metadata,) = [a for a in call if a.startswith("--metadata=")]
+    kind = "queued-resources" if provisioning == "queued" else "tpu-vm"
+    assert metadata.startswith("--metadata=dca-max-hours=7,dca-idle-minutes=30,dca-delete=gcloud ")
+    assert f"tpus {kind} delete dca-jax" in metadata
+    assert ("--valid-until-duration=7h" in call) == (provisioning == "queued")
+  # The end of a run deletes nothing that is nowhere else; what has no price has no bill.
+  out = cloud.run("create.sh", "--dry-run", ACCELERATOR="v3-8", WORKDIR="/nfs/run")
+  assert "the bill is unknown" in out
+  assert "dca-idle-minutes=0" in out
+  assert "at most $4:" in cloud.run("create.sh", "--dry-run", PRICE="0.01")
+
+
+def test_several_slices_are_one_queued_resource(cloud):
+  cloud.states("NOT_FOUND", "ACTIVE", "READY", "PREEMPTED")
+  settings = {"PROVISIONING": "queued", "SLICES": "2"}
+  assert "dca-jax is PREEMPTED" in cloud.run("create.sh", code=1, **settings)
+  (call,) = cloud.changes()
+  assert {"--node-count=2", "--node-prefix=dca-jax"} <= set(call)
+  out = cloud.run("launch.sh", "--dry-run", **settings)
+  assert all(f"tpu-vm ssh dca-jax-{slice} " in out for slice in range(2))
+  assert "dca-jax-1" not in cloud.run("logs.sh", "--dry-run", **settings)
+
+
+def limit(cloud, hours: int, idle: int, state: str, **env: str) -> subprocess.CompletedProcess:
+  """The script that a machine starts with, for at most a second."""
+  told = {"dca-max-hours": hours, "dca-idle-minutes": idle, "dca-delete": "gcloud delete me"}
+  for name, value in told.items():
+    cloud.write(cloud.folder / "metadata" / name, str(value))
+  cloud.write(cloud.folder / "homes/someone/dca-jax-run/state", state)
+  os.utime(cloud.folder / "homes/someone/dca-jax-run/state", (0, time.time() - 300))
+  places = {"METADATA": "metadata", "HOMES": "homes", "STATE": "."}
+  env = {**cloud.env, **{k: str(cloud.folder / v) for k, v in places.items()}, "POLL": "9", **env}
+  command = ["timeout", "1", "bash", str(SCRIPTS / "limit.sh")]
+  return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_machine_deletes_itself_after_its_hours_or_after_the_end_of_its_run(cloud):
+  cloud.write(cloud.bin / "shutdown", '#!/bin/sh\necho "$*" >"$WORKER/shutdown"\n')
+  for kept in ((1, 4, "running\n"), (1, 0, "finished\n"), (1, 6, "finished\n")):
+    assert limit(cloud, *kept).returncode == 124, kept
+  assert not cloud.calls()
+  assert limit(cloud, 1, 4, "failed\n").returncode == 0
+  assert cloud.calls() == [["delete", "me"]]
+  (cloud.folder / "dca-jax-born").write_text(str(int(time.time()) - 3600))
+  assert not (cloud.worker / "shutdown").exists()
+  assert limit(cloud, 1, 0, "running\n", FAILS="delete").returncode == 0
+  assert (cloud.worker / "shutdown").read_text() == "-h now\n"
 
 
 def test_create_on_compute_engine_makes_a_slice_of_all_its_hosts(cloud):
@@ -335,7 +414,8 @@ def test_setup_copies_the_repository_and_makes_an_environment_once(cloud, uv):
     assert "checked: import jax" in cloud.run("setup.sh", REPOSITORY=str(repository))
   assert sorted(os.listdir(cloud.worker / "dca-jax")) == ["setup.py"]
   python, source = f"{cloud.worker}/dca-jax-env/bin/python", f"{cloud.worker}/dca-jax[tpu,gcs]"
-  wanted = f"pip install --quiet --python {python} -e {source}"
+  pinned = f"--constraint {cloud.worker}/dca-jax/constraints/tpu.txt"
+  wanted = f"pip install --quiet --python {python} {pinned} -e {source}"
   assert uv.read_text().splitlines() == [
     f"venv --quiet --python 3.12 {cloud.worker}/dca-jax-env",
     wanted,
@@ -451,7 +531,13 @@ def test_watch_sees_a_failed_and_a_stopped_run_and_starts_a_dead_one(cloud):
   (cloud.worker / "dca-jax-run").mkdir()
   state = cloud.worker / "dca-jax-run/state"
   state.write_text("failed\n")
-  assert "the run has failed" in cloud.run("watch.sh", code=1)
+  assert "only copy of runs" in cloud.run("watch.sh", code=1, WORKDIR="runs")
+  assert "delete" not in [c[3] for c in cloud.changes()]
+  (cloud.worker / "dca-jax-run/log").write_text("what went wrong\n")
+  out = cloud.run("watch.sh", code=1)
+  assert "what went wrong" in out
+  assert "the run has failed" in out
+  assert [c[3] for c in cloud.changes() if c[3] in ("create", "delete")] == ["delete"]
   state.write_text("stopped\n")
   assert "was stopped" in cloud.run("watch.sh")
   assert not cloud.trained()

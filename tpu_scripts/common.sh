@@ -39,16 +39,50 @@ begin() {
   done
   case $PROVISIONING in
     on-demand | spot | queued | queued-spot | compute-engine | compute-engine-spot) ;;
-    *) die "PROVISIONING=$PROVISIONING: must be on-demand, spot, queued, queued-spot or compute-engine[-spot]" ;;
+    gke | gke-spot)
+      [[ ${0##*/} =~ ^(gke|project|fetch)\.sh$ ]] || die "PROVISIONING=$PROVISIONING: gke.sh does all of it" ;;
+    *) die "PROVISIONING=$PROVISIONING: must be on-demand, spot, queued[-spot], compute-engine[-spot] or gke[-spot]" ;;
   esac
+  [[ $MAX_HOURS =~ ^[1-9][0-9]*$ ]] || die "MAX_HOURS=$MAX_HOURS: must be a number of hours"
+  [[ $IDLE_MINUTES =~ ^[0-9]+$ ]] || die "IDLE_MINUTES=$IDLE_MINUTES: must be a number of minutes"
+  [[ $SLICES == 1 || ($SLICES =~ ^[1-9][0-9]*$ && $PROVISIONING =~ ^(queued|gke)) ]] ||
+    die "SLICES=$SLICES: several slices are made with PROVISIONING=queued or gke"
   [[ -z $BUCKET || $BUCKET =~ ^gs://[^/]+$ ]] || die "BUCKET=$BUCKET: must be gs:// and a name"
   $dry_run || command -v gcloud >/dev/null || die "there is no gcloud here; cloud.google.com/sdk/docs/install has it"
   place=(--project="$PROJECT" --zone="$ZONE" --quiet)
-  hosts=1
-  if [[ $PROVISIONING == compute-engine* && -n $TOPOLOGY ]]; then
-    [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ && $ACCELERATOR =~ -([0-9]+)t$ ]] ||
-      die "TOPOLOGY=$TOPOLOGY, ACCELERATOR=$ACCELERATOR: compute-engine wants such as 4x4 and ct6e-standard-4t"
-    hosts=$((${TOPOLOGY//x/*} / BASH_REMATCH[1]))
+  hosts=1 chips=0 nodes=("$NAME") tunnel=()
+  if [[ $PROVISIONING =~ ^(compute-engine|gke) ]]; then
+    [[ -z $TOPOLOGY || ($TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ && $ACCELERATOR =~ -[0-9]+t$) ]] ||
+      die "TOPOLOGY=$TOPOLOGY, ACCELERATOR=$ACCELERATOR: $PROVISIONING wants such as 4x4 and ct6e-standard-4t"
+    per_host=${ACCELERATOR##*-} per_host=${per_host%t} chips=$per_host
+    if [[ -n $TOPOLOGY ]]; then chips=$((${TOPOLOGY//x/*})) hosts=$((chips / per_host)); fi
+  elif [[ $ACCELERATOR =~ ^(v[0-9]+[a-z]*)-([0-9]+)$ ]]; then
+    chips=${BASH_REMATCH[2]}
+    [[ ! ${BASH_REMATCH[1]} =~ ^v([234]|5p)$ ]] || chips=$((chips / 2)) # These count cores.
+  fi
+  if ((SLICES > 1)); then
+    local slice
+    nodes=()
+    for ((slice = 0; slice < SLICES; slice++)); do nodes+=("$NAME-$slice"); done
+  fi
+  [[ -z $INTERNAL_IPS ]] || tunnel=(--tunnel-through-iap)
+}
+
+# Says what may be paid at most, before anything is made.
+bill() {
+  local kind price=$PRICE
+  case $ACCELERATOR in
+    v5lite* | ct5lp-*) kind=v5e ;;
+    ct5p-*) kind=v5p ;;
+    ct6e-*) kind=v6e ;;
+    *) kind=${ACCELERATOR%%-*} ;;
+  esac
+  [[ -n $price ]] || price=$(awk -v kind="$kind" '$1 == kind { print $2 }' "$here/prices.txt")
+  if [[ -z $price ]]; then
+    echo "at most $MAX_HOURS hours; prices.txt has no price of $ACCELERATOR, so the bill is unknown; PRICE sets it"
+  else
+    awk -v n="$((chips * SLICES))" -v h="$MAX_HOURS" -v p="$price" 'BEGIN {
+      printf "at most $%.0f: %d chips x %d hours x $%.2f (prices.txt), and the bucket\n", n * h * p, n, h, p }'
   fi
 }
 
@@ -63,8 +97,13 @@ state() {
     queued*) words=$(ask compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)') ;;
     *) words=$(ask compute tpus tpu-vm describe "$NAME" "${place[@]}" --format='value(state)') ;;
   esac
-  # A queued resource may be called active when its TPU has gone.
-  [[ $words != ACTIVE ]] || words=$(ask compute tpus tpu-vm describe "$NAME" "${place[@]}" --format='value(state)')
+  if [[ $words == ACTIVE ]]; then # A queued resource may be called active when its TPU has gone.
+    local node
+    for node in "${nodes[@]}"; do
+      words=$(ask compute tpus tpu-vm describe "$node" "${place[@]}" --format='value(state)')
+      [[ $words == READY ]] || break
+    done
+  fi
   if [[ $kind == compute-engine* && $words != MISSING && $words != UNKNOWN ]]; then
     local running
     running=$(grep -cx RUNNING <<<"$words" || true)
@@ -99,26 +138,35 @@ vms() {
 
 # on_workers WHICH COMMAND: WHICH is a number or "all"; at the same time on all of them, because one waits for another.
 on_workers() {
-  if [[ $PROVISIONING != compute-engine* ]]; then
-    run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="$1" --command="$2"
+  local names vm node pids=() pid failed=0
+  if [[ $PROVISIONING == compute-engine* ]]; then
+    names=$(vms "$1") && [[ -n $names ]] || return
+    for vm in $names; do
+      run gcloud compute ssh "$vm" "${place[@]}" ${tunnel[@]+"${tunnel[@]}"} --command="$2" </dev/null & pids+=($!)
+    done
+  elif ((SLICES == 1)); then # Not in the background, where Ctrl-C would not reach it.
+    run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" ${tunnel[@]+"${tunnel[@]}"} --worker="$1" --command="$2"
     return
+  else
+    for node in "${nodes[@]}"; do
+      [[ $1 == all || $node == "${nodes[0]}" ]] || continue
+      run gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" ${tunnel[@]+"${tunnel[@]}"} --worker="$1" \
+        --command="$2" </dev/null & pids+=($!)
+    done
   fi
-  local names vm pids=() pid failed=0
-  names=$(vms "$1") && [[ -n $names ]] || return
-  for vm in $names; do
-    run gcloud compute ssh "$vm" "${place[@]}" --command="$2" </dev/null & pids+=($!)
-  done
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   return $failed
 }
 
 # copy_to_workers FILE: into the home directory of each.
 copy_to_workers() {
+  local names vm node
   if [[ $PROVISIONING != compute-engine* ]]; then
-    run gcloud compute tpus tpu-vm scp "$1" "$NAME:" "${place[@]}" --worker=all
+    for node in "${nodes[@]}"; do
+      run gcloud compute tpus tpu-vm scp "$1" "$node:" "${place[@]}" ${tunnel[@]+"${tunnel[@]}"} --worker=all || return
+    done
     return
   fi
-  local names vm
   names=$(vms all) && [[ -n $names ]] || return
-  for vm in $names; do run gcloud compute scp "$1" "$vm:" "${place[@]}" || return; done
+  for vm in $names; do run gcloud compute scp "$1" "$vm:" "${place[@]}" ${tunnel[@]+"${tunnel[@]}"} || return; done
 }

@@ -10,7 +10,12 @@ begin "--replace" "$@"
 need PROJECT ZONE NAME ACCELERATOR
 
 create() {
-  local spot=() image=$RUNTIME
+  local spot=() image=$RUNTIME options=() net=()
+  [[ -z $NETWORK ]] || net+=(--network="$NETWORK")
+  local subnet=--subnetwork
+  [[ $PROVISIONING != compute-engine* ]] || subnet=--subnet
+  [[ -z $SUBNETWORK ]] || net+=("$subnet=$SUBNETWORK")
+  [[ -z $SERVICE_ACCOUNT ]] || net+=(--service-account="$SERVICE_ACCOUNT")
   if [[ -z $image ]]; then
     case $PROVISIONING:$ACCELERATOR in
       compute-engine*:tpu7x-*) image=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
@@ -22,15 +27,29 @@ create() {
       *) die "ACCELERATOR=$ACCELERATOR: no image is known for it with PROVISIONING=$PROVISIONING; set RUNTIME" ;;
     esac
   fi
+  if [[ $PROVISIONING != compute-engine* ]]; then
+    # limit.sh runs there and deletes it. What a run has made may be on the machine alone: then its end deletes nothing.
+    local delete="gcloud compute tpus tpu-vm delete $NAME" idle=$IDLE_MINUTES
+    [[ $PROVISIONING != queued* ]] || delete="gcloud compute tpus queued-resources delete $NAME --force"
+    [[ $WORKDIR == gs://* ]] || idle=0
+    options=(--metadata-from-file=startup-script="$here/limit.sh"
+      --metadata="dca-max-hours=$MAX_HOURS,dca-idle-minutes=$idle,dca-delete=$delete ${place[*]}")
+    [[ -z $INTERNAL_IPS ]] || options+=(--internal-ips)
+    [[ -z $RESERVATION ]] || options+=(--reserved)
+  fi
   case $PROVISIONING in
     compute-engine*)
-      [[ $PROVISIONING != *-spot ]] || spot=(--provisioning-model=SPOT --instance-termination-action=STOP)
+      # Stopped, a machine costs its disk alone; deleted, the group would be in no state that watch.sh knows.
+      spot=(--instance-termination-action=STOP --max-run-duration="${MAX_HOURS}h")
+      [[ $PROVISIONING != *-spot ]] || spot+=(--provisioning-model=SPOT)
+      [[ -z $RESERVATION ]] || spot+=(--reservation-affinity=specific --reservation="$RESERVATION")
+      [[ -z $INTERNAL_IPS ]] || spot+=(--no-address)
       # An attempt that failed half way may have left the template or the policy.
       exists instance-templates "$NAME" ||
         run gcloud compute instance-templates create "$NAME" --project="$PROJECT" --quiet \
           --machine-type="$ACCELERATOR" --boot-disk-size=100GB \
           --image-project=ubuntu-os-accelerator-images --image-family="$image" \
-          --maintenance-policy=TERMINATE --scopes=cloud-platform ${spot[@]+"${spot[@]}"}
+          --maintenance-policy=TERMINATE --scopes=cloud-platform "${spot[@]}" ${net[@]+"${net[@]}"}
       local slice=()
       if ((hosts > 1)); then
         exists resource-policies "$NAME" --region="$REGION" ||
@@ -45,15 +64,21 @@ create() {
         --default-action-on-vm-failure=do-nothing ${slice[@]+"${slice[@]}"} ;;
     queued*)
       [[ $PROVISIONING != *-spot ]] || spot=(--spot)
-      run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${place[@]}" \
-        --accelerator-type="$ACCELERATOR" --runtime-version="$image" ${spot[@]+"${spot[@]}"} ;;
+      local node=(--node-id="$NAME")
+      ((SLICES == 1)) || node=(--node-count="$SLICES" --node-prefix="$NAME")
+      # The limit here is that of the wait in the queue; limit.sh is that of what comes out of it.
+      run gcloud compute tpus queued-resources create "$NAME" "${node[@]}" "${place[@]}" \
+        --accelerator-type="$ACCELERATOR" --runtime-version="$image" --valid-until-duration="${MAX_HOURS}h" \
+        "${options[@]}" ${net[@]+"${net[@]}"} ${spot[@]+"${spot[@]}"} ;;
     *)
       [[ $PROVISIONING != spot ]] || spot=(--spot)
       run gcloud compute tpus tpu-vm create "$NAME" "${place[@]}" \
-        --accelerator-type="$ACCELERATOR" --version="$image" ${spot[@]+"${spot[@]}"} ;;
+        --accelerator-type="$ACCELERATOR" --version="$image" \
+        "${options[@]}" ${net[@]+"${net[@]}"} ${spot[@]+"${spot[@]}"} ;;
   esac
 }
 
+bill
 if $dry_run; then create && echo "(then it waits until $NAME is ready)" && exit; fi
 now=$(state)
 [[ $now != READY ]] || { echo "$NAME is there and ready; next: setup.sh" && exit; }

@@ -18,7 +18,8 @@ rm -rf ~/dca-jax && mkdir ~/dca-jax && tar -xzf ~/dca-jax.tgz -C ~/dca-jax
 export PATH="$HOME/.local/bin:$PATH"
 command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -x ~/dca-jax-env/bin/python ] || uv venv --quiet --python 3.12 ~/dca-jax-env
-uv pip install --quiet --python ~/dca-jax-env/bin/python -e "$HOME/dca-jax[tpu,gcs]"
+uv pip install --quiet --python ~/dca-jax-env/bin/python --constraint ~/dca-jax/constraints/tpu.txt \
+  -e "$HOME/dca-jax[tpu,gcs]"
 END
 )
 # One process on every host, as in training; alone, a host would wait for the others.

@@ -72,7 +72,7 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
       jax.distributed.initialize(coordinator, processes, process)
     else:
       jax.distributed.initialize()
-  except ValueError as error:
+  except (ValueError, OSError) as error:  # The latter where a pod's metadata cannot be had.
     raise UserError(
       f"--distributed: no TPU pod, Slurm or Kubernetes job found here ({error}); give"
       " --coordinator=HOST:PORT, --processes and --process"

@@ -35,8 +35,14 @@ from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.rollout import Wanted, slots
 from dca_jax.tasks.tokenizer import id_count
 
-# Of one chip, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs).
-PEAKS = {"v5e": (197e12, 0.82e12), "v6e": (918e12, 1.64e12), "v5p": (459e12, 2.77e12)}
+# Of one device, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs). A chip
+# of tpu7x is two devices.
+PEAKS = {
+  "v5e": (197e12, 0.82e12),
+  "v6e": (918e12, 1.64e12),
+  "v5p": (459e12, 2.77e12),
+  "tpu7x": (2307e12 / 2, 7.38e12 / 2),
+}
 
 
 def main() -> None:
