@@ -308,7 +308,8 @@ def _prompt(
 def _made(form: Form, frame: str, request: Request, data: dict[str, Any], *rest: Any) -> Prompt:
   """The prompt with this data, `rest` being its end, schema, tokens and reading."""
   reference = {"reference": _clean(request.answer)} if form.reference and request.answer else {}
-  data = {"problem": _clean(request.problem)} | reference | data
+  # A question often ends what is long.
+  data = {"problem": _clean(request.problem, 5 * MAX_STEP_CHARACTERS)} | reference | data
   key = hashlib.sha256(json.dumps([form.rubric, frame, json.dumps(data)]).encode()).hexdigest()
   return Prompt(form.rubric + "\n" + frame, one_line(data), key, *rest)
 
@@ -365,11 +366,11 @@ def one_line(data: Any) -> str:
   return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
-def _clean(text: str) -> str:
+def _clean(text: str, most: int = MAX_STEP_CHARACTERS) -> str:
   """Without lone surrogates, which no server takes, and with the middle
   of an overlong text left out."""
   text = text.encode("utf-8", "replace").decode("utf-8")
-  if len(text) <= MAX_STEP_CHARACTERS:
+  if len(text) <= most:
     return text
-  half = MAX_STEP_CHARACTERS // 2
+  half = most // 2
   return f"{text[:half]} [{len(text) - 2 * half} characters left out] {text[-half:]}"
