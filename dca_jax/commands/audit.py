@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from dca_jax import config as config_lib
-from dca_jax.commands.audit_page import write_page
+from dca_jax.commands.audit_page import cells, confusion_rows, write_page
 from dca_jax.commands.report import text_table
 from dca_jax.commands.review import review_patiently, reviewer_config
 from dca_jax.config import ASKED, Config, ConfigError
@@ -31,7 +31,6 @@ from dca_jax.review.audit import (
   Judged,
   agreement,
   applause,
-  confusion,
   favourite,
   said_of,
   usable,
@@ -427,11 +426,9 @@ def table(
   lines: list[list[str]] = []
   for title, own in sections.items():
     lines += [["", "", ""]] * bool(lines and own) + [[title, "", ""]] * bool(own)
-    lines += [[f"  {k.replace('_', ' ')}", *_cells(e)] for k, e in own]
+    lines += [cells(f"  {name}", e) for name, e in own]
   parts = [_title(row), text_table(["", "measured", "95 %"], lines)]
-  counts = confusion([j for j in judged if usable(j.review) and j.case.labels]).sum(0).astype(int)
-  if counts.any():
-    rows = [[f"{role} ({counts[i].sum()})", *map(str, counts[i])] for i, role in enumerate(ROLES)]
+  if rows := confusion_rows([j for j in judged if usable(j.review) and j.case.labels]):
     parts.append(text_table(["true \\ said", *ROLES], rows))
   spent = [f"{k.replace('_', ' ')}: {row[k]:g}" for k in _COSTS if row[k] is not None]
   return "\n\n".join([*parts, "; ".join(spent), f"verdict: {_VERDICTS[row['verdict']]}"])
@@ -443,7 +440,3 @@ _VERDICTS = {
   "calibrated": "calibrated (only where outcomes decide what its roles are worth)",
   "no": "no (it says nothing that training could use)",
 }
-
-
-def _cells(e: Estimate) -> list[str]:
-  return [f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}"]

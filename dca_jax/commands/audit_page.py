@@ -44,9 +44,9 @@ def write_page(
     title=title,
     verdict=verdict,
     chart=markup(_chart(measures)),
-    sections=[(name, [_cells(*pair) for pair in own]) for name, own in sections.items() if own],
+    sections=[(name, [cells(*pair) for pair in own]) for name, own in sections.items() if own],
     roles=["true \\ said", *ROLES],
-    confusion=_confusion(told),
+    confusion=confusion_rows(told),
     legend=[
       (_SHADES["other"], "another role, the same credit"),
       (_SHADES["credit"], "credited and should not be, or the other way round"),
@@ -56,11 +56,13 @@ def write_page(
   (folder / "audit.html").write_bytes(text.encode(errors="replace"))
 
 
-def _cells(name: str, e: Estimate) -> list[str]:
+def cells(name: str, e: Estimate) -> list[str]:
+  """A measure as a row of a table."""
   return [name.replace("_", " "), f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}"]
 
 
-def _confusion(told: Sequence[Judged]) -> list[list[str]]:
+def confusion_rows(told: Sequence[Judged]) -> list[list[str]]:
+  """How often a step of each true role, with their number, was called what; `told` have labels."""
   if not told:
     return []
   counts = confusion(told).sum(0).astype(int)
@@ -111,9 +113,10 @@ def _answer(j: Judged) -> dict[str, Any]:
   request, steps = j.case.request, []
   whys = j.review.reasons or [""] * len(request.steps)
   rows = zip(request.steps, j.case.labels, j.review.roles, j.review.weights, whys, strict=True)
-  for text, true, said, weight, why in rows:
+  for k, (text, true, said, weight, why) in enumerate(rows, 1):
     label = f"{said} x {weight:g}" + (f", truly {true}" if true and true != said else "")
     shade = _SHADES[_wrong(true, said)]
-    steps.append({"text": text, "label": label, "shade": shade, "why": why})
+    given = request.given_before(k)
+    steps.append({"text": text, "label": label, "shade": shade, "why": why, "given": given})
   verdict = "correct" if request.correct else "ran out of room" if request.truncated else "wrong"
   return {"prompt": request.problem, "steps": steps, "verdict": verdict}
