@@ -37,17 +37,13 @@ def address():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "asked",
-  [{}, {"whole_group": True}, {"level": "deliberate"}, {"level": "values"}],
-  ids=str,
-)
-def test_a_grammar_constrained_server_cannot_miss(address, asked, monkeypatch):
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_grammar_constrained_server_cannot_miss(address, whole_group, monkeypatch):
   monkeypatch.delenv("OPENAI_API_KEY", raising=False)
   client = ClientConfig(
     model="smollm2",
     base_url=f"{address}/v1",
-    **asked,
+    whole_group=whole_group,
     max_dollars=0.0,
     attempts=1,
     attempt_seconds=600.0,
@@ -61,12 +57,9 @@ def test_a_grammar_constrained_server_cannot_miss(address, asked, monkeypatch):
     "6",
   )
   problem = "Tom has 5 apples and gets 3 more, then eats 2. How many are left?"
-  answers = [Request(f"1/1/{g}", problem, steps[-2 - g :], True, False) for g in range(4)]
+  asked = [Request(f"1/1/{g}", problem, steps[-2 - g :], True, False) for g in range(4)]
   config = REVIEWERS["openai"](client=client)
   with contextlib.closing(open_reviewer(config, Truth(None, None), None)) as reviewer:
-    reviews = reviewer.submit(answers, 1200.0).result()
+    reviews = reviewer.submit(asked, 1200.0).result()
   assert [review.status for review in reviews] == ["ok"] * 4
-  told = [review.values if asked.get("level") == "values" else review.roles for review in reviews]
-  assert [len(own) for own in told] == [2, 3, 4, 5]
-  reasons = [len(review.reasons) for review in reviews]
-  assert reasons == ([2, 3, 4, 5] if asked.get("level") == "deliberate" else [0] * 4)
+  assert [len(review.roles) for review in reviews] == [2, 3, 4, 5]
