@@ -100,6 +100,16 @@ def parser() -> argparse.ArgumentParser:
       p.add_argument("--json", action="store_true", help="the result as one line of JSON")
     return p
 
+  _that_run(command)
+  _that_look(command)
+  return top
+
+
+Made = Callable[..., argparse.ArgumentParser]
+
+
+def _that_run(command: Made) -> None:
+  """Commands that train, or say what training takes."""
   where = "where the run lives; the same command again continues it"
   p = command(_train, "train a policy, or continue a run", True, where)
   what = "auto, never, or the number of a saved step to go back to"
@@ -109,10 +119,8 @@ def parser() -> argparse.ArgumentParser:
   p = command(
     _compare, "train several arms and draw their curves", True, "where the runs and the figure go"
   )
-  what = (
-    "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas; a value may be"
-  )
-  what += " [a,b], which makes an arm of each"
+  what = "credit schemes or the recipe's ARMS, NAME[:section.key=value...], by commas; [a,b] as a"
+  what += " value makes an arm of each"
   p.add_argument("--arms", required=True, help=what)
   p.add_argument("--seeds", default="0", help="numbers, by commas")
   what = "accuracy that the samples are counted to"
@@ -121,15 +129,13 @@ def parser() -> argparse.ArgumentParser:
   p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
   p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
 
+
+def _that_look(command: Made) -> None:
+  """Commands that read what a run has left."""
   command(_status, "what a run is doing", False)
 
   p = command(_eval, "score a policy on held-out problems of any task", True, workdir=None)
-  policy = p.add_mutually_exclusive_group(required=True)
-  policy.add_argument("--workdir", help="of a run, whose checkpoint is scored")
-  policy.add_argument("--config", help="a recipe, whose policy.pretrained is scored")
-  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
-  p.add_argument("--by", default="", help="a field of the data set to tell scores apart by")
-  p.add_argument("--output", help="a file for the answers, a line of JSON for each problem")
+  _what_is_scored(p)
 
   p = command(_chat, "type problems and watch the answers come", True, "of a run")
   p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
@@ -157,7 +163,15 @@ def parser() -> argparse.ArgumentParser:
 
   p = command(_audit, "how good a reviewer is, and whether to train with it", True, "its results")
   _what_is_audited(p)
-  return top
+
+
+def _what_is_scored(p: argparse.ArgumentParser) -> None:
+  policy = p.add_mutually_exclusive_group(required=True)
+  policy.add_argument("--workdir", help="of a run, whose checkpoint is scored")
+  policy.add_argument("--config", help="a recipe, whose policy.pretrained is scored")
+  p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
+  p.add_argument("--by", default="", help="a field of the data set to tell scores apart by")
+  p.add_argument("--output", help="a file for the answers, a line of JSON for each problem")
 
 
 def _what_is_audited(audit: argparse.ArgumentParser) -> None:

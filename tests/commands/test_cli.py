@@ -2,6 +2,7 @@
 and what was saved before stays usable."""
 
 import contextlib
+import importlib.metadata
 import pathlib
 import resource
 import shutil
@@ -392,6 +393,30 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
   assert done < 2000
   assert cli.main([*arguments, f"--config.steps={done + 1}"]) == 0
   assert [line["step"] for line in tiny.read_lines(run)] == list(range(done + 2))
+
+
+def test_it_says_its_version(capsys):
+  with pytest.raises(SystemExit) as ended:
+    cli.main(["--version"])
+  assert ended.value.code == 0
+  assert capsys.readouterr().out == f"dca-jax {importlib.metadata.version('dca-jax')}\n"
+
+
+def test_a_shell_is_told_how_a_command_goes_on(tmp_path):
+  told = tmp_path / "told"
+  line = "dca-jax compare --qu"
+  environment = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+  process = tiny.start(environment={**environment, "_ARGCOMPLETE_STDOUT_FILENAME": str(told)})
+  process.communicate(timeout=600)
+  assert told.read_text().strip() == "--quiet"
+
+
+def test_quiet_leaves_the_result(capsys, recipe, run):
+  arguments = ["train", f"--config={recipe}", f"--workdir={run}", "--config.steps=4", "--quiet"]
+  assert cli.main(arguments) == 0
+  said = capsys.readouterr().out.strip().splitlines()
+  assert said[0].startswith("held-out")
+  assert said[-1].startswith("report: ")
 
 
 def test_help_of_the_module():
