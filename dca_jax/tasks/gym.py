@@ -41,13 +41,13 @@ class Gym:
   def __init__(self, config: GymConfig):
     require("reasoning_gym", "gym", "task.name")
     self._config, self._chat = config, Chat(config, characters=True)
+    self._entry = functools.lru_cache(4096)(self._made)
     self._entry(0)
 
   def tokenizer(self) -> Any:
     return self._chat.tokenizer
 
-  @functools.lru_cache(4096)  # noqa: B019  # One task a run.
-  def _entry(self, seed: int) -> tuple[Any, dict[str, Any]]:
+  def _made(self, seed: int) -> tuple[Any, dict[str, Any]]:
     """A data set and its only entry."""
     import reasoning_gym
 
@@ -60,10 +60,10 @@ class Gym:
       raise UserError(f"{said} ({reason(error)})") from None
 
   def problem(self, split: str, index: int) -> Problem:
-    seed = np.random.SeedSequence([SPLITS.index(split), index]).generate_state(1)[0] >> 1
-    question = self._entry(int(seed))[1]["question"]
-    return Problem(index, question, str(self._entry(int(seed))[1]["answer"]),
-                   self.render(question), {"seed": int(seed)})  # fmt: skip
+    seed = int(np.random.SeedSequence([SPLITS.index(split), index]).generate_state(1)[0] >> 1)
+    _, entry = self._entry(seed)
+    question, answer = entry["question"], str(entry["answer"])
+    return Problem(index, question, answer, self.render(question), {"seed": seed})
 
   def render(self, prompt: str) -> str:
     return self._chat.ask(prompt)
