@@ -1,0 +1,40 @@
+"""A search in a hidden table: episodes of several turns, and the policy decides when to stop.
+
+The warm start teaches a policy of about 150,000 parameters to look keys up and to answer, with
+needless look-ups, repeated ones and guesses (`evidence/tasks/search.py`). Reinforcement learning
+has only the final digit to go by; `weighted` also hears which turns were needed, and `progress`
+has the environment's own score of the state after each turn.
+
+Expect sampled accuracy on held-out problems to rise from 0.41 to 0.94 in 50 steps of 64 episodes
+(`uniform`, seed 1), in about a minute and a half of one core, the warm start included;
+docs/environments.md has the numbers. It needs the repository: the task is not in the package.
+"""
+
+from ml_collections import ConfigDict
+
+# Learning rates are those of the quickstart, not tuned here.
+ARMS = {
+  "uniform": {"credit.scheme": "uniform", "reviewer.name": "none", "learner.lr": 5e-4},
+  "weighted": {"learner.lr": 1e-3},
+  "progress": {
+    "credit.scheme": "potential",
+    "credit.discount": 0.0,
+    "value.source": "environment",
+    "reviewer.name": "none",
+    "learner.lr": 1e-3,
+  },
+}
+
+
+def get_config():
+  c = ConfigDict()
+  c.steps = 50
+  c.policy = dict(heads=4, kv_heads=2, head_dim=16, rope_theta=100.0, qk_norm=True)
+  c.warmstart = dict(clean_steps=200, steps=120)
+  c.task = dict(name="evidence.tasks:Search", longest=3)
+  c.rollout = dict(problems=8, group=8, max_prompt_tokens=5, max_tokens=40)
+  c.reviewer = dict(name="oracle")
+  c.credit = dict(scheme="weighted")
+  c.learner = dict(micro_batches=2)
+  c.evaluate = dict(problems=64, samples=7)
+  return c
