@@ -67,7 +67,8 @@ class OpenEnv:
     self._config, self._chat = config, Chat(config, characters=True)
     self.max_turns, self.turn_seconds = config.max_turns, config.turn_seconds
     self.at_once = config.at_once
-    self._start, self.opening = self._chat.opening
+    start, self.opening = self._chat.opening
+    self._start = start or "\n"  # A prompt has at least one token.
     self.between: Frame = self._chat.between(config.role)
     self._reach()
 

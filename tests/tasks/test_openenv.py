@@ -41,6 +41,8 @@ def test_episodes_of_an_environment(kind, url):
   engine = Scripted(lambda *_: tokenizer("bo\x03")["input_ids"], ends=(tokenizer.eos_token_id,))
   batch = collect(Sampler(engine, rollout, task, tokenizer, 97, np.arange(4)), 3, 1, None)
   asked = set()
+  assert [text_of(tokenizer, row[:1]) for row in batch.prompts_PxS] == ["\n"] * 4
+  assert batch.prompt_lengths_P.tolist() == [1] * 4
   for episode in batch.episodes:
     texts = [text_of(tokenizer, segment.tokens) for segment in episode.segments]
     asked.add((episode.problem.id, texts[0]))
