@@ -20,7 +20,7 @@ _POTENTIAL = {"credit.scheme": "potential", "credit.discount": 0.0}
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
   "weighted": {"learner.lr": 1.5e-3},
-  "calibrated": {"learner.lr": 7e-4},
+  "calibrated": {"learner.lr": 1e-3},
   "noisy": {
     "credit.scheme": "weighted",
     "reviewer.name": "noisy",

@@ -119,7 +119,8 @@ class Check(NamedTuple):
 
   @property
   def variance(self) -> float:
-    """Of `effect`, estimated without bias; not a number with a single answer."""
+    """Of `effect`, estimated without bias where no answer stands on both sides, else more than it
+    is; not a number with a single answer."""
     sides = [np.array(side) for side in self]
     if min(map(len, sides)) < 2:
       return math.nan

@@ -1,11 +1,11 @@
 """Calibrated credit: `weighted`, with the tables measured instead of given.
 
-Steps fall into cells: what was said of a step, what can be seen of it without trusting anybody, and
-how its episode ended. Spot checks measure what some steps did (`rollout/spot.py`). A cell's effect
-begins as the even share of the outcome that every step has under `uniform`; as far as checks say
-otherwise, beyond what their error leaves in doubt, it moves to what they say. So a class of steps
-that does nothing ends with nothing, however it is applauded. Checks are drawn before any review,
-and this batch's only count from the next one on.
+Steps fall into cells: what was said of a step, what can be seen of it without trusting anybody, how
+sure the policy was of it, and how its episode ended. Spot checks measure what some steps did
+(`rollout/spot.py`). A cell's share of the outcome begins as the even one that every step has under
+`uniform`; as far as the checks of all cells say that shares differ, it moves to what its own checks
+say. So a class of steps that does nothing ends with nothing, however it is applauded. Checks are
+drawn before any review, and this batch's only count from the next one on.
 
 B episodes in groups of G, K steps, C cells.
 """
@@ -27,37 +27,41 @@ _CHECKING = re.compile(r"\b(check|verif|wait|again|confirm|make sure)", re.IGNOR
 SEEN = ("plain", "repeat", "check", "long")
 """What can be seen of a step: it says again what an earlier one said, it has a word for checking,
 or it has more than twice the tokens of the episode's median step."""
+_CHANCES = (0.4, 0.8)
+"""Of a step under the policy: of one that it was sure of hardly anything depends."""
 ENDS = ("win", "loss", "truncated")
 _WEIGHTS = (0.75, 1.5)  # Weights below, around and above 1.
 _CHANGES = (-0.3, -0.1, -0.02, 0.02, 0.1, 0.3)  # Of a reviewer's value over a step.
 SAID = len(ROLES) * (len(_WEIGHTS) + 1) + len(_CHANGES) + 1
-_SHAPE = (SAID, len(SEEN), len(ENDS))
+_SHAPE = (SAID, len(SEEN), len(_CHANCES) + 1, len(ENDS))
 CELLS = int(np.prod(_SHAPE))
 _PRIOR = 8.0
 """So many checks' worth of the common variance stand in each cell's own."""
+_USUAL = 1.5
+"""How far shares may well lie from the even one, in multiples of it."""
 
 
 class Evidence(NamedTuple):
   """What a run has measured; older batches count less."""
 
   sums: Any
-  """[4, C]: of the checks' weights, of those squared, of the effects beyond the even share, of
-  those squared."""
+  """[5, C]: of the checks' weights w, and of w a^2, w^2 a^2, w a y and w y^2 for measured effects
+  y and even shares a."""
   slope: Any
   """[2]: sums of effect times fitted effect, and of fitted effect squared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated(Scheme):
-  """A_t = A_i * (1 + lambda * (w_t - 1)), with w_t the fitted effect of the token's step, scaled so
-  that the w_t sum to T_i.
+  """A_t = A_i * (1 + lambda * (w_t - 1)), with w_t the share that the cell of the token's step has
+  been measured to have, scaled so that the w_t sum to T_i.
 
-  The fitted effect of step k of K is u_k = A_i / K + g, with g the mean of (measured effect -
-  A_i / K) over the checks of its cell, shrunk; where u_k has not the sign of A_i it is 0. Without
-  evidence all u_k are alike, and this is `uniform`. Conserves sum_t A_t = T_i A_i. No token's sign
-  flips. As biased as the steps of a cell are unlike: what the reviewer says of a class of steps
-  that the cells can tell apart moves nothing in the end (docs/method.md). Shrinkage by the
-  non-negative garrote (Breiman 1995), measurements as in VinePPO (Kazemnejad et al. 2024).
+  The share m of a cell is the slope of its measured effects over the even share A_i / K of the
+  outcome, shrunk towards 1; below 0 it is 0. Without evidence all shares are 1, and this is
+  `uniform`. Conserves sum_t A_t = T_i A_i. No token's sign flips. As biased as the steps of a cell
+  are unlike: what the reviewer says of a class of steps that the cells can tell apart moves nothing
+  in the end (docs/method.md). Shrinkage by how far the cells' shares differ, estimated by
+  moments (DerSimonian and Laird 1986); measurements as in VinePPO (Kazemnejad et al. 2024).
   """
 
   scheme: str = "calibrated"
@@ -67,9 +71,9 @@ class Calibrated(Scheme):
   """Largest multiplier of a token; see `weighted`."""
   keep: float = 0.97
   """How much of the evidence is kept from one batch to the next."""
-  doubt: float = 1.5
-  """Standard errors that a mean must be away from the even share to count at all; one that is
-  further away counts in part, and in full in the limit."""
+  doubt: float = 1.0
+  """Standard errors by which the shares of cells must differ more than chance makes them before any
+  of them moves."""
 
   reads: ClassVar[tuple[str, ...]] = ("roles", "values")
   reads_either: ClassVar[bool] = True
@@ -83,17 +87,17 @@ class Calibrated(Scheme):
     return bad | ({"cap": "must be at least 1, which is uniform"} if self.cap < 1 else {})
 
   def begin(self) -> Evidence:
-    return Evidence(np.zeros((4, CELLS), np.float32), np.zeros(2, np.float32))
+    return Evidence(np.zeros((5, CELLS), np.float32), np.zeros(2, np.float32))
 
   def facts(
     self, state: Evidence, episodes: Sequence[Episode], group: int, most: int
   ) -> np.ndarray:
     """Intensities [B, K]."""
-    intensity_BxK = np.zeros((len(episodes), most), np.float32)
-    gains = fit(state, self.doubt).gains
-    for i, (own, cells) in enumerate(_known(episodes, group)):
-      intensity_BxK[i, : len(cells)] = np.abs(fitted(gains, own, cells))
-    return intensity_BxK
+    shares_BxK = np.zeros((len(episodes), most), np.float32)
+    found = fit(state, self.doubt)
+    for i, (_, cells) in enumerate(_known(episodes, group)):
+      shares_BxK[i, : len(cells)] = found.of(cells)
+    return shares_BxK
 
   def __call__(self, given: Given) -> jax.Array:
     intensity_BxT = jnp.zeros(given.sampled_BxT.shape)
@@ -103,28 +107,26 @@ class Calibrated(Scheme):
     return spread(self.lam, self.cap, given, jnp.where(kept_BxT, intensity_BxT, 0.0))
 
   def evidence(self, state: Evidence, episodes: Sequence[Episode], group: int) -> Any:
-    gains = fit(state, self.doubt).gains
+    shares = fit(state, self.doubt)
     checks, slope, weights = [], np.zeros(2), np.zeros((2, *_SHAPE))
     for episode, (own, cells) in zip(episodes, _known(episodes, group), strict=True):
-      effects = fitted(gains, own, cells)
-      for k, (cell, effect) in enumerate(zip(cells, effects, strict=True)):
+      used = shares.of(cells)
+      for k, (cell, share) in enumerate(zip(cells, used, strict=True)):
         if cell < 0:
           continue
-        word, seen, end = np.unravel_index(cell, _SHAPE)
-        weights[:, word, seen, end] += 1, effect / (effects.mean() or 1)
+        weights.reshape(2, -1)[:, cell] += 1, share / (used.mean() or 1)
         if k in episode.checks:
-          found = episode.checks[k].effect
-          checks.append([cell, found - own / len(cells)])
-          slope += found * effect, effect**2
+          found, even = episode.checks[k].effect, own / len(cells)
+          checks.append([cell, even, found])
+          slope += found * even * share, (even * share) ** 2
     return [checks, slope.tolist(), weights.tolist()]
 
   def learn(self, state: Evidence, evidence: Sequence[Any]) -> tuple[Evidence, dict[str, float]]:
     checks, slopes, weights = zip(*evidence, strict=True)
-    sums = (
-      np.float64(state.sums) * np.array([self.keep, self.keep**2, self.keep, self.keep])[:, None]
-    )
-    for cell, effect in (check for own in checks for check in own):
-      sums[:, cell] += 1, 1, effect, effect**2
+    k = self.keep
+    sums = np.float64(state.sums) * np.array([[k], [k], [k**2], [k], [k]])
+    for cell, even, found in (check for own in checks for check in own):
+      sums[:, cell] += 1, even**2, even**2, even * found, found**2
     slope = self.keep * np.float64(state.slope) + np.sum(slopes, 0)
     new = Evidence(np.float32(sums), np.float32(slope))
     return new, _report(new, self.doubt, np.sum(weights, 0))
@@ -145,13 +147,20 @@ def _known(episodes: Sequence[Episode], group: int) -> list[tuple[float, list[in
 
 def _cells(episode: Episode, advantage: float) -> list[int]:
   end = 0 if advantage > 0 else 2 if episode.outcome.truncated else 1
-  pairs = zip(_said(episode), seen_of(episode), strict=False)
-  return [-1 if word < 0 else cell_number(word, seen, end) for word, seen in pairs]
+  known = zip(_said(episode), seen_of(episode), chances_of(episode), strict=False)
+  return [-1 if said < 0 else cell_number(said, seen, sure, end) for said, seen, sure in known]
 
 
-def cell_number(word: int, seen: int, end: int) -> int:
-  """The number of a cell: of what was said (`word_of`), and of places in `SEEN` and `ENDS`."""
-  return int(np.ravel_multi_index((word, seen, end), _SHAPE))
+def cell_number(word: int, seen: int, chance: float, end: int) -> int:
+  """The number of a cell: of what was said (`word_of`), of a step's chance under the policy, and of
+  places in `SEEN` and `ENDS`."""
+  return int(np.ravel_multi_index((word, seen, np.searchsorted(_CHANCES, chance), end), _SHAPE))
+
+
+def chances_of(episode: Episode) -> list[float]:
+  """How likely each step was, to the policy that took it; no text can lie about that."""
+  logprobs = np.concatenate([np.where(s.sampled, s.logprobs, 0.0) for s in episode.segments])
+  return [float(np.exp(logprobs[step.start : step.end].sum())) for step in episode.steps]
 
 
 def seen_of(episode: Episode) -> list[int]:
@@ -187,61 +196,63 @@ def _said(episode: Episode) -> list[int]:
   ]
 
 
-def fitted(gains: np.ndarray, advantage: Any, cells: Any) -> np.ndarray:
-  """The fitted effects of an episode's steps, or of the episodes of several rows; none has another
-  sign than its advantage."""
-  numbers = np.asarray(cells, int)
-  own = np.where(numbers >= 0, gains[numbers], 0.0)
-  effects = advantage / max(1, numbers.shape[-1]) + own
-  return np.where(effects * advantage > 0, effects, 0.0)
-
-
 class Fit(NamedTuple):
-  """What the evidence says of each cell, [C]."""
+  """What the evidence says of each cell, [C], in multiples of the even share."""
 
-  gains: np.ndarray
-  """How much more than the even share its steps did, shrunk."""
-  means: np.ndarray
+  shares: np.ndarray
+  """Shrunk towards 1, and not below 0."""
+  slopes: np.ndarray
   """The same as measured."""
   errors: np.ndarray
   """Standard errors of that; infinite where nothing was measured."""
 
+  def of(self, cells: Any) -> np.ndarray:
+    """The shares of steps; of a step without a cell the even one."""
+    numbers = np.asarray(cells, int)
+    return np.where(numbers >= 0, self.shares[numbers], 1.0)
+
 
 def fit(state: Evidence, doubt: float) -> Fit:
-  """Each cell's mean, shrunk towards the even share; none lends another one anything, but for an
-  estimate of how far single measurements scatter."""
-  n, n2, total, squares = np.asarray(state.sums, np.float64)
-  known = np.maximum(n, 1e-6)
-  means = np.where(n > 0, total / known, 0.0)
-  residual = np.maximum(squares - total * means, 0.0)
-  # Where little is known yet, as wide as a difference of two fair coins.
-  common = (residual.sum() + _PRIOR * 0.5) / (np.maximum(n - 1, 0).sum() + _PRIOR)
+  """Each cell's share, shrunk towards the even one. What cells lend each other is only how far
+  single measurements scatter, and, among those of one end, how far shares do."""
+  n, a2, w2a2, ay, y2 = np.asarray(state.sums, np.float64)
+  known = a2 > 0
+  a2 = np.where(known, a2, 1.0)
+  slopes = np.where(known, ay / a2, 1.0)
+  residual = np.maximum(y2 - slopes * ay, 0.0)
+  # Where little is known yet, about as wide as a difference of two coins.
+  common = (residual.sum() + _PRIOR * 0.25) / (np.maximum(n - 1, 0).sum() + _PRIOR)
   variance = (residual + _PRIOR * common) / (n + _PRIOR)
-  # Of a few coins all may fall alike, so the error of a mean of n counts sqrt(1 + 4 / n) times.
-  errors2 = np.where(n > 0, variance * (1 + 4 / known) * n2 / known**2, np.inf)
-  kept = 1 - doubt**2 * errors2 / np.maximum(means**2, 1e-12)
-  gains = np.where(kept > 0, means * np.maximum(kept, 0.0), 0.0)
-  return Fit(gains, means, np.sqrt(errors2))
+  errors2 = np.where(known, variance * w2a2 / a2**2, np.inf)
+  excess = slopes - 1
+  kept = np.zeros(CELLS)
+  for end in range(len(ENDS)):
+    own = known & (np.arange(CELLS) % len(ENDS) == end)
+    trust = 1 / (errors2[own] + _USUAL**2) ** 2
+    beyond = trust @ (excess[own] ** 2 - errors2[own])
+    beyond -= doubt * np.sqrt(2 * (trust**2 @ errors2[own] ** 2))
+    spread2 = max(0.0, beyond) / max(trust.sum(), 1e-12)
+    kept[own] = spread2 / (spread2 + errors2[own])
+  return Fit(np.maximum(1 + kept * excess, 0.0), slopes, np.sqrt(errors2))
 
 
 def _report(new: Evidence, doubt: float, used: np.ndarray) -> dict[str, float]:
   """Metrics; `used` holds the number of this batch's steps by what was said, what was seen and the
   end, and the sum of the multipliers that they got."""
-  gains, means, errors = fit(new, doubt)
+  shares, slopes, errors = fit(new, doubt)
   checks = np.float64(new.sums[0])
-  known = checks * np.isfinite(errors)
+  moved, measured = (checks * np.abs(x - 1) for x in (shares, np.maximum(slopes, 0.0)))
   metrics = {
     "calibration/checks": float(checks.sum()),
     "calibration/slope": float(new.slope[0] / new.slope[1]) if new.slope[1] else 0.0,
     "calibration/error": float(
-      (known * np.where(known > 0, errors, 0)).sum() / max(known.sum(), 1e-9)
+      (checks * np.where(checks > 0, errors, 0)).sum() / max(checks.sum(), 1e-9)
     ),
-    "calibration/survived": float(
-      (checks * np.abs(gains)).sum() / max((checks * np.abs(means)).sum(), 1e-9)
-    ),
+    "calibration/survived": float(moved.sum() / max(measured.sum(), 1e-9)),
   }
   kinds = len(ROLES) * (len(_WEIGHTS) + 1)
-  counts, totals = used[:, :kinds].reshape(2, len(ROLES), -1, len(SEEN), len(ENDS)).sum(2)
+  shape = 2, len(ROLES), -1, *_SHAPE[1:]
+  counts, totals = used[:, :kinds].reshape(shape).sum((2, 4))
   for role, seen, end in np.argwhere(counts):
     suffix = "" if not seen else f"_{SEEN[seen]}"
     mean = totals[role, seen, end] / counts[role, seen, end]

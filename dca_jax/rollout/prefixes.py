@@ -8,7 +8,7 @@ tokens.
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ class Continues(NamedTuple):
 
   sampler: Sampler
   params: Any
-  noise: tuple[int, int]
+  noise: tuple[int, ...]
   """Of the step; see `Engine.stream`."""
 
 
@@ -129,8 +129,8 @@ def monte_carlo(
   for i, episode in enumerate(rollout.episodes):
     prefixes = [Prefix.of(rollout, i // group, i, step.start) for step in episode.steps]
     places.append([numbers.setdefault(prefix, len(numbers)) for prefix in prefixes])
-  outcomes, generated = continued(policy, rollout, [*numbers], continuations)
-  values = [sum(o.reward for o in own) / continuations for own in outcomes]
+  further, generated = continued(policy, rollout, [*numbers], continuations)
+  values = [sum(f.outcome.reward for f in own) / continuations for own in further]
   reviews = [Review("ok", values=tuple(values[n] for n in own)) for own in places]
   return reviews, generated
 
@@ -147,10 +147,23 @@ class Prefix(NamedTuple):
     return cls(problem, rollout.tokens_BxT[episode, :length].tobytes())
 
 
+class Further(NamedTuple):
+  """A further answer: what was written after its prefix, and what became of it."""
+
+  tokens: np.ndarray
+  outcome: Outcome
+
+  def prefixes(self, begun: Prefix) -> Iterator[Prefix]:
+    """All that it comes through, from where it was `begun` on."""
+    whole, size = begun.tokens + self.tokens.tobytes(), self.tokens.itemsize
+    for end in range(len(begun.tokens), len(whole) + 1, size):
+      yield Prefix(begun.problem, whole[:end])
+
+
 def continued(
   policy: Continues, rollout: Rollout, prefixes: Sequence[Prefix], answers: int
-) -> tuple[list[list[Outcome]], int]:
-  """What became of further answers from each prefix, and how many tokens were generated.
+) -> tuple[list[list[Further]], int]:
+  """Further answers from each prefix, and how many tokens were generated.
 
   An answer gets as many tokens as it would have had. All processes call this together, each with
   prefixes of its own, none included.
@@ -173,14 +186,29 @@ def continued(
     begun_P,
   )
   attempts: list[Any] = [None] * (len(begun) * answers)
-  generated = 0
-  for sample in sampler.engine.stream(params, wanted, noise):
+  written: list[Any] = [*attempts]
+  for sample in sampler.engine.stream(params, _filled(wanted, len(rollout.episodes)), noise):
     p = sample.row // answers
+    if p >= len(begun):
+      continue
     whole = np.concatenate([begun[p][1], sample.tokens])
     attempts[sample.row] = problems[p], text_of(tokenizer, whole), sample.truncated
-    generated += len(sample.tokens)
-  outcomes = verify(sampler.task, attempts)
-  return [outcomes[i : i + answers] for i in range(0, len(outcomes), answers)], generated
+    written[sample.row] = np.asarray(sample.tokens, rollout.tokens_BxT.dtype)
+  further = [*map(Further, written, verify(sampler.task, attempts))]
+  generated = sum(map(len, written))
+  return [further[i : i + answers] for i in range(0, len(further), answers)], generated
+
+
+def _filled(wanted: Wanted, rows: int) -> Wanted:
+  """What is wanted, and where that is little so many samples of one token that their number is a
+  sixteenth or a quarter of `rows` or all of them: an engine has a program for each number."""
+  count, answers = wanted.numbers_PxG.shape
+  most = max(1, rows // answers)
+  size = next((n for n in (most // 16, most // 4, most) if n >= count), count)
+  added = size - count
+  filled = Wanted(*(np.pad(x, [(0, added)] + [(0, 0)] * (x.ndim - 1), "edge") for x in wanted))
+  filled.limits_P[count:] = 1
+  return filled
 
 
 def _joined(

@@ -1,10 +1,10 @@
 """Spot checks: what the steps of an episode did for the outcome, measured by the policy itself.
 
-The policy goes on from every step boundary of some episodes, and the verifier judges where it ends.
+The policy goes on from the step boundaries of some episodes, and the verifier judges where it ends.
 The difference of success from before a step to after it is an unbiased measurement of the step's
 advantage, with much noise. No text can talk it into anything, and it knows nothing of the rest of
-the episode that the step was taken from. Neighbouring steps share the boundary between them, so
-measuring whole episodes takes half as many answers as measuring scattered steps.
+the episode that the step was taken from. Neighbouring steps share the boundary between them, and
+often the answers too, so measuring whole episodes is cheaper than measuring scattered steps.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dca_jax.checks import at_least, between
-from dca_jax.episode import Check, Episode, Outcome
+from dca_jax.episode import Check, Episode
 from dca_jax.rollout.collect import Rollout
 from dca_jax.rollout.prefixes import Continues, Prefix, continued
 
@@ -60,26 +60,34 @@ def measured(
 ) -> tuple[Rollout, int]:
   """The batch of `step` with its spot checks, and how many tokens were generated for them.
 
-  A prefix that several episodes share is continued once. Where the verifier has no verdict on one
-  side of a step, the step is not measured.
+  An answer measures every boundary that it comes through, because what it writes from there on
+  depends on nothing before. So the policy goes on from every other boundary first, and then from
+  those that no answer came through; a boundary's value is the mean over all that did. Where the
+  policy writes a step once more, the same answers stand before and after it, and their luck cancels
+  out. Where the verifier has no verdict on one side of a step, the step is not measured.
   """
   episodes = [*rollout.episodes]
   group = len(episodes) // len(rollout.prompt_lengths_P)
   share = np.inf if step <= config.first else config.share
-  drawn = chosen(share, seed, episodes, group)
-  numbers: dict[Prefix, int] = {}
-  places = {}
-  for i in drawn:
-    prefixes = [Prefix.of(rollout, i // group, i, step.start) for step in episodes[i].steps]
-    places[i] = [numbers.setdefault(prefix, len(numbers)) for prefix in prefixes]
-  outcomes, generated = continued(policy, rollout, [*numbers], config.answers)
-  for i in drawn:
-    ends = [_rewards(outcomes[n]) for n in places[i]]
-    ends.append(_rewards([episodes[i].outcome] * config.answers))
-    checks = {k: Check(*ends[k : k + 2]) for k in range(len(places[i])) if all(ends[k : k + 2])}
+  places = {
+    i: [Prefix.of(rollout, i // group, i, step.start) for step in episodes[i].steps]
+    for i in chosen(share, seed, episodes, group)
+  }
+  found: dict[Prefix, list[float]] = {prefix: [] for own in places.values() for prefix in own}
+  tokens = 0
+  for turn in range(2):
+    ahead = [prefix for own in places.values() for prefix in own[turn::2] if not found[prefix]]
+    begun = [*dict.fromkeys(ahead)]
+    with_noise = policy._replace(noise=(*policy.noise, turn))
+    further, generated = continued(with_noise, rollout, begun, config.answers)
+    tokens += generated
+    for prefix, answers in zip(begun, further, strict=True):
+      for answer in (one for one in answers if one.outcome.judged):
+        for through in found.keys() & {*answer.prefixes(prefix)}:
+          found[through].append(answer.outcome.reward)
+  for i, own in places.items():
+    last = episodes[i].outcome
+    ends = [*(tuple(found[prefix]) for prefix in own), (last.reward,) * last.judged]
+    checks = {k: Check(*ends[k : k + 2]) for k in range(len(own)) if all(ends[k : k + 2])}
     episodes[i] = dataclasses.replace(episodes[i], checks=checks)
-  return rollout._replace(episodes=episodes), generated
-
-
-def _rewards(outcomes: Sequence[Outcome]) -> tuple[float, ...]:
-  return tuple(outcome.reward for outcome in outcomes if outcome.judged)
+  return rollout._replace(episodes=episodes), tokens

@@ -1,8 +1,9 @@
 """Calibrated credit in the exact laboratory: what a growing number of spot checks makes of it.
 
 Checks are drawn as a run would draw them: steps of the policy's own traces, each measured by one
-answer from before it and one from after it. All else is exact: for the effects that they leave, the
-expected update over all traces is known (`dca_jax.credit.exact`).
+answer from before it and one from after it, which is the same one where the first takes the step.
+All else is exact: for the shares that they leave, the expected update over all traces is known
+(`dca_jax.credit.exact`).
 
 N traces, T steps.
 """
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dca_jax.credit import Calibrated, ReviewArrays, Scheme, Uniform, Weighted
-from dca_jax.credit.calibrated import CELLS, ENDS, SEEN, Evidence, cell_number, fit, fitted, word_of
+from dca_jax.credit.calibrated import CELLS, SEEN, Evidence, cell_number, fit, word_of
 from dca_jax.credit.exact import CHECK, Row, Tree, credit, measure, review, roles
 from dca_jax.episode import ROLES
 
@@ -59,16 +60,21 @@ def controls(tree: Tree) -> dict[str, tuple[ReviewArrays, bool]]:
 
 def cells(tree: Tree, said: ReviewArrays, seen: bool) -> np.ndarray:
   """The cell of every step, as the scheme numbers them, [N, T]."""
-  n, t = tree.actions_NxT.shape
-  known = {
-    key: cell_number(word_of(key[0], key[1]), SEEN.index("check") * key[2], key[3])
-    for key in np.ndindex(len(ROLES), 4, 2, len(ENDS))
-  }
-  suspect = (tree.actions_NxT == CHECK) & seen
+  suspect = SEEN.index("check") * ((tree.actions_NxT == CHECK) & seen)
   end = np.where(tree.reward_N > 0, 0, 1)[:, None]
-  keys = np.broadcast_arrays(said.roles_BxK, said.weights_BxK, suspect, end)
-  flat = zip(*(x.astype(int).ravel().tolist() for x in keys), strict=True)
-  return np.array([known[key] for key in flat]).reshape(n, t)
+  chances = np.round(chances_of(tree), 6)
+  words = np.vectorize(word_of, otypes=[int])(said.roles_BxK, said.weights_BxK)
+  keys = np.stack(np.broadcast_arrays(words, suspect, chances, end), -1).reshape(-1, 4)
+  kinds, of = np.unique(keys, axis=0, return_inverse=True)
+  known = [cell_number(int(w), int(s), chance, int(e)) for w, s, chance, e in kinds]
+  return np.array(known)[of.reshape(tree.actions_NxT.shape)]
+
+
+def chances_of(tree: Tree) -> np.ndarray:
+  """How likely each step is to the policy, [N, T]."""
+  n = len(tree.actions_NxT)
+  columns = [np.repeat(pi.reshape(-1), n // pi.size) for pi in tree.policy]
+  return np.stack(columns, 1)
 
 
 def evidence(tree: Tree, cell_NxT: np.ndarray, checks: int, rng: np.random.Generator) -> Evidence:
@@ -76,10 +82,13 @@ def evidence(tree: Tree, cell_NxT: np.ndarray, checks: int, rng: np.random.Gener
   ends = np.concatenate([tree.value_NxT, tree.reward_N[:, None]], 1)
   trace = rng.choice(len(tree.reward_N), checks, p=tree.probability_N)
   step = rng.integers(tree.actions_NxT.shape[1], size=checks)
-  before, after = (rng.random(checks) < ends[trace, step + k] for k in range(2))
-  effect = after.astype(float) - before - advantages(tree)[trace] / cell_NxT.shape[1]
-  sums = np.zeros((4, CELLS))
-  for i, x in enumerate((1.0, 1.0, effect, effect**2)):
+  chance, before, after = chances_of(tree)[trace, step], ends[trace, step], ends[trace, step + 1]
+  otherwise = np.clip((before - chance * after) / (1 - chance), 0, 1)
+  wins = [rng.random(checks) < value for value in (otherwise, after)]
+  effect = np.where(rng.random(checks) < chance, 0.0, wins[1].astype(float) - wins[0])
+  even = advantages(tree)[trace] / cell_NxT.shape[1]
+  sums = np.zeros((5, CELLS))
+  for i, x in enumerate((1.0, even**2, even**2, even * effect, effect**2)):
     np.add.at(sums[i], cell_NxT[trace, step], x)
   return Evidence(sums, np.zeros(2))
 
@@ -91,9 +100,7 @@ def advantages(tree: Tree) -> np.ndarray:
 def calibrated(tree: Tree, said: ReviewArrays, cell_NxT: np.ndarray, found: Evidence) -> Row:
   """The exact expected update under what was found."""
   scheme = Calibrated()
-  gains, own_N = fit(found, scheme.doubt).gains, advantages(tree)
-  effects_NxT = fitted(gains, own_N[:, None], cell_NxT)
-  return measure(tree, "", credit(tree, scheme, said, np.abs(effects_NxT)))
+  return measure(tree, "", credit(tree, scheme, said, fit(found, scheme.doubt).of(cell_NxT)))
 
 
 def relative(row: Row, base: Row) -> float:

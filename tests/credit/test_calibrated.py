@@ -15,8 +15,8 @@ from dca_jax.credit.calibrated import (
   Calibrated,
   Evidence,
   cell_number,
+  chances_of,
   fit,
-  fitted,
   seen_of,
   word_of,
 )
@@ -105,13 +105,13 @@ def test_applause_for_a_class_that_does_nothing_ends_in_nothing():
   )
   wins = [episode(roles, r, texts, weights) for r in (1.0, 0.0, 0.0, 0.0)]
   checked = [dataclasses.replace(wins[0], checks={k: effect(0.0) for k in range(3)}), *wins[1:]]
-  cells = [cell for cell, _ in SCHEME.evidence(SCHEME.begin(), checked, GROUP)[0]]
+  cells = [cell for cell, *_ in SCHEME.evidence(SCHEME.begin(), checked, GROUP)[0]]
 
   def premium(n, seed):
-    rng, sums = np.random.default_rng(seed), np.zeros((4, CELLS))
+    rng, sums, even = np.random.default_rng(seed), np.zeros((5, CELLS)), 1 / 3
     for cell, x in zip(cells, (0.5, 0.0, 0.0), strict=True):
-      y = np.where(rng.random(n) < (1 + x) / 2, 1.0, -1.0) - 1 / 3
-      sums[:, cell] = n, n, y.sum(), (y**2).sum()
+      y = np.where(rng.random(n) < (1 + x) / 2, 1.0, -1.0)
+      sums[:, cell] = n, n * even**2, n * even**2, even * y.sum(), (y**2).sum()
     own = advantages(wins, Evidence(sums, np.zeros(2)))[0, ::TOKENS]
     return own[1] - own[2]
 
@@ -127,25 +127,51 @@ def test_applause_for_a_class_that_does_nothing_ends_in_nothing():
 def test_what_was_measured_of_one_class_moves_no_other():
   rng = np.random.default_rng(0)
   state = learnt(batches((0.6, 0.0, 0.0, 0.6), 100, rng))
-  gains, touched = fit(state, 2.0).gains, state.sums[0] > 0
-  assert gains[touched].any()
-  assert not gains[~touched].any()
+  shares, touched = fit(state, 2.0).shares, state.sums[0] > 0
+  assert (shares[touched] != 1).any()
+  assert (shares[~touched] == 1).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])
 def test_noise_alone_is_seldom_taken_for_an_effect(n):
-  """At most as often as two standard errors allow, also where a cell has hardly been seen."""
-  rng, taken, sizes = np.random.default_rng(n), [], []
+  """Where no cell differs from the even share, none is moved far, also where it has hardly been
+  seen."""
+  rng, moved, sizes, even = np.random.default_rng(n), [], [], 0.1
   for _ in range(400):
-    sums = np.zeros((4, CELLS), np.float32)
-    for cell in range(20):
-      x = rng.integers(0, 2, n) - rng.integers(0, 2, n)
-      sums[:, cell] = n, n, x.sum(), (x**2).sum()
-    gains = fit(Evidence(sums, np.zeros(2)), 2.0).gains[:20]
-    taken.append((gains != 0).mean())
-    sizes.append(np.abs(gains).mean())
-  assert np.mean(taken) < 0.1
+    sums = np.zeros((5, CELLS), np.float32)
+    for cell in range(0, 60, 3):
+      y = even + rng.integers(0, 2, n) - rng.integers(0, 2, n)
+      sums[:, cell] = n, n * even**2, n * even**2, even * y.sum(), (y**2).sum()
+    shares = fit(Evidence(sums, np.zeros(2)), 2.0).shares[:60:3]
+    moved.append((shares != 1).any())
+    sizes.append(np.abs(shares - 1).mean())
+  assert np.mean(moved) < 0.1
   assert np.mean(sizes) < 0.03
+
+
+def test_of_a_rare_cell_little_is_believed_even_if_others_differ():
+  sums, even = np.zeros((5, CELLS)), 0.1
+  for cell, n, share in ((0, 1000, 4.0), (3, 1000, 0.0), (6, 1, 10.0)):
+    y = share * even
+    sums[:, cell] = n, n * even**2, n * even**2, even * n * y, n * (y**2 + 0.1)
+  shares = fit(Evidence(sums, np.zeros(2)), 1.0).shares
+  assert shares[0] > 3
+  assert shares[3] < 0.3
+  assert abs(shares[6] - 1) < 3
+
+
+def test_a_step_that_the_policy_was_sure_of_has_a_cell_of_its_own():
+  """However it is praised: its probability is what no text can lie about."""
+  sure, unsure = (
+    dataclasses.replace(e, segments=(dataclasses.replace(e.segments[0], logprobs=x),))
+    for e, x in ((MIXED[0], np.zeros(12)), (MIXED[0], np.full(12, -1.0)))
+  )
+  assert chances_of(sure) == [1.0] * 4
+  assert chances_of(unsure) == pytest.approx([np.exp(-3.0)] * 4)
+  rest = MIXED[1:]
+  checked = [dataclasses.replace(e, checks={0: effect(0.5)}) for e in (sure, unsure)]
+  cells = [SCHEME.evidence(SCHEME.begin(), [e, *rest], GROUP)[0][0][0] for e in checked]
+  assert cells[0] != cells[1]
 
 
 def test_an_effect_that_turns_round_is_followed():
@@ -218,11 +244,15 @@ def test_what_can_be_seen_of_a_step():
   assert SEEN[seen_of(dataclasses.replace(one, steps=steps))[3]] == "long"
 
 
-def test_no_fitted_effect_has_another_sign_than_the_advantage():
-  gains = np.linspace(-1, 1, CELLS)
-  cells = [cell_number(word_of(NECESSARY, 1.0), 0, 0), cell_number(word_of(ERROR, 3.0), 1, 1)]
-  for advantage in (0.5, -0.5):
-    effects = fitted(gains, advantage, [*cells, -1])
-    assert (effects * advantage >= 0).all()
-    assert effects[2] == advantage / 3  # Of which nothing is known.
+def test_no_share_is_negative():
+  sums = np.zeros((5, CELLS))
+  cells = [
+    cell_number(word_of(NECESSARY, 1.0), 0, 1.0, 0),
+    cell_number(word_of(ERROR, 3.0), 1, 0, 1),
+  ]
+  sums[:, cells] = np.array([500, 5.0, 5.0, -5.0, 50.0])[:, None]
+  found = fit(Evidence(sums, np.zeros(2)), 1.0)
+  assert (found.slopes[cells] == -1).all()
+  assert (found.shares >= 0).all()
+  assert found.of([*cells, -1])[2] == 1  # Of which nothing is known.
   assert len(ENDS) == 3

@@ -4,6 +4,7 @@ makes of it is what docs/method.md says."""
 import numpy as np
 import pytest
 
+from dca_jax.credit.calibrated import fit
 from dca_jax.credit.exact import make_tree
 from evidence.lab import checks
 
@@ -43,17 +44,18 @@ def test_what_applause_buys_goes_where_it_can_be_seen(rows):
   assert rows["fooled, unseen", many].leading > 0.3
 
 
-def test_the_measured_means_are_those_of_the_policy():
-  """The evidence of a cell tends to the mean of the exact effects beyond the even share."""
+def test_the_measured_shares_are_those_of_the_policy():
+  """The evidence of a cell tends to the slope of the exact effects over the even share."""
   said, seen = checks.controls(TREE)["oracle"]
   cells, n = checks.cells(TREE, said, seen), 400_000
   evidence = checks.evidence(TREE, cells, n, np.random.default_rng(1))
   effects = np.diff(TREE.value_NxT, axis=1, append=TREE.reward_N[:, None])
-  excess = effects - checks.advantages(TREE)[:, None] / cells.shape[1]
+  even = np.broadcast_to(checks.advantages(TREE)[:, None] / cells.shape[1], cells.shape)
   weight = np.broadcast_to(TREE.probability_N[:, None], cells.shape)
+  found = fit(evidence, 0.0)
   for cell in np.unique(cells):
     here = cells == cell
-    count, total = evidence.sums[0][cell], evidence.sums[2][cell]
+    count = evidence.sums[0][cell]
     assert count == pytest.approx(n * weight[here].sum() / cells.shape[1], rel=0.2)
-    mean = np.average(excess[here], weights=weight[here])
-    assert total / count == pytest.approx(mean, abs=4 / np.sqrt(count))
+    slope = np.sum((weight * even * effects)[here]) / np.sum((weight * even**2)[here])
+    assert found.slopes[cell] == pytest.approx(slope, abs=4 * found.errors[cell])
