@@ -162,7 +162,7 @@ class Config:
     if self._wanted == {"values"} and self.reviewer.models:
       values["reviewer.client.level"] = "values"
     if self.credit.needs_checks:
-      values |= {"spot.share": 0.1, "spot.first": 2}
+      values |= {"spot.share": 0.05, "spot.first": 2}
     return values
 
   def gives_way(self) -> set[str]:

@@ -69,7 +69,7 @@ class Calibrated(Scheme):
   """Share of the mass that follows the fitted effects; the rest stays uniform."""
   cap: float = 12.0
   """Largest multiplier of a token; see `weighted`."""
-  keep: float = 0.97
+  keep: float = 0.98
   """How much of the evidence is kept from one batch to the next."""
   doubt: float = 1.0
   """Standard errors by which the shares of cells must differ more than chance makes them before any
@@ -220,10 +220,11 @@ def fit(state: Evidence, doubt: float) -> Fit:
   a2 = np.where(known, a2, 1.0)
   slopes = np.where(known, ay / a2, 1.0)
   residual = np.maximum(y2 - slopes * ay, 0.0)
-  # Where little is known yet, about as wide as a difference of two coins.
-  common = (residual.sum() + _PRIOR * 0.25) / (np.maximum(n - 1, 0).sum() + _PRIOR)
+  # Where little is known yet, as wide as a difference of two fair coins.
+  common = (residual.sum() + _PRIOR * 0.5) / (np.maximum(n - 1, 0).sum() + _PRIOR)
   variance = (residual + _PRIOR * common) / (n + _PRIOR)
-  errors2 = np.where(known, variance * w2a2 / a2**2, np.inf)
+  # Of a few coins all may fall alike, so the error of n of them counts sqrt(1 + 4 / n) times.
+  errors2 = np.where(known, variance * (1 + 4 / np.maximum(n, 1e-6)) * w2a2 / a2**2, np.inf)
   excess = slopes - 1
   kept = np.zeros(CELLS)
   for end in range(len(ENDS)):
