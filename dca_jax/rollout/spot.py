@@ -31,7 +31,7 @@ class SpotConfig:
   """In so many training steps, the first ones of a run, all of these episodes are measured, so that
   what is learnt from checks is known soon."""
   answers: int = 1
-  """Answers sampled from each step boundary."""
+  """Answers that come through each step boundary, at least."""
 
   def check(self) -> dict[str, str]:
     return between(0, 1, self, "share") | at_least(1, self, "answers") | at_least(0, self, "first")
@@ -62,7 +62,7 @@ def measured(
 
   An answer measures every boundary that it comes through, because what it writes from there on
   depends on nothing before. So the policy goes on from every other boundary first, and then from
-  those that no answer came through; a boundary's value is the mean over all that did. Where the
+  those that too few came through; a boundary's value is the mean over all that did. Where the
   policy writes a step once more, the same answers stand before and after it, and their luck cancels
   out. Where the verifier has no verdict on one side of a step, the step is not measured.
   """
@@ -76,8 +76,8 @@ def measured(
   found: dict[Prefix, list[float]] = {prefix: [] for own in places.values() for prefix in own}
   tokens = 0
   for turn in range(2):
-    ahead = [prefix for own in places.values() for prefix in own[turn::2] if not found[prefix]]
-    begun = [*dict.fromkeys(ahead)]
+    ahead = dict.fromkeys(prefix for own in places.values() for prefix in own[turn::2])
+    begun = [prefix for prefix in ahead if len(found[prefix]) < config.answers]
     with_noise = policy._replace(noise=(*policy.noise, turn))
     further, generated = continued(with_noise, rollout, begun, config.answers)
     tokens += generated
