@@ -111,6 +111,8 @@ class Check(NamedTuple):
 
   before: tuple[float, ...]
   after: tuple[float, ...]
+  common: int = 0
+  """So many answers, the first ones on both sides, came through both boundaries."""
 
   @property
   def effect(self) -> float:
@@ -119,12 +121,14 @@ class Check(NamedTuple):
 
   @property
   def variance(self) -> float:
-    """Of `effect`, estimated without bias where no answer stands on both sides, else more than it
-    is; not a number with a single answer."""
-    sides = [np.array(side) for side in self]
-    if min(map(len, sides)) < 2:
+    """Of `effect`, estimated from what each answer adds to it; not a number with a single one."""
+    if min(map(len, self[:2])) < 2:
       return math.nan
-    return float(sum(side.var(ddof=1) / len(side) for side in sides))
+    sides = [np.array(side, float) for side in self[:2]]
+    before, after = ((x - x.mean()) / np.sqrt(len(x) * (len(x) - 1)) for x in sides)
+    alone = np.concatenate([before[self.common :], after[self.common :]])
+    both = after[: self.common] - before[: self.common]
+    return float((both**2).sum() + (alone**2).sum())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,8 +216,8 @@ class Episode:
     if len(self.values) and not math.isnan(self.values[k]):
       line["value"] = self.values[k]
     if k in self.checks:
-      before, after = self.checks[k]
-      line |= {"before": list(before), "after": list(after)}
+      before, after, common = self.checks[k]
+      line |= {"before": list(before), "after": list(after), "common": common}
     return line
 
   @classmethod
@@ -242,7 +246,7 @@ class Episode:
       tuple(Step(step["start"], step["end"], step["text"]) for step in steps),
       line["trained"],
       {
-        k: Check(tuple(step["before"]), tuple(step["after"]))
+        k: Check(tuple(step["before"]), tuple(step["after"]), step.get("common", 0))
         for k, step in enumerate(steps)
         if "before" in step
       },

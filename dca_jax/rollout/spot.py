@@ -8,6 +8,7 @@ often the answers too, so measuring whole episodes is cheaper than measuring sca
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,8 +74,9 @@ def measured(
     i: [Prefix.of(rollout, i // group, i, step.start) for step in episodes[i].steps]
     for i in chosen(share, seed, episodes, group)
   }
-  found: dict[Prefix, list[float]] = {prefix: [] for own in places.values() for prefix in own}
-  tokens = 0
+  # By boundary the rewards of the answers that come through it, by their number.
+  found: dict[Prefix, dict[int, float]] = {prefix: {} for own in places.values() for prefix in own}
+  tokens, number = 0, itertools.count()
   for turn in range(2):
     ahead = dict.fromkeys(prefix for own in places.values() for prefix in own[turn::2])
     begun = [prefix for prefix in ahead if len(found[prefix]) < config.answers]
@@ -83,11 +85,22 @@ def measured(
     tokens += generated
     for prefix, answers in zip(begun, further, strict=True):
       for answer in (one for one in answers if one.outcome.judged):
+        n = next(number)
         for through in found.keys() & {*answer.prefixes(prefix)}:
-          found[through].append(answer.outcome.reward)
+          found[through][n] = answer.outcome.reward
   for i, own in places.items():
     last = episodes[i].outcome
-    ends = [*(tuple(found[prefix]) for prefix in own), (last.reward,) * last.judged]
-    checks = {k: Check(*ends[k : k + 2]) for k in range(len(own)) if all(ends[k : k + 2])}
+    end = {-n: last.reward for n in range(1, config.answers * last.judged + 1)}
+    ends = itertools.pairwise([*(found[prefix] for prefix in own), end])
+    checks = {k: _check(*pair) for k, pair in enumerate(ends) if all(pair)}
     episodes[i] = dataclasses.replace(episodes[i], checks=checks)
   return rollout._replace(episodes=episodes), tokens
+
+
+def _check(before: dict[int, float], after: dict[int, float]) -> Check:
+  both = [n for n in before if n in after]
+  first, second = (
+    (*(side[n] for n in both), *(side[n] for n in side if n not in both))
+    for side in (before, after)
+  )
+  return Check(first, second, len(both))

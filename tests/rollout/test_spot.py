@@ -77,7 +77,7 @@ def test_a_check_is_the_difference_of_the_values_on_both_sides():
       assert abs(check.effect - wanted) < 4 * np.sqrt(2 * variance + 1e-9)
       compared += variance > 0
       assert len(check.before) >= n
-    assert check.after == (episode.outcome.reward,)
+    assert check.after == (episode.outcome.reward,) * n
   assert compared >= 6
   assert not checked.episodes[3].checks
   # Steps that share a prefix share its answers.
@@ -90,6 +90,17 @@ def test_the_variance_is_that_of_the_effect():
   assert abs(np.mean([c.effect for c in drawn]) - 0.5) < 0.02
   assert abs(np.mean([c.variance for c in drawn]) / np.var([c.effect for c in drawn]) - 1) < 0.1
   assert np.isnan(Check((1.0,), (0.0,)).variance)
+  # Where answers stand on both sides: half of them write the step, and are right as often as those
+  # from behind it.
+  drawn = []
+  for _ in range(4000):
+    again, common, other, fresh = rng.random(8) < 0.5, *(rng.random((3, 8)) < [[0.8], [0.2], [0.8]])
+    before = [*common[again], *other[~again]]
+    drawn.append(
+      Check((*map(float, before),), (*map(float, [*common[again], *fresh[~again]]),), again.sum())
+    )
+  assert abs(np.mean([c.effect for c in drawn]) - 0.3) < 0.02
+  assert abs(np.mean([c.variance for c in drawn]) / np.var([c.effect for c in drawn]) - 1) < 0.1
 
 
 def test_a_run_keeps_its_checks_and_counts_their_tokens(tmp_path):
