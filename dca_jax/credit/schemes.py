@@ -105,6 +105,7 @@ class Signed(Scheme):
 
   Conserves sum_t A_t = T_i A_i, because the d_t sum to 0. Biased by beta * E[d | step]. It also
   moves episodes of groups in which all fail or all succeed; there the reviewer is the only teacher.
+  A step that ends an answer is never blamed.
   Bounded role bonuses as in TRIAGE (arXiv 2606.32017), centred so that their sum is none.
   """
 
@@ -129,7 +130,7 @@ class Signed(Scheme):
 
   def __call__(self, given: Given) -> jax.Array:
     sampled_BxT = given.sampled_BxT
-    blame_BxT = _blame(self.blame, self.blame_truncated, given)
+    blame_BxT = _sparing_ends(_blame(self.blame, self.blame_truncated, given), given)
     score_BxT = _intensity(self.credit, given) - blame_BxT
     says_nothing_B = all_equal(score_BxT, sampled_BxT)
     d_BxT = _centred(score_BxT, sampled_BxT & ~says_nothing_B[:, None])
@@ -238,7 +239,7 @@ class Capo(Scheme):
 
   Conserves nothing: marking more steps as wrong lowers the episode's sum. Biased. The reward of
   CAPO (arXiv 2508.02298), outcome minus a penalty on wrong steps, centred by the group; a
-  comparison arm.
+  comparison arm. As in `signed`, a step that ends an answer is never blamed.
   """
 
   scheme: str = "capo"
@@ -257,7 +258,7 @@ class Capo(Scheme):
     return super().check() | at_least(0, self, "penalty")
 
   def __call__(self, given: Given) -> jax.Array:
-    blame_BxT = _blame(self.blame, self.blame_truncated, given)
+    blame_BxT = _sparing_ends(_blame(self.blame, self.blame_truncated, given), given)
     mean_B = blame_BxT.sum(1) / jnp.maximum(given.sampled_BxT.sum(1), 1)
     means_BxT = jnp.broadcast_to(mean_B[:, None], blame_BxT.shape)
     others_BxT = given.expected(means_BxT, given.review.ok_B)
@@ -280,6 +281,18 @@ def _intensity(table: RoleTable, given: Given) -> jax.Array:
 def _blame(blame: RoleTable, blame_truncated: RoleTable, given: Given) -> jax.Array:
   full_BxT, ended_BxT = _intensity(blame_truncated, given), _intensity(blame, given)
   return jnp.where(given.truncated_B[:, None], full_BxT, ended_BxT)
+
+
+def _sparing_ends(blame_BxT: jax.Array, given: Given) -> jax.Array:
+  """Blame, but none of the tokens with which an answer ends, as far back as they are blamed alike:
+  to blame the end would say that the answer should have gone on, and where all of a group fail
+  nothing would ever restore it."""
+  sampled_BxT = given.sampled_BxT
+  t = sampled_BxT.shape[1]
+  last_Bx1 = jnp.where(sampled_BxT, jnp.arange(t), 0).max(1, keepdims=True)
+  alike_BxT = (blame_BxT == jnp.take_along_axis(blame_BxT, last_Bx1, 1)) | ~sampled_BxT
+  end_BxT = jnp.cumprod(alike_BxT[:, ::-1], 1)[:, ::-1].astype(bool)
+  return jnp.where(end_BxT & ~given.truncated_B[:, None], 0.0, blame_BxT)
 
 
 def _centred(x_BxT: jax.Array, sampled_BxT: jax.Array) -> jax.Array:

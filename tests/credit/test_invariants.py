@@ -157,7 +157,13 @@ def _blame_by_hand(config, batch):
   )
   sane = np.where((weights >= 0) & (weights <= 1000), weights, 0.0)
   per_step = np.take_along_axis(tables, roles, 1) * sane
-  return np.take_along_axis(per_step, ids, 1) * (_mask(batch) & (ok & _usable(batch))[:, None])
+  blame = np.take_along_axis(per_step, ids, 1) * (_mask(batch) & (ok & _usable(batch))[:, None])
+  for own, length, cut in zip(blame, batch["lengths"], batch["truncated"], strict=True):
+    ends_with = float(own[length - 1])
+    while not cut and length and own[length - 1] == ends_with:
+      length -= 1
+      own[length] = 0
+  return blame
 
 
 def _others_blame(blame, batch, ok):
@@ -593,6 +599,18 @@ def test_i10_where_all_rewards_are_equal_only_signed_moves_tokens_and_its_sum_is
 def test_i10_return_to_go_is_zero_where_all_fail(baseline, batch):
   batch["rewards"][:] = 0
   assert not _compute(dataclasses.replace(RTG, baseline=baseline), batch).any()
+
+
+@pytest.mark.parametrize("config", [SIGNED, CAPO], ids=_name)
+@settings(max_examples=20, deadline=None)
+@given(batch=_batches())
+def test_i10_where_all_fail_the_end_of_an_answer_is_never_blamed(config, batch):
+  """Else nothing would restore it: it has at least what a step has that nobody blames."""
+  batch["rewards"][:], batch["truncated"][:] = 0, False
+  batch["review"].roles_BxK[:, 0] = IRRELEVANT
+  tokens, rows = _compute(config, batch), np.arange(B)
+  end = tokens[rows, batch["lengths"] - 1]
+  assert (end >= tokens[:, 0] - 1e-5 * (1 + np.abs(tokens).max(1))).all()
 
 
 # I11: a missing review is that completion's alone.
