@@ -1,4 +1,4 @@
-"""Every credit scheme on a policy small enough to be exact, in under a minute."""
+"""Every credit scheme on a policy small enough to be exact, in a few minutes."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   folder = locate(parser.parse_args(argv).workdir)
   folder.mkdir(parents=True, exist_ok=True)
   print(lab.run(folder))
-  print(f"\nfigures: {folder / 'lab.png'}, checks.png and drift.png; numbers: lab.json")
+  print(f"\nfigures: {folder / 'lab.png'}, checks.png, drift.png and room.png; numbers: lab.json")
 
 
 if __name__ == "__main__":

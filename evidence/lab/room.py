@@ -32,7 +32,7 @@ from dca_jax.episode import ROLES
 SLOTS, NEEDED, COST = 12, 4, 0.02
 RIGHT, WRONG, PLAIN, CHECK, END = range(5)
 GROUPS, GROUP = 8, 8
-UPDATES, RATE, SEEDS = 300, 2.0, 8
+UPDATES, RATE, SEEDS = 400, 2.0, 8
 STARTS = {"some succeed": (1.5, 0.0, 0.5, 0.5, -0.5), "nearly all fail": (1.5, 1.2, 0.5, 0.5, 0.5)}
 """Logits of the actions."""
 ARMS: dict[str, tuple[Scheme, bool]] = {
