@@ -15,6 +15,7 @@ from dca_jax.credit import SCHEMES
 from dca_jax.learner.values import VALUES
 from dca_jax.review import REVIEWERS
 from dca_jax.tasks import TASKS
+from evidence.tasks import KeyDoor
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +29,7 @@ KNOWN = {
       for name, known in CHOSEN.items()
       for kind in known.values()
     ),
+    {"task": dataclasses.asdict(KeyDoor())},
   )
   for key in config.flatten(section)
 }

@@ -35,7 +35,7 @@ def rewritten(reviewed):
   return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # While it is open, its thread has an event loop.
 def chromium():
   """A real browser."""
   api = pytest.importorskip("playwright.sync_api")

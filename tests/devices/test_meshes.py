@@ -81,9 +81,14 @@ def digest_of_state(workdir: pathlib.Path) -> str:
   optimizer = learner.make_optimizer(config.learner, config.steps)
   params = mesh.param_shapes(policy)
   shapes = jax.eval_shape(
-    lambda params: learner.init_state(optimizer, params, behind=params), params
+    lambda params: learner.init_state(
+      optimizer, params, behind=params, credit=config.scheme.begin()
+    ),
+    params,
   )
-  shardings = mesh.state_shardings(devices, policy, optimizer, behind=True)
+  shardings = mesh.state_shardings(
+    devices, policy, optimizer, behind=True, credit=config.scheme.begin()
+  )
   abstract = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
   )

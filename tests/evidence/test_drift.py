@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from evidence.lab import drift
+from evidence.lab import checks, drift, room
 from evidence.lab.__main__ import main
+
+
+ROOMS = ("uniform (RLOO)", "weighted, fooled")
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +18,10 @@ def lab(tmp_path_factory):
   folder = tmp_path_factory.mktemp("lab") / "new"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(drift, "SEEDS", 16)  # Enough for what is asked below.
+    patch.setattr(checks, "DRAWS", 1)
+    patch.setattr(room, "SEEDS", 4)
+    patch.setattr(room, "STARTS", {"some succeed": room.STARTS["some succeed"]})
+    patch.setattr(room, "ARMS", {name: room.ARMS[name] for name in ROOMS})
     main([f"--workdir={folder}"])
     yield folder, json.loads((folder / "lab.json").read_text())
 
@@ -51,9 +58,16 @@ def test_potential_1_with_a_fooled_reviewer_ends_where_rloo_does(lab):
   assert abs(safe["checks"] - rloo["checks"]) < 3 * noise
 
 
+def test_theatre_that_costs_something_is_kept_up_where_it_is_applauded(lab):
+  rloo, fooled = (lab[1]["room"]["some succeed"][name] for name in ROOMS)
+  assert rloo["checks"] < 0.5
+  assert fooled["checks"] > rloo["checks"] + 1
+  assert fooled["worst"] > 0.97
+
+
 def test_lab_writes_its_figures_and_prints_its_tables(lab, capsys):
   folder, numbers = lab
-  for name in ("lab.png", "drift.png"):
+  for name in ("lab.png", "checks.png", "drift.png", "room.png"):
     assert (folder / name).read_bytes().startswith(b"\x89PNG")
   assert numbers["tree"][0]["name"] == "uniform (RLOO)"
   with pytest.raises(SystemExit, match="2"):
