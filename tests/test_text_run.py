@@ -332,7 +332,8 @@ def test_a_tokenizer_without_an_end_is_refused_first(given, tmp_path):
     ),
     (
       {"task.name": "text"},
-      r"task\.name: must be one of chains, tfds, jsonl, hub, openenv, reasoning_gym, or MODULE:CLASS, not 'text'",
+      r"task\.name: must be one of chains, tfds, jsonl, hub, openenv, reasoning_gym, or"
+      r" MODULE:CLASS, not 'text'",
     ),
     ({"rollout.stop": ("",)}, r"rollout\.stop: must be strings"),
     ({"rollout.stop": (3,)}, r"rollout\.stop: must be strings"),

@@ -118,7 +118,7 @@ def _rooms(rooms: dict[str, dict[str, room.Curves]]) -> bytes:
       axis.grid(alpha=0.25)
     axes[0].legend(frameon=False)
 
-  return draw(2, (10, 4), "png", paint)
+  return draw(len(rooms), (5 * len(rooms), 4), "png", paint)
 
 
 def _room_table(curves: dict[str, room.Curves]) -> str:

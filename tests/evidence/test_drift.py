@@ -8,7 +8,6 @@ import pytest
 from evidence.lab import checks, drift, room
 from evidence.lab.__main__ import main
 
-
 ROOMS = ("uniform (RLOO)", "weighted, fooled")
 
 
@@ -18,7 +17,7 @@ def lab(tmp_path_factory):
   folder = tmp_path_factory.mktemp("lab") / "new"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(drift, "SEEDS", 16)  # Enough for what is asked below.
-    patch.setattr(checks, "DRAWS", 1)
+    patch.setattr(checks, "DRAWS", 2)
     patch.setattr(room, "SEEDS", 4)
     patch.setattr(room, "STARTS", {"some succeed": room.STARTS["some succeed"]})
     patch.setattr(room, "ARMS", {name: room.ARMS[name] for name in ROOMS})
