@@ -17,11 +17,8 @@ from dca_jax.policy.logprobs import CHUNK_LOGITS
 from dca_jax.rollout.schedule import ring_sizes
 from dca_jax.tasks.tokenizer import id_count
 
-_CHIPS = {
-  "v5e": 16,
-  "v6e": 32,
-  "v5p": 95,
-}  # GB of each chip's memory, docs.cloud.google.com/tpu/docs
+# GB of each device's memory, docs.cloud.google.com/tpu/docs. A chip of tpu7x is two devices.
+_CHIPS = {"v5e": 16, "v6e": 32, "v5p": 95, "tpu7x": 96}
 _FREE = 0.1  # Part of a device's memory that is left to programs and to fragmentation.
 
 

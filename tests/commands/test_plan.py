@@ -141,6 +141,7 @@ def test_a_plan_says_which_chips_it_fits():
   said = plan(tiny.make_config({**CHANGES, **large, "mesh.fsdp": 4, "mesh.data": 1}), 4)
   assert "v5e, 14.9 GiB: does not fit" in said
   assert "v5p, 88.5 GiB: fits" in said
+  assert "tpu7x, 89.4 GiB: fits" in said
 
 
 def test_a_policy_that_cannot_fit_is_refused():
