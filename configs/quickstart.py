@@ -15,7 +15,7 @@ first run makes the warm start, which is kept.
 from ml_collections import ConfigDict
 
 # Arms for `dca-jax compare`, each with its own best learning rate; docs/method.md says how they
-# were chosen.
+# were chosen. The guard is off where the scheme itself is to be seen.
 _POTENTIAL = {"credit.scheme": "potential", "credit.discount": 0.0}
 ARMS = {
   "uniform": {"learner.lr": 5e-4},
@@ -23,6 +23,7 @@ ARMS = {
   "calibrated": {"learner.lr": 1e-3},
   "noisy": {
     "credit.scheme": "weighted",
+    "credit.guard": False,
     "reviewer.name": "noisy",
     "reviewer.flip": 0.3,
     "learner.lr": 1e-3,
