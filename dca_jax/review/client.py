@@ -238,7 +238,8 @@ class Client:
     self._statuses.update(review.status for review in reviews)
     self._cached += sum(review.cached for review in reviews)
     self._suspicious += sum(review.suspicious for review in reviews)
-    self._health.step(reviews, step.asked, self._calls, step.fared)
+    if not self._closed:  # What closing cuts off is no failure.
+      self._health.step(reviews, step.asked, self._calls, step.fared)
     return reviews
 
   async def _until_end(self, step: _Step, tasks) -> None:
