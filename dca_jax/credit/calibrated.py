@@ -12,6 +12,7 @@ B episodes in groups of G, K steps, C cells.
 
 import dataclasses
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -166,7 +167,7 @@ def chances_of(episode: Episode) -> list[float]:
 def seen_of(episode: Episode) -> list[int]:
   """What can be seen of each step, as places in `SEEN`."""
   lengths = [step.end - step.start for step in episode.steps]
-  usual, before, seen = float(np.median(lengths or [0])), set(), []
+  usual, before, seen = statistics.median(lengths or [0]), set(), []
   for step, length in zip(episode.steps, lengths, strict=True):
     text = "".join(step.text.split()).casefold()
     kinds = (text in before, bool(_CHECKING.search(step.text)), length > 2 * usual)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from dca_jax.episode import Check, Review
 from dca_jax.intervals import Estimate, bootstrap
@@ -57,7 +58,7 @@ def effects(checked: Sequence[Checked]) -> dict[str, Estimate]:
   did = np.array([check.effect for _, check, *_ in rows])
   noise = np.array([check.variance for _, check, *_ in rows])
   parts = [answers == n for n in np.unique(answers)]
-  x, y = _ranks(credits), _ranks(did)
+  x, y = rankdata(credits), rankdata(did)
   measures = {
     "effect_spearman": bootstrap([moments(x[own], y[own]) for own in parts], correlation),
     "effect_ceiling": bootstrap(
@@ -72,9 +73,3 @@ def effects(checked: Sequence[Checked]) -> dict[str, Estimate]:
         sums = [(did[own & here].sum(), (own & here).sum()) for own in parts]
         measures[f"effect_{word}_{kind}"] = bootstrap(sums, lambda s: s[:, 0] / s[:, 1])
   return {name: e for name, e in measures.items() if np.isfinite(e.value)}
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-  """From 0; those that are equal share the mean of their places."""
-  _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-  return (np.cumsum(counts) - (counts + 1) / 2)[places]

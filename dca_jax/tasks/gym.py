@@ -6,12 +6,10 @@ import json
 import re
 from typing import Any, ClassVar
 
-import numpy as np
-
 from dca_jax.doors import require
 from dca_jax.errors import UserError, reason
 from dca_jax.tasks.chat import CHARACTERS_END, Chat, ChatConfig
-from dca_jax.tasks.types import SPLITS, Outcome, Problem
+from dca_jax.tasks.types import Outcome, Problem, problem_seed
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -60,7 +58,7 @@ class Gym:
       raise UserError(f"{said} ({reason(error)})") from None
 
   def problem(self, split: str, index: int) -> Problem:
-    seed = int(np.random.SeedSequence([SPLITS.index(split), index]).generate_state(1)[0] >> 1)
+    seed = problem_seed(split, index)
     _, entry = self._entry(seed)
     question, answer = entry["question"], str(entry["answer"])
     return Problem(index, question, answer, self.render(question), {"seed": seed})

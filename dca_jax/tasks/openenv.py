@@ -9,14 +9,12 @@ import json
 import time
 from typing import Any, ClassVar
 
-import numpy as np
-
 from dca_jax.checks import one_of
 from dca_jax.doors import door, find, require
 from dca_jax.errors import UserError, reason
 from dca_jax.tasks.chat import CHARACTERS_END, Chat, ChatConfig
 from dca_jax.tasks.environments import EnvironmentConfig, Frame, Turn
-from dca_jax.tasks.types import SPLITS, Outcome, Problem
+from dca_jax.tasks.types import Outcome, Problem, problem_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +89,7 @@ class OpenEnv:
     return self._chat.tokenizer
 
   def problem(self, split: str, index: int) -> Problem:
-    seed = np.random.SeedSequence([SPLITS.index(split), index]).generate_state(1)[0] >> 1
-    return Problem(index, f"episode {index}", "", self._start, {"seed": int(seed)})
+    return Problem(index, f"episode {index}", "", self._start, {"seed": problem_seed(split, index)})
 
   def render(self, prompt: str) -> str:
     return self._start

@@ -4,9 +4,16 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
+
 from dca_jax.episode import Outcome, Problem
 
 SPLITS = ("train", "heldout", "demonstrations")
+
+
+def problem_seed(split: str, index: int) -> int:
+  """A seed, below 2**31, for whatever makes a problem out of one."""
+  return int(np.random.SeedSequence([SPLITS.index(split), index]).generate_state(1)[0] >> 1)
 
 
 @dataclasses.dataclass(frozen=True)
