@@ -96,6 +96,8 @@ class Client:
     self._dice = random.Random(0)
     self._flying: dict[str, asyncio.Future[_Answer]] = {}
     self._transport = open_transport()
+    if remember := getattr(self._transport, "remember", None):
+      remember(cache)
     self._loop = asyncio.new_event_loop()
     clock = self._loop.time
     self._gate, self._breaker = Gate(-(-config.concurrency // processes), clock), Breaker(clock)

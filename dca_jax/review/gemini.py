@@ -8,6 +8,7 @@ import aiohttp
 
 from dca_jax.errors import UserError
 from dca_jax.review.batches import Batches
+from dca_jax.review.cache import Cache
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.dialect import Dialect, Part, without_lengths
 from dca_jax.review.keys import key_from_environment
@@ -50,6 +51,7 @@ class Gemini:
     self._client: google.genai.Client | None = None
     self._session: aiohttp.ClientSession | None = None
     self._batches: Batches | None = None
+    self._kept: Cache | None = None
     parts = {
       "response_json_schema": Part((True, False), "schema|constraint"),
       "seed": Part((True, False), r"\bseed\b"),
@@ -57,6 +59,9 @@ class Gemini:
     if config.thinking:
       parts["thinking_level"] = Part((True, False), "thinking")
     self._dialect = Dialect(config.base_url or "Gemini", parts)
+
+  def remember(self, kept: Cache) -> None:
+    self._kept = kept
 
   def _connect(self) -> Any:
     from google.genai import types
@@ -109,7 +114,8 @@ class Gemini:
       # Within the loop, where its connections belong.
       client = self._client = self._client or self._connect()
       if tier == "batch":
-        self._batches = self._batches or Batches(client, model)
+        assert self._kept is not None
+        self._batches = self._batches or Batches(client, model, self._kept)
       return await self._dialect.call(send)
     except GoogleAuthError as error:
       name = type(error).__name__

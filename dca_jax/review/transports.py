@@ -61,6 +61,9 @@ class CallFailed(Exception):
 
 
 class Transport(Protocol):
+  """Carries prompts to a model; its `remember(cache)`, if it has one, is given the file of replies
+  before the first call."""
+
   async def __call__(
     self,
     system: str,

@@ -75,7 +75,9 @@ class FakeServer:
     self.in_flight = self.most_in_flight = 0
     self.attempts: collections.Counter[str] = collections.Counter()
     self.jobs: list[dict[str, Any]] = []
-    """Batch jobs; each is told to be running once before it has ended."""
+    """Batch jobs; each is told to be running once, and while jobs are `held`, before it has ended.
+    One of which nothing is left is unknown to the server."""
+    self.held = False
     self._lock = threading.Lock()
     self._hanging = threading.Event()
     outer = self
@@ -100,6 +102,9 @@ class FakeServer:
 
       def do_GET(self):
         job = outer.jobs[int(self.path.rpartition("/")[2].partition("?")[0])]
+        if not job:
+          outer._send_error(self, 404, [], {})
+          return
         told = outer._job(job)
         outer._send(self, 200, json.dumps({"name": job["name"], "metadata": told}).encode())
 
@@ -130,7 +135,7 @@ class FakeServer:
   def _job(self, job) -> dict[str, Any]:
     """What a batch job says of itself: the replies to its questions, last one first."""
     job["asked"] += 1
-    if job["asked"] == 1:
+    if job["asked"] == 1 or self.held:
       return {"state": "BATCH_STATE_RUNNING"}
     responses = []
     for one in reversed(job["requests"]):

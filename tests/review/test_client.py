@@ -8,6 +8,9 @@ import itertools
 import json
 import logging
 import math
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
@@ -534,6 +537,41 @@ def test_a_batch_job_answers_every_question_at_half_the_price(monkeypatch, tmp_p
     with opened(server, tier="batch", concurrency=100, attempt_seconds=60.0) as reviewer:
       said = [review.status for review in reviewed(reviewer, requests(5), 60.0)]
     assert sorted(said) == ["blocked", "client_error", "ok", "ok", "ok"]
+
+
+_KILLED = """
+import pathlib, sys
+from dca_jax.review import REVIEWERS, Request, Truth, batches, open_reviewer
+from dca_jax.review.client_config import ClientConfig
+
+batches._GATHER = 0.05
+config = REVIEWERS["gemini"](client=ClientConfig(base_url=sys.argv[1], tier="batch"))
+reviewer = open_reviewer(config, Truth(None, None), pathlib.Path(sys.argv[2]))
+steps = ("a1;", "b2;", "#3$")
+asked = [Request(f"1/{i}/0", f"problem {i}", steps, i % 2 == 0, False) for i in range(4)]
+reviewer.submit(asked, 600.0).result()
+"""
+
+
+def test_a_killed_process_finds_its_job_again(monkeypatch, tmp_path):
+  monkeypatch.setattr(batches, "_GATHER", 0.05)
+  path = tmp_path / "reviews.sqlite"
+  with FakeServer() as server:
+    server.held = True
+    with subprocess.Popen([sys.executable, "-c", _KILLED, server.url, str(path)]) as killed:
+      eventually(lambda: server.jobs and server.jobs[0]["asked"] > 1)
+      killed.kill()
+    server.held = False
+    with opened(server, cache=path, tier="batch", attempt_seconds=60.0) as reviewer:
+      assert statuses(reviewed(reviewer, requests(5), 60.0)) == {"ok"}
+    assert [len(job["requests"]) for job in server.jobs] == [4, 1]
+    # A job that the server has forgotten is made anew.
+    server.jobs[:] = [{}, {}]
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+      db.execute("delete from replies where key not like 'job/%'")
+    with opened(server, cache=path, tier="batch", attempt_seconds=60.0) as reviewer:
+      assert statuses(reviewed(reviewer, requests(5), 60.0)) == {"ok"}
+    assert [len(job.get("requests", ())) for job in server.jobs] == [0, 0, 5]
 
 
 def test_flex_is_asked_for_and_costs_half():
