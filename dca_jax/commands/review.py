@@ -20,6 +20,7 @@ from dca_jax.episode import ROLES, Episode
 from dca_jax.review import Request, Review, Reviewer, Truth, open_reviewer
 from dca_jax.review.audit import kappa
 from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.contexts import is_long_enough
 from dca_jax.review.language import form_of, price_of
 from dca_jax.review.prices import THOUGHT, dollars, thinks_at
 from dca_jax.review.prompt import LEAST_TOKENS, Form, Prompt, ask_about
@@ -156,6 +157,8 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
   every = [p for t in trajectories for p in _questions(form, Request.of(t))]
   prompts = [*{p.key: p for p in every}.values()] * config.samples
   prompt = sum((len(p.system) + len(json.dumps(p.schema))) / 4 + len(p.user()) / 2 for p in prompts)
+  kept = [p for p in prompts if config.keep_instructions and is_long_enough(config.model, p.system)]
+  cached = sum(len(p.system) / 4 for p in kept)
   each_thought, known = _thought(run, config)
   output = sum(30 + 0.6 * (p.tokens - LEAST_TOKENS) + each_thought for p in prompts)
   n = len(trajectories)
@@ -164,7 +167,7 @@ def estimate(folder: str, member: str, limit: int, overrides: Sequence[str]) -> 
     f" {output / n:,.0f} of output, {each_thought:,.0f} a call of them thought ({known})"
   ]
   if price:
-    each = dollars(price, round(prompt), 0, round(output)) / n
+    each = dollars(price, round(prompt), round(cached), round(output)) / n
     saved = config_lib.saved_config(str(run))
     batch = saved.rollout.problems * saved.rollout.group
     lines.append(f"1,000 reviews with {config.model}: about ${1000 * each:.2f}")

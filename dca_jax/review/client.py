@@ -194,12 +194,12 @@ class Client:
     async def end():
       await _cancel(asyncio.all_tasks() - {asyncio.current_task()}, 0.2)
       try:
-        await asyncio.wait_for(self._transport.close(), 0.2)
+        await asyncio.wait_for(self._transport.close(), 2.0)
       finally:
         self._loop.stop()
 
     asyncio.run_coroutine_threadsafe(end(), self._loop)
-    self._thread.join(1.0)
+    self._thread.join(3.0)
     self._cache.close()
 
   # In the loop.

@@ -27,6 +27,9 @@ class ClientConfig:
   """`gemini`, at half the price: `flex`, answers within minutes that may be refused when the server
   is busy, and `batch`, jobs that may take a day: for audits, with `attempt_seconds` and
   `concurrency` to match. A job that nobody waits for any more is paid for all the same."""
+  keep_instructions: bool = False
+  """`gemini`, without a `tier`: whether rubric and examples, where they are long enough, are kept
+  on the server for ten minutes at a time, at a price, and calls pay a tenth for them."""
   rubric: str = ""
   """A text file with your own description of roles and weights, in the place of ours."""
   examples: str = ""
@@ -108,6 +111,7 @@ class ClientConfig:
     keys = ("on_budget", "prompt_price", "output_price") if not self.max_dollars else ()
     unused = dict.fromkeys(keys, "reviewer.client.max_dollars is 0")
     alone = ("whole_group", "examples") if self.level == "values" else ()
+    unused |= {"keep_instructions": f"reviewer.client.tier is '{self.tier}'"} if self.tier else {}
     return unused | dict.fromkeys(alone, "reviewer.client.level is 'values'")
 
 

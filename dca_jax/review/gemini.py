@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -10,6 +11,7 @@ from dca_jax.errors import UserError
 from dca_jax.review.batches import Batches
 from dca_jax.review.cache import Cache
 from dca_jax.review.client_config import ClientConfig
+from dca_jax.review.contexts import Contexts
 from dca_jax.review.dialect import Dialect, Part, without_lengths
 from dca_jax.review.keys import key_from_environment
 from dca_jax.review.transports import (
@@ -51,6 +53,7 @@ class Gemini:
     self._client: google.genai.Client | None = None
     self._session: aiohttp.ClientSession | None = None
     self._batches: Batches | None = None
+    self._contexts: Contexts | None = None
     self._kept: Cache | None = None
     parts = {
       "response_json_schema": Part((True, False), "schema|constraint"),
@@ -90,9 +93,10 @@ class Gemini:
     level = self._config.thinking.upper()
     thinking = types.ThinkingConfig(thinking_level=types.ThinkingLevel(level)) if level else None
 
-    async def send(ways: dict[str, Any]) -> Reply:
+    async def send(ways: dict[str, Any], name: str = "") -> Reply:
       asked = types.GenerateContentConfig(
-        system_instruction=system,
+        system_instruction=None if name else system,
+        cached_content=name or None,
         response_mime_type="application/json",
         response_json_schema=without_lengths(schema) if ways["response_json_schema"] else None,
         max_output_tokens=max_tokens,
@@ -116,6 +120,10 @@ class Gemini:
       if tier == "batch":
         assert self._kept is not None
         self._batches = self._batches or Batches(client, model, self._kept)
+      if self._config.keep_instructions:
+        self._contexts = self._contexts or Contexts(client, model)
+        call = self._dialect.call
+        return await self._contexts.call(system, lambda name: call(partial(send, name=name)))
       return await self._dialect.call(send)
     except GoogleAuthError as error:
       name = type(error).__name__
@@ -126,6 +134,8 @@ class Gemini:
       raise connection_failure(error) from None
 
   async def close(self) -> None:
+    if self._contexts:
+      await self._contexts.close()
     await close(self._session)
 
 

@@ -73,7 +73,7 @@ class OpenAIModel(LanguageModel):
 
   name: str = "openai"
 
-  unread: ClassVar[tuple[str, ...]] = ("vertex", "tier")
+  unread: ClassVar[tuple[str, ...]] = ("vertex", "tier", "keep_instructions")
 
   def check(self) -> dict[str, str]:
     bad = super().check()

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import itertools
 import json
+import re
 import types
 
 import pytest
@@ -11,7 +12,8 @@ import tiny
 from fake_server import FakeServer, honest_reply
 
 from dca_jax.commands import cli
-from dca_jax.commands.review import agreement, review_patiently
+from dca_jax.commands.review import agreement, estimate, review_patiently
+from dca_jax.errors import UserError
 from dca_jax.loop import train
 from dca_jax.review import REVIEWERS, Request, Review, Truth, open_reviewer
 from dca_jax.review.client_config import ClientConfig
@@ -84,6 +86,20 @@ def test_estimate_calls_nobody(run, capsys):
   out = capsys.readouterr().out
   assert "1,000 reviews with gemini-3.5-flash-lite: about $" in out
   assert "3 steps of 16 completions" in out
+
+
+def test_kept_instructions_are_estimated_at_the_price_of_cached_tokens(run, tmp_path):
+  (tmp_path / "rubric.txt").write_text("Judge well. " * 3000)  # 9,000 tokens.
+  settings = [f"--config.reviewer.client.rubric={tmp_path}/rubric.txt"]
+
+  def each(*more):
+    told = estimate(f"{run}/trajectories", "gemini:gemini-3.5-flash-lite", 8, [*settings, *more])
+    return float(re.search(r"1,000 reviews .* \$([\d.]+)", told)[1])
+
+  saved = each() - each("--config.reviewer.client.keep_instructions=true")
+  assert saved == pytest.approx(1000 * 9147 * (0.30 - 0.03) / 1e6, rel=0.02)
+  with pytest.raises(UserError, match=r"keep_instructions: .*tier is 'flex'"):
+    each("--config.reviewer.client.keep_instructions=true", "--config.reviewer.client.tier=flex")
 
 
 def test_agreement_by_hand(run):

@@ -78,6 +78,9 @@ class FakeServer:
     """Batch jobs; each is told to be running once, and while jobs are `held`, before it has ended.
     One of which nothing is left is unknown to the server."""
     self.held = False
+    self.contexts: dict[str, dict[str, Any]] = {}
+    """Instructions that are kept, by name; `behave("context", 0)` says what happens to one that
+    comes."""
     self._lock = threading.Lock()
     self._hanging = threading.Event()
     outer = self
@@ -107,6 +110,10 @@ class FakeServer:
           return
         told = outer._job(job)
         outer._send(self, 200, json.dumps({"name": job["name"], "metadata": told}).encode())
+
+      def do_DELETE(self):
+        del outer.contexts["/".join(self.path.split("/")[-2:])]
+        outer._send(self, 200, b"{}")
 
       def log_message(self, *args):
         pass
@@ -163,6 +170,16 @@ class FakeServer:
       told = {"name": job["name"], "metadata": {"state": "BATCH_STATE_PENDING"}}
       self._send(handler, 200, json.dumps(told).encode())
       return
+    if handler.path.endswith("/cachedContents"):
+      if not self._no_reply(handler, self.behave("context", 0), False):
+        name = f"cachedContents/{len(self.requests)}"
+        self.contexts[name] = body
+        told = {"name": name, "usageMetadata": {"totalTokenCount": 4200}}
+        self._send(handler, 200, json.dumps(told).encode())
+      return
+    if body.get("cachedContent", "") not in ("", *self.contexts):
+      self._send_error(handler, 403, [], {})
+      return
     openai = handler.path.endswith("chat/completions")
     user = body["messages"][1]["content"] if openai else body["contents"][0]["parts"][0]["text"]
     data = asked_for(user)
@@ -180,7 +197,7 @@ class FakeServer:
       text = f"```json\n{text}\n```"
     elif action == "wrong":
       text = text.replace('"step": 1,', '"step": 7,', 1)
-    (prompt, output), cached = self.tokens, 0
+    (prompt, output), cached = self.tokens, 400 * ("cachedContent" in body)
     if action == "lies":
       prompt, cached, output = LIES[int(name[:8], 16) % len(LIES)]
     make = openai_reply if openai else gemini_reply

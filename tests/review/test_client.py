@@ -18,7 +18,7 @@ import pytest
 from fake_server import FakeServer, asked_for, honest_reply
 
 from dca_jax.errors import UserError
-from dca_jax.review import REVIEWERS, Request, Share, Truth, batches, open_reviewer
+from dca_jax.review import REVIEWERS, Request, Share, Truth, batches, contexts, open_reviewer
 from dca_jax.review.cache import Cache
 from dca_jax.review.client import Client, Wallet
 from dca_jax.review.client_config import ClientConfig
@@ -580,6 +580,58 @@ def test_flex_is_asked_for_and_costs_half():
     assert server.requests[0]["body"]["serviceTier"] == "flex"
     half = dollars(price("gemini-3.5-flash-lite", datetime.date.today()), 500, 0, 110) / 2
     assert reviewer.stats()["review/dollars"] == pytest.approx(half)
+
+
+def test_long_instructions_are_kept_on_the_server_while_that_works(tmp_path, monkeypatch, capsys):
+  rubric, numbers = tmp_path / "rubric.txt", itertools.count()
+  rubric.write_text("Judge well. " * 1500)
+  long = {"rubric": str(rubric), "keep_instructions": True}
+
+  def asks():
+    """The body of a call that was answered."""
+    assert statuses(reviewed(reviewer, requests(1, next(numbers)))) == {"ok"}
+    return [sent["body"] for sent in server.requests if "contents" in sent["body"]][-1]
+
+  def by_name():
+    return "cachedContent" in asks()
+
+  with FakeServer() as server:
+    with opened(server, **long) as reviewer:
+      assert "Judge well." in json.dumps(asks()["systemInstruction"])
+      eventually(by_name)
+      assert "systemInstruction" not in asks()
+      (kept,) = server.contexts.values()
+      assert kept["ttl"] == "600s"
+      assert "Judge well." in json.dumps(kept["systemInstruction"])
+      assert len(kept["systemInstruction"]["parts"][0]["text"]) > len(rubric.read_text())
+      calls = next(numbers)
+      named = sum("cachedContent" in sent["body"] for sent in server.requests)
+      stats, known = reviewer.stats(), price("gemini-3.5-flash-lite", datetime.date.today())
+      paid = dollars(known, 500 * calls + 3 * 4200, 400 * named, 110 * calls)
+      assert stats["review/dollars"] == pytest.approx(paid)
+      # It is gone before its time.
+      server.contexts.clear()
+      assert not by_name()
+      assert not by_name()
+      assert "cachedContent" in server.requests[-3]["body"]
+    # It is kept anew before its end, and deleted when the client is closed.
+    monkeypatch.setattr(contexts, "SECONDS", 0.01)
+    with opened(server, **long) as reviewer:
+      eventually(lambda: by_name() and len(server.contexts) > 2)
+      assert by_name()
+      before = len(server.contexts)
+    assert len(server.contexts) < before
+    # Nothing comes of it.
+    assert not capsys.readouterr().err
+    server.behave = lambda name, attempt: 400 if name == "context" else "ok"
+    with opened(server, **long) as reviewer:
+      assert not any(by_name() for _ in range(3))
+    said = capsys.readouterr().err
+    assert said.startswith("note: instructions are sent: 400")
+    server.requests.clear()
+    with opened(server, keep_instructions=True) as reviewer:
+      assert not any(by_name() for _ in range(3))
+    assert len(server.requests) == 3
 
 
 def test_examples_are_shown_first_and_bad_ones_are_named(tmp_path):
