@@ -145,6 +145,8 @@ class Episode:
   steps: tuple[Step, ...] = ()
   """They partition the sampled tokens."""
   trained: bool = True
+  age: int = 0
+  """Training steps since its first token was written; above 0 only with `rollout.carry`."""
   checks: Mapping[int, Check] = dataclasses.field(default_factory=dict)
   """Spot checks, by the number of the step."""
   review: Review = Review("none")
@@ -191,6 +193,7 @@ class Episode:
       "review": self.review.status,
       "model": self.review.model,
       "trained": self.trained,
+      "age": self.age,
       "advantage": self.advantage,
       "credit": list(self.credit),
     }
@@ -245,6 +248,7 @@ class Episode:
       outcome,
       tuple(Step(step["start"], step["end"], step["text"]) for step in steps),
       line["trained"],
+      line["age"],
       {
         k: Check(tuple(step["before"]), tuple(step["after"]), step.get("common", 0))
         for k, step in enumerate(steps)

@@ -31,7 +31,7 @@ from dca_jax.learner.supervised import Demonstrations, cache_folder, warm_start
 from dca_jax.policy import Policy, join, pretrained, split
 from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.review import Reviewer, Share, Trial, Truth, open_reviewer
-from dca_jax.rollout import Rollout, Sampler, Values, encode_prompts
+from dca_jax.rollout import Rollout, Sampler, Values, encode_prompts, first_unfinished
 from dca_jax.source import package_digest, source_digest
 from dca_jax.store.checkpoints import Checkpoints, put_aside
 from dca_jax.store.hold import held
@@ -66,7 +66,8 @@ class Programs:
 
     sampling = mesh.sampler_mesh(config.mesh, devices)
     own = policy.clone(mesh=mesh.own_mesh(sampling))
-    mesh.check_rows(devices, rollout.problems, config.learner.micro_batches)
+    micro_batches = config.learner.micro_batches
+    mesh.check_rows(devices, rollout.problems, micro_batches, rollout.carry)
     engine, mine = (
       config.engine.open(own, rollout, tokenizer),
       own_rows(self.rows, rollout.problems),
@@ -78,13 +79,15 @@ class Programs:
 
     def new_state(params: Any, head: Any, credit: Any) -> learner.TrainState:
       behind = jax.tree.map(jnp.copy, params) if overlap else None
-      return learner.init_state(optimizer, params, head, behind, credit)
+      state = learner.init_state(optimizer, params, head, behind, credit)
+      return state._replace(unfinished=first_unfinished(rollout))
 
     self.init_params = jax.jit(
       lambda key: nn.unbox(policy.init_params(key)), out_shardings=self.param_shardings
     )
     credit = config.scheme.begin()
-    shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap, credit)
+    unfinished = jax.eval_shape(lambda: first_unfinished(rollout))
+    shardings = mesh.state_shardings(devices, policy, optimizer, head, overlap, credit, unfinished)
     self.init_state = jax.jit(new_state, out_shardings=shardings)
     # The shape of what a jitted function returns knows its sharding.
     self.start = jax.eval_shape(self.init_params, jax.random.key(0))

@@ -14,7 +14,7 @@ from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
 from dca_jax.review import Truth
 from dca_jax.review.episodes import ask, audited, too_blind, wait_for_reviews, worth_a_review
-from dca_jax.rollout import Continues, Group, Rollout, collect
+from dca_jax.rollout import Continues, Group, Rollout, collect, collect_whole
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
@@ -70,7 +70,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     t.checkpoints.release()
     stats = update(t, batch)
     head, more = t.values.learn(t.state.value_head, memory, batch, rewards_PxG)
-    t.state = t.state._replace(value_head=head)
+    t.state = t.state._replace(value_head=head, unfinished=put(rollout.unfinished, t.rows))
 
     host, values_BxK = fetch((advantages, said.values_BxK), t.rows)
     credited = Credited(values_BxK, host, continued, spot_tokens)
@@ -107,7 +107,10 @@ def begin(t: Trainer, step: int, params: Any) -> Rollout:
     chosen = worth_a_review(t.scheme, episodes, c.sample_frac)
     return group._replace(episodes=episodes, asked=ask(submit, episodes, chosen, c.deadline))
 
-  return collect(t.sampler, t.config.seed, step, params, handed_over)
+  sampled = t.sampler, t.config.seed, step, params, handed_over
+  if t.config.rollout.carry:
+    return collect_whole(*sampled, fetch(t.state.unfinished, t.rows))
+  return collect(*sampled)
 
 
 def _left_out_if_truncated(episode: Episode) -> Episode:
@@ -146,17 +149,17 @@ def reviewed(episodes: Sequence[Episode], reviews: Sequence[Review]) -> list[Epi
 
 def update(t: Trainer, batch: Batch) -> dict[str, jax.Array]:
   """The optimizer steps on a batch; returns the metrics of the last."""
-  overlap = bool(t.config.reviewer.overlap)
-  if overlap:
+  if t.config.reviewer.overlap:
     t.state = t.state._replace(behind=copy(t.state.params))
   first: dict[str, Any] = {}
   for i in range(t.config.learner.updates_per_batch):
-    # One step behind, the ratio is against the policy that sampled, in every update.
-    on_policy = t.on_policy[i == 0 and not overlap]
+    # What older policies sampled has its ratio against these, in every update.
+    on_policy = t.on_policy[i == 0 and not t.config.sampled_before]
     t.state, stats, logprobs_BxT = t.update(t.state, batch, on_policy, t.frozen)
     if i == 0:
       first = stats
-      batch = batch if overlap else batch._replace(logprobs_BxT=logprobs_BxT)
+      if not t.config.sampled_before:
+        batch = batch._replace(logprobs_BxT=logprobs_BxT)
   return stats | {"sampler/logprob_error": first["sampler/logprob_error"]}
 
 

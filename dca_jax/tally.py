@@ -90,6 +90,13 @@ def tally(
     effects = [check.effect for episode in rollout.episodes for check in episode.checks.values()]
     sums |= {"spot/steps": float(len(effects)), "spot/tokens": float(credited.spot_tokens)}
     means["spot/effect"] = sum(effects), len(effects)
+  if rollout.unfinished is not None:
+    ages = [episode.age for episode in rollout.episodes]
+    means |= {
+      "rollout/age": (sum(ages), len(ages)),
+      "rollout/stale": (rollout.stale, rollout.sampled_BxT.sum()),
+    }
+    largest["rollout/age_max"] = max(ages)
   said = {key: (float(x), float(count)) for key, (x, count) in means.items()}
   return Tally(said, sums, largest | more, reviewer)
 

@@ -8,10 +8,17 @@ import signal
 import subprocess
 import time
 
+import jax
+import numpy as np
 import pytest
 import tiny
 
+from dca_jax import step as step_module
+from dca_jax.devices.mesh import MeshConfig, make_mesh
 from dca_jax.loop import train
+from dca_jax.policy import Policy, Sampling, token_logprobs
+from dca_jax.rollout import collect_whole
+from dca_jax.store.trajectories import read_trajectories
 
 STEPS = 30
 EVERYTHING = {**tiny.EVERYTHING, "steps": STEPS}
@@ -21,6 +28,8 @@ LEARNED = {
   "credit.discount": 0.9,
   "value.source": "learned",
   "evaluate.every": 7,
+  "rollout.carry": 2,
+  "learner.loss": "ppo",
 }
 OVERLAP = {
   "steps": STEPS,
@@ -34,13 +43,26 @@ RUNS = {"everything": EVERYTHING, "learned": LEARNED, "overlap": OVERLAP}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def carried():
+  """The batches of the run that leaves completions to its next steps, and who sampled last."""
+  return []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, carried):
   """The workdir of an uninterrupted run, by its name; others then find everything compiled."""
   folder = tmp_path_factory.mktemp("whole")
 
+  def collected(*given):
+    batch = collect_whole(*given)
+    carried.append((jax.device_get(given[3]), batch))
+    return batch
+
   def workdir(name: str) -> pathlib.Path:
     if not (folder / name).exists():
-      train(tiny.make_config(RUNS[name]), str(folder / name), quiet=True)
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "collect_whole", collected)
+        train(tiny.make_config(RUNS[name]), str(folder / name), quiet=True)
     return folder / name
 
   return workdir
@@ -111,6 +133,36 @@ def test_a_killed_run_equals_an_uninterrupted_one(name, in_save, kills, whole, t
   }
   assert not any((killed / "checkpoints").glob("*orbax-checkpoint-tmp*"))
   assert not list(killed.glob("damaged*"))
+
+
+def test_carried_tokens_have_the_log_probabilities_of_the_policies_that_wrote_them(whole, carried):
+  """And importance ratios, and what is said of ages, follow from these."""
+  folder, config = whole("learned"), tiny.make_config(RUNS["learned"])
+  policy = Policy(config.policy, len(config.task.open().tokenizer()), make_mesh(MeshConfig()))
+
+  @jax.jit
+  def scores(params, prompts, lengths, tokens):
+    hidden = policy.completion_hidden(params, prompts, lengths, tokens)
+    return token_logprobs(hidden, policy.head(params), tokens, Sampling())[0]
+
+  older = 0
+  for step, (_, batch) in enumerate(carried[:8], 1):
+    given = batch.prompts_PxS, batch.prompt_lengths_P, batch.tokens_BxT
+    by_policy = np.array([scores(params, *given) for params, _ in carried[:step]])
+    wrong = np.abs(by_policy - batch.logprobs_BxT) > 1e-5
+    mask, line = batch.sampled_BxT, tiny.read_lines(folder)[step]
+    for i, episode in enumerate(batch.episodes):
+      assert not wrong[step - 1 - episode.age, i, 0]
+      assert not wrong[:, i, : mask[i].sum()].all(0).any()
+    older += (wrong[-1] & mask).sum()
+    ratios = np.exp(by_policy[-1] - batch.logprobs_BxT)[mask]
+    assert line["learner/ratio"] == pytest.approx(ratios.mean(), abs=1e-5)
+    ages = [episode.age for episode in read_trajectories(folder / "trajectories", step)]
+    assert ages == [episode.age for episode in batch.episodes]
+    assert line["rollout/age"] == np.mean(ages)
+    assert line["rollout/age_max"] == max(ages)
+    assert line["rollout/stale"] == pytest.approx(batch.stale / mask.sum())
+  assert older > 20
 
 
 def test_a_run_killed_before_its_first_checkpoint(tmp_path):

@@ -58,10 +58,10 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   moments = bytes_of(shapes.opt_state, shardings.opt_state)
   copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * trained
 
-  def rows(on) -> int:
-    return rollout.problems // (on.shape["data"] * on.shape["fsdp"])
+  def rows(on, problems: int) -> int:
+    return problems // (on.shape["data"] * on.shape["fsdp"])
 
-  problems, item = rows(sampler), jnp.dtype(c.dtype).itemsize
+  problems, item = rows(sampler, rollout.problems + rollout.carry), jnp.dtype(c.dtype).itemsize
   heads = c.kv_heads // sampler.shape["tensor"]
   # Evaluation draws batches of the same shape. Further answers have their own beginning as prompt.
   length, decoding = rollout.max_prompt_tokens, problems * rollout.group
@@ -83,7 +83,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
     "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
     "logits of one token": 3 * 4 * decoding * policy.rows,
   }
-  problems, n = rows(devices), config.learner.micro_batches
+  problems, n = rows(devices, rollout.problems), config.learner.micro_batches
   part = part_rows(devices, problems * rollout.group, rollout.max_tokens, n)
   tokens, position = part * rollout.max_tokens, 2 * c.depth * heads * c.head_dim
   read = problems * rollout.max_prompt_tokens
@@ -161,7 +161,8 @@ def plan(config: Config, devices: int) -> str:
   known = pretrained.resolve(config.policy, 0)
   policy = Policy(known, known.vocab_size or id_count(config.task.open().tokenizer()))
   training, sampling = mesh.abstract_meshes(config.mesh, devices)
-  mesh.check_rows(training, config.rollout.problems, config.learner.micro_batches)
+  rollout = config.rollout
+  mesh.check_rows(training, rollout.problems, config.learner.micro_batches, rollout.carry)
   m = memory(config, policy, training, sampling)
   count = sum(size_of(a.shape, jnp.int8) for a in jax.tree.leaves(mesh.param_shapes(policy)))
   layout = ", ".join(f"{axis} {n}" for axis, n in training.shape.items())

@@ -62,10 +62,11 @@ class Config:
       bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
     if self.checkpoint.best and self.checkpoint.best not in self.evaluate.scores:
       bad["checkpoint.best"] = f"is no score{nearest(self.checkpoint.best, self.evaluate.scores)}"
-    if self.reviewer.overlap and self.learner.loss != "ppo":
-      bad["learner.loss"] = (
-        "must be 'ppo' with reviewer.overlap, because the batch was sampled by an older policy"
-      )
+    if self.sampled_before and self.learner.loss != "ppo":
+      key = self.sampled_before
+      bad["learner.loss"] = f"must be 'ppo' with {key}, because older policies sampled the batch"
+    if self.rollout.carry and (why := self._cannot_carry):
+      bad["rollout.carry"] = f"must be 0: {why}"
     if "labels" not in self.task.offers and (readers := _labelled(self.reviewer.members)):
       bad["reviewer.name"] = (
         f"asks {readers[0]}, which reads step labels, and task '{self.task.name}' has none"
@@ -97,6 +98,23 @@ class Config:
   def _believes(self) -> bool:
     """Whether the scheme reads what a reviewer says that does not tell the task's own truth."""
     return bool(self._wanted) and not all(m.is_truth for m in self.reviewer.members if m.gives)
+
+  @property
+  def sampled_before(self) -> str:
+    """The key that has batches sampled, in part or all, by older policies; empty where none has."""
+    return (
+      "reviewer.overlap" if self.reviewer.overlap else "rollout.carry" * bool(self.rollout.carry)
+    )
+
+  @property
+  def _cannot_carry(self) -> str:
+    """Why no step can leave completions to the next; empty where it can."""
+    if self.reviewer.overlap:
+      return "with reviewer.overlap the next batch is sampled before this one is trained on"
+    if "environment" in self.task.offers:
+      return f"the environments of task '{self.task.name}' cannot wait for the next step"
+    why = self.engine.cannot_carry(self.rollout)
+    return why and f"engine '{self.engine.name}' {why}"
 
   @property
   def _goes_on_from_prefixes(self) -> str:
@@ -143,12 +161,10 @@ class Config:
     if not self._believes:
       unused["credit.guard"] = "no reviewer is believed that could be pleased"
     if (
-      self.learner.loss == "ppo"
-      and self.learner.updates_per_batch == 1
-      and not self.reviewer.overlap
+      self.learner.loss == "ppo" and self.learner.updates_per_batch == 1 and not self.sampled_before
     ):
       # With one update on a fresh batch the ratio is exactly 1, so its clip never acts.
-      why = "learner.updates_per_batch is 1 and reviewer.overlap 0"
+      why = "learner.updates_per_batch is 1, reviewer.overlap 0 and rollout.carry 0"
       unused |= dict.fromkeys(("learner.clip_low", "learner.clip_high"), why)
     return unused
 

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from dca_jax.errors import UserError
 from dca_jax.learner import TrainState
 from dca_jax.policy import Policy, split
-from dca_jax.policy.sharding import AXES, AnyMesh, replicated, rules
+from dca_jax.policy.sharding import AXES, AnyMesh, batch_sharding, replicated, rules
 
 _TYPES = (AxisType.Auto,) * 3
 
@@ -141,14 +141,17 @@ def by_process(order: np.ndarray) -> np.ndarray:
   ).reshape(order.shape)
 
 
-def check_rows(mesh: AnyMesh, problems: int, micro_batches: int) -> None:
+def check_rows(mesh: AnyMesh, problems: int, micro_batches: int, carry: int = 0) -> None:
   """Raises UserError where problems do not spread evenly."""
   shards, count = mesh.shape["data"] * mesh.shape["fsdp"], problems // micro_batches
-  if count % shards:
-    keys = "rollout.problems / learner.micro_batches"
-    raise UserError(
-      f"{keys} = {count} does not divide over the {shards} devices of mesh.data x mesh.fsdp"
-    )
+  for key, n in {
+    "rollout.problems / learner.micro_batches": count,
+    "rollout.carry": carry,
+  }.items():
+    if n % shards:
+      raise UserError(
+        f"{key} = {n} does not divide over the {shards} devices of mesh.data x mesh.fsdp"
+      )
 
 
 def state_shardings(
@@ -158,6 +161,7 @@ def state_shardings(
   value_head=None,
   behind: bool = False,
   credit=None,
+  unfinished=None,
 ) -> TrainState:
   """The sharding of every leaf of the train state; optimizer moments lie where their parameters do.
 
@@ -172,7 +176,8 @@ def state_shardings(
     transform_non_params=lambda _: replicated(mesh),
   )
   head, kept = jax.tree.map(lambda _: replicated(mesh), (value_head, credit))
-  return TrainState(params, opt_state, head, params if behind else None, kept)
+  rows = jax.tree.map(lambda _: batch_sharding(mesh), unfinished)
+  return TrainState(params, opt_state, head, params if behind else None, kept, rows)
 
 
 def param_shapes(policy: Policy):

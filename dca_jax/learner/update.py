@@ -36,6 +36,8 @@ class TrainState(typing.NamedTuple):
   """The parameters one step ago, where batches are sampled one step ahead."""
   credit: typing.Any = None
   """What the credit scheme keeps."""
+  unfinished: typing.Any = None
+  """Completions that go on in the next step, where steps do not finish what they begin."""
 
 
 def init_state(

@@ -449,6 +449,20 @@ class Policy(nn.Module):
     hidden, _ = self.apply({"params": params}, *read)
     return jnp.concatenate([jnp.repeat(prompts.last_PxD, groups, 0)[:, None], hidden], 1)
 
+  def read_continuations(
+    self, params, prompts: Prompts, tokens_PxU, lengths_P
+  ) -> tuple[jax.Array, KeyValue]:
+    """Runs one continuation of each prompt.
+
+    Returns:
+      The hidden states [P, D] that predict what comes after them, and their own keys and values in
+      every layer, [L, P, K, H, U] and [L, P, K, U, H].
+    """
+    read = tokens_PxU, prompts.lengths_P, prompts.cache, prompts.mask_PxS
+    hidden_PxUxD, own = typing.cast(typing.Any, self.apply({"params": params}, *read))
+    ends_P = jnp.maximum(lengths_P, 1) - 1
+    return jnp.take_along_axis(hidden_PxUxD, ends_P[:, None, None], 1)[:, 0], own
+
   # Decoding.
 
   def empty_cache(self, rows: int, size: int) -> tuple[KeyValue, ...]:

@@ -4,21 +4,38 @@ Where several processes share a run, each has the problems of its own devices he
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dca_jax import patterns
-from dca_jax.episode import Episode, Outcome, Step
+from dca_jax.episode import Episode, Outcome, Problem, Step
 from dca_jax.errors import UserError
 from dca_jax.review.episodes import Asked
+from dca_jax.rollout.config import RolloutConfig
 from dca_jax.rollout.sampler import Sampler
 from dca_jax.rollout.steps import cut, step_texts
 from dca_jax.rollout.turns import Played, outcomes_of, play
 from dca_jax.rollout.verify import neutral
 from dca_jax.tasks import Task
 from dca_jax.tasks.tokenizer import token_bytes
+
+
+class Unfinished(NamedTuple):
+  """C groups between two steps, some of whose samples may have ended; T tokens at most."""
+
+  numbers_C: Any
+  """Of their problems in the training split."""
+  steps_CxG: Any
+  """In which a sample's first token was written; 0 where there is none."""
+  ends_CxG: Any
+  """0 where a sample goes on, 1 where it has ended, 2 where it has and was truncated."""
+  lengths_CxG: Any
+  tokens_CxGxT: Any
+  logprobs_CxGxT: Any
+  """Under the policies that wrote them."""
 
 
 class Rollout(NamedTuple):
@@ -38,13 +55,17 @@ class Rollout(NamedTuple):
   outcomes: list[Outcome]
   """Of everything sampled for this step, groups that were replaced included."""
   generated: int
-  """Tokens sampled for this step, for such groups too."""
+  """Tokens sampled in this step, for such groups and for what is unfinished too."""
   uncut: int
   """Episodes that are a single step because `task.steps` took too long on them."""
   asked: list[Asked]
   """What the reviewer was asked about each group."""
   environment_seconds: float = 0.0
   """That environments took, of all episodes together."""
+  unfinished: Unfinished | None = None
+  """What goes on in the next step, with `rollout.carry`."""
+  stale: int = 0
+  """Tokens of the episodes that were written in earlier steps."""
 
   @property
   def rewards_B(self) -> np.ndarray:
@@ -104,11 +125,7 @@ def collect(
   rounds = config.refill_rounds if refill else 1
   further = ((step - 1) * (rounds - 1) + i for i in range(rounds - 1))
 
-  def keep(group: Group) -> Group:
-    trains = group.mixed or config.zero_variance == "keep"
-    marked = [dataclasses.replace(e, trained=trains and e.outcome.judged) for e in group.episodes]
-    return ask(group._replace(episodes=marked, kept=True))
-
+  keep = functools.partial(ask_about, config, ask)
   groups: list[Group] = []
   for first in ((step - 1) * config.problems, *(_FURTHER + i * config.problems for i in further)):
     room = len(own) - sum(group.mixed for group in groups)
@@ -126,9 +143,16 @@ def collect(
   return joined(kept, groups, sampler.task, config.max_tokens)
 
 
+def ask_about(config: RolloutConfig, ask: Callable[[Group], Group], group: Group) -> Group:
+  """What the batch has in the place of a group, of which it is sure that it has it."""
+  trains = group.mixed or config.zero_variance == "keep"
+  marked = [dataclasses.replace(e, trained=trains and e.outcome.judged) for e in group.episodes]
+  return ask(group._replace(episodes=marked, kept=True))
+
+
 def _sampled(sampler: Sampler, numbers, noise: tuple[int, int], params) -> Iterator[Group]:
   """The groups of the training problems with these numbers, as they end."""
-  size, tokenizer = sampler.config.group, sampler.tokenizer
+  size = sampler.config.group
   problems = [sampler.task.problem("train", (noise[0] << 32) + int(n)) for n in numbers]
   prompts = sampler.encode(problems)
   waiting: list[dict[int, Played]] = [{} for _ in problems]
@@ -138,14 +162,26 @@ def _sampled(sampler: Sampler, numbers, noise: tuple[int, int], params) -> Itera
     if len(waiting[p]) < size:
       continue
     own = [waiting[p].pop(g) for g in range(size)]
-    outcomes = neutral(outcomes_of(sampler, [problems[p]] * size, own))
-    episodes = [
-      Episode(f"{noise[1]}/{problems[p].id}/{g}", problems[p], attempt.segments, outcomes[g])
-      for g, attempt in enumerate(own)
-    ]
-    cut_up = cut_steps(episodes, tokenizer, sampler.task)
-    seconds = sum(attempt.seconds for attempt in own)
-    yield Group(p, prompts[0][p], prompts[1][p], *cut_up, environment_seconds=seconds)
+    yield group_of(sampler, p, problems[p], (prompts[0][p], prompts[1][p]), own, noise[1])
+
+
+def group_of(
+  sampler: Sampler,
+  place: int,
+  problem: Problem,
+  prompt: tuple[np.ndarray, int],
+  attempts: Sequence[Played],
+  step: int,
+) -> Group:
+  """All attempts at a problem, verified and cut into steps."""
+  outcomes = neutral(outcomes_of(sampler, [problem] * len(attempts), attempts))
+  episodes = [
+    Episode(f"{step}/{problem.id}/{g}", problem, attempt.segments, outcomes[g])
+    for g, attempt in enumerate(attempts)
+  ]
+  cut_up = cut_steps(episodes, sampler.tokenizer, sampler.task)
+  seconds = sum(attempt.seconds for attempt in attempts)
+  return Group(place, *prompt, *cut_up, environment_seconds=seconds)
 
 
 def cut_steps(episodes: Sequence[Episode], tokenizer, task: Task) -> tuple[list[Episode], int]:

@@ -30,6 +30,12 @@ class RolloutConfig:
   refill_rounds: int = 4
   """`refill`: at most this many batches are sampled for one step; groups still missing then are
   skipped."""
+  carry: int = 0
+  """Problems that are begun beyond those of a batch. A step ends as soon as all completions of
+  `problems` of them have ended; the others go on in the next step, with the parameters of that, so
+  no step waits for its longest completion. Each token keeps the log-probability under the policy
+  that wrote it (learner.loss must be `ppo`, whose ratio accounts for it). 0: every step finishes
+  what it begins."""
 
   @property
   def sampling(self) -> Sampling:
@@ -39,10 +45,12 @@ class RolloutConfig:
     bad = at_least(1, self, "problems", "max_prompt_tokens", "refill_rounds") | at_least(
       2, self, "group", "max_tokens"
     )
-    bad |= at_least(0, self, "top_k") | positive(self, "top_p", most=1)
+    bad |= at_least(0, self, "top_k", "carry") | positive(self, "top_p", most=1)
     bad |= one_of(self, "zero_variance", "keep", "skip", "refill")
     if self.temperature <= 0:
       bad["temperature"] = "must be positive; for greedy decoding set rollout.top_k to 1"
+    if self.carry and self.zero_variance == "refill":
+      bad["carry"] = "must be 0 with rollout.zero_variance 'refill'"
     if not all(isinstance(string, str) and string for string in self.stop):
       bad["stop"] = "must be strings that are not empty"
     return bad

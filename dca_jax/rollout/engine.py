@@ -49,6 +49,21 @@ class Sample(NamedTuple):
   """Of each token, in nats, under the distribution that it was drawn from."""
   truncated: bool
   """Whether it ran out of tokens before an end token or a stop string."""
+  ended: bool = True
+  """False where it is to go on another time; see `Begun`."""
+
+
+class Begun(NamedTuple):
+  """What earlier steps wrote of the samples that are wanted, and what is enough of them now."""
+
+  tokens_PxGxT: np.ndarray
+  logprobs_PxGxT: np.ndarray
+  """Under the policies that wrote them. What is given out has these, and goes on after them."""
+  lengths_PxG: np.ndarray
+  ended_PxG: np.ndarray
+  """True for samples that had ended; nothing is given of these."""
+  enough: int
+  """As soon as all samples of so many problems have ended, the others are given as they are."""
 
 
 class Further(Protocol):
@@ -67,7 +82,12 @@ class Engine(Protocol):
   """Samples completions, on this process's own devices."""
 
   def stream(
-    self, params: Any, wanted: Wanted, noise: Sequence[int], further: Further | None = None
+    self,
+    params: Any,
+    wanted: Wanted,
+    noise: Sequence[int],
+    further: Further | None = None,
+    begun: Begun | None = None,
   ) -> Iterator[Sample]:
     """Gives every sample that is wanted once, when it has ended, in any order.
 
@@ -75,6 +95,7 @@ class Engine(Protocol):
       params: the policy's, laid out for sampling.
       further: asked again and again for what else is wanted, until no more comes; None where
         nothing else is.
+      begun: with `rollout.carry`, and never with `further`.
       noise: numbers below 2**32 that tell this call's noise from that of others. The noise of a
         token depends on these, its problem, the number of its sample and its place alone, so that a
         run that goes on repeats what was lost.
@@ -88,6 +109,10 @@ class EngineConfig:
 
   name: str = "slots"
   """`slots`; or your own, MODULE:CLASS."""
+
+  def cannot_carry(self, rollout: RolloutConfig) -> str:
+    """Why it cannot go on with what an earlier step began (`Begun`); empty where it can."""
+    return "does not take up again what an earlier step began"
 
   def open(self, policy: Policy, rollout: RolloutConfig, tokenizer: Any) -> Engine:
     """The engine; `policy.mesh` has this process's devices."""

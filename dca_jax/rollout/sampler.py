@@ -41,12 +41,20 @@ class Sampler(NamedTuple):
       ids: of the problems.
       numbers: of the samples of every problem [G], or of each [P, G].
     """
+    return self.engine.stream(params, self.wanted(prompts, ids, numbers), noise)
+
+  def wanted(
+    self,
+    prompts: tuple[np.ndarray, np.ndarray],
+    ids: Sequence[int] | np.ndarray,
+    numbers: np.ndarray,
+  ) -> Wanted:
+    """Whole answers to prompts; see `stream`."""
     problems = len(prompts[1])
     numbers_PxG = np.broadcast_to(numbers, (problems, numbers.shape[-1]))
     limits_P = np.full(problems, self.config.max_tokens)
     begun_P = np.zeros(problems, np.int32)
-    wanted = Wanted(*prompts, np.asarray(ids), numbers_PxG, limits_P, begun_P)
-    return self.engine.stream(params, wanted, noise)
+    return Wanted(*prompts, np.asarray(ids), numbers_PxG, limits_P, begun_P)
 
 
 def in_order(samples: Iterator[Sample]) -> list[Sample]:

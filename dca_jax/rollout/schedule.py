@@ -82,6 +82,13 @@ class Schedule:
     self._limits_P = np.concatenate([self._limits_P, limits_P])
     self.waiting += range(first, len(self._limits_P))
 
+  def take_up(self, lengths_PxG: np.ndarray, ended_PxG: np.ndarray) -> None:
+    """How long samples are before decoding begins, and which of them are not wanted any more."""
+    live_R, samples = self.live_R, np.maximum(self.sample_R, 0)
+    self.lengths_R = np.where(live_R, lengths_PxG.reshape(-1)[samples], 0)
+    self.sample_R[live_R & ended_PxG.reshape(-1)[samples]] = -1
+    self.ring = self.ring_needed()
+
   @property
   def live_R(self) -> np.ndarray:
     return self.sample_R >= 0

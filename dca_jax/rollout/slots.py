@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dca_jax.checks import at_least
-from dca_jax.policy import Policy, Sampling, sampling_logits
+from dca_jax.policy import Policy, Prompts, Sampling, sampling_logits
 from dca_jax.policy.attention import KeyValue
 from dca_jax.policy.sharding import batch_sharding, constrain, replicated
 from dca_jax.policy.transformer import Context
 from dca_jax.rollout.config import RolloutConfig
-from dca_jax.rollout.engine import GREEDY, EngineConfig, Further, Sample, Wanted
-from dca_jax.rollout.schedule import Schedule
+from dca_jax.rollout.engine import GREEDY, Begun, EngineConfig, Further, Sample, Wanted
+from dca_jax.rollout.schedule import Schedule, ring_sizes
 from dca_jax.rollout.steps import StopFinder
 from dca_jax.tasks.tokenizer import end_ids, token_bytes
 
@@ -93,6 +93,37 @@ def begin(policy: Policy, params, wanted: Wanted, key, *, ring: int, most: int) 
     jnp.repeat(wanted.begun_P, group),
     jnp.zeros((rows, most), jnp.int32),
     jnp.zeros((rows, most), jnp.float32),
+  )
+  return _spread(policy, slots)
+
+
+@functools.partial(jax.jit, static_argnames="policy", donate_argnames="slots")
+def take_up(policy: Policy, params, slots: Slots, rows_N, tokens_NxU, logprobs_NxU, lengths_N):
+  """`slots`, in which no row has written anything, with what the rows `rows_N` wrote in earlier
+  steps; it is read with the parameters of today. A row that there is not gets nothing."""
+  c = slots.context
+  prompts_N = rows_N // (slots.keys_R.shape[0] // c.prompt_lengths_P.shape[0])
+  keys = jax.tree.map(lambda *layers: jnp.stack([x[prompts_N] for x in layers]), *c.prompt)
+  prompts = Prompts(slots.hidden_RxD[rows_N], keys, c.prompt_lengths_P[prompts_N])
+  hidden_NxD, own = policy.read_continuations(params, prompts, tokens_NxU, lengths_N)
+
+  def put(into, x):
+    return into.at[rows_N].set(x, mode="drop")
+
+  cache = []
+  for i, ring in enumerate(c.cache):
+    size = ring.v.shape[2]
+    # The newest token stands last, and the clock at 0; what is before the first is read by nobody.
+    places_NxU = jnp.clip(jnp.arange(size) - size + lengths_N[:, None], 0, tokens_NxU.shape[1] - 1)
+    k = jnp.take_along_axis(own.k[i], places_NxU[:, None, None], 3)
+    v = jnp.take_along_axis(own.v[i], places_NxU[:, None, :, None], 2)
+    cache.append(jax.tree.map(put, ring, KeyValue(k, v)))
+  width = tokens_NxU.shape[1]
+  slots = slots._replace(
+    context=c._replace(cache=tuple(cache), read_B=put(c.read_B, lengths_N)),
+    hidden_RxD=put(slots.hidden_RxD, hidden_NxD),
+    tokens_RxT=slots.tokens_RxT.at[rows_N, :width].set(tokens_NxU, mode="drop"),
+    logprobs_RxT=slots.logprobs_RxT.at[rows_N, :width].set(logprobs_NxU, mode="drop"),
   )
   return _spread(policy, slots)
 
@@ -212,6 +243,8 @@ def noise_key(noise) -> jax.Array:
 
 _CHUNK = 32
 """Tokens after which the host looks for stop strings, and for what environments have answered."""
+_LOOKS = 8
+"""How often it looks at least whether enough has ended, in the time of the longest answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,13 +252,18 @@ class SlotsConfig(EngineConfig):
   """Our own engine."""
 
   rows: int = 0
-  """Rows that decode at once, down to the next multiple of rollout.group; 0 for a whole batch."""
+  """Rows that decode at once, down to the next multiple of rollout.group; 0 for a whole batch, and
+  what is carried to the next."""
 
   def check(self) -> dict[str, str]:
     return at_least(0, self, "rows")
 
+  def cannot_carry(self, rollout):
+    fits = not self.rows or self.rows >= rollout.carry * rollout.group
+    return "" if fits else f"has {self.rows} rows, too few for all of these at once"
+
   def open(self, policy, rollout, tokenizer):
-    rows = self.rows or rollout.problems * rollout.group
+    rows = self.rows or (rollout.problems + rollout.carry) * rollout.group
     pieces = functools.partial(token_bytes, tokenizer)
     chunk = _CHUNK if rollout.stop else rollout.max_tokens
     return Slotted(policy, rollout, end_ids(tokenizer), pieces, rows, chunk)
@@ -262,7 +300,12 @@ class Slotted:
     return self.policy.mesh
 
   def stream(
-    self, params, wanted: Wanted, noise: Sequence[int], further: Further | None = None
+    self,
+    params,
+    wanted: Wanted,
+    noise: Sequence[int],
+    further: Further | None = None,
+    begun: Begun | None = None,
   ) -> Iterator[Sample]:
     """See `Engine`."""
     policy, sampling = self.policy, self.rollout.sampling
@@ -270,11 +313,17 @@ class Slotted:
     plan = self._plan(wanted, shards, further)
     key = noise_key(self._put(np.array(noise, np.uint32)))
     first = np.flatnonzero(plan.live_R[:: plan.group])
-    begun = functools.partial(self._begin, params, key, plan.ring)
-    slots, clock = begun(wanted, first, plan.at_once), 0
+    if begun:
+      plan.take_up(begun.lengths_PxG, begun.ended_PxG)
+      left_P = (~begun.ended_PxG).sum(1)
+    new = functools.partial(self._begin, params, key, plan.ring)
+    slots, clock = new(wanted, first, plan.at_once), 0
     finders: dict[int, StopFinder] = {}
     ended: list[Sample] = []
     chunk = min(self.chunk, _CHUNK) if further else self.chunk
+    if begun:
+      chunk = min(chunk, _CHUNK, -(-self.rollout.max_tokens // _LOOKS))
+      slots = self._laid(plan, self._taken_up(params, plan, slots, begun))
     while plan.live_R.any():
       until = clock + min(plan.room, chunk)
       ends = Ends(np.array(self.end_ids, np.int32), np.int32(until), np.int32(plan.enough))
@@ -282,6 +331,10 @@ class Slotted:
       slots, live_R = decode(policy, sampling, params, self._put(ends), slots, live_R)
       yield from ended  # Whoever takes them works while the devices decode.
       ended = list(self._ended(plan, slots, live_R, wanted, finders))
+      if begun:
+        np.subtract.at(left_P, [sample.row // plan.group for sample in ended], 1)
+        if (left_P == 0).sum() >= begun.enough:
+          break
       if further:  # Environments work while the devices do.
         yield from ended
         ended = []
@@ -293,15 +346,44 @@ class Slotted:
         if slots.context.prompt_lengths_P.size < plan.sample_R.size:
           slots = lay(policy, slots, self._put(np.arange(plan.sample_R.size)), ring=plan.ring)
         rows_N = self._put(plan.place(problems))
-        slots = enter(policy, slots, begun(wanted, problems, plan.batch), rows_N)
-      if (rows_R := plan.fewer()) is not None:
-        plan.ring = plan.ring_needed()
-        slots = lay(policy, slots, self._put(rows_R), ring=plan.ring)
-      elif plan.room == 0:
-        plan.ring = plan.ring_needed()
-        slots = widen(policy, slots, ring=plan.ring)
+        slots = enter(policy, slots, new(wanted, problems, plan.batch), rows_N)
+      slots = self._laid(plan, slots)
       clock = int(jax.device_get(slots.context.clock))
     yield from ended
+    if begun:
+      yield from self._under_way(plan, slots)
+
+  def _laid(self, plan: Schedule, slots: Slots) -> Slots:
+    """The live rows in fewer or in larger rings, where that is time."""
+    if (rows_R := plan.fewer()) is not None:
+      plan.ring = plan.ring_needed()
+      return lay(self.policy, slots, self._put(rows_R), ring=plan.ring)
+    if plan.room == 0:
+      plan.ring = plan.ring_needed()
+      return widen(self.policy, slots, ring=plan.ring)
+    return slots
+
+  def _taken_up(self, params, plan: Schedule, slots: Slots, begun: Begun) -> Slots:
+    """Rows that have read what was written of their samples; those of like lengths together."""
+    written = [x.reshape(-1, x.shape[2]) for x in begun[:2]]
+    rows = np.flatnonzero(plan.live_R & (plan.lengths_R > 0))
+    rows, size = rows[np.argsort(-plan.lengths_R[rows], kind="stable")], plan.batch * plan.group
+    for first in range(0, len(rows), size):
+      some = rows[first : first + size]
+      width = next(n for n in ring_sizes(written[0].shape[1]) if n >= plan.lengths_R[some[0]])
+      missing = size - len(some)
+      given = [plan.lengths_R[some], *(x[plan.sample_R[some], :width] for x in written)]
+      lengths, *both = (np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in given)
+      rows_N = np.pad(some, (0, missing), constant_values=len(plan.sample_R))
+      slots = take_up(self.policy, params, slots, *self._put((rows_N, *both, lengths)))
+    return slots
+
+  def _under_way(self, plan: Schedule, slots: Slots) -> Iterator[Sample]:
+    """What has not ended."""
+    tokens_RxT, logprobs_RxT = jax.device_get((slots.tokens_RxT, slots.logprobs_RxT))
+    for r in np.flatnonzero(plan.live_R).tolist():
+      sample, n = int(plan.sample_R[r]), int(plan.lengths_R[r])
+      yield Sample(sample, tokens_RxT[r, :n].copy(), logprobs_RxT[r, :n].copy(), False, ended=False)
 
   def _plan(self, wanted: Wanted, shards: int, further: Further | None) -> Schedule:
     group, most = wanted.numbers_PxG.shape[1], int(wanted.limits_P.max())
@@ -334,6 +416,7 @@ class Slotted:
       if self.rollout.stop:
         if sample not in finders:
           finders[sample] = self._finder(wanted, sample)
+          finders[sample].feed(self.pieces(tokens_RxT[r, : before_R[r]]))
         stop = finders[sample].feed(self.pieces(tokens_RxT[r, before_R[r] : n]))
       if stop is None and live_R[r]:
         continue

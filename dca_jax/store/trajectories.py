@@ -46,6 +46,7 @@ class _Line(BaseModel):
   review: str
   model: str
   trained: bool
+  age: int = 0  # What was written before there was such a thing has none.
   advantage: float
   credit: list[float]
 

@@ -9,7 +9,7 @@ from policies import random_params
 
 from dca_jax.devices.mesh import MeshConfig, make_mesh
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
-from dca_jax.rollout import RolloutConfig, Wanted, in_order, slots
+from dca_jax.rollout import Begun, RolloutConfig, Wanted, in_order, slots
 from dca_jax.rollout.schedule import Schedule, ladder, ring_sizes
 from dca_jax.rollout.slots import Slotted
 
@@ -223,6 +223,52 @@ def test_an_answer_that_goes_on_has_the_noise_of_its_place(params, wanted, whole
   for i, ours in zip(rows, drawn(params, asked), strict=True):
     assert [*whole[i].tokens[:10], *ours.tokens] == whole[i].tokens.tolist()
     assert ours.truncated == whole[i].truncated
+
+
+def unfinished(cuts_PxG, whole) -> Begun:
+  """What is written once each sample of `whole` has the length that `cuts_PxG` says, at most."""
+  begun = Begun(
+    np.zeros((P, G, T), np.int32),
+    np.zeros((P, G, T), np.float32),
+    np.zeros((P, G), np.int32),
+    np.zeros((P, G), bool),
+    P,
+  )
+  for place, sample in zip(np.ndindex(P, G), whole, strict=True):
+    n = min(len(sample.tokens), int(cuts_PxG[place]))
+    begun.tokens_PxGxT[place][:n], begun.logprobs_PxGxT[place][:n] = sample.tokens[:n], -100.0
+    begun.lengths_PxG[place], begun.ended_PxG[place] = n, n == len(sample.tokens)
+  return begun
+
+
+@pytest.mark.parametrize("rows", [P * G, 16])
+def test_what_an_earlier_step_wrote_goes_on_as_it_would_have(params, wanted, whole, rows):
+  """Whatever its length; it keeps its log-probabilities, and nothing is given of what had ended."""
+  cuts = np.random.default_rng(4).integers(0, 120, (P, G))
+  cuts[rows // G :] = 0  # These wait, and nothing of them is written.
+  begun = unfinished(cuts, whole)
+  assert begun.lengths_PxG.max() > 64
+  ours = in_order(engine(rows=rows).stream(params, wanted, (3, 1), begun=begun))
+  assert [sample.row for sample in ours] == np.flatnonzero(~begun.ended_PxG).tolist()
+  for sample in ours:
+    free, n = whole[sample.row], begun.lengths_PxG.flat[sample.row]
+    assert sample.tokens.tolist() == free.tokens.tolist()
+    assert (sample.truncated, sample.ended) == (free.truncated, True)
+    assert set(sample.logprobs[:n].tolist()) <= {-100.0}
+    np.testing.assert_allclose(sample.logprobs[n:], free.logprobs[n:], atol=1e-5)
+
+
+def test_as_soon_as_enough_has_ended_the_rest_is_given_as_it_is(params, wanted, whole):
+  begun = unfinished(np.zeros((P, G)), whole)._replace(enough=2)
+  came = in_order(engine().stream(params, wanted, (3, 1), begun=begun))
+  assert len(came) == P * G
+  groups = [came[p * G : (p + 1) * G] for p in range(P)]
+  assert 2 <= sum(all(sample.ended for sample in group) for group in groups) < P
+  for ours, free in zip(came, whole, strict=True):
+    n = len(ours.tokens)
+    assert ours.tokens.tolist() == free.tokens[:n].tolist()
+    assert ours.ended == (n == len(free.tokens))
+    assert ours.truncated == (ours.ended and free.truncated)
 
 
 # The schedule, which knows lengths alone.
