@@ -177,6 +177,18 @@ def test_a_whole_number_serves_as_a_float():
     ("reviewer.sample_frac", 0.0, {**REVIEWED, "reviewer.name": "oracle"}),
     ("reviewer.overlap", 2, {**REVIEWED, "reviewer.name": "oracle"}),
     ("learner.loss", "reinforce", {**REVIEWED, "reviewer.name": "oracle", "reviewer.overlap": 1}),
+    ("learner.loss", "reinforce", {"rollout.carry": 4}),
+    ("rollout.carry", -1, {}),
+    *(
+      ("rollout.carry", 4, {"learner.loss": "ppo", **others})
+      for others in (
+        {"rollout.zero_variance": "refill"},
+        {**REVIEWED, "reviewer.name": "oracle", "reviewer.overlap": 1},
+        {"task": {"name": "docs/examples/guess.py:Guess"}},
+        {"engine.rows": 15},
+        {"engine": {"name": "docs/examples/plainly.py:Plainly"}},
+      )
+    ),
     ("reviewer.client.base_url", "", {**REVIEWED, "reviewer.name": "openai"}),
     ("reviewer.client.thinking", "hard", {**REVIEWED, "reviewer.name": "gemini"}),
     ("reviewer.client.on_budget", "weep", {**REVIEWED, "reviewer.name": "gemini"}),

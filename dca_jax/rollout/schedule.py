@@ -4,6 +4,7 @@ are.
 It knows lengths and stops alone, nothing of time, so a run that goes on repeats it.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,15 +18,17 @@ WORTH = 32
 
 
 def ladder(rows: int, step: int) -> list[int]:
-  """Numbers of rows that a batch may have, each two thirds or three quarters of the one before it;
-  all but the first are multiples of `step`."""
-  fewest = max(FEWEST, step)
+  """Numbers of rows that a batch may have, each two thirds or three quarters of the one before it,
+  and twice as many of them at first, where most of the work is; all but the first are multiples of
+  `step`."""
+  fewest = max(FEWEST, rows // 32, step)
   out = [rows]
   while out[-1] > fewest:
     power = 2 ** (out[-1].bit_length() - 1)
     less = power if out[-1] > power else power * 3 // 4
     out.append(max(fewest, less // step * step))
-  return out
+  between = [(more + less) // 2 // step * step for more, less in itertools.pairwise(out[:3])]
+  return sorted({*out, *between}, reverse=True)
 
 
 def ring_sizes(most: int) -> list[int]:

@@ -259,8 +259,9 @@ class SlotsConfig(EngineConfig):
     return at_least(0, self, "rows")
 
   def cannot_carry(self, rollout):
-    fits = not self.rows or self.rows >= rollout.carry * rollout.group
-    return "" if fits else f"has {self.rows} rows, too few for all of these at once"
+    needed = rollout.carry * rollout.group
+    fits = not self.rows or self.rows >= needed
+    return "" if fits else f"has engine.rows={self.rows}, and {needed} samples go on at once"
 
   def open(self, policy, rollout, tokenizer):
     rows = self.rows or (rollout.problems + rollout.carry) * rollout.group

@@ -25,16 +25,27 @@ from typing import Any
 ROWS: dict[str, dict[str, Any]] = {
   "8 x 8 x 64": {"model": "model", "problems": 8, "tokens": 64},
   "8 x 8 mixed to 256": {"model": "model_eos", "problems": 8, "tokens": 256},
+  "8 x 8 mixed, carry 4": {"model": "model_eos", "problems": 8, "tokens": 256, "carry": 4},
+  "8 x 8 mixed, carry 8": {"model": "model_eos", "problems": 8, "tokens": 256, "carry": 8},
   "32 x 8 mixed to 256": {"model": "model_eos", "problems": 32, "tokens": 256},
   "8 x 8 x 1024": {"model": "model", "problems": 8, "tokens": 1024},
   "1 x 2 x 8192": {"model": "model", "problems": 1, "group": 2, "tokens": 8192},
 }
-COLUMNS = ("step", "sample", "us_a_token", "first_cpu", "rss_gib")
-HEADS = ("CPU-s a step", "of these sampling", "us a token", "CPU-s to step 1", "RSS, GiB")
+COLUMNS = ("step", "sample", "us_a_token", "decoded", "wasted", "first_cpu", "rss_gib")
+HEADS = (
+  *("CPU-s a step", "of these sampling", "us a token", "tokens one by one", "wasted, %"),
+  *("CPU-s to step 1", "RSS, GiB"),
+)
 
 
 def recipe(
-  work: pathlib.Path, model: str, problems: int, tokens: int, steps: int, group: int = 8
+  work: pathlib.Path,
+  model: str,
+  problems: int,
+  tokens: int,
+  steps: int,
+  group: int = 8,
+  carry: int = 0,
 ) -> dict:
   return {
     "steps": steps,
@@ -53,6 +64,7 @@ def recipe(
       "group": group,
       "max_prompt_tokens": 32,
       "max_tokens": tokens,
+      "carry": carry,
     },
     "learner": {"loss": "ppo", "lr": 1e-6, "max_grad_norm": 1.0, "reference": False},
     "evaluate": {"problems": 1, "samples": 1, "k": 1},
@@ -63,19 +75,32 @@ def recipe(
 def measure(row: str, work: pathlib.Path, steps: int) -> dict[str, float]:
   """Trains, in this process. Medians of all steps but the first and the last, which also compile
   and evaluate; programs that a later step is the first to need make it an outlier."""
+  import jax
+
   import dca_jax
   from dca_jax import tally
+  from dca_jax.rollout import slots
 
   config = recipe(work, **ROWS[row], steps=steps + 1)
   laps: dict[str, list[float]] = {"sample": [], "step": []}
   clock = {"sample": 0.0, "step": 0.0}
   first: list[float] = []
-  plain = tally.Clock.lap
+  plain, decode = tally.Clock.lap, slots.decode
+  counts = [[0, 0]]  # Of each step, tokens decoded one after the other, and times their rows.
+
+  def counted(*given):
+    before = int(jax.device_get(given[4].context.clock))
+    out = decode(*given)
+    n = int(jax.device_get(out[0].context.clock)) - before
+    counts[-1][0] += n
+    counts[-1][1] += n * len(given[5])
+    return out
 
   def lap(self, name: str) -> None:
     plain(self, name)
     if name == "sample":
       laps["sample"].append(time.process_time() - clock["step"])
+      counts.append([0, 0])
 
   def after(run, step: int, metrics: dict) -> None:
     if step == 1:
@@ -86,17 +111,20 @@ def measure(row: str, work: pathlib.Path, steps: int) -> dict[str, float]:
     clock["step"] = now
 
   tokens: list[float] = []
-  tally.Clock.lap = lap  # type: ignore[method-assign]
+  tally.Clock.lap, slots.decode = lap, counted  # type: ignore[method-assign]
   with tempfile.TemporaryDirectory() as workdir:
     dca_jax.train(config, workdir, quiet=True, callbacks=[after])
   # Step 0 is the evaluation's; the first step compiles.
   kept = slice(2, steps + 1)
   sample = statistics.median(laps["sample"][1:steps])
+  decoded, rows = (statistics.mean(x) for x in zip(*counts[1:steps], strict=True))
   rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   return {
     "step": statistics.median(laps["step"][kept]),
     "sample": sample,
     "us_a_token": 1e6 * sample / statistics.mean(tokens[kept]),
+    "decoded": decoded,
+    "wasted": 100 * (1 - statistics.mean(tokens[kept]) / rows),
     "first_cpu": first[0],
     "rss_gib": rss,
   }

@@ -311,7 +311,7 @@ def test_few_row_steps_are_wasted_on_mixed_lengths(problems, rows):
     steps, shapes = run(lengths, 8, rows, 256)
     wasted.append(1 - lengths.sum() / steps)
     assert len(shapes) <= 16
-  assert np.mean(wasted) < 0.16
+  assert np.mean(wasted) < 0.13
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -329,8 +329,9 @@ def test_equal_lengths_and_short_answers_take_one_program():
 
 
 def test_rows_and_rings_come_in_few_sizes():
-  assert ladder(64, 1) == [64, 48, 32, 24, 16, 12, 8, 6, 4]
-  assert ladder(64, 8) == [64, 48, 32, 24, 16, 8]
+  assert ladder(64, 1) == [64, 56, 48, 40, 32, 24, 16, 12, 8, 6, 4]
+  assert ladder(64, 8) == [64, 56, 48, 40, 32, 24, 16, 8]
+  assert ladder(24, 8) == [24, 16, 8]
   assert ladder(3, 1) == [3]
   assert ring_sizes(48) == [48]
   assert ring_sizes(256) == [64, 128, 256]
