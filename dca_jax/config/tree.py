@@ -102,9 +102,8 @@ class Config:
   @property
   def sampled_before(self) -> str:
     """The key that has batches sampled, in part or all, by older policies; empty where none has."""
-    return (
-      "reviewer.overlap" if self.reviewer.overlap else "rollout.carry" * bool(self.rollout.carry)
-    )
+    keys = {"reviewer.overlap": self.reviewer.overlap, "rollout.carry": self.rollout.carry}
+    return next((key for key, value in keys.items() if value), "")
 
   @property
   def _cannot_carry(self) -> str:

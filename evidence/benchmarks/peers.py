@@ -25,8 +25,8 @@ from typing import Any
 ROWS: dict[str, dict[str, Any]] = {
   "8 x 8 x 64": {"model": "model", "problems": 8, "tokens": 64},
   "8 x 8 mixed to 256": {"model": "model_eos", "problems": 8, "tokens": 256},
-  "8 x 8 mixed, carry 4": {"model": "model_eos", "problems": 8, "tokens": 256, "carry": 4},
-  "8 x 8 mixed, carry 8": {"model": "model_eos", "problems": 8, "tokens": 256, "carry": 8},
+  "8 x 8 mixed carry 4": {"model": "model_eos", "problems": 8, "tokens": 256, "carry": 4},
+  "8 x 8 mixed carry 8": {"model": "model_eos", "problems": 8, "tokens": 256, "carry": 8},
   "32 x 8 mixed to 256": {"model": "model_eos", "problems": 32, "tokens": 256},
   "8 x 8 x 1024": {"model": "model", "problems": 8, "tokens": 1024},
   "1 x 2 x 8192": {"model": "model", "problems": 1, "group": 2, "tokens": 8192},
