@@ -299,6 +299,7 @@ def _reviewed(
   with contextlib.closing(open_reviewer(config, source.truth, cache)) as reviewer:
     if begins and (wrong := reviewer.trial(60.0).wrong):
       raise ConfigError(f"no usable review from {wrong}")
+    reviewer.stats()  # What the first question took does not count.
     began = time.monotonic()
     reviews = _asked(reviewer, requests, 8 * config.client.concurrency, longest)
     seconds = time.monotonic() - began
@@ -379,14 +380,15 @@ def flat(measures: Mapping[str, Estimate]) -> dict[str, float | None]:
 
 
 def costs(stats: Mapping[str, float], n: int, seconds: float) -> dict[str, float | None]:
-  """What 1,000 reviews take; tokens only where this process asked for them, because a cache does
-  not keep their number."""
+  """What 1,000 reviews take, however many calls each; tokens and seconds only of those that this
+  process asked for, because a cache does not keep them."""
   calls = stats.get("review/calls", 0.0)
   tokens = sum(stats.get(f"review/{kind}_tokens", 0.0) for kind in ("prompt", "output"))
-  fresh = calls or (n if "review/calls" not in stats else 0)
+  made = stats.get("review/status_ok", 1.0) - stats.get("review/cached", 0.0)
+  fresh = n * made if calls or "review/calls" not in stats else 0.0
   return {
     "seconds_per_1000": round(1000 * seconds / fresh, 3) if fresh else None,
-    "tokens_per_1000": round(1000 * tokens / calls) if calls else None,
+    "tokens_per_1000": round(1000 * tokens / fresh) if fresh and calls else None,
     "dollars_per_1000": round(1000 * stats.get("review/dollars_spent", 0.0) / n, 6),
     "self_agreement": stats.get("review/repeat_agreement"),
   }

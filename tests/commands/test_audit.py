@@ -160,6 +160,16 @@ def test_a_model_is_paid_for_once_and_its_costs_are_told(start, tmp_path, monkey
   assert rich["model"]
 
 
+def test_costs_are_those_of_a_review_and_not_of_a_call():
+  stats = {"review/calls": 60.0, "review/prompt_tokens": 3000.0, "review/output_tokens": 600.0}
+  shares = {"review/status_ok": 0.75, "review/cached": 0.25, "review/dollars_spent": 0.4}
+  said = audit.costs(stats | shares, 40, 10.0)
+  assert (said["tokens_per_1000"], said["seconds_per_1000"]) == (180_000, 500.0)
+  assert said["dollars_per_1000"] == 10.0
+  again = audit.costs(dict.fromkeys(stats, 0.0) | {"review/cached": 1.0}, 40, 1.0)
+  assert again["tokens_per_1000"] is again["seconds_per_1000"] is None
+
+
 def test_one_kind_of_mistake_is_worse_than_many_of_all_kinds(start, tmp_path):
   """On the tiny task nearly nothing repeats, so the kind that is applauded here is another one."""
   noisy = audited(start, tmp_path / "noisy", "noisy", "--config.reviewer.flip=0.2")
