@@ -132,7 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   new = audit_built_in(args.built_in) if args.built_in else []
   new += [json.loads(pathlib.Path(path).read_text()) for path in args.rows]
   kept = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-  by_key = {tuple(row[k] for k in _KEY): row for row in [*kept, *new]}
+  by_key: dict[tuple[str, ...], dict[str, Any]] = {}
+  for row in [*kept, *new]:
+    own = tuple(row[k] for k in _KEY)
+    was = by_key.get(own, {})
+    by_key[own] = {k: was[k] for k in ("realised",) if k in was} | row
   if args.realised:
     for arm, speedup in realised(args.realised).items():
       name, _, setting = arm.partition(" ")

@@ -29,6 +29,17 @@ def test_the_better_rate_counts_and_never_is_nothing(tmp_path):
   assert found == {"a": 2.0, "b": 0.0, "c 0.2": 0.5}
 
 
+def test_a_new_row_replaces_the_old_one_and_keeps_what_training_brought(tmp_path, monkeypatch):
+  old = next(row for row in rows() if "realised" in row)
+  new = {k: x for k, x in old.items() if k != "realised"} | {"kappa": 0.123}
+  (tmp_path / "audit.json").write_text(json.dumps(new))
+  (tmp_path / "rows.jsonl").write_text(json.dumps(old) + "\n")
+  monkeypatch.setattr(leaderboard, "ROWS", tmp_path / "rows.jsonl")
+  monkeypatch.setattr(leaderboard, "PAGE", tmp_path / "page.md")
+  leaderboard.main([str(tmp_path / "audit.json")])
+  assert rows() == [old | new]
+
+
 def test_predicted_and_realised_speed_ups_rank_alike():
   pairs = [(row["predicted_speedup"], row["realised"]) for row in rows() if "realised" in row]
   pairs = [(x, y) for x, y in pairs if x is not None]
