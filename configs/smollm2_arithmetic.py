@@ -61,16 +61,26 @@ def story(rng: np.random.Generator, most: int) -> dict[str, str]:
   }
 
 
+EXAMPLES = """\
+Tom has 4 cups. Then Tom buys 9 more. How many cups does Tom have now?
+4 + 9 = 13
+
+Mia has 8 pens. Then Mia loses 3. How many pens does Mia have now?
+8 - 3 = 5
+
+{question}
+"""
+
+
 def get_config():
   c = ConfigDict()
-  c.steps = 40
+  c.steps = 25
   c.policy = dict(pretrained="runs/smollm2", lora_rank=16, lora_alpha=32.0)
-  c.task = dict(
-    name=f"{__file__}:WordProblems",
-    prompt="{question} Answer in one short sentence.",
-    steps="sentence",
-  )
-  c.rollout = dict(problems=8, group=8, max_prompt_tokens=80, max_tokens=32, temperature=0.6)
-  c.learner = dict(lr=1e-3, micro_batches=4, max_grad_norm=1.0)
-  c.evaluate = dict(problems=96, samples=7, k=4)
+  # Two examples say in 90 tokens how to answer in ten; as a chat it would chat.
+  c.task = dict(name=f"{__file__}:WordProblems", prompt=EXAMPLES, chat_template=False)
+  c.rollout = dict(problems=8, group=8, max_prompt_tokens=96, max_tokens=16, stop=("\n",))
+  c.reviewer = dict(name="none")
+  c.credit = dict(scheme="uniform")  # An answer is one step, so there is nothing to share out.
+  c.learner = dict(lr=3e-4, warmup_updates=2, max_grad_norm=1.0, reference=False)
+  c.evaluate = dict(problems=200, samples=7, k=4)
   return c

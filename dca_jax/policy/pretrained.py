@@ -28,9 +28,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dca_jax.errors import UserError, reason
-from dca_jax.policy.families import family_of, read_json
+from dca_jax.policy.config import FREE, PolicyConfig
+from dca_jax.policy.families import family_of, read_json, text_part, text_tensor
 from dca_jax.policy.lora import join, split
-from dca_jax.policy.transformer import FREE, Policy, PolicyConfig
+from dca_jax.policy.transformer import Policy
 from dca_jax.progress import progress
 
 _SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
@@ -53,8 +54,9 @@ def resolve(config: PolicyConfig, vocab_size: int) -> PolicyConfig:
     config = dataclasses.replace(
       family_of(config).read(read_json(path), str(path), config.dtype), **free
     )
-    if why := config.check().get("attention"):
-      raise UserError(f"policy.attention {why}: {path}")
+    for key in ("attention", "lora_targets"):
+      if why := config.check().get(key):
+        raise UserError(f"policy.{key} {why}: {path}")
   elif 0 < config.vocab_size < vocab_size:
     raise UserError(f"policy.vocab_size: must be 0 or at least {vocab_size}, one for each id")
   return config
@@ -96,20 +98,20 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
   bar = progress(total=len(files), desc="weights", unit="tensor")
 
   def one(path, leaf, sharding):
-    keys, layered = _keys(path), path[0].key == "blocks"
+    keys, stacked = _keys(path), _stacked(_keys(path))
     shape, spec = (
-      _file_shape(keys, leaf.shape[layered:]),
-      (*sharding.spec, *[None] * leaf.ndim)[layered:],
+      _file_shape(keys, leaf.shape[stacked:]),
+      (*sharding.spec, *[None] * leaf.ndim)[stacked:],
     )
     # Of the axes that a file has as one, only the first is ever sharded.
     spec = (spec[_inputs(keys)], spec[0]) if keys[-1] == "kernel" else spec[: len(shape)]
     ours = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
-    for i in range(policy.config.depth) if layered else (None,):
-      name = family_of(policy.config).tensor_name(policy.config, keys).format(i)
-      read = functools.partial(_read, files[name], name)
+    for index in np.ndindex(leaf.shape[:stacked]):
+      name = family_of(policy.config).tensor_name(policy.config, keys).format(*index)
+      read = functools.partial(_read, *files[name])
       theirs = jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, P(*spec)), read)
       # Waited for, or what was read would pile up on the host.
-      ours = jax.block_until_ready(_fill(ours, theirs, i, keys[-1] == "kernel", sharding))
+      ours = jax.block_until_ready(_fill(ours, theirs, index, keys[-1] == "kernel", sharding))
       bar.update()
     return ours
 
@@ -119,11 +121,10 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _fill(ours, theirs, layer, turned: bool, sharding):
-  """`ours` with a file's tensor as one of its layers, or as all of it where `layer` is None."""
-  new = (theirs.T if turned else theirs).reshape(ours.shape[layer is not None :]).astype(ours.dtype)
-  if layer is not None:
-    new = jax.lax.dynamic_update_index_in_dim(ours, new, layer, 0)
+def _fill(ours, theirs, index, turned: bool, sharding):
+  """`ours` with a file's tensor at `index`: the layer and the expert, where there are such."""
+  new = (theirs.T if turned else theirs).reshape(ours.shape[len(index) :]).astype(ours.dtype)
+  new = jax.lax.dynamic_update_slice(ours, new[(None,) * len(index)], (*index, *[0] * new.ndim))
   return jax.lax.with_sharding_constraint(new, sharding)
 
 
@@ -132,29 +133,34 @@ def _read(path: pathlib.Path, name: str, index=...) -> np.ndarray:
     return file.get_slice(name)[index]
 
 
-def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, pathlib.Path]:
-  """The file of every tensor in `source`, which must be those of `params`, in the right shapes."""
+Places = dict[str, tuple[pathlib.Path, str]]
+"""The file of every tensor, and what it is called there."""
+
+
+def _check(config: PolicyConfig, source: pathlib.Path, params) -> Places:
+  """Where the tensors in `source` are, which must be those of `params`, in the right shapes."""
   index = source / "model.safetensors.index.json"
   names = (
     sorted(set(read_json(index).get("weight_map", {}).values()))
     if index.exists()
     else ["model.safetensors"]
   )
-  files: dict[str, pathlib.Path] = {}
+  wanted = {name: shape for name, _, _, shape in _named(config, params)}
+  files: Places = {}
   shapes: dict[str, tuple[int, ...]] = {}
   for path in map(source.joinpath, names):
     try:
       with safe_open(path, framework="np") as file:
-        names_in = list(file.keys())
-        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names_in}
-        files |= dict.fromkeys(names_in, path)
+        for theirs in file.keys():  # noqa: SIM118
+          if name := theirs if theirs in wanted else text_tensor(theirs):
+            shapes[name] = tuple(file.get_slice(theirs).get_shape())
+            files[name] = path, theirs
     except FileNotFoundError:
       raise UserError(f"{path} is missing; download the model again") from None
     except (OSError, SafetensorError) as error:
       raise UserError(
         f"{path} is cut short or damaged ({error}); download the model again"
       ) from error
-  wanted = {name: shape for name, _, _, shape in _named(config, params)}
   for name, shape in wanted.items():
     if name not in shapes:
       raise UserError(
@@ -162,20 +168,26 @@ def _check(config: PolicyConfig, source: pathlib.Path, params) -> dict[str, path
       )
     if shapes[name] != shape:
       raise UserError(
-        f"{files[name]}: {name} has the shape {shapes[name]}, but by its config.json it is {shape}"
+        f"{files[name][0]}: {name} has the shape {shapes[name]}, but by its config.json it is"
+        f" {shape}"
       )
   head = family_of(config).tensor_name(config, ("head",))
   for name in sorted(shapes.keys() - wanted.keys()):
     # A tied model may have its head written out, and old Llamas their rotary frequencies.
     if not (config.tied and name == head) and not name.endswith("rotary_emb.inv_freq"):
       raise UserError(
-        f"{files[name]}: {name} is a tensor that a model with this config.json does not have"
+        f"{files[name][0]}: {name} is a tensor that a model with this config.json does not have"
       )
   return files
 
 
 def _keys(path) -> tuple[str, ...]:
   return tuple(key.key for key in path)
+
+
+def _stacked(keys: tuple[str, ...]) -> int:
+  """How many leading axes a parameter has that files have not: layers, and experts."""
+  return (keys[0] == "blocks") + keys[-2:][0].startswith("expert_")
 
 
 def _inputs(keys: tuple[str, ...]) -> int:
@@ -187,25 +199,23 @@ def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
   with no axis for heads."""
   if keys[-1] in _TURNED:
     return math.prod(shape[_inputs(keys) :]), math.prod(shape[: _inputs(keys)])
-  return (math.prod(shape),) if keys[-1] == "bias" else tuple(shape)
+  return (math.prod(shape),) if keys[-1] in ("bias", "scale") else tuple(shape)
 
 
 def _named(
   config: PolicyConfig, params
-) -> Iterator[tuple[str, tuple[str, ...], int | None, tuple[int, ...]]]:
-  """For each tensor of a model its name, the keys of its parameter, which layer of
-  that it is, and its shape."""
+) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+  """For each tensor of a model its name, the keys of its parameter, where it is in that
+  (the layer, the expert), and its shape."""
   shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
   family = family_of(config)
-  for i in (None, *range(config.depth)):
+  for layer in ((), *((i,) for i in range(config.depth))):
     for keys, shape in shapes.items():
-      if (keys[0] == "blocks") == (i is not None):
-        yield (
-          family.tensor_name(config, keys).format(i),
-          keys,
-          i,
-          _file_shape(keys, shape[i is not None :]),
-        )
+      stacked, name = _stacked(keys), family.tensor_name(config, keys)
+      if bool(stacked) == bool(layer):
+        for expert in np.ndindex(shape[1:stacked]):
+          index = (*layer, *expert)
+          yield name.format(*index), keys, index, _file_shape(keys, shape[stacked:])
 
 
 # Out.
@@ -246,9 +256,11 @@ def save(
       params, config, original, partial
     )
     named = progress([*_named(config, params)], "reading it again", unit="tensor")
-    for name, keys, layer, shape in named:
-      if _read(files[name], name).tobytes() != _theirs(params, keys, layer, shape).tobytes():
-        raise UserError(f"{files[name]}: {name} was not written as it is; the disk may be failing")
+    for name, keys, index, shape in named:
+      if _read(*files[name]).tobytes() != _theirs(params, keys, index, shape).tobytes():
+        raise UserError(
+          f"{files[name][0]}: {name} was not written as it is; the disk may be failing"
+        )
     partial.rename(output)
   except (OSError, SafetensorError) as error:
     raise UserError(
@@ -256,13 +268,11 @@ def save(
     ) from error
 
 
-def _write_model(
-  params, config: PolicyConfig, original: str, partial: pathlib.Path
-) -> dict[str, pathlib.Path]:
-  """Writes all of a model, with the config.json and generation_config.json it had;
-  returns the file of every tensor."""
+def _write_model(params, config: PolicyConfig, original: str, partial: pathlib.Path) -> Places:
+  """Writes all of a model, with the config.json and generation_config.json it had, of a multimodal
+  one those of its text part; returns where every tensor is."""
   source = folder(original)
-  described = read_json(source / "config.json")
+  described = text_part(read_json(source / "config.json"))
   described |= {"torch_dtype" if "torch_dtype" in described else "dtype": "float32"}
   _write_json(partial / "config.json", described)
   if (source / "generation_config.json").exists():
@@ -275,7 +285,7 @@ def _write_model(
   for i, shard in enumerate(shards.values(), 1):
     file = f"model-{i:05}-of-{len(shards):05}.safetensors"
     places |= {name: file for name, *_ in shard}
-    tensors = {name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in shard}
+    tensors = {name: _theirs(params, keys, index, shape) for name, keys, index, shape in shard}
     save_file(tensors, partial / file, metadata={"format": "pt"})
   _write_json(
     partial / "model.safetensors.index.json",
@@ -284,12 +294,16 @@ def _write_model(
   return _check(config, partial, params)
 
 
-def _write_adapters(
-  params, config: PolicyConfig, original: str, partial: pathlib.Path
-) -> dict[str, pathlib.Path]:
+def _write_adapters(params, config: PolicyConfig, original: str, partial: pathlib.Path) -> Places:
   """The same for adapters, as peft reads them."""
+  published = read_json(folder(original) / "config.json")
+  if text_part(published) is not published:
+    raise UserError(
+      f"{original} reads pictures too, and peft would look for the adapters of its text part"
+      " elsewhere; leave --adapters out, which writes the text part as a model of its own"
+    )
   tensors = {
-    name: _theirs(params, keys, layer, shape) for name, keys, layer, shape in _named(config, params)
+    name: _theirs(params, keys, index, shape) for name, keys, index, shape in _named(config, params)
   }
   described = {
     "peft_type": "LORA",
@@ -303,17 +317,18 @@ def _write_adapters(
   }
   _write_json(partial / "adapter_config.json", described)
   save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-  return dict.fromkeys(tensors, partial / "adapter_model.safetensors")
+  return {name: (partial / "adapter_model.safetensors", name) for name in tensors}
 
 
 def _write_json(path: pathlib.Path, given: dict[str, Any]) -> None:
   path.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
 
 
-def _theirs(params, keys: tuple[str, ...], layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+def _theirs(
+  params, keys: tuple[str, ...], index: tuple[int, ...], shape: tuple[int, ...]
+) -> np.ndarray:
   """A tensor as a file has it."""
-  ours = functools.reduce(operator.getitem, keys, params)
-  ours = np.asarray(ours if layer is None else ours[layer], np.float32)
+  ours = np.asarray(functools.reduce(operator.getitem, keys, params)[index], np.float32)
   return np.ascontiguousarray(
     ours.reshape(shape[::-1]).T if keys[-1] in _TURNED else ours.reshape(shape)
   )

@@ -27,7 +27,7 @@ def rules(mesh: AnyMesh, vocab: int) -> list[tuple[str, str | tuple[str, ...]]]:
   """
   parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
   by_vocab = [("vocab", ("fsdp", "tensor"))] if vocab % parts == 0 else []
-  tensor = [(name, "tensor") for name in ("heads", "kv_heads", "mlp")]
+  tensor = [(name, "tensor") for name in ("experts", "heads", "kv_heads", "mlp")]
   return [*by_vocab, ("rows", ("data", "fsdp")), ("rows", "data"), ("embed", "fsdp"), *tensor]
 
 

@@ -4,12 +4,13 @@ transformers gives them.
 The tests need the files, not this script. It needs torch and transformers,
 in an environment of their own:
 
-  python tests/policy/make_reference.py
+  python tests/policy/make_reference.py [NAME ...]
 """
 
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -24,6 +25,12 @@ LLAMA3 = {
   "factor": 8.0,
   "low_freq_factor": 1.0,
   "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 64,
+}
+YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 1e4,
+  "factor": 4.0,
   "original_max_position_embeddings": 64,
 }
 FULL, NEAR = "full_attention", "sliding_attention"
@@ -151,6 +158,76 @@ MODELS = {
     True,
     "bfloat16",
   ),
+  "gemma": (
+    transformers.GemmaConfig(**SIZES, num_hidden_layers=2, num_key_value_heads=1, head_dim=16),
+    True,
+    "float32",
+  ),
+  # Its text part is what counts, and its config.json leaves out what transformers knows.
+  "gemma3_pictures": (
+    transformers.Gemma3Config(
+      text_config={
+        **SIZES,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": [NEAR, FULL, NEAR],
+        "rope_parameters": {
+          FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+          NEAR: {"rope_type": "default", "rope_theta": 1e4},
+        },
+      },
+      vision_config={
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+        "image_size": 16,
+        "patch_size": 8,
+      },
+      mm_tokens_per_image=4,
+      image_token_index=63,
+      boi_token_index=62,
+      eoi_token_index=61,
+    ),
+    False,
+    "bfloat16",
+  ),
+  "mistral": (
+    transformers.MistralConfig(
+      **SIZES, num_hidden_layers=2, num_key_value_heads=2, sliding_window=9
+    ),
+    True,
+    "float32",
+  ),
+  "smollm3": (
+    transformers.SmolLM3Config(
+      **SIZES, num_hidden_layers=3, num_key_value_heads=2, no_rope_layers=[1, 0, 1], pad_token_id=0
+    ),
+    False,
+    "float32",
+  ),
+  "olmo2": (
+    transformers.Olmo2Config(**SIZES, num_hidden_layers=2, num_key_value_heads=2),
+    False,
+    "float32",
+  ),
+  "qwen3_moe": (
+    transformers.Qwen3MoeConfig(
+      **SIZES,
+      num_hidden_layers=2,
+      num_key_value_heads=2,
+      head_dim=8,
+      num_experts=8,
+      num_experts_per_tok=3,
+      moe_intermediate_size=24,
+      norm_topk_prob=True,
+      rope_parameters=YARN,
+    ),
+    False,
+    "float32",
+  ),
 }
 
 
@@ -206,6 +283,6 @@ def make(name: str, config, old: bool, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-  shutil.rmtree(FOLDER, ignore_errors=True)
-  for name, settings in MODELS.items():
-    make(name, *settings)
+  for name in sys.argv[1:] or MODELS:
+    shutil.rmtree(FOLDER / name, ignore_errors=True)
+    make(name, *MODELS[name])

@@ -153,8 +153,11 @@ def test_adapters_that_were_written_wrong_get_no_name(tmp_path, monkeypatch):
     )
 
   monkeypatch.setattr(pretrained, "save_file", careless)
+  original = str(FOLDER / "qwen3")
   with pytest.raises(UserError, match=r"1\.mlp\.up_proj\.lora_A\.weight was not written as it is"):
-    pretrained.save(split(params)[1], policy.config, "", tmp_path / "tokenizer", tmp_path / "out")
+    pretrained.save(
+      split(params)[1], policy.config, original, tmp_path / "tokenizer", tmp_path / "out"
+    )
   assert not (tmp_path / "out").exists()
 
 

@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from dca_jax.commands.export import export
 from dca_jax.config import ConfigError
-from dca_jax.devices.mesh import MeshConfig, make_mesh, state_shardings
+from dca_jax.devices.mesh import MeshConfig, make_mesh, param_shapes, state_shardings
 from dca_jax.errors import UserError
 from dca_jax.learner import LearnerConfig, make_optimizer
 from dca_jax.loop import train
-from dca_jax.policy import Head, Policy, PolicyConfig, Sampling, pretrained, sampling_logits
+from dca_jax.policy import Head, Policy, PolicyConfig, Sampling, pretrained, sampling_logits, split
 from dca_jax.policy.families import from_json
 
 FOLDER = pathlib.Path(__file__).with_name("reference")
@@ -126,6 +126,8 @@ def test_a_tied_head_that_is_written_out_is_not_read(copy):
 
 LLAMA = json.loads((FOLDER / "llama_tied" / "config.json").read_text())
 NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
+PICTURES = json.loads((FOLDER / "gemma3_pictures" / "config.json").read_text())
+MOE = json.loads((FOLDER / "qwen3_moe" / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -133,8 +135,8 @@ NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
   [
     (
       LLAMA,
-      {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
-      "MistralForCausalLM",
+      {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]},
+      "Phi3ForCausalLM",
     ),
     (
       LLAMA,
@@ -152,7 +154,8 @@ NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
     (LLAMA, {"sliding_window": 4096}, "sliding_window"),
     (LLAMA, {"hidden_size": "32"}, "hidden_size must be a number"),
     (LLAMA, {"num_attention_heads": 0}, "heads must be positive"),
-    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "'yarn'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "lack original_max_position"),
     (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "lack factor"),
     (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1}}, "mscale"),
@@ -162,6 +165,11 @@ NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
     (NEW, {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types"),
     (NEW, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rope_parameters"),
     (NEW, {"sliding_window": None}, "window must be at least 1"),
+    (PICTURES, {"quantization_config": {"bits": 4}}, "quantization_config"),
+    (PICTURES, {"architectures": ["Gemma3Other"]}, "Gemma3Other"),
+    (PICTURES, {"text_config": None}, "Gemma3ForConditionalGeneration"),
+    (MOE, {"mlp_only_layers": [1]}, "layers with experts beside layers without"),
+    (MOE, {"num_experts_per_tok": 9}, "experts_per_token must be at most policy.experts (8)"),
     (
       {key: value for key, value in NEW.items() if key != "rope_parameters"},
       {
@@ -269,10 +277,30 @@ def test_sizes_that_follow_from_nothing_must_be_there(kind, key):
   ],
   ids=str,
 )
-def test_windows_of_the_layers(changes, window, windowed):
+def test_windows_of_qwen_layers(changes, window, windowed):
   given = {"model_type": "qwen2", "num_key_value_heads": 4, "sliding_window": 3, **SHORT, **changes}
   config = from_json(given, "", "float32")
   assert (config.window, config.windowed) == (window, windowed)
+
+
+@pytest.mark.parametrize(
+  ("kind", "changes", "expected"),
+  [
+    ("mistral", {}, {"window": 4096, "windowed": (0, 1, 2, 3, 4, 5, 6)}),
+    ("mistral", {"sliding_window": None}, {}),
+    ("smollm3", {}, {"unrotated": (3,), "tied": True, "rope_theta": 2e6}),
+    (
+      "smollm3",
+      {"use_sliding_window": True, "sliding_window": 8, "no_rope_layer_interval": 3},
+      {"unrotated": (2, 5), "window": 8, "windowed": (2, 5), "tied": True, "rope_theta": 2e6},
+    ),
+  ],
+  ids=str,
+)
+def test_layers_that_differ(kind, changes, expected):
+  given = {"model_type": kind, "num_key_value_heads": 4, **SHORT, **changes}
+  plain = from_json({"model_type": "llama", **SHORT}, "", "float32")
+  assert from_json(given, "", "float32") == dataclasses.replace(plain, **expected)
 
 
 def test_either_spelling_of_the_window_pattern_counts():
@@ -407,7 +435,9 @@ def test_a_model_that_was_replaced_since_is_not_exported(run, tmp_path):
   assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "llama_scaled"])
+@pytest.mark.parametrize(
+  "name", ["gemma", "gemma2", "llama_scaled", "mistral", "olmo2", "qwen3_moe", "smollm3"]
+)
 def test_what_goes_out_in_several_files_comes_in_bit_for_bit(name, tmp_path, monkeypatch):
   monkeypatch.setattr(pretrained, "_SHARD_BYTES", 20_000)
   policy, params = read(FOLDER / name)
@@ -429,6 +459,36 @@ def test_what_goes_out_in_several_files_comes_in_bit_for_bit(name, tmp_path, mon
   for path in (tmp_path / "out").glob("*.safetensors"):
     with safe_open(path, "np") as file:
       assert file.metadata() == {"format": "pt"}
+
+
+def test_the_text_part_of_a_multimodal_model_is_a_model_of_its_own(tmp_path):
+  policy, params = read(FOLDER / "gemma3_pictures")
+  (tmp_path / "tokenizer").mkdir()
+  save = functools.partial(
+    pretrained.save,
+    original=str(FOLDER / "gemma3_pictures"),
+    tokenizer=tmp_path / "tokenizer",
+    output=tmp_path / "out",
+  )
+  adapted = dataclasses.replace(policy.config, lora_rank=1)
+  with pytest.raises(UserError, match=r"reads pictures too, .*; leave --adapters out"):
+    save(split(param_shapes(Policy(adapted, VOCAB)))[1], adapted)
+  save(params, policy.config)
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert written["architectures"] == ["Gemma3ForCausalLM"]
+  assert "vision_config" not in written
+  assert {name.partition(".")[0] for name in tensors(tmp_path / "out")} == {"model"}
+  again, reloaded = read(tmp_path / "out")
+  assert again.config == policy.config
+  jax.tree.map(np.testing.assert_array_equal, reloaded, params)
+
+
+def test_experts_have_no_adapters():
+  asked = PolicyConfig(pretrained=str(FOLDER / "qwen3_moe"), lora_rank=2)
+  with pytest.raises(UserError, match=r"policy\.lora_targets can only be some of q, k, v and o"):
+    pretrained.resolve(asked, VOCAB)
+  asked = dataclasses.replace(asked, lora_targets=("q", "v"))
+  assert pretrained.resolve(asked, VOCAB).experts == 8
 
 
 def test_a_write_that_went_wrong_leaves_no_folder(tmp_path, monkeypatch):
@@ -461,18 +521,36 @@ def test_ids_that_are_no_token_are_never_sampled():
 # Several devices.
 
 
+TOKENS = np.arange(96).reshape(8, 12) ** 2 % VOCAB
+
+
+def learned(policy, params):
+  """Gradients of what experts compute, and of their router."""
+
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def gradients(params):
+    return jax.grad(
+      lambda p: jnp.square(policy.apply({"params": p}, TOKENS)[0] * jnp.arange(32)).sum()
+    )(params)
+
+  return flat(gradients(params)["blocks"]["experts"])
+
+
 MESHES = {
   "qwen2_windowed": MeshConfig(data=2, fsdp=4),
   "llama_scaled": MeshConfig(data=2, fsdp=2, tensor=2),
+  "qwen3_moe": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 
 
 def on_eight_devices(folder: pathlib.Path) -> None:
   for name, mesh in MESHES.items():
-    _, params = read(FOLDER / name, mesh)
+    policy, params = read(FOLDER / name, mesh)
     for path, leaf in jax.tree.leaves_with_path(params):
       assert path[-1].key != "kernel" or not leaf.sharding.is_fully_replicated, path
     np.savez(folder / f"{name}.npz", **flat(params))
+  assert params["blocks"]["experts"]["expert_up"]["kernel"].sharding.spec[:2] == (None, "tensor")
+  np.savez(folder / "learned.npz", **learned(policy.clone(mesh=make_mesh(mesh)), params))
 
 
 def flat(params):
@@ -493,6 +571,9 @@ def test_eight_devices_read_what_one_reads(tmp_path):
   for name in MESHES:
     with np.load(tmp_path / f"{name}.npz") as file:
       tiny.assert_same_arrays(dict(file), flat(read(FOLDER / name)[1]))
+  with np.load(tmp_path / "learned.npz") as file:
+    for name, expected in learned(*read(FOLDER / "qwen3_moe")).items():
+      np.testing.assert_allclose(file[name], expected, atol=1e-4 * np.abs(expected).max())
 
 
 if __name__ == "__main__":

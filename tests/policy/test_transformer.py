@@ -11,7 +11,7 @@ from policies import random_params, token_by_token
 
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.policy.attention import KeyValue, attend
-from dca_jax.policy.transformer import _rope, _rotate
+from dca_jax.policy.layers import rotate, rotations
 
 VOCAB = 20
 GROUP = 3
@@ -208,7 +208,7 @@ def test_rotary_scores_depend_on_relative_position_only():
 
   def score(at_q, at_k):
     rotated = [
-      _rotate(x[None, None, None], _rope(jnp.array([[i]]), TINY))[0, 0, 0]
+      rotate(x[None, None, None], rotations(jnp.array([[i]]), TINY))[0, 0, 0]
       for x, i in ((q, at_q), (k, at_k))
     ]
     return float(rotated[0] @ rotated[1])

@@ -1,0 +1,202 @@
+"""The `policy` section."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+
+from dca_jax.checks import at_least, one_of, positive
+from dca_jax.doors import door
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+  """The `policy` section. Its defaults make a small policy that begins from nothing."""
+
+  pretrained: str = ""
+  """A Hugging Face folder or hub id to start from; its config.json then decides every key but
+  `dtype`, `weights`, `remat`, `attention` and those of LoRA."""
+  family: str = door("")
+  """What config.json and the tensors' names mean: empty for the built-in families, which go by its
+  `model_type`; or your own, MODULE:CLASS."""
+  lora_rank: int = 0
+  """Rank of the adapters, which alone are trained; 0 trains everything. What they adapt is kept in
+  `dtype`."""
+  lora_alpha: float = 16.0
+  """Adapters count alpha / rank."""
+  lora_targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+  """Which matrices of a layer have adapters."""
+  vocab_size: int = 0
+  """Rows of the embedding; 0 makes one for each token of the tokenizer. Ids that are no token are
+  never sampled."""
+  tied: bool = True
+  """The embedding is also the output matrix."""
+  width: int = 64
+  depth: int = 3
+  heads: int = 2
+  kv_heads: int = 1
+  head_dim: int = 32
+  mlp: int = 192
+  """Hidden size of the gated MLP, or of each expert's."""
+  experts: int = 0
+  """MLPs of a layer among which a router chooses for every token (a mixture of experts); 0: one MLP
+  for all."""
+  experts_per_token: int = 8
+  """So many of the experts, the likeliest, are added, each times its probability."""
+  experts_sum_to_one: bool = True
+  """Divide the probabilities of the chosen ones by their sum."""
+  activation: str = "silu"
+  """`silu` or `gelu_tanh`, of the MLP's gate."""
+  rope_theta: float = 10_000.0
+  rope_scaling: tuple[float, ...] = ()
+  """(factor,) divides all rotary frequencies. (factor, low, high, original), as in Llama 3.1,
+  divides those that turn less than `low` times in `original` positions, leaves those that turn more
+  than `high` times, and blends between. (factor, slow, fast, original, attention), as YaRN does,
+  blends by the number of the frequency and multiplies cosines and sines by `attention`."""
+  window: int = 0
+  """Positions that a windowed layer reads, its own included."""
+  windowed: tuple[int, ...] = ()
+  """Layers, counted from 0, that read a window and not all before them."""
+  local_rope_theta: float = 0.0
+  """Of the windowed layers, without scaling; 0: they rotate as the others do."""
+  unrotated: tuple[int, ...] = ()
+  """Layers, counted from 0, without rotary positions (SmolLM3)."""
+  qkv_bias: bool = False
+  query_scalar: float = 0.0
+  """Attention scores are divided by its square root; 0 stands for head_dim."""
+  attention_soft_cap: float = 0.0
+  """Attention scores are squeezed between -cap and cap (Gemma 2); 0 leaves them."""
+  logit_soft_cap: float = 0.0
+  scale_embedding: bool = False
+  """Multiply what is read from the embedding by width^1/2 (Gemma)."""
+  norm_eps: float = 1e-6
+  norm_plus_one: bool = False
+  """Norms scale by 1 + weight (Gemma)."""
+  pre_norms: bool = True
+  """Norms before attention and MLP."""
+  post_norms: bool = False
+  """Norms behind attention and MLP (Gemma 2 has both, OLMo 2 only these)."""
+  qk_norm: bool = False
+  """Normalise queries and keys in each head, as Qwen3 and Gemma 3 do; it bears much higher learning
+  rates."""
+  qk_norm_whole: bool = False
+  """Normalise them over all heads together (OLMo 2)."""
+  dtype: str = "float32"
+  """Type of activations and matrix products."""
+  weights: str = "float32"
+  """Type that trained weights are kept in; `bfloat16` needs half the memory for them, and every
+  update rounds at random, so that changes too small to show are right on average. Adapters are
+  always float32."""
+  remat: str = "projections"
+  """What the forward pass of an update keeps for the backward pass: `all`, `projections` (results
+  of the matrix products with weights), or `layers` (what goes into each layer), which takes least
+  memory and a third more time."""
+  attention: str = "auto"
+  """`plain`, or a kernel for blocks of tokens (decoding is plain): `splash` for TPUs, `cudnn` for
+  GPUs in bfloat16. `auto` takes what the devices have."""
+
+  def check(self) -> dict[str, str]:
+    bad = positive(self, "width", "depth", "heads", "kv_heads", "mlp", "lora_alpha")
+    bad |= positive(self, "experts_per_token")
+    bad |= at_least(
+      0, self, "vocab_size", "local_rope_theta", "query_scalar", "norm_eps", "experts"
+    )
+    bad |= at_least(0, self, "attention_soft_cap", "logit_soft_cap") | one_of(
+      self, "activation", *ACTIVATIONS
+    )
+    bad |= one_of(self, "dtype", "float32", "bfloat16") | one_of(
+      self, "weights", "float32", "bfloat16"
+    )
+    bad |= one_of(self, "remat", *REMAT) | one_of(
+      self, "attention", "auto", "plain", "splash", "cudnn"
+    )
+    if self.head_dim < 2 or self.head_dim % 2:
+      bad["head_dim"] = "must be even and positive, for rotary positions"
+    if self.kv_heads > 0 and self.heads % self.kv_heads:
+      bad["heads"] = f"must be a multiple of policy.kv_heads ({self.kv_heads})"
+    if self.rope_theta <= 1:
+      bad["rope_theta"] = "must be above 1"
+    scaling = self.rope_scaling
+    if (
+      len(scaling) not in (0, 1, 4, 5)
+      or min(scaling, default=1) <= 0
+      or (scaling[1:] and scaling[1] >= scaling[2])
+    ):
+      bad["rope_scaling"] = (
+        "must be (), (factor,), (factor, low, high, original) or (factor, slow, fast, original,"
+        " attention), positive, with low below high"
+      )
+    for key in ("windowed", "unrotated"):
+      if not all(type(i) is int and 0 <= i < self.depth for i in getattr(self, key)):
+        bad[key] = f"must be layers from 0 to {self.depth - 1}"
+    if 0 < self.experts < self.experts_per_token:
+      bad["experts_per_token"] = f"must be at most policy.experts ({self.experts})"
+    if self.windowed and self.window < 1:
+      bad["window"] = "must be at least 1 with policy.windowed"
+    if self.lora_rank < 0 or (self.lora_rank and not self.pretrained):
+      bad["lora_rank"] = "must be 0, or positive with policy.pretrained"
+    if not self.lora_targets or set(self.lora_targets) - _MATRICES:
+      bad["lora_targets"] = f"must be some of {', '.join(sorted(_MATRICES))}"
+    elif self.lora_rank and self.experts and set(self.lora_targets) - _ATTENTION:
+      bad["lora_targets"] = "can only be some of q, k, v and o where the MLPs are experts"
+    if self.weights == "bfloat16" and not self.pretrained:
+      bad["weights"] = "can be 'bfloat16' only with policy.pretrained"
+    if self.attention == "cudnn" and (self.dtype != "bfloat16" or self.attention_soft_cap):
+      bad["attention"] = (
+        "can be 'cudnn' only with policy.dtype 'bfloat16' and without policy.attention_soft_cap"
+      )
+    return bad
+
+  def unused(self) -> dict[str, str]:
+    adapted = dict.fromkeys(("lora_alpha", "lora_targets"), "policy.lora_rank is 0")
+    if self.lora_rank:
+      adapted = {
+        "weights": "policy.lora_rank is not 0, and what is not trained is kept in policy.dtype"
+      }
+    if self.pretrained:
+      keys = [
+        field.name for field in dataclasses.fields(self) if field.name not in (*FREE, "pretrained")
+      ]
+      return adapted | dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
+    adapted["family"] = "policy.pretrained is empty"
+    windows = (
+      {}
+      if self.windowed
+      else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
+    )
+    if not self.experts:
+      chosen = ("experts_per_token", "experts_sum_to_one")
+      adapted |= dict.fromkeys(chosen, "policy.experts is 0")
+    if not self.qk_norm:
+      adapted["qk_norm_whole"] = "policy.qk_norm is False"
+    return adapted | windows
+
+  @property
+  def kept(self) -> str:
+    """Type in which weights are kept, but for adapters."""
+    return self.dtype if self.lora_rank else self.weights
+
+  @property
+  def lora_scale(self) -> float:
+    return self.lora_alpha / max(1, self.lora_rank)
+
+
+# Whatever the model.
+FREE = (
+  "family",
+  "dtype",
+  "weights",
+  "remat",
+  "attention",
+  "lora_rank",
+  "lora_alpha",
+  "lora_targets",
+)
+REMAT = {
+  "all": jax.checkpoint_policies.everything_saveable,
+  "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "layers": jax.checkpoint_policies.nothing_saveable,
+}
+_ATTENTION = {"q", "k", "v", "o"}
+_MATRICES = _ATTENTION | {"gate", "up", "down"}
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
