@@ -17,6 +17,7 @@ import tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from dca_jax.commands import cli
 from dca_jax.commands.export import export
 from dca_jax.config import ConfigError
 from dca_jax.devices.mesh import MeshConfig, make_mesh, param_shapes, state_shardings
@@ -405,6 +406,19 @@ def test_export_of_a_run_is_its_last_parameters(run, tmp_path):
   assert config == original | {"torch_dtype": "float32"}
   assert (tmp_path / "out" / "tokenizer.json").exists()
   assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_eval_of_an_exported_folder_gives_the_scores_of_the_run(run, tmp_path, capsys):
+  export(str(run), str(tmp_path / "out"))
+  recipe = tiny.write_recipe(tmp_path, RUN | {"policy.pretrained": str(tmp_path / "out")})
+  capsys.readouterr()
+  assert cli.main(["eval", f"--config={recipe}", "--json", "--quiet"]) == 0
+  found = json.loads(capsys.readouterr().out)["all"]
+  last = tiny.read_lines(run)[-1]
+  assert found.keys() == {"greedy", "sampled", "pass@2", "length", "maj@2"}
+  assert {name: e[0] for name, e in found.items()} == pytest.approx(
+    {name: last[f"eval/{name}"] for name in found}
+  )
 
 
 def test_export_of_an_earlier_step_and_of_what_is_not_there(run, tmp_path):
