@@ -9,7 +9,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dca_jax.episode import Episode, Outcome, Problem, Review, Segment, Step
+from dca_jax.episode import Check, Episode, Outcome, Problem, Review, Segment, Step
 from dca_jax.rollout.collect import cut_steps, rows_of
 from dca_jax.store.trajectories import read_trajectories, write_trajectories
 
@@ -37,6 +37,7 @@ def reviewed(turns: Episode) -> Episode:
   return dataclasses.replace(
     whole,
     trained=False,
+    checks={k: Check((0.0, 1.0), (1.0, 1.0, 0.0), 1) for k in range(n)},
     review=Review(
       *("ok", ("error",) * n, tuple(k / 2 for k in range(n))),
       model="m-1",

@@ -177,6 +177,7 @@ class Client:
   def trial(self, seconds: float) -> Trial:
     if self._closed or not self._config.at_once:
       return Trial()
+    seconds += max(0.0, self._config.attempt_seconds - 60.0)  # For a server that is known as slow.
     return asyncio.run_coroutine_threadsafe(
       self._trial(self._loop.time() + seconds), self._loop
     ).result()

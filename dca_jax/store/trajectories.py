@@ -23,6 +23,7 @@ class _Step(BaseModel):
   value: float | None = None
   before: list[float] | None = None
   after: list[float] | None = None
+  common: int | None = None
 
 
 class _Line(BaseModel):

@@ -564,6 +564,13 @@ def test_no_step_stalls_no_cap_breaks_and_health_is_noticed(script, poor):
     assert math.isfinite(budget.spent)
 
 
+def test_a_server_that_is_known_as_slow_has_time_for_the_first_question():
+  for attempt_seconds, is_answered in ((20.0, False), (100.0, True)):
+    with virtual.opened(virtual.Server(latency=90.0), attempt_seconds=attempt_seconds) as client:
+      trial = client.trial(60.0)
+    assert bool(trial.said) == is_answered != bool(trial.wrong)
+
+
 # Parts of a step.
 
 
