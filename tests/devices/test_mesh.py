@@ -253,6 +253,8 @@ def test_problems_that_do_not_divide_are_an_error_that_names_the_keys():
   ) as error:
     check_rows(devices, 24, 2)
   assert "mesh.data x mesh.fsdp" in str(error.value)
+  with pytest.raises(UserError, match=r"rollout\.carry = 12 .*\b8 devices"):
+    check_rows(devices, 32, 2, 12)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ LONG = {
   "steps": 24,
   "credit.scheme": "calibrated",
   "reviewer.name": "oracle",
+  "learner.loss": "ppo",
+  "rollout.carry": 4,
   "checkpoint.every": 10,
 }
 

@@ -103,10 +103,9 @@ def test_when_the_host_looks_does_not_matter(params, wanted, whole, chunk):
   same(drawn(params, wanted, chunk=chunk), whole)
 
 
-@pytest.mark.parametrize("rows", [8, 16])
-def test_how_many_rows_there_are_does_not_matter(params, wanted, whole, rows):
+def test_how_many_rows_there_are_does_not_matter(params, wanted, whole):
   """Fewer rows than samples, so problems wait and enter where others have left."""
-  same(drawn(params, wanted, rows=rows), whole, exact=False)
+  same(drawn(params, wanted, rows=16), whole, exact=False)
 
 
 @pytest.mark.slow
@@ -212,7 +211,7 @@ def test_when_it_is_wanted_does_not_matter(params, wanted, whole, most):
 
 def test_an_answer_that_goes_on_has_the_noise_of_its_place(params, wanted, whole):
   """So it goes on as it would have; a noise of its own for every turn, and none twice."""
-  rows = [i for i, sample in enumerate(whole) if len(sample.tokens) > 10]
+  rows = sorted(range(P * G), key=lambda i: -len(whole[i].tokens))[:4]
   prompts = np.zeros((len(rows), S + T), np.int32)
   lengths = wanted.prompt_lengths_P[np.array(rows) // G] + 10
   for row, i, n in zip(prompts, rows, lengths, strict=True):

@@ -82,6 +82,7 @@ const CHARTS = [
   ],
   ["Dollars for reviews", ["review/dollars_spent"]],
   ["Effect of steps that were checked", ["spot/effect"]],
+  ["Age of answers (steps)", ["rollout/age", "rollout/age_max"]],
   ["Seconds a step", ["seconds/sample", "seconds/review", "seconds/update", "seconds/spot"]],
 ];
 const SMOOTH = 5;
