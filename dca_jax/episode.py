@@ -156,6 +156,8 @@ class Episode:
   """The episode's own, before credit moved it."""
   credit: Sequence[float] = ()
   """The advantage of every token."""
+  seed: int | None = None
+  """Of its environment, if it has one: begun with it again, it has the same hidden randomness."""
 
   def __eq__(self, other: object) -> bool:
     """Whether all is the same; a value that there is not is the same as another."""
@@ -196,6 +198,7 @@ class Episode:
       "age": self.age,
       "advantage": self.advantage,
       "credit": list(self.credit),
+      **({} if self.seed is None else {"seed": self.seed}),
     }
 
   def spans(self) -> Iterator[tuple[int, int, Segment]]:
@@ -204,6 +207,16 @@ class Episode:
     for segment in self.segments:
       start, end = end, end + len(segment.tokens)
       yield start, end, segment
+
+  def before(self, place: int) -> list[Segment]:
+    """What stands before a place, the segment around it cut off there."""
+    return [
+      dataclasses.replace(
+        own, tokens=own.tokens[: place - start], logprobs=own.logprobs[: place - start]
+      )
+      for start, end, own in self.spans()
+      if start < place or end == place
+    ]
 
   def given(self) -> tuple[str, ...]:
     """What was given directly before each step; empty where nothing was."""
@@ -258,6 +271,7 @@ class Episode:
       tuple(step.get("value", math.nan) for step in steps),
       line["advantage"],
       tuple(line["credit"]),
+      line.get("seed"),
     )
 
 

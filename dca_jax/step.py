@@ -14,7 +14,7 @@ from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch
 from dca_jax.review import Truth
 from dca_jax.review.episodes import ask, audited, too_blind, wait_for_reviews, worth_a_review
-from dca_jax.rollout import Continues, Group, Rollout, collect, collect_whole
+from dca_jax.rollout import Continues, Group, Rollout, Spent, collect, collect_whole
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
@@ -47,7 +47,7 @@ def train_step(t: Trainer, step: int) -> Measured:
 
     # The reference runs on the devices while the host waits for reviews.
     batch = t.reference(on_devices(t, rollout))
-    rollout, spot_tokens = spot_checked(t, step, params, rollout, clock)  # Meanwhile, too.
+    rollout, spot = spot_checked(t, step, params, rollout, clock)  # Meanwhile, too.
     reviews = reviews_of(t, rollout)
     policy = Continues(t.sampler, params, further_noise(t, step))
     reviews, continued = t.values.ask(policy, rollout, reviews)
@@ -73,7 +73,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     t.state = t.state._replace(value_head=head, unfinished=put(rollout.unfinished, t.rows))
 
     host, values_BxK = fetch((advantages, said.values_BxK), t.rows)
-    credited = Credited(values_BxK, host, continued, spot_tokens)
+    credited = Credited(values_BxK, host, continued, spot)
     episodes = credited.finished(rollout.episodes)
     write_trajectories(t.folder / "trajectories", step, jax.process_index(), episodes)
     numbers = {key: float(x) for key, x in jax.device_get(stats | more).items()}
@@ -126,14 +126,14 @@ def on_devices(t: Trainer, rollout: Rollout) -> Batch:
 
 def spot_checked(
   t: Trainer, step: int, params: Any, rollout: Rollout, clock: Clock
-) -> tuple[Rollout, int | None]:
-  """The batch with its spot checks, and the tokens they took; None where nothing is checked."""
+) -> tuple[Rollout, Spent | None]:
+  """The batch with its spot checks, and what they took; None where nothing is checked."""
   if not t.config.spot.share:
     return rollout, None
   policy = Continues(t.sampler, params, further_noise(t, step, 2**31))
-  rollout, tokens = measured(t.config.spot, t.config.seed, step, policy, rollout)
+  rollout, spent = measured(t.config.spot, t.config.seed, step, policy, rollout)
   clock.lap("spot")
-  return rollout, tokens
+  return rollout, spent
 
 
 def reviews_of(t: Trainer, rollout: Rollout) -> list[Review]:

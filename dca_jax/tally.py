@@ -13,7 +13,7 @@ from dca_jax.credit.calibrated import SEEN, seen_of
 from dca_jax.episode import ROLES, Episode, Outcome
 from dca_jax.intervals import Estimate
 from dca_jax.review.types import Usage
-from dca_jax.rollout import Rollout
+from dca_jax.rollout import Rollout, Spent
 
 
 class Clock:
@@ -45,10 +45,10 @@ class Credited(NamedTuple):
   values_BxK: np.ndarray
   """Of the prefixes before each step; not a number where there is none."""
   advantages: Advantages
-  continued: int
-  """Tokens generated for prefix values."""
-  spot_tokens: int | None
-  """Tokens generated for spot checks; None where the run makes none."""
+  continued: Spent
+  """What was generated for prefix values."""
+  spot: Spent | None
+  """For spot checks; None where the run makes none."""
 
   def finished(self, episodes: Sequence[Episode]) -> list[Episode]:
     """The batch's reviewed episodes with all that happened to them."""
@@ -79,16 +79,16 @@ def tally(
   largest["seconds/step"] = total = sum(clock.seconds.values())
   means, more = _credit(scheme, rollout, credited)
   means |= _outcomes(rollout) | _reviews(rollout)
+  further = credited.continued.plus(credited.spot or Spent())
+  means["train/unjudged_further"] = further.unjudged, further.answers
   sums = {
     "train/completions": float(len(rollout.outcomes)),
-    "train/generated_tokens": float(
-      rollout.generated + credited.continued + (credited.spot_tokens or 0)
-    ),
+    "train/generated_tokens": float(rollout.generated + further.tokens),
     "train/tokens_per_second": float(rollout.sampled_BxT.sum() / total),
   }
-  if credited.spot_tokens is not None:
+  if credited.spot is not None:
     effects = [check.effect for episode in rollout.episodes for check in episode.checks.values()]
-    sums |= {"spot/steps": float(len(effects)), "spot/tokens": float(credited.spot_tokens)}
+    sums |= {"spot/steps": float(len(effects)), "spot/tokens": float(credited.spot.tokens)}
     means["spot/effect"] = sum(effects), len(effects)
   if rollout.unfinished is not None:
     ages = [episode.age for episode in rollout.episodes]
@@ -170,7 +170,7 @@ def _credit(scheme: Scheme, rollout: Rollout, credited: Credited) -> tuple[Means
 
 
 # Means that say nothing where they are over nothing; of the others it is 0.
-_LEFT_OUT = ("review/weight_entropy", "value/brier", "spot/effect")
+_LEFT_OUT = ("review/weight_entropy", "value/brier", "spot/effect", "train/unjudged_further")
 # What of a reviewer's metrics adds up over processes; the rest are shares and medians.
 _ADD_UP = {field.name for field in dataclasses.fields(Usage)} | {"dollars_spent", "concurrency"}
 

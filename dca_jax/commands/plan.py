@@ -66,7 +66,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   # Evaluation draws batches of the same shape. Further answers have their own beginning as prompt.
   length, decoding = rollout.max_prompt_tokens, problems * rollout.group
   prompts = problems * length
-  if config.value.answers or config.spot.share:
+  if config.value.answers or config.spot.share or "environment" in config.task.offers:
     prompts = decoding * (length + rollout.max_tokens)
   # Where a ring grows, the one before it is still there.
   grown = sum(ring_sizes(rollout.max_tokens)[-2:])

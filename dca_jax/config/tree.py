@@ -81,8 +81,6 @@ class Config:
         bad["value.source"] = f"must be 'reviewer' with {scheme}"
     if self.value.needs and self.value.needs not in self.task.offers:
       bad["value.source"] = f"needs a task with an {self.value.needs}; '{self.task.name}' has none"
-    if "environment" in self.task.offers and (key := self._goes_on_from_prefixes):
-      bad[key] = f"must not ask for further answers: '{self.task.name}' cannot go back to a prefix"
     if "demonstrations" not in self.task.offers:
       for key in _WARM:
         if operator.attrgetter(key)(self):
@@ -114,11 +112,6 @@ class Config:
       return f"the environments of task '{self.task.name}' cannot wait for the next step"
     why = self.engine.cannot_carry(self.rollout)
     return why and f"engine '{self.engine.name}' {why}"
-
-  @property
-  def _goes_on_from_prefixes(self) -> str:
-    """The key that has the policy go on from the middle of an episode; empty where none does."""
-    return "value.source" if self.value.answers else "spot.share" if self.spot.share else ""
 
   @property
   def _wanted(self) -> set[str]:

@@ -4,7 +4,7 @@ from dca_jax.rollout.carry import collect_whole, first_unfinished
 from dca_jax.rollout.collect import Group, Rollout, collect
 from dca_jax.rollout.config import RolloutConfig
 from dca_jax.rollout.engine import GREEDY, Begun, Engine, EngineConfig, Sample, Wanted
-from dca_jax.rollout.prefixes import Continues, Values
+from dca_jax.rollout.prefixes import Continues, Spent, Values
 from dca_jax.rollout.prompts import encode_prompts
 from dca_jax.rollout.sampler import Sampler, in_order
 from dca_jax.rollout.slots import ENGINES, SlotsConfig
@@ -23,6 +23,7 @@ __all__ = [
   "Sample",
   "Sampler",
   "SlotsConfig",
+  "Spent",
   "Values",
   "Wanted",
   "collect",

@@ -176,7 +176,7 @@ def group_of(
   """All attempts at a problem, verified and cut into steps."""
   outcomes = neutral(outcomes_of(sampler, [problem] * len(attempts), attempts))
   episodes = [
-    Episode(f"{step}/{problem.id}/{g}", problem, attempt.segments, outcomes[g])
+    Episode(f"{step}/{problem.id}/{g}", problem, attempt.segments, outcomes[g], seed=attempt.seed)
     for g, attempt in enumerate(attempts)
   ]
   cut_up = cut_steps(episodes, sampler.tokenizer, sampler.task)

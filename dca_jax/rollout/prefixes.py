@@ -2,7 +2,8 @@
 
 `monte_carlo` samples further answers from every step boundary and counts the successes (VinePPO,
 Kazemnejad et al. 2024): unbiased, blind to the rest of the answer, and paid for in generated
-tokens.
+tokens. In the middle of an episode with an environment, that is begun anew from the episode's seed
+and hears the same turns once more, before the policy goes on.
 """
 
 import bisect
@@ -16,12 +17,25 @@ import numpy as np
 
 from dca_jax.checks import at_least
 from dca_jax.devices.processes import gather
-from dca_jax.episode import Episode, Outcome, Review
+from dca_jax.episode import Episode, Outcome, Review, Segment
 from dca_jax.rollout.collect import Rollout
 from dca_jax.rollout.engine import Wanted
 from dca_jax.rollout.sampler import Sampler
-from dca_jax.rollout.verify import verify
-from dca_jax.tasks.tokenizer import text_of
+from dca_jax.rollout.turns import Played, Seat, outcomes_of, seated
+
+
+class Spent(NamedTuple):
+  """What further answers took."""
+
+  tokens: int = 0
+  """Generated for them."""
+  answers: int = 0
+  unjudged: int = 0
+  """Of the answers; an environment could not be brought to where they begin, or failed, or the
+  verifier has no verdict."""
+
+  def plus(self, other: "Spent") -> "Spent":
+    return Spent(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Continues(NamedTuple):
@@ -57,9 +71,9 @@ class Values:
 
   def ask(
     self, policy: Continues, rollout: Rollout, reviews: list[Review]
-  ) -> tuple[list[Review], int]:
-    """The reviews with values in them, and how many tokens were generated for that."""
-    return reviews, 0
+  ) -> tuple[list[Review], Spent]:
+    """The reviews with values in them, and what was generated for that."""
+    return reviews, Spent()
 
   def read(self, policy, head, params, batch, review) -> tuple[Any, Any]:
     """On the devices: the review arrays with values in them, and what `learn` wants to know."""
@@ -87,7 +101,8 @@ class FromEnvironment(Values):
   needs: ClassVar[str] = "environment"
 
   def ask(self, policy, rollout, reviews):
-    return [Review("ok", values=scores_before(episode)) for episode in rollout.episodes], 0
+    values = map(scores_before, rollout.episodes)
+    return [Review("ok", values=own) for own in values], Spent()
 
 
 def scores_before(episode: Episode) -> tuple[float, ...]:
@@ -118,37 +133,44 @@ class MonteCarlo(Values):
 
 def monte_carlo(
   continuations: int, policy: Continues, rollout: Rollout
-) -> tuple[list[Review], int]:
-  """Reviews that hold a value for each step of each episode, and how many tokens were generated.
+) -> tuple[list[Review], Spent]:
+  """Reviews that hold a value for each step of each episode, and what was generated.
 
-  A prefix that several episodes share is continued once.
+  A prefix that several episodes share is continued once. Where no answer has a verdict, the value
+  is not a number.
   """
-  group = len(rollout.episodes) // len(rollout.prompt_lengths_P)
   numbers: dict[Prefix, int] = {}
   places = []
   for i, episode in enumerate(rollout.episodes):
-    prefixes = [Prefix.of(rollout, i // group, i, step.start) for step in episode.steps]
+    prefixes = [Prefix.of(rollout, i, step.start) for step in episode.steps]
     places.append([numbers.setdefault(prefix, len(numbers)) for prefix in prefixes])
-  further, generated = continued(policy, rollout, [*numbers], continuations)
-  values = [sum(f.outcome.reward for f in own) / continuations for own in further]
+  further, spent = continued(policy, rollout, [*numbers], continuations)
+  rewards = [[f.outcome.reward for f in own if f.outcome.judged] for own in further]
+  values = [sum(own) / len(own) if own else math.nan for own in rewards]
   reviews = [Review("ok", values=tuple(values[n] for n in own)) for own in places]
-  return reviews, generated
+  return reviews, spent
 
 
 class Prefix(NamedTuple):
-  """Where further answers begin: a problem of the batch, by its row, and what is written."""
+  """Where further answers begin."""
 
-  problem: int
+  episode: int
+  """Of the batch, that has the same problem, and the same environment where it has one."""
   tokens: bytes
   """Those of the batch's rows, so that equal prefixes are equal."""
 
   @classmethod
-  def of(cls, rollout: Rollout, problem: int, episode: int, length: int) -> "Prefix":
-    return cls(problem, rollout.tokens_BxT[episode, :length].tobytes())
+  def of(cls, rollout: Rollout, episode: int, length: int) -> "Prefix":
+    """That before a place of an episode; all of a group that are written so are one, except with
+    environments, which may differ in what nobody has seen."""
+    group = len(rollout.episodes) // len(rollout.prompt_lengths_P)
+    alone = rollout.episodes[episode].seed is not None
+    first = episode if alone else episode // group * group
+    return cls(first, rollout.tokens_BxT[episode, :length].tobytes())
 
 
 class Further(NamedTuple):
-  """A further answer: what was written after its prefix, and what became of it."""
+  """A further answer: what follows its prefix, and what became of it."""
 
   tokens: np.ndarray
   outcome: Outcome
@@ -157,46 +179,78 @@ class Further(NamedTuple):
     """All that it comes through, from where it was `begun` on."""
     whole, size = begun.tokens + self.tokens.tobytes(), self.tokens.itemsize
     for end in range(len(begun.tokens), len(whole) + 1, size):
-      yield Prefix(begun.problem, whole[:end])
+      yield Prefix(begun.episode, whole[:end])
 
 
 def continued(
   policy: Continues, rollout: Rollout, prefixes: Sequence[Prefix], answers: int
-) -> tuple[list[list[Further]], int]:
-  """Further answers from each prefix, and how many tokens were generated.
+) -> tuple[list[list[Further]], Spent]:
+  """Further answers from each prefix, and what they took.
 
   An answer gets as many tokens as it would have had. All processes call this together, each with
   prefixes of its own, none included.
   """
   counts = gather("prefixes", len(prefixes))
   if not prefixes:
-    return [], 0
-  sampler, params, noise = policy
-  begun = [(p, np.frombuffer(tokens, rollout.tokens_BxT.dtype)) for p, tokens in prefixes]
-  most, tokenizer = sampler.config.max_tokens, sampler.tokenizer
-  group = len(rollout.episodes) // len(rollout.prompt_lengths_P)
-  problems = [rollout.episodes[p * group].problem for p, _ in begun]
-  begun_P = np.array([len(tokens) for _, tokens in begun], np.int32)
+    return [], Spent()
+  begun = [np.frombuffer(tokens, rollout.tokens_BxT.dtype) for _, tokens in prefixes]
   first = sum(counts[: jax.process_index()])  # So that no two have the same noise.
+  ids = np.arange(first, first + len(begun))
+  acts = rollout.episodes[prefixes[0].episode].seed is not None
+  go_on = _in_environments if acts else _written_on
+  attempts = sorted(go_on(policy, rollout, prefixes, ids, answers), key=lambda a: a.row)
+  problems = [rollout.episodes[i].problem for i, _ in prefixes for _ in range(answers)]
+  outcomes = outcomes_of(policy.sampler, problems, attempts)
+  further, tokens = [], 0
+  for attempt, outcome in zip(attempts, outcomes, strict=True):
+    length = len(begun[attempt.row // answers])
+    after = np.array(attempt.tokens[length:], rollout.tokens_BxT.dtype)
+    further.append(Further(after, outcome))
+    tokens += attempt.sampled_after(length)
+  spent = Spent(tokens, len(further), sum(not outcome.judged for outcome in outcomes))
+  return [further[i : i + answers] for i in range(0, len(further), answers)], spent
+
+
+def _in_environments(
+  policy: Continues, rollout: Rollout, prefixes: Sequence[Prefix], ids: np.ndarray, answers: int
+) -> Iterator[Played]:
+  """The answers of `continued`, where environments are to be brought to the prefixes."""
+  group = len(rollout.episodes) // len(rollout.prompt_lengths_P)
+  seats = []
+  for n, (i, tokens) in enumerate(prefixes):
+    episode, p = rollout.episodes[i], i // group
+    assert episode.seed is not None
+    prompt = rollout.prompts_PxS[p, : rollout.prompt_lengths_P[p]]
+    before = episode.before(len(tokens) // rollout.tokens_BxT.itemsize)
+    seats += [
+      Seat(n * answers + k, episode.problem, prompt, int(ids[n]), k, episode.seed, [*before])
+      for k in range(answers)
+    ]
+  return seated(policy.sampler, policy.params, seats, policy.noise)
+
+
+def _written_on(
+  policy: Continues, rollout: Rollout, prefixes: Sequence[Prefix], ids: np.ndarray, answers: int
+) -> Iterator[Played]:
+  """The answers of `continued`, where a prefix is all that there is."""
+  group = len(rollout.episodes) // len(rollout.prompt_lengths_P)
+  begun = [(i // group, np.frombuffer(tokens, rollout.tokens_BxT.dtype)) for i, tokens in prefixes]
+  begun_P = np.array([len(tokens) for _, tokens in begun], np.int32)
+  sampler, most = policy.sampler, policy.sampler.config.max_tokens
   wanted = Wanted(
     *_joined(begun, rollout, most),
-    np.arange(first, first + len(begun)),
+    ids,
     np.broadcast_to(np.arange(answers), (len(begun), answers)),
     most - begun_P,
     begun_P,
   )
-  attempts: list[Any] = [None] * (len(begun) * answers)
-  written: list[Any] = [*attempts]
-  for sample in sampler.engine.stream(params, _filled(wanted, len(rollout.episodes)), noise):
-    p = sample.row // answers
-    if p >= len(begun):
-      continue
-    whole = np.concatenate([begun[p][1], sample.tokens])
-    attempts[sample.row] = problems[p], text_of(tokenizer, whole), sample.truncated
-    written[sample.row] = np.asarray(sample.tokens, rollout.tokens_BxT.dtype)
-  further = [*map(Further, written, verify(sampler.task, attempts))]
-  generated = sum(map(len, written))
-  return [further[i : i + answers] for i in range(0, len(further), answers)], generated
+  wanted = _filled(wanted, len(rollout.episodes))
+  for sample in sampler.engine.stream(policy.params, wanted, policy.noise):
+    if sample.row // answers < len(begun):
+      tokens = np.concatenate([begun[sample.row // answers][1], sample.tokens])
+      # What the policy thinks of what it wrote before, nobody asks here.
+      written = Segment(tokens, True, np.zeros(len(tokens), np.float32))
+      yield Played(sample.row, (written,), sample.truncated)
 
 
 def _filled(wanted: Wanted, rows: int) -> Wanted:

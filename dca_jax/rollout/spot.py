@@ -16,7 +16,7 @@ import numpy as np
 from dca_jax.checks import at_least, between
 from dca_jax.episode import Check, Episode
 from dca_jax.rollout.collect import Rollout
-from dca_jax.rollout.prefixes import Continues, Prefix, continued
+from dca_jax.rollout.prefixes import Continues, Prefix, Spent, continued
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,31 +58,32 @@ def chosen(share: float, seed: int, episodes: Sequence[Episode], group: int) -> 
 
 def measured(
   config: SpotConfig, seed: int, step: int, policy: Continues, rollout: Rollout
-) -> tuple[Rollout, int]:
-  """The batch of `step` with its spot checks, and how many tokens were generated for them.
+) -> tuple[Rollout, Spent]:
+  """The batch of `step` with its spot checks, and what was generated for them.
 
   An answer measures every boundary that it comes through, because what it writes from there on
   depends on nothing before. So the policy goes on from every other boundary first, and then from
   those that too few came through; a boundary's value is the mean over all that did. Where the
   policy writes a step once more, the same answers stand before and after it, and their luck cancels
-  out. Where the verifier has no verdict on one side of a step, the step is not measured.
+  out. Where the verifier has no verdict on one side of a step, the step is not measured. An
+  environment is the episode's own, from the same seed: its hidden luck is on both sides.
   """
   episodes = [*rollout.episodes]
   group = len(episodes) // len(rollout.prompt_lengths_P)
   share = np.inf if step <= config.first else config.share
   places = {
-    i: [Prefix.of(rollout, i // group, i, step.start) for step in episodes[i].steps]
+    i: [Prefix.of(rollout, i, step.start) for step in episodes[i].steps]
     for i in chosen(share, seed, episodes, group)
   }
   # By boundary the rewards of the answers that come through it, by their number.
   found: dict[Prefix, dict[int, float]] = {prefix: {} for own in places.values() for prefix in own}
-  tokens, number = 0, itertools.count()
+  spent, number = Spent(), itertools.count()
   for turn in range(2):
     ahead = dict.fromkeys(prefix for own in places.values() for prefix in own[turn::2])
     begun = [prefix for prefix in ahead if len(found[prefix]) < config.answers]
     with_noise = policy._replace(noise=(*policy.noise, turn))
-    further, generated = continued(with_noise, rollout, begun, config.answers)
-    tokens += generated
+    further, more = continued(with_noise, rollout, begun, config.answers)
+    spent = spent.plus(more)
     for prefix, answers in zip(begun, further, strict=True):
       for answer in (one for one in answers if one.outcome.judged):
         n = next(number)
@@ -94,7 +95,7 @@ def measured(
     ends = itertools.pairwise([*(found[prefix] for prefix in own), end])
     checks = {k: _check(*pair) for k, pair in enumerate(ends) if all(pair)}
     episodes[i] = dataclasses.replace(episodes[i], checks=checks)
-  return rollout._replace(episodes=episodes), tokens
+  return rollout._replace(episodes=episodes), spent
 
 
 def _check(before: dict[int, float], after: dict[int, float]) -> Check:

@@ -39,6 +39,8 @@ class Played(NamedTuple):
   """What the environment says; None where the verifier is to say it."""
   seconds: float = 0.0
   """That its environment took."""
+  seed: int | None = None
+  """Of its environment, if it has one."""
 
   @property
   def tokens(self) -> list[int]:
@@ -47,7 +49,11 @@ class Played(NamedTuple):
   @property
   def sampled(self) -> int:
     """Tokens that the policy wrote."""
-    return sum(len(segment.tokens) for segment in self.segments if segment.sampled)
+    return self.sampled_after(0)
+
+  def sampled_after(self, place: int) -> int:
+    """Those of them that are not before a place."""
+    return sum([segment.sampled for segment in self.segments for _ in segment.tokens][place:])
 
 
 def play(
@@ -65,14 +71,23 @@ def play(
       yield Played(sample.row, (_written(sample),), sample.truncated)
     return
   numbers_PxG = np.broadcast_to(numbers, (len(problems), numbers.shape[-1]))
-  seats = [
-    _Seat(
-      p * numbers_PxG.shape[1] + g, problem, prompts[0][p, : prompts[1][p]], int(ids[p]), int(n)
-    )
-    for p, problem in enumerate(problems)
-    for g, n in enumerate(numbers_PxG[p])
-  ]
-  with contextlib.closing(Turns(sampler, seats, noise)) as turns:
+  seats = []
+  for (p, g), n in np.ndenumerate(numbers_PxG):
+    seed = np.random.SeedSequence([*noise, int(ids[p]), int(n) % 2**32]).generate_state(1)[0]
+    row, prompt = p * numbers_PxG.shape[1] + g, prompts[0][p, : prompts[1][p]]
+    seats.append(Seat(row, problems[p], prompt, int(ids[p]), int(n), int(seed)))
+  yield from seated(sampler, params, seats, noise)
+
+
+def seated(
+  sampler: Sampler, params: Any, seats: Sequence["Seat"], noise: Sequence[int]
+) -> Iterator[Played]:
+  """Attempts with environments, as they end.
+
+  Raises:
+    UserError: all are to begin, and none could.
+  """
+  with contextlib.closing(Turns(sampler, seats)) as turns:
     if (first := turns.take(wait=True)) is not None:
       for sample in sampler.engine.stream(params, first, noise, turns):
         turns.heard(sample)
@@ -106,7 +121,7 @@ def _written(sample: Sample) -> Segment:
 
 
 @dataclasses.dataclass(eq=False)
-class _Seat:
+class Seat:
   """An episode that is being played."""
 
   row: int
@@ -114,6 +129,12 @@ class _Seat:
   prompt: np.ndarray
   id: int
   number: int
+  """With `id` what tells its noise from that of others; see `Wanted`."""
+  seed: int
+  """Of its environment."""
+  ahead: list[Segment] | None = None
+  """What is to be played again before the policy goes on; its last segment may be the beginning of
+  a turn. None where the episode is new."""
   environment: Environment | None = None
   segments: list[Segment] = dataclasses.field(default_factory=list)
   turns: list[Turn] = dataclasses.field(default_factory=list)
@@ -128,18 +149,18 @@ class _Seat:
 class Turns:
   """The episodes of a batch at their environments; what the engine is to go on with (`Further`)."""
 
-  def __init__(self, sampler: Sampler, seats: Sequence[_Seat], noise: Sequence[int]):
+  def __init__(self, sampler: Sampler, seats: Sequence[Seat]):
     self._sampler, self._task = sampler, cast(Acting, sampler.task)
     self._calls = Calls(self._task.at_once, self._task.turn_seconds)
-    self._answers: queue.SimpleQueue[tuple[_Seat, Said]] = queue.SimpleQueue()
+    self._answers: queue.SimpleQueue[tuple[Seat, Said]] = queue.SimpleQueue()
     self._pending = 0
-    self._asked: list[_Seat] = []  # By the engine's rows.
+    self._new = all(seat.ahead is None for seat in seats)
+    self._asked: list[Seat] = []  # By the engine's rows.
     self._ended: list[Played] = []
     self._failures: list[str] = []
     self._open: list[Environment] = []
     for seat in seats:
-      seed = np.random.SeedSequence([*noise, seat.id, seat.number % 2**32]).generate_state(1)[0]
-      seat.environment = self._task.environment(seat.problem, int(seed))
+      seat.environment = self._task.environment(seat.problem, seat.seed)
       self._open.append(seat.environment)
       self._ask(seat, seat.environment.begin, seat.problem)
 
@@ -149,7 +170,7 @@ class Turns:
 
   def take(self, wait: bool) -> Wanted | None:
     """See `Further`. Where only one environment may work at a time, all are waited for."""
-    ready: list[_Seat] = []
+    ready: list[Seat] = []
     while self._pending:
       patient = self._task.at_once == 1 or (wait and not ready)
       try:
@@ -165,14 +186,18 @@ class Turns:
     return self._wanted(ready) if ready else None
 
   def heard(self, sample: Sample) -> None:
-    """Takes what the engine gave: the next turn of an episode."""
-    seat = self._asked[sample.row]
-    seat.segments.append(_written(sample))
+    """Takes what the engine gave: the next turn of an episode, or the rest of it."""
+    seat, turn = self._asked[sample.row], _written(sample)
+    if seat.segments and seat.segments[-1].sampled:
+      begun = seat.segments.pop()
+      parts = zip((begun.tokens, begun.logprobs), (turn.tokens, turn.logprobs), strict=True)
+      tokens, logprobs = map(np.concatenate, parts)
+      turn = Segment(tokens, True, logprobs)
+    seat.segments.append(turn)
     if sample.truncated:
       self._end(seat, truncated=True)
     else:
-      assert seat.environment
-      self._ask(seat, seat.environment.step, text_of(self._sampler.tokenizer, sample.tokens))
+      self._step(seat)
 
   def ended(self) -> Iterator[Played]:
     """The episodes that have ended since the last call."""
@@ -185,20 +210,27 @@ class Turns:
     self._calls.close()
 
   def tell_of_failures(self) -> None:
-    """Raises UserError where no environment could begin."""
+    """Raises UserError where all episodes are new and no environment could begin."""
     if not self._failures:
       return
     said = f"{len(self._failures)} environments failed, the first because of: {self._failures[0]}"
-    if not self._asked:
+    if self._new and not self._asked:
       raise UserError(f"no episode could begin: {said}; run again to go on")
-    print(f"warning: {said}; their episodes are left out", file=sys.stderr)
+    what = "episodes" if self._new else "further answers"
+    print(f"warning: {said}; their {what} are left out", file=sys.stderr)
 
-  def _ask(self, seat: _Seat, method: Callable[..., Any], what: Any) -> None:
+  def _step(self, seat: Seat) -> None:
+    """Hands the last turn of the policy to its environment."""
+    assert seat.environment
+    text = text_of(self._sampler.tokenizer, seat.segments[-1].tokens)
+    self._ask(seat, seat.environment.step, text)
+
+  def _ask(self, seat: Seat, method: Callable[..., Any], what: Any) -> None:
     self._pending += 1
     self._calls.call(lambda said: self._answers.put((seat, said)), method, what)
 
-  def _goes_on(self, seat: _Seat, answer: Any) -> bool:
-    """Takes an environment's answer; whether the policy has another turn."""
+  def _goes_on(self, seat: Seat, answer: Any) -> bool:
+    """Takes an environment's answer; whether it is the policy's turn."""
     begins = not seat.segments
     if isinstance(answer, Exception):
       return self._failed(seat, reason(answer))
@@ -207,32 +239,49 @@ class Turns:
       return self._failed(seat, f"{wrong} in its answer {answer!r:.200}")
     given = self._given(seat, turn.observation or "")
     seat.turns += [] if begins else [turn]
+    said = [given] if len(given.tokens) or not begins else []
+    if seat.ahead is not None:
+      return self._goes_on_as_before(seat, said, turn.done)
     fits = len(given.tokens) < self._left(seat)
     if begins and not fits:
       return self._failed(seat, "what it said first leaves no room; see rollout.max_tokens")
     if turn.done or not fits or len(seat.turns) == self._task.max_turns:
       self._end(seat, truncated=not turn.done)
       return False
-    seat.segments += [given] if len(given.tokens) or not begins else []
+    seat.segments += said
     return True
 
-  def _failed(self, seat: _Seat, why: str) -> bool:
+  def _goes_on_as_before(self, seat: Seat, said: list[Segment], done: bool) -> bool:
+    """The same where an episode is played again, as long as its environment says the same."""
+    assert seat.ahead is not None
+    if done or said != [segment for segment in seat.ahead[:1] if not segment.sampled]:
+      return self._failed(seat, "played again with the same seed, it does not answer the same")
+    turn = seat.ahead[len(said) : len(said) + 1]
+    seat.segments += said + turn
+    seat.ahead = seat.ahead[len(said + turn) :]
+    if seat.ahead:  # What was said to this turn.
+      self._step(seat)
+      return False
+    seat.ahead = None
+    return True
+
+  def _failed(self, seat: Seat, why: str) -> bool:
     self._failures.append(why)
     self._end(seat, failed=True)
     return False
 
-  def _given(self, seat: _Seat, text: str) -> Segment:
+  def _given(self, seat: Seat, text: str) -> Segment:
     frame = self._task.between if seat.segments else self._task.opening
     last = seat.segments[-1].tokens[-1:].tolist() if seat.segments else []
     ids = observed(self._sampler.tokenizer, frame, text, last)
     own = np.array([i for i in ids if i < self._sampler.rows], np.int32)
     return Segment(own, False, np.zeros(len(own), np.float32), text)
 
-  def _left(self, seat: _Seat) -> int:
+  def _left(self, seat: Seat) -> int:
     """Tokens that an episode may still have."""
     return self._sampler.config.max_tokens - len(seat.tokens) + len(seat.prompt)
 
-  def _end(self, seat: _Seat, truncated: bool = False, failed: bool = False) -> None:
+  def _end(self, seat: Seat, truncated: bool = False, failed: bool = False) -> None:
     last = seat.turns[-1].outcome if seat.turns else Turn().outcome
     errors = {"tool_errors": float(sum(turn.error for turn in seat.turns))}
     outcome = dataclasses.replace(
@@ -242,13 +291,14 @@ class Turns:
       parts={**last.parts, **errors},
       progress=tuple(float(turn.score) for turn in seat.turns),
     )
-    segments = tuple(seat.segments)
-    self._ended.append(Played(seat.row, segments, outcome.truncated, outcome, seat.seconds))
+    segments, truncated = tuple(seat.segments), outcome.truncated
+    played = Played(seat.row, segments, truncated, outcome, seat.seconds, seat.seed)
+    self._ended.append(played)
     assert seat.environment
     self._open.remove(seat.environment)
     self._calls.call(None, seat.environment.close)
 
-  def _wanted(self, seats: Sequence[_Seat]) -> Wanted:
+  def _wanted(self, seats: Sequence[Seat]) -> Wanted:
     config = self._sampler.config
     prompts = np.zeros((len(seats), config.max_prompt_tokens + config.max_tokens), np.int32)
     lengths = np.array([len(seat.tokens) for seat in seats], np.int32)

@@ -50,6 +50,7 @@ class _Line(BaseModel):
   age: int = 0  # What was written before there was such a thing has none.
   advantage: float
   credit: list[float]
+  seed: int | None = None
 
 
 def write_trajectories(

@@ -79,12 +79,13 @@ def test_demonstrations_are_what_an_episode_would_be(task, mistakes):
 
 
 def test_a_run_with_an_environment_goes_on_where_it_was(tmp_path):
-  """Also with potential credit from the environment's own scores, and with reviews."""
+  """Also with potential credit from the environment's own scores, and with spot checks."""
   changes = {
     "task": {"name": "evidence.tasks:Search", "longest": 2, "needless": 0.3},
     "rollout.max_tokens": 24,
     "credit.scheme": "potential",
     "value.source": "environment",
+    "spot.share": 0.5,
   }
   settings = tiny.settings(changes)
   whole = dca_jax.train(settings, tmp_path / "whole", quiet=True)
@@ -99,7 +100,9 @@ def test_a_run_with_an_environment_goes_on_where_it_was(tmp_path):
     assert not any(episode.credit[i] for i in given)
     turns = [k for k, segment in enumerate(episode.segments) if segment.sampled]
     assert len(episode.steps) == len(turns)
+  assert any(e.checks for step in (1, 2, 3) for e in whole.episodes(step))
   last = whole.metrics[-1]
+  assert last["train/unjudged_further"] == 0
   assert last["train/turns"] > 1
   assert last["seconds/environments"] > 0
 
@@ -108,8 +111,6 @@ def test_a_run_with_an_environment_goes_on_where_it_was(tmp_path):
   ("changes", "said"),
   [
     ({"task.max_turns": 0}, "task.max_turns: must be at least 1"),
-    ({"spot.share": 0.5}, "spot.share: must not ask for further answers"),
-    ({"value.source": "monte_carlo", "credit.scheme": "potential"}, "value.source: must not ask"),
     ({"task.name": "chains", "value.source": "environment", "credit.scheme": "potential"},
      "value.source: needs a task with an environment"),
   ],

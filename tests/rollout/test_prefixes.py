@@ -83,8 +83,8 @@ class Batch:
   def values(self, continuations=4, noise=9, engine=None):
     sampler = SAMPLER._replace(engine=engine) if engine else SAMPLER
     policy = Continues(sampler, self.params, (noise,))
-    reviews, generated = monte_carlo(continuations, policy, self.rollout)
-    return [review.values for review in reviews], generated
+    reviews, spent = monte_carlo(continuations, policy, self.rollout)
+    return [review.values for review in reviews], spent.tokens
 
 
 # Monte Carlo.

@@ -64,9 +64,9 @@ def test_a_check_is_the_difference_of_the_values_on_both_sides():
   over more, which cost fewer tokens."""
   n = 256
   batch = named(Batch(1, texts=TEXTS), [1.0, 0.0, 0.0, 0.0])
-  checked, generated = measured(SpotConfig(0.0, 1, n), 0, 1, policy(batch), batch.rollout)
+  checked, spent = measured(SpotConfig(0.0, 1, n), 0, 1, policy(batch), batch.rollout)
   reviews, _ = monte_carlo(n, policy(batch, noise=8), batch.rollout)
-  assert 5 * n <= generated <= 6 * n * T  # Six distinct prefixes.
+  assert 5 * n <= spent.tokens <= 6 * n * T  # Six distinct prefixes.
   compared = 0
   for episode, review in zip(checked.episodes[:3], reviews[:3], strict=True):
     ends = (*review.values, episode.outcome.reward)
@@ -116,9 +116,11 @@ def test_a_run_keeps_its_checks_and_counts_their_tokens(tmp_path):
   tiny.assert_same_arrays(tiny.saved_state(plain), tiny.saved_state(tmp_path / "whole"))
   rows, plain_rows = tiny.read_lines(tmp_path / "whole")[1:], tiny.read_lines(plain)[1:]
   assert any(row["spot/steps"] for row in rows)
+  shared = 0
   for row, plain_row in zip(rows, plain_rows, strict=True):
     episodes = list(read_trajectories(tmp_path / "whole" / "trajectories", row["step"]))
     checks = [check for e in episodes for check in e.checks.values()]
+    shared += sum(check.common for check in checks)
     assert len(checks) == row["spot/steps"]
     spent = row["train/generated_tokens"] - plain_row["train/generated_tokens"]
     assert spent == row["spot/tokens"]
@@ -128,3 +130,4 @@ def test_a_run_keeps_its_checks_and_counts_their_tokens(tmp_path):
     assert all(
       Episode.from_json(json.loads(json.dumps(e.to_json()))).checks == e.checks for e in episodes
     )
+  assert shared

@@ -20,7 +20,8 @@ from dca_jax.episode import Outcome, Problem
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig
 from dca_jax.rollout import RolloutConfig, Sampler, SlotsConfig, collect, slots
-from dca_jax.rollout.turns import observed
+from dca_jax.rollout.prefixes import Continues, Prefix, continued
+from dca_jax.rollout.turns import Seat, observed, seated
 from dca_jax.tasks import EnvironmentConfig, Turn, character_tokenizer
 from dca_jax.tasks.tokenizer import load_tokenizer, plain_ids, text_of
 
@@ -151,6 +152,73 @@ def test_turns_have_a_limit():
   assert all(e.outcome.truncated and e.outcome.judged for e in rollout.episodes)
 
 
+def gone_on(task, rollout, place: int, *turns: str):
+  """What comes of two answers after so many tokens of each episode, by a policy that says `turns`;
+  and what its first prompt was."""
+  tokenizer, said = task.tokenizer(), text_of(task.tokenizer(), rollout.tokens_BxT[0, :place])
+  config = RolloutConfig(problems=P, group=G, max_prompt_tokens=4, max_tokens=T)
+  prompts = []
+
+  def write(wanted, p, number):
+    prompts.append(text_of(tokenizer, wanted.prompts_PxS[p, 4 : wanted.prompt_lengths_P[p]]))
+    return tokenizer(turns[prompts[-1].removeprefix(said).count("$")])["input_ids"]
+
+  engine = Scripted(write, ends=(tokenizer.eos_token_id,))
+  sampler = Sampler(engine, config, task, tokenizer, 29, np.arange(P))
+  prefixes = [Prefix.of(rollout, i, place) for i in range(P * G)]
+  further, spent = continued(Continues(sampler, None, (9,)), rollout, prefixes, 2)
+  return [one.outcome for own in further for one in own], spent, prompts[:1]
+
+
+@pytest.mark.parametrize(
+  ("place", "before", "turns", "texts"),
+  [
+    (0, "", ["a$", "end$"], ["a$", "end$"]),
+    (2, "on", ["e$", "end$"], ["one$", "end$"]),  # In the middle of a turn,
+    (8, "one$one;", ["a$", "end$"], ["one$", "a$", "end$"]),  # at the end of one,
+    (9, "one$one;t", ["ea$", "end$"], ["one$", "tea$", "end$"]),
+  ],
+)
+def test_the_policy_goes_on_where_an_episode_was(place, before, turns, texts):
+  """Its environment was begun with the same seed, and has heard what stands before."""
+  heard: dict[int, list[str]] = {}
+
+  def answers(text, seed):
+    heard.setdefault(seed, []).append(text)
+    return f"{text[:-1]};"
+
+  task = Parrot(answers=answers)
+  rollout = played(task, "one$", "two$", "end$")
+  seeds = [episode.seed for episode in rollout.episodes]
+  assert len({*seeds}) == P * G
+  heard.clear()
+  outcomes, spent, prompts = gone_on(task, rollout, place, *turns)
+  assert prompts == [before]
+  assert {seed: sorted(own) for seed, own in heard.items()} == dict.fromkeys(
+    seeds, sorted(texts * 2)
+  )
+  assert all(o.correct and o.progress == (0.5,) * len(texts) for o in outcomes)
+  assert spent == (2 * P * G * len("".join(turns)), 2 * P * G, 0)
+
+
+def test_where_an_environment_does_not_answer_the_same_there_is_no_verdict(capsys):
+  asked: list[int] = []
+
+  def answers(text, seed):
+    asked.append(seed)
+    again = asked.count(seed) > 3  # The third turn was the last.
+    return "other;" if again and seed % 2 else f"{text[:-1]};"
+
+  task = Parrot(answers=answers)
+  rollout = played(task, "one$", "two$", "end$")
+  outcomes, spent, _ = gone_on(task, rollout, 8, "a$", "end$")
+  sound = [seed % 2 == 0 for seed in (e.seed for e in rollout.episodes) for _ in range(2)]
+  assert 0 < sum(sound) < len(sound)
+  assert [outcome.judged for outcome in outcomes] == sound
+  assert spent == (6 * sum(sound), len(sound), len(sound) - sum(sound))
+  assert "it does not answer the same; their further answers are left" in capsys.readouterr().err
+
+
 def raises(text, seed):
   raise OSError("the server is gone")
 
@@ -233,10 +301,13 @@ def test_what_is_sampled_does_not_depend_on_who_answers_first():
     time.sleep(dice.random() * 0.02)
     return "abc;"
 
-  def drawn(rows, **task):
+  def sampler_of(rows, **task):
     task = Parrot(max_turns=4, **task)
     engine = SlotsConfig(rows=rows).open(policy, config, task.tokenizer())
-    return collect(Sampler(engine, config, task, task.tokenizer(), 29, np.arange(4)), 0, 1, params)
+    return Sampler(engine, config, task, task.tokenizer(), 29, np.arange(4))
+
+  def drawn(rows, **task):
+    return collect(sampler_of(rows, **task), 0, 1, params)
 
   before = slots.decode._cache_size()
   whole = drawn(16, answers=lambda text, seed: "abc;")
@@ -247,6 +318,18 @@ def test_what_is_sampled_does_not_depend_on_who_answers_first():
     np.testing.assert_array_equal(ours.tokens_BxT, whole.tokens_BxT)
     np.testing.assert_array_equal(ours.sampled_BxT, whole.sampled_BxT)
     np.testing.assert_allclose(ours.logprobs_BxT, whole.logprobs_BxT, atol=1e-5)
+  # Sent back to any place, and with the noise that it had, it goes on as it did.
+  sampler, places = sampler_of(16, answers=lambda text, seed: "abc;"), np.random.default_rng(0)
+  seats = []
+  for i, e in enumerate(whole.episodes):
+    sampled = np.flatnonzero(whole.sampled_BxT[i])
+    before = e.before(int(places.choice(sampled)))
+    seats.append(Seat(i, e.problem, whole.prompts_PxS[i // G], i // G, i % G, e.seed, before))
+  for again in seated(sampler, params, seats, (0, 1)):
+    assert again.tokens == whole.episodes[again.row].tokens
+    own = [s.tokens.tolist() for s in whole.episodes[again.row].segments]
+    assert [s.tokens.tolist() for s in again.segments] == own
+    assert again.outcome == whole.episodes[again.row].outcome
   # No two turns of an episode are drawn with the same noise.
   turns = [tuple(s.tokens) for e in whole.episodes for s in e.segments if s.sampled]
   assert len(set(turns)) > 0.5 * len(turns)
