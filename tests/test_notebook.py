@@ -13,7 +13,7 @@ from dca_jax.config import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "tpu_scripts" / "colab.ipynb"
-QUICKSTART = ROOT / "docs" / "quickstart.ipynb"
+TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
 
 
 def execute(change: str) -> list[dict]:
@@ -39,7 +39,7 @@ def shown(outputs: list[dict], kind: str) -> list[str]:
   return [o.data[kind] for o in outputs if o.output_type == "display_data" and kind in o.data]
 
 
-@pytest.mark.parametrize("path", [NOTEBOOK, QUICKSTART], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [NOTEBOOK, TUTORIAL], ids=lambda path: path.name)
 def test_valid_and_stored_without_outputs(path):
   notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
@@ -94,16 +94,19 @@ def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
   assert "Task tfds, reviewer none, credit uniform" in shown(outputs, "text/html")[2]
 
 
-def test_quickstart_trains_what_its_cells_define(tmp_path, monkeypatch):
+def test_tutorial_trains_what_its_cells_define(tmp_path, monkeypatch):
   monkeypatch.setenv(
     "PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
   )
   monkeypatch.setenv("TMPDIR", str(tmp_path))
-  notebook = nbformat.read(QUICKSTART, as_version=4)
-  assert len(notebook.cells) == 6
+  notebook = nbformat.read(TUTORIAL, as_version=4)
   resources = {"metadata": {"path": str(tmp_path)}}
   NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
-  outputs = [output for cell in notebook.cells for output in cell.outputs]
+  outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+  assert "correct=True" in printed(outputs).splitlines()[1]
+  assert printed(outputs).count("correct=False") == 2
+  roles = next(o.data["text/plain"] for o in outputs if o.output_type == "execute_result")
+  assert roles == "('error', 'necessary', 'necessary', 'necessary')"
   assert len(shown(outputs, "image/png")) == 1
   (page,) = [html for html in shown(outputs, "text/html") if "class=step" in html]
   assert "error \u2212" in page  # Blamed by the reviewer of a cell, under the scheme of another.

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   known = parser()
   argcomplete.autocomplete(known)
   args, overrides = known.parse_known_args(argv)
-  if getattr(args, "quiet", False):
+  quiet = getattr(args, "quiet", False) or getattr(args, "json", False)
+  if quiet:
     os.environ["TQDM_DISABLE"] = "1"
   from dca_jax.errors import Terminated, UserError
 
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("\ndca-jax: interrupted; what was saved before is intact", file=sys.stderr)
     return 130
+  finally:
+    if quiet:
+      os.environ.pop("TQDM_DISABLE", None)
   return 1
 
 
@@ -125,6 +129,8 @@ def _that_run(command: Made) -> None:
   p.add_argument("--seeds", default="0", help="numbers, by commas")
   what = "accuracy that the samples are counted to"
   p.add_argument("--threshold", type=float, default=0.8, help=what)
+  what = "runs that go on at a time, each in a process and on an accelerator of its own"
+  p.add_argument("--parallel", type=int, default=1, help=what)
 
   p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
   p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
@@ -248,7 +254,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _compare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   from dca_jax import config
-  from dca_jax.commands.compare import arms_of, compare
+  from dca_jax.commands.compare import Grid, arms_of, compare
   from dca_jax.store.workdir import locate
 
   arms = arms_of(args.arms)
@@ -260,9 +266,11 @@ def _compare(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     if len(set(values)) < len(values):
       raise config.ConfigError(f"--{name}={getattr(args, name)}: names one of them twice")
   _between(args, "threshold", 0, 1)
+  _between(args, "parallel", 1)
   recipe = config.read_recipe(args.config)
   quiet = args.quiet or args.json
-  table = compare(recipe, arms, seeds, args.threshold, args.workdir, overrides, quiet)
+  where = args.threshold, args.workdir
+  table = compare(recipe, Grid(arms, seeds), *where, overrides, quiet, args.parallel)
   if args.json:
     print((locate(args.workdir) / "compare.json").read_text(), end="")
     return

@@ -1,9 +1,12 @@
 """Arms against each other: the same problems, the same start, several seeds."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -52,31 +55,48 @@ def arms_of(text: str) -> list[str]:
   return arms
 
 
+class Grid(NamedTuple):
+  """What is compared: every arm with every seed."""
+
+  arms: Sequence[str]
+  seeds: Sequence[int]
+
+
 def compare(
   recipe,
-  arms: Sequence[str],
-  seeds: Sequence[int],
+  grid: Grid,
   threshold: float,
   workdir: str,
   overrides: Sequence[str],
   quiet: bool = False,
+  parallel: int = 1,
 ) -> str:
-  """Trains every arm with every seed and writes compare.png, compare.html and compare.json; run
-  again, it resumes.
+  """Trains all of a grid and writes compare.png, compare.html and compare.json; run again, it
+  resumes.
+
+  Args:
+    parallel: so many runs go on at a time, each in a process and on an accelerator of its own.
 
   Returns:
     The table, as text.
   """
+  arms, seeds = grid
   if not arms:
     raise ConfigError("--arms: name at least one")
   configs = {arm: arm_config(recipe, arm, seeds[0], overrides) for arm in arms}
   folder = locate(workdir)
+  places = {
+    (arm, seed): folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
+    for seed, arm in itertools.product(seeds, arms)
+  }
+  if parallel > 1:
+    _train_side_by_side(recipe.__file__, places, overrides, quiet, parallel)
   runs: Runs = {}
-  for seed, arm in itertools.product(seeds, arms):
-    if not quiet:
-      print(f"\n{arm}, seed {seed}", flush=True)
-    run = folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
-    train(dataclasses.replace(configs[arm], seed=seed), str(run), quiet=quiet)
+  for (arm, seed), run in places.items():
+    if parallel == 1:
+      if not quiet:
+        print(f"\n{arm}, seed {seed}", flush=True)
+      train(dataclasses.replace(configs[arm], seed=seed), str(run), quiet=quiet)
     runs[arm, seed] = read_metrics(run)
     if lost := missing_steps(runs[arm, seed]):
       raise UserError(
@@ -90,6 +110,46 @@ def compare(
   rows = [[arm, f"{rates[arm]:g}", *_row(arm, runs, seeds, spent)] for arm in arms]
   _write(folder, seeds, threshold, spent, header, rows)
   return text_table(header, rows)
+
+
+def _train_side_by_side(
+  recipe: str,
+  places: dict[tuple[str, int], epath.Path],
+  overrides: Sequence[str],
+  quiet: bool,
+  parallel: int,
+) -> None:
+  """Trains every arm and seed in its place; where one cannot, those that have not begun do not."""
+  fresh = multiprocessing.get_context("spawn")
+  numbers = fresh.Queue()
+  for number in range(parallel):
+    numbers.put(number)
+  with concurrent.futures.ProcessPoolExecutor(parallel, fresh, _take_device, (numbers,)) as pool:
+    under_way = {
+      pool.submit(_train_one, recipe, *run, overrides, str(place)): run
+      for run, place in places.items()
+    }
+    try:
+      for done in concurrent.futures.as_completed(under_way):
+        done.result()
+        if not quiet:
+          print("{}, seed {}: done".format(*under_way[done]), flush=True)
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
+def _train_one(recipe: str, arm: str, seed: int, overrides: Sequence[str], place: str) -> None:
+  train(arm_config(config_lib.read_recipe(recipe), arm, seed, overrides), place, quiet=True)
+
+
+def _take_device(numbers: multiprocessing.Queue) -> None:
+  """Leaves this process, before it looks for devices, one accelerator; a CPU is shared by all."""
+  number = numbers.get()
+  for key in ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS"):
+    given = os.environ.get(key, "").split(",")
+    os.environ[key] = given[number % len(given)] or str(number)
+  os.environ |= {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
 
 
 # What the columns of the table are called in compare.json.

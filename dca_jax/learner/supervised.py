@@ -227,7 +227,8 @@ def _train(
       batch = put(following.result(), everywhere)
       following = pool.submit(make_batch, i + 1)
       params, opt_state, value = step(params, opt_state, batch)
-      if i % 50 == 0 or i == config.total - 1:
+      told = i % 50 == 0 or i == config.total - 1
+      if told and "TQDM_DISABLE" not in os.environ:
         tqdm.write(f"warm start {i + 1}/{config.total}  loss {float(value):.3f}", file=sys.stdout)
         sys.stdout.flush()
   return params

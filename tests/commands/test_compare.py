@@ -196,6 +196,24 @@ def test_compare_writes_its_page_figure_numbers_and_table(tmp_path, capsys):
   assert {path: path.stat().st_mtime_ns for path in out.rglob("trajectories/*")} == stamps
 
 
+@pytest.mark.slow  # Two processes that compile all.
+def test_runs_side_by_side_are_those_that_follow_each_other(tmp_path, capsys):
+  recipe = tiny.write_recipe(tmp_path, {"reviewer.name": "oracle", "credit.scheme": "weighted"})
+  command = ["compare", f"--config={recipe}", "--arms=uniform,weighted", "--quiet", "--json"]
+  told = []
+  for more in (
+    [f"--workdir={tmp_path / 'one'}"],
+    [f"--workdir={tmp_path / 'two'}", "--parallel=2"],
+  ):
+    assert cli.main([*command, *more]) == 0
+    told.append(json.loads(capsys.readouterr().out))
+  assert told[0] == told[1]
+  assert cli.main([*command, *more, "--config.rollout.temperature=0.5"]) == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said.startswith("dca-jax: error: ")
+  assert "rollout.temperature" in said
+
+
 def test_a_run_that_lost_metrics_is_not_counted(tmp_path, capsys):
   recipe = tiny.write_recipe(tmp_path, {"steps": 2})
   command = ["compare", f"--config={recipe}", f"--workdir={tmp_path / 'out'}", "--arms=uniform"]
@@ -228,6 +246,7 @@ def test_a_run_that_lost_metrics_is_not_counted(tmp_path, capsys):
     ),
     (["--arms=uniform", "--threshold=7"], "--threshold=7.0: must be between 0 and 1"),
     (["--arms=uniform", "--threshold=nan"], "--threshold=nan"),
+    (["--arms=uniform", "--parallel=0"], "--parallel=0: must be at least 1"),
     (["--arms=uniform", "--config.stepz=1"], "stepz"),
   ],
 )
