@@ -62,12 +62,15 @@ class Review:
   """Whether it came from the cache, and cost nothing."""
   reasons: tuple[str, ...] = ()
   """Why, of each step, where the reviewer says so. Only kept."""
+  rewrite: tuple[int, str] | None = None
+  """Of a rewriter: how many steps it keeps, and what it would have written behind them."""
 
   def checked(self, steps: int) -> "Review":
     """This review, or one of status `invalid` where it does not fit an episode of so many steps."""
     fits = {len(self.roles), len(self.values), len(self.reasons)} <= {0, steps}
     fits = fits and len(self.weights) == len(self.roles)
-    says = self.roles or self.values
+    fits = fits and (not self.rewrite or 0 <= self.rewrite[0] < steps)
+    says = self.roles or self.values or self.rewrite
     if self.status != "ok" or (fits and says and set(self.roles) <= set(ROLES)):
       return self
     return Review("invalid")
@@ -131,6 +134,23 @@ class Check(NamedTuple):
     return float((both**2).sum() + (alone**2).sum())
 
 
+class Rewrite(NamedTuple):
+  """A better answer to an episode's problem, which somebody began and the policy ended."""
+
+  tokens: tuple[int, ...]
+  """Of the whole answer."""
+  start: int
+  """The first token with which it leaves the episode; what is learnt begins there."""
+  forced: int
+  """The first token that the policy wrote by itself."""
+  text: str
+  before: tuple[float, ...]
+  """Rewards of answers that the policy went on to write from where the episode left the rewrite;
+  the episode's own, where that was wrong."""
+  after: tuple[float, ...]
+  """The same from behind what was forced."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Episode:
   """One attempt. What is not known at the beginning is filled in as it goes through a training
@@ -158,6 +178,8 @@ class Episode:
   """The advantage of every token."""
   seed: int | None = None
   """Of its environment, if it has one: begun with it again, it has the same hidden randomness."""
+  rewrite: Rewrite | None = None
+  """What was learnt in its place, beside it."""
 
   def __eq__(self, other: object) -> bool:
     """Whether all is the same; a value that there is not is the same as another."""
@@ -199,6 +221,7 @@ class Episode:
       "advantage": self.advantage,
       "credit": list(self.credit),
       **({} if self.seed is None else {"seed": self.seed}),
+      **({"rewrite": self.rewrite._asdict()} if self.rewrite else {}),
     }
 
   def spans(self) -> Iterator[tuple[int, int, Segment]]:
@@ -272,7 +295,15 @@ class Episode:
       line["advantage"],
       tuple(line["credit"]),
       line.get("seed"),
+      _rewrite(line.get("rewrite")),
     )
+
+
+def _rewrite(line: Mapping[str, Any] | None) -> Rewrite | None:
+  if line is None:
+    return None
+  said: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in line.items()}
+  return Rewrite(**said)
 
 
 def _known(values: Sequence[float]) -> list[float | None]:

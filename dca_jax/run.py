@@ -110,6 +110,8 @@ class Trainer:
   check_held: Callable[[], None]
   """Fails where another run has taken the workdir."""
   reviewer: Reviewer
+  rewriter: Reviewer
+  """What it says are rewrites."""
   checkpoints: Checkpoints
   done: int
   """The step that the run goes on from."""
@@ -192,6 +194,7 @@ def _opened(
   with (
     contextlib.closing(growing),
     contextlib.closing(tried_reviewer(config, task, growing, quiet)) as reviewer,
+    contextlib.closing(opened_rewriter(config, task, growing)) as rewriter,
     Checkpoints(config.checkpoint, folder, config.fixed()) as checkpoints,
   ):
     restored = checkpoints.restore(programs.state, resume)
@@ -212,6 +215,7 @@ def _opened(
       growing,
       check_held,
       reviewer,
+      rewriter,
       checkpoints,
       done,
       state,
@@ -256,6 +260,12 @@ def tried_reviewer(config: Config, task: Task, growing: Growing, quiet: bool) ->
     reviewer.close()
     raise
   return reviewer
+
+
+def opened_rewriter(config: Config, task: Task, growing: Growing) -> Reviewer:
+  """Whoever proposes rewrites; their replies lie where those of the reviewer do."""
+  share = Share(jax.process_count(), lambda own: sum(gather("spending on rewrites", own)))
+  return config.rewrite.open(Truth.of(task), growing.reviews, share)
 
 
 def _reference(

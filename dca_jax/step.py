@@ -11,10 +11,11 @@ import numpy as np
 from dca_jax.credit import ReviewArrays, assign_credit
 from dca_jax.devices.processes import fetch, gather, put
 from dca_jax.episode import Episode, Review
-from dca_jax.learner import Batch
-from dca_jax.review import Truth
-from dca_jax.review.episodes import ask, audited, too_blind, wait_for_reviews, worth_a_review
+from dca_jax.learner import Batch, Rewrites
+from dca_jax.review import Proposing, Truth
+from dca_jax.review.episodes import Asked, ask, audited, too_blind, wait_for_reviews, worth_a_review
 from dca_jax.rollout import Continues, Group, Rollout, Spent, collect, collect_whole
+from dca_jax.rollout.rewrites import Proposals, drawn, rows_of_rewrites, verified
 from dca_jax.rollout.spot import measured
 from dca_jax.run import Trainer, copy
 from dca_jax.store.trajectories import write_trajectories
@@ -48,7 +49,8 @@ def train_step(t: Trainer, step: int) -> Measured:
     # The reference runs on the devices while the host waits for reviews.
     batch = t.reference(on_devices(t, rollout))
     rollout, spot = spot_checked(t, step, params, rollout, clock)  # Meanwhile, too.
-    reviews = reviews_of(t, rollout)
+    rollout, batch, proposals = rewritten(t, step, params, rollout, batch, clock)
+    reviews = reviews_of(t, rollout.asked, t.config.reviewer.deadline, "values")
     policy = Continues(t.sampler, params, further_noise(t, step))
     reviews, continued = t.values.ask(policy, rollout, reviews)
     del params, policy  # A layout of its own would take memory while gradients do.
@@ -73,7 +75,7 @@ def train_step(t: Trainer, step: int) -> Measured:
     t.state = t.state._replace(value_head=head, unfinished=put(rollout.unfinished, t.rows))
 
     host, values_BxK = fetch((advantages, said.values_BxK), t.rows)
-    credited = Credited(values_BxK, host, continued, spot)
+    credited = Credited(values_BxK, host, continued, spot, proposals)
     episodes = credited.finished(rollout.episodes)
     write_trajectories(t.folder / "trajectories", step, jax.process_index(), episodes)
     numbers = {key: float(x) for key, x in jax.device_get(stats | more).items()}
@@ -136,10 +138,32 @@ def spot_checked(
   return rollout, spent
 
 
-def reviews_of(t: Trainer, rollout: Rollout) -> list[Review]:
-  deadline = t.config.reviewer.deadline
+def rewritten(
+  t: Trainer, step: int, params: Any, rollout: Rollout, batch: Batch, clock: Clock
+) -> tuple[Rollout, Batch, Proposals | None]:
+  """The batch with the rewrites that the policy has borne out, on the host and on the devices, and
+  what that took; None where nobody proposes any."""
+  c = t.config.rewrite
+  if not isinstance(c, Proposing):
+    return rollout, batch, None
+  episodes, group = rollout.episodes, t.config.rollout.group
+  asked = ask(
+    t.rewriter.begin_step(), episodes, drawn(c, t.config.seed, episodes, group), c.deadline
+  )
+  said = reviews_of(t, [asked], c.deadline, "rewrites")
+  policy = Continues(t.sampler, params, (*further_noise(t, step, 2**31), _REWRITES))
+  rollout, proposals = verified(c.answers, policy, rollout, said)
+  rows = rows_of_rewrites(c, rollout.episodes, group, rollout.tokens_BxT.shape[1])
+  clock.lap("rewrite")
+  return rollout, batch._replace(rewrites=Rewrites(*put(rows, t.rows))), proposals
+
+
+_REWRITES = 2  # Behind the rounds of spot checks, in the noise of further answers.
+
+
+def reviews_of(t: Trainer, asked: Sequence[Asked], deadline: float, then: str) -> list[Review]:
   t.stops.phase("reviews", seconds=deadline)
-  return t.stops.wait(functools.partial(wait_for_reviews, rollout.asked, deadline), then="values")
+  return t.stops.wait(functools.partial(wait_for_reviews, asked, deadline), then=then)
 
 
 def reviewed(episodes: Sequence[Episode], reviews: Sequence[Review]) -> list[Episode]:
@@ -166,6 +190,7 @@ def update(t: Trainer, batch: Batch) -> dict[str, jax.Array]:
 def reviewer_metrics(t: Trainer, step: int, rollout: Rollout) -> dict[str, float]:
   """What the reviewer says of itself, and now and then how it meets faults planted in a batch."""
   metrics, config = t.reviewer.stats(), t.config.reviewer
+  metrics |= {k.replace("review/", "rewrite/"): x for k, x in t.rewriter.stats().items()}
   if config.audit_every and step % config.audit_every == 0:
     labels = Truth.of(t.task).labels if "labels" in t.config.task.offers else None
     metrics |= audited(t.reviewer, rollout.episodes, labels, config.deadline)
@@ -180,7 +205,8 @@ def together(
 
   The one place in a step where they hear of each other's samples, apart from the arrays.
   """
-  told = gather("metrics", [mine, evidence, t.reviewer.problem(), t.stops.reason])
+  problem = t.reviewer.problem() or t.rewriter.problem()
+  told = gather("metrics", [mine, evidence, problem, t.stops.reason])
   counted, evidences, problems, reasons = zip(*told, strict=True)
   tallies = [Tally(*one) for one in counted]
   kept, found = t.scheme.learn(kept, evidences)

@@ -1,6 +1,7 @@
 """The metrics of a step, put together from what each process saw."""
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from dca_jax.episode import ROLES, Episode, Outcome
 from dca_jax.intervals import Estimate
 from dca_jax.review.types import Usage
 from dca_jax.rollout import Rollout, Spent
+from dca_jax.rollout.rewrites import Proposals
 
 
 class Clock:
@@ -49,6 +51,14 @@ class Credited(NamedTuple):
   """What was generated for prefix values."""
   spot: Spent | None
   """For spot checks; None where the run makes none."""
+  proposals: Proposals | None = None
+  """Of rewrites; None where the run has none."""
+
+  @property
+  def further(self) -> Spent:
+    """All of what was generated beside the episodes."""
+    others = [self.spot, self.proposals and self.proposals.spent]
+    return functools.reduce(Spent.plus, filter(None, others), self.continued)
 
   def finished(self, episodes: Sequence[Episode]) -> list[Episode]:
     """The batch's reviewed episodes with all that happened to them."""
@@ -79,7 +89,7 @@ def tally(
   largest["seconds/step"] = total = sum(clock.seconds.values())
   means, more = _credit(scheme, rollout, credited)
   means |= _outcomes(rollout) | _reviews(rollout)
-  further = credited.continued.plus(credited.spot or Spent())
+  further = credited.further
   means["train/unjudged_further"] = further.unjudged, further.answers
   sums = {
     "train/completions": float(len(rollout.outcomes)),
@@ -97,6 +107,12 @@ def tally(
       "rollout/stale": (rollout.stale, rollout.sampled_BxT.sum()),
     }
     largest["rollout/age_max"] = max(ages)
+  if credited.proposals is not None:
+    kept, n = sum(e.rewrite is not None for e in rollout.episodes), len(rollout.episodes)
+    proposed, spent = credited.proposals
+    counts = {"proposed": proposed, "kept": kept, "tokens": spent.tokens}
+    sums |= {f"rewrite/{key}": float(count) for key, count in counts.items()}
+    means["rewrite/share"] = kept, n + kept
   said = {key: (float(x), float(count)) for key, (x, count) in means.items()}
   return Tally(said, sums, largest | more, reviewer)
 

@@ -13,7 +13,7 @@ from dca_jax.credit import SCHEMES, Scheme
 from dca_jax.doors import absolute, choose, nearest
 from dca_jax.errors import UserError
 from dca_jax.learner.values import VALUES
-from dca_jax.review import REVIEWERS, ReviewerConfig
+from dca_jax.review import REVIEWERS, REWRITERS, ReviewerConfig, Rewriter
 from dca_jax.rollout import ENGINES, EngineConfig, Values
 from dca_jax.tasks import TASKS, TaskConfig
 
@@ -34,6 +34,7 @@ CHOICES = {
   "engine.name": Choice(EngineConfig, ENGINES),
   "credit.scheme": Choice(Scheme, SCHEMES),
   "value.source": Choice(Values, VALUES),
+  "rewrite.source": Choice(Rewriter, REWRITERS),
 }
 CHOSEN = tuple(key.partition(".")[0] + "." for key in CHOICES)
 """The beginnings of the keys that depend on what is chosen."""

@@ -14,7 +14,7 @@ from dca_jax.errors import UserError
 from dca_jax.learner import LearnerConfig
 from dca_jax.learner.supervised import WarmstartConfig
 from dca_jax.policy import PolicyConfig
-from dca_jax.review import Nobody, ReviewerConfig
+from dca_jax.review import Nobody, ReviewerConfig, Rewriter
 from dca_jax.rollout import EngineConfig, RolloutConfig, SlotsConfig
 from dca_jax.rollout.evaluate import EvaluateConfig
 from dca_jax.rollout.prefixes import FromReviewer, Values
@@ -44,6 +44,7 @@ class Config:
   reviewer: ReviewerConfig = Nobody()
   value: Values = FromReviewer()
   spot: SpotConfig = SpotConfig()
+  rewrite: Rewriter = Rewriter()
   credit: Scheme = Uniform()
   learner: LearnerConfig = LearnerConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
@@ -81,6 +82,12 @@ class Config:
         bad["value.source"] = f"must be 'reviewer' with {scheme}"
     if self.value.needs and self.value.needs not in self.task.offers:
       bad["value.source"] = f"needs a task with an {self.value.needs}; '{self.task.name}' has none"
+    for what in {*self.rewrite.needs} - {*self.task.offers}:
+      bad["rewrite.source"] = f"needs a task with {what}; '{self.task.name}' has none"
+    if self.rewrite.most > self.rollout.group:
+      bad["rewrite.rows"] = f"must not exceed rollout.group ({self.rollout.group})"
+    if self.rewrite.most and "environment" in self.task.offers:
+      bad["rewrite.source"] = "must be 'none' with an environment, which would answer otherwise"
     if "demonstrations" not in self.task.offers:
       for key in _WARM:
         if operator.attrgetter(key)(self):
@@ -213,10 +220,12 @@ _FREE = (
   "reviewer.deadline",
   "reviewer.required",
   "reviewer.client.",
+  "rewrite.client.",
+  "rewrite.deadline",
   "task.turn_seconds",
   "task.verifier_seconds",
 )
-# Except for these keys of reviewer.client, which decide what is asked.
+# Except for these keys of a client, which decide what is asked.
 ASKED = (
   *("model", "thinking", "base_url", "vertex", "max_output_tokens", "whole_group"),
   *("rubric", "examples", "level", "reference", "samples"),
@@ -228,7 +237,7 @@ def is_free(key: str, config: Config) -> bool:
   if key == "steps":
     # More steps continue the same run, unless the learning rate depends on where the end is.
     return config.learner.schedule == "constant"
-  return key.startswith(_FREE) and key.removeprefix("reviewer.client.") not in ASKED
+  return key.startswith(_FREE) and key.partition(".client.")[2] not in ASKED
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,15 @@ from dca_jax.learner.optimizer import Learner
 from dca_jax.policy import Prompts, token_logprobs
 
 
+class Rewrites(typing.NamedTuple):
+  """Answers that somebody else began, E = P * X rows; row p * X + x follows prompt p."""
+
+  tokens_ExT: jax.Array
+  weights_ExT: jax.Array
+  """Of the negative log-likelihood of each token in the loss; 0 where nothing is to be learnt of
+  it, as in a row that nobody filled."""
+
+
 class Batch(typing.NamedTuple):
   """What an update reads, B = P * G rows; row p * G + g is episode g of prompt p."""
 
@@ -26,12 +35,35 @@ class Batch(typing.NamedTuple):
   """Log-probabilities under the reference policy, where there is one."""
   advantages_BxT: Any = None
   """As soon as credit is assigned."""
+  rewrites: Rewrites | None = None
+  """What is learnt beside the episodes, where the run has any."""
 
   @property
   def rows(self) -> "Rows":
     trained_BxT = self.sampled_BxT & self.trained_B[:, None]
     floats = self.logprobs_BxT, self.reference_BxT, self.advantages_BxT
     return Rows(self.tokens_BxT, trained_BxT, *floats)
+
+  @property
+  def all_rows(self) -> "Rows":
+    """The rows, those of the rewrites behind the others of their prompt."""
+    if self.rewrites is None:
+      return self.rows
+    p, t = len(self.prompts_PxS), self.tokens_BxT.shape[1]
+
+    def joined(x_BxT: jax.Array, y_ExT: jax.Array) -> jax.Array:
+      both = x_BxT.reshape(p, -1, t), y_ExT.reshape(p, -1, t)
+      return jnp.concatenate(both, 1).reshape(-1, t)
+
+    tokens_ExT, weights_ExT = self.rewrites
+    empty = jax.tree.map(lambda x: jnp.zeros(tokens_ExT.shape, x.dtype), self.rows)
+    rows = jax.tree.map(joined, self.rows, empty._replace(tokens_RxT=tokens_ExT))
+    return rows._replace(learnt_RxT=joined(jnp.zeros(self.tokens_BxT.shape), weights_ExT))
+
+  def of_episodes(self, x_RxT: jax.Array) -> jax.Array:
+    """Of what there is for `all_rows` the part [B, T] of the episodes."""
+    p, t = len(self.prompts_PxS), self.tokens_BxT.shape[1]
+    return x_RxT.reshape(p, -1, t)[:, : len(self.tokens_BxT) // p].reshape(-1, t)
 
 
 class Rows(typing.NamedTuple):
@@ -43,6 +75,13 @@ class Rows(typing.NamedTuple):
   logprobs_RxT: jax.Array
   reference_RxT: jax.Array | None
   advantages_RxT: Any
+  learnt_RxT: jax.Array | None = None
+  """See `Rewrites.weights_ExT`; such tokens are in no other sum."""
+
+  @property
+  def counted_RxT(self) -> jax.Array:
+    """Tokens that anything is learnt of."""
+    return self.trained_RxT if self.learnt_RxT is None else self.trained_RxT | (self.learnt_RxT > 0)
 
 
 class Sums(typing.NamedTuple):
@@ -103,6 +142,8 @@ def loss_sums(
   else:
     objective = logp * rows.advantages_RxT
   loss = -total(objective) - config.entropy * total(entropy)
+  if (weights_RxT := rows.learnt_RxT) is not None:
+    loss -= jnp.where(weights_RxT > 0, weights_RxT * logp, 0.0).sum()
   kl = jnp.float32(0)
   if rows.reference_RxT is not None:
     gap = jnp.where(mask, rows.reference_RxT - logp, 0.0)

@@ -113,7 +113,8 @@ def gradient_sums(
   left is summed over the parts, then goes back through the prompts.
   """
   policy, n = learner.policy, learner.config.micro_batches
-  (b, t), p = batch.tokens_BxT.shape, len(batch.prompts_PxS)
+  rows = batch.all_rows
+  (b, t), p = rows.tokens_RxT.shape, len(batch.prompts_PxS)
 
   def loss(trained, left, lengths_R, part: Rows):
     prompts = Prompts(left[0], left[1], lengths_R)
@@ -128,7 +129,7 @@ def gradient_sums(
   def add_part(carry, part: Part):
     grads, back, sums = carry
     prompts_DxR = part.rows_DxR // (b // p)
-    own = jax.tree.map(lambda x: take(policy, x, part.rows_DxR), batch.rows)
+    own = jax.tree.map(lambda x: take(policy, x, part.rows_DxR), rows)
     given = take_prompts(policy, prompts, prompts_DxR), own
     more_grads, more_back, more, logp_RxT = in_width(part, t, of_width, *given)
     back = add_prompts(back, prompts_DxR, more_back)
@@ -139,7 +140,7 @@ def gradient_sums(
   given = batch.prompts_PxS, batch.prompt_lengths_P
   prompts = read_prompts(policy, join(frozen, trained), given, n)
   zero = zeros(trained), zeros(prompts[:2]), Sums(*[jnp.float32(0)] * len(Sums._fields))
-  parts = cut(policy, p, batch.rows.trained_RxT, n)
+  parts = cut(policy, p, rows.counted_RxT, n)
   (grads, back, sums), logp = jax.lax.scan(add_part, zero, parts)
 
   def add_prompts_of(grads, given):
@@ -154,7 +155,7 @@ def gradient_sums(
     return jax.tree.map(jnp.add, grads, backwards(back)[0]), None
 
   grads, _ = jax.lax.scan(add_prompts_of, grads, in_chunks(given, back, n))
-  return grads, sums, in_order(parts, logp, b)
+  return grads, sums, batch.of_episodes(in_order(parts, logp, b))
 
 
 def zeros(shapes):

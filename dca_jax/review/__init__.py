@@ -17,6 +17,7 @@ from dca_jax.review.builtin import (
 )
 from dca_jax.review.language import GeminiModel, LanguageModel, OpenAIModel
 from dca_jax.review.reviewer import ReviewerConfig, Uses, open_reviewer
+from dca_jax.review.rewriter import REWRITERS, Proposing, Rewriter
 from dca_jax.review.transports import CallFailed, Reply, Transport
 from dca_jax.review.types import Request, Review, Reviewer, Share, Trial, Truth
 
@@ -28,14 +29,17 @@ REVIEWERS: dict[str, type[ReviewerConfig]] = {kind.name: kind for kind in _KINDS
 
 __all__ = [
   "REVIEWERS",
+  "REWRITERS",
   "CallFailed",
   "LanguageModel",
   "Nobody",
+  "Proposing",
   "Reply",
   "Request",
   "Review",
   "Reviewer",
   "ReviewerConfig",
+  "Rewriter",
   "Share",
   "Transport",
   "Trial",

@@ -1,6 +1,7 @@
 """A plain Python function as a reviewer: called in threads, kept to the deadline, never trusted."""
 
 import collections
+import operator
 import queue
 import sys
 import threading
@@ -104,4 +105,5 @@ def _plain(review: Review) -> Review:
     bool(review.suspicious),
     str(review.model),
     reasons=tuple(map(str, review.reasons)),
+    rewrite=review.rewrite and (operator.index(review.rewrite[0]), str(review.rewrite[1])),
   )

@@ -47,14 +47,18 @@ class LanguageModel(ReviewerConfig):
     return LEVELS.get(self.client.level) == ()
 
   def open(self, uses: Uses) -> Reviewer:
+    return self.opened(uses, form_of(self.client), self.name)
+
+  def opened(self, uses: Uses, form: Form, name: str) -> Reviewer:
+    """What asks for a `form` of reviews, and spends under a `name`."""
     assert uses.replies is not None
     c = self.client
     server = hashlib.sha256(f"{self.name} {c.base_url}".encode()).hexdigest()[:8]
     price_of(c)  # That there is none is said now, and not at the first call.
     wallet = Wallet(functools.partial(price_of, c), uses.budget)
     transport = functools.partial(self.connect, c)
-    name, processes = f"{self.name}-{server}", uses.share.processes
-    return Client(c, transport, name, form_of(c), wallet, uses.replies, processes)
+    spender, processes = f"{name}-{server}", uses.share.processes
+    return Client(c, transport, spender, form, wallet, uses.replies, processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ class OpenAIModel(LanguageModel):
 
 def form_of(config: ClientConfig) -> Form:
   """How reviews are asked for; raises UserError where a file that it names cannot be read."""
-  rubric, examples = (_read(config, key) for key in ("rubric", "examples"))
+  rubric, examples = (text_at(config, key) for key in ("rubric", "examples"))
   try:
     said = instructions(config.level, rubric, examples.splitlines())
   except ValueError as error:
@@ -95,7 +99,7 @@ def form_of(config: ClientConfig) -> Form:
   return Form(said, config.level, config.reference)
 
 
-def _read(config: ClientConfig, key: str) -> str:
+def text_at(config: ClientConfig, key: str) -> str:
   """The text of the file that a key names; empty where it names none."""
   path = getattr(config, key)
   try:

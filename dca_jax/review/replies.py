@@ -136,6 +136,20 @@ def parse_chance(text: str) -> float:
   return _Chance.model_validate(_only_object(text, "chance")).chance / 100
 
 
+def parse_rewrite(text: str, steps: int) -> tuple[int, str]:
+  """How many of an answer's `steps` are kept, and what stands behind them; raises ValueError where
+  a reply does not say so."""
+  said = _Rewrite.model_validate(_only_object(text, "keep"))
+  if said.keep >= steps:
+    raise ValueError(f"{said.keep} steps are kept of {steps}")
+  return said.keep, said.text
+
+
+class _Rewrite(BaseModel):
+  keep: Annotated[int, Field(ge=0), BeforeValidator(_no_boolean)]
+  text: Annotated[str, Field(min_length=1)]
+
+
 class _Chance(BaseModel):
   chance: Annotated[float, Field(ge=0, le=100), BeforeValidator(_no_boolean)]
 

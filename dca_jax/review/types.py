@@ -44,6 +44,8 @@ class Truth(NamedTuple):
   values: Callable[[str, Sequence[Sequence[str]]], Sequence[Sequence[float]]]
   """From a prompt and the steps of its completions to the values of their prefixes (see
   `Valued.prefix_values`); empty ones where the task offers none."""
+  correction: Callable[[Request, int], str] = lambda request, k: ""
+  """What would have been right in the place of step k, from 0 (see `Corrected.correct_step`)."""
 
   @classmethod
   def of(cls, task: Any) -> "Truth":
@@ -53,7 +55,10 @@ class Truth(NamedTuple):
       known = getattr(task, "prefix_values", None)
       return known(problem, completions) if known else [()] * len(completions)
 
-    return cls(lambda r: task.label_steps(r.problem, r.steps, r.truncated), values)
+    def correction(request: Request, k: int) -> str:
+      return task.correct_step(request.problem, request.steps, k)
+
+    return cls(lambda r: task.label_steps(r.problem, r.steps, r.truncated), values, correction)
 
 
 @dataclasses.dataclass(frozen=True)

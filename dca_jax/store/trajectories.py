@@ -26,6 +26,15 @@ class _Step(BaseModel):
   common: int | None = None
 
 
+class _Rewrite(BaseModel):
+  tokens: list[int]
+  start: int
+  forced: int
+  text: str
+  before: list[float]
+  after: list[float]
+
+
 class _Line(BaseModel):
   """What a line must hold; see `Episode.to_json`."""
 
@@ -51,6 +60,7 @@ class _Line(BaseModel):
   advantage: float
   credit: list[float]
   seed: int | None = None
+  rewrite: _Rewrite | None = None
 
 
 def write_trajectories(

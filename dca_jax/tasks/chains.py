@@ -69,7 +69,7 @@ class ChainsConfig(TaskConfig):
   """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high];
   under `slips` a demonstration's."""
 
-  offers: ClassVar[tuple[str, ...]] = ("labels", "values", "demonstrations")
+  offers: ClassVar[tuple[str, ...]] = ("labels", "values", "corrections", "demonstrations")
 
   def open(self) -> "Chains":
     return Chains(self)
@@ -226,6 +226,18 @@ class Chains:
     if end not in reads or _WRITE.fullmatch(steps[-1]):
       end = writer.get(next(x for x in reversed(chain) if x in state))
     return _without_dead(roles, end, reads)
+
+  def correct_step(self, prompt: str, steps: Sequence[str], k: int) -> str:
+    """See `Corrected`. Where the wrong step had left lines out, the first of them."""
+    parsed = self._parse(prompt)
+    chain, write = parsed.chain[parsed.query], _WRITE.fullmatch(steps[k])
+    if not (write or _ANSWER.search(steps[k])) or (write and write[1] not in chain[1:]):
+      return ""
+    written = {match[1] for step in steps[:k] if (match := _WRITE.fullmatch(step))}
+    end = chain.index(write[1]) if write else len(chain)
+    first = 1 + max(i for i, x in enumerate(chain[:end]) if x in written or not i)
+    value = parsed.value[parsed.query if first == len(chain) else chain[first]]
+    return f"#{value}" if first == len(chain) else f"{chain[first]}{value};"
 
   def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
     """See `Valued`. The share of the other completions that got as far as this prefix and then

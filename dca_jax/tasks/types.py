@@ -26,7 +26,8 @@ class TaskConfig:
 
   offers: ClassVar[tuple[str, ...]] = ()
   """Which of the optional parts of `Task` it has: `labels` (`label_steps`), `values`
-  (`prefix_values`), `demonstrations` (`demonstration`), `environment` (see `environments`)."""
+  (`prefix_values`), `corrections` (`correct_step`), `demonstrations` (`demonstration`),
+  `environment` (see `environments`)."""
   notation: ClassVar[str] = ""
   """How to read its prompts and answers, where that is not plain; the page of a run says it."""
   step_end: ClassVar[str] = "\n"
@@ -99,6 +100,14 @@ class Valued(Task, Protocol):
 
     What is said of a prefix may depend on the other completions, but not on the rest of its own.
     """
+
+
+class Corrected(Labelled, Protocol):
+  """A task that `offers` corrections."""
+
+  def correct_step(self, prompt: str, steps: Sequence[str], k: int) -> str:
+    """What would have been right in the place of step k, from 0, the first with the role `error`;
+    empty where nobody can tell."""
 
 
 class Demonstrated(Task, Protocol):

@@ -34,7 +34,7 @@ class KeyDoor(TaskConfig):
   """Demonstrations: chance that the key is taken again on the way; the right one, if there was a
   wrong one before."""
 
-  offers: ClassVar[tuple[str, ...]] = ("labels", "demonstrations")
+  offers: ClassVar[tuple[str, ...]] = ("labels", "corrections", "demonstrations")
   step_end: ClassVar[str] = ";"
 
   def check(self) -> dict[str, str]:
@@ -100,6 +100,15 @@ class KeyDoor(TaskConfig):
       else:
         roles.append("necessary" if key == _KEYS[code] else "inherits")
     return roles
+
+  def correct_step(self, prompt: str, steps: Sequence[str], k: int) -> str:
+    """The right key in the place of a wrong one, or of a door that comes without; else the door."""
+    code, match = int(prompt[0]), _STEP.fullmatch(steps[k])
+    if match is None or match[1] == "w":
+      return ""
+    if match[1] or f"k{_KEYS[code]};" not in steps[:k]:
+      return f"k{_KEYS[code]};"
+    return f"d{_DOORS[code][_KEYS[code]]}"
 
 
 def _held_from(steps: Sequence[str]) -> int:
