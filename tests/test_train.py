@@ -1,5 +1,6 @@
 """The training loop: what a step trains on, what it records, and what it must not do."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ import tiny
 
 from dca_jax import review
 from dca_jax import run as run_module
+from dca_jax.commands.rewrites import rewrites
 from dca_jax.credit import SCHEMES
 from dca_jax.devices import mesh
 from dca_jax.episode import ROLES
@@ -85,6 +87,27 @@ def test_a_resumed_run_compiles_nothing_after_its_first_step(everything_run):
   _, compiled = everything_run
   assert any(part == 2 for part, _, _ in compiled)
   assert not [(done, name) for part, done, name in compiled if part == 2 and done >= 7]
+
+
+def test_rewrites_are_a_share_of_the_batch_and_can_be_exported(everything_run, tmp_path):
+  workdir, _ = everything_run
+  out, lines, group = tmp_path / "out.jsonl", tiny.read_lines(workdir)[1:], 4
+  kept = []
+  for line in lines:
+    episodes = records(workdir, line["step"])
+    own = [e for e in episodes if e.rewrite]
+    assert len(own) == line["rewrite/kept"] <= line["rewrite/proposed"]
+    assert line["rewrite/share"] == pytest.approx(len(own) / (len(episodes) + len(own)))
+    assert line["rewrite/tokens"] <= line["train/generated_tokens"]
+    groups = collections.Counter(e.problem.id for e in own)
+    assert max(groups.values(), default=0) <= 2 < group
+    kept += own
+  assert kept
+  rewrites(str(workdir), str(out))
+  exported = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [line["completion"] for line in exported] == [e.rewrite.text for e in kept]
+  assert {line["why"] for line in exported} == {"corrected"}
+  assert all(line["after"] == [1.0] and line["before"] == [0.0] for line in exported)
 
 
 def answering(reply):

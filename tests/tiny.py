@@ -36,6 +36,8 @@ SETTINGS = {
 EVERYTHING = {
   "credit.scheme": "calibrated",
   "spot.share": 0.5,
+  "rewrite.source": "oracle",
+  "rewrite.rows": 2,
   "reviewer.name": "noisy",
   "learner.loss": "ppo",
   "learner.updates_per_batch": 2,

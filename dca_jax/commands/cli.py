@@ -59,6 +59,7 @@ _PAGES = {
   "credit": "method",
   "value": "method",
   "spot": "method",
+  "rewrite": "method",
   "policy": "models",
   "mesh": "tpu",
 }
@@ -159,6 +160,9 @@ def _that_look(command: Made) -> None:
   p.add_argument("--step", type=int, help="of the checkpoint; the newest when left out")
   what = "LoRA's adapters alone, for peft; else they are merged"
   p.add_argument("--adapters", action="store_true", help=what)
+
+  p = command(_rewrites, "write the rewrites that a run has learnt from as data", False)
+  p.add_argument("--output", required=True, help="a file of JSON lines to make")
 
   p = command(_review, "have stored trajectories read by another reviewer", True, workdir=None)
   p.add_argument("--trajectories", required=True, help="the folder of that name in a run's workdir")
@@ -340,6 +344,12 @@ def _export(args: argparse.Namespace, _: Sequence[str]) -> None:
   from dca_jax.commands.export import export
 
   print(export(args.workdir, args.output, args.step, args.adapters))
+
+
+def _rewrites(args: argparse.Namespace, _: Sequence[str]) -> None:
+  from dca_jax.commands.rewrites import rewrites
+
+  print(rewrites(args.workdir, args.output))
 
 
 def _review(args: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -66,7 +66,8 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   # Evaluation draws batches of the same shape. Further answers have their own beginning as prompt.
   length, decoding = rollout.max_prompt_tokens, problems * rollout.group
   prompts = problems * length
-  if config.value.answers or config.spot.share or "environment" in config.task.offers:
+  further = config.value.answers or config.spot.share or config.rewrite.most
+  if further or "environment" in config.task.offers:
     prompts = decoding * (length + rollout.max_tokens)
   # Where a ring grows, the one before it is still there.
   grown = sum(ring_sizes(rollout.max_tokens)[-2:])
@@ -84,7 +85,8 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
     "logits of one token": 3 * 4 * decoding * policy.rows,
   }
   problems, n = rows(devices, rollout.problems), config.learner.micro_batches
-  part = part_rows(devices, problems * rollout.group, rollout.max_tokens, n)
+  all_rows = problems * (rollout.group + config.rewrite.most)
+  part = part_rows(devices, all_rows, rollout.max_tokens, n)
   tokens, position = part * rollout.max_tokens, 2 * c.depth * heads * c.head_dim
   read = problems * rollout.max_prompt_tokens
   updating = {

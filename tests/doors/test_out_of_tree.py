@@ -29,6 +29,7 @@ MOST_LINES = {
   "renamed": 30,
   "plainly": 54,
   "guess": 60,
+  "brief": 22,
 }
 RECIPE = """
 from ml_collections import ConfigDict
@@ -44,6 +45,7 @@ def get_config():
     "evaluate": {"problems": 4, "samples": 4, "k": 2},
     "reviewer": {"name": "repeats.py:Repeats", "window": 2, "audit_every": 1},
     "credit": {"scheme": "spotlight.py:Spotlight", "contrast": 3.0},
+    "rewrite": {"source": "brief.py:Brief"},
     "checkpoint": {"every": 1},
   })
 """

@@ -55,6 +55,10 @@ def test_the_key_counts_the_walk_does_not():
   assert labels(f"k{key};d{(door + 1) % 8}$") == [n, "error"]
   assert labels(f"k{key};w1;w", truncated=True) == [n, w, w]
   assert labels("x;")[0] == "error"
+  assert task.correct_step("4>", (f"k{other};", f"d{wrong}$"), 0) == f"k{key};"
+  assert task.correct_step("4>", (f"k{key};", f"d{wrong}$"), 1) == f"d{door}"
+  assert task.correct_step("4>", ("w1;", f"d{door}$"), 1) == f"k{key};"
+  assert task.correct_step("4>", ("x;",), 0) == ""
 
 
 PROMPT = "a=3;b=a+2;c=4;d=b*a?d>"  # d is 5 * 3 = 15, which is 5.

@@ -16,6 +16,7 @@ from dca_jax.learner import (
   Batch,
   Learner,
   LearnerConfig,
+  Rewrites,
   init_state,
   make_optimizer,
   reference_logprobs,
@@ -205,6 +206,34 @@ def test_uniform_advantages_give_the_gradient_of_grpo(batch):
   assert_same(got, expected, rtol=1e-5, atol=1e-6)
   assert metrics["learner/policy_loss"] == pytest.approx(float(loss), rel=1e-5)
   assert metrics["learner/grad_norm"] == pytest.approx(np.linalg.norm(flat(expected)), rel=1e-5)
+
+
+def test_rewrites_add_their_likelihood_and_nothing_else(batch):
+  """The gradient of -sum(w log p) / (B T), each row a completion of its prompt; every sum over the
+  episodes is as it would be without them."""
+  rng, x = np.random.default_rng(4), 1
+  tokens = rng.integers(VOCAB, size=(P * x, T)).astype(np.int32)
+  weights = rng.uniform(0.1, 2.0, size=(P * x, T)).astype(np.float32) * (rng.random((P, T)) < 0.5)
+  weights[2] = 0.0  # Nobody filled this row.
+  alone = batch._replace(
+    tokens_BxT=np.repeat(tokens, G, 0),
+    sampled_BxT=np.repeat(weights > 0, G, 0),
+    trained_B=np.arange(B) % G == 0,
+    advantages_BxT=np.repeat(weights, G, 0),
+  )
+  expected = jax.jit(jax.grad(lambda params: plain_grpo_loss(params, alone)))(PARAMS)
+  for config in (everything("constant"),):
+    kept, metrics = gradient(config, batch, on_policy=False)
+    got, other = gradient(
+      config, batch._replace(rewrites=Rewrites(tokens, weights)), on_policy=False
+    )
+    assert_same(jax.tree.map(np.subtract, got, kept), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(flat(expected)).max() > 0.01
+    del other["learner/grad_norm"], metrics["learner/grad_norm"]
+    assert other == pytest.approx(metrics, rel=1e-4)
+  # They are seen by the data's own shapes alone: where no row is filled, the gradient is the same.
+  none = batch._replace(rewrites=Rewrites(tokens, 0 * weights))
+  assert_same(gradient(config, none, on_policy=False)[0], kept, rtol=1e-5, atol=1e-7)
 
 
 def test_sums_against_numpy(batch):

@@ -304,6 +304,20 @@ def test_true_values_instead_of_wrong_ones_make_the_answer_right(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_a_correction_is_right_where_it_stands(name):
+  corrected = 0
+  for prompt, steps, _truncated, roles in _labelled(name)[::11]:
+    task, k = _task(name, prompt), roles.index("error") if "error" in roles else -1
+    if k >= 0 and (said := task.correct_step(prompt, steps, k)):
+      begun = (*steps[:k], said + "$" * said.startswith("#"))
+      role = task.label_steps(prompt, begun, not said.startswith("#"))[-1]
+      assert role in ("necessary", "redundant"), (prompt, steps, said)
+      assert re.fullmatch(r"[a-z]\d;|#\d", said), (prompt, steps, said)
+      corrected += 1
+  assert corrected > 50
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_needless_steps_can_be_deleted(name):
   """Without its redundant and irrelevant steps an answer has the same role.
 
