@@ -17,7 +17,7 @@ from dca_jax.errors import UserError
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.rewriter import FromModel, FromOracle, Omission, Proposing
 from dca_jax.review.types import Request, Share, Truth
-from dca_jax.rollout.prefixes import Further
+from dca_jax.rollout.prefixes import Further, Spent
 from dca_jax.rollout.rewrites import drawn, forked, rows_of_rewrites, verified
 from dca_jax.tasks.tokenizer import text_of
 
@@ -69,7 +69,7 @@ def test_no_lie_becomes_more_than_an_answer_that_the_policy_was_right_with():
   after, made = verified(4, policy(batch), batch.rollout, checked)
   assert [dataclasses.replace(e, rewrite=None) for e in after.episodes] == episodes
   assert made.proposed < len(episodes)
-  assert made.tokens <= made.proposed * 2 * 4 * T
+  assert made.spent.tokens <= made.proposed * 2 * 4 * T
   kept = [e for e in after.episodes if e.rewrite]
   for episode in kept:
     r = episode.rewrite
@@ -96,11 +96,11 @@ def test_a_shortcut_that_the_policy_fails_at_is_not_kept(monkeypatch):
     def answers(policy, rollout, begun, n):
       assert [text_of(TOKENIZER, np.frombuffer(p.tokens, np.int32)) for p in begun] == ["b", "a"]
       made = [[Further(tokens, Outcome(x, bool(x), False)) for x in xs] for xs in (after, before)]
-      return made, 7
+      return made, Spent(7)
 
     monkeypatch.setattr("dca_jax.rollout.rewrites.continued", answers)
     rollout, made = verified(2, policy(batch), batch.rollout, says)
-    assert made == (2, 7)
+    assert made == (2, Spent(7))
     return rollout.episodes[0].rewrite
 
   assert kept([1.0, 0.0], [1.0, 0.0]).text == "b1;#1$"
