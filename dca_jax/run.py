@@ -238,7 +238,9 @@ def tried_reviewer(config: Config, task: Task, growing: Growing, quiet: bool) ->
   # Process 0 keeps the metrics.
   spent = agree("spending so far", dollars_spent(growing.folder))
   share = Share(jax.process_count(), lambda own: sum(gather("spending", own)), spent)
-  reviewer = open_reviewer(config.reviewer, Truth.of(task), growing.reviews, share)
+  reviewer = open_reviewer(
+    config.reviewer, Truth.of(task), growing.reviews, share, growing.workdir / "trajectories"
+  )
   try:
     if config.reviewer.models:
       trial = Trial()

@@ -100,7 +100,7 @@ def next_batch(t: Trainer, step: int, params: Any) -> Rollout:
 
 def begin(t: Trainer, step: int, params: Any) -> Rollout:
   """Samples a batch; the reviewer reads what is complete of it while the devices go on."""
-  c, submit = t.config.reviewer, t.reviewer.begin_step()
+  c, submit = t.config.reviewer, t.reviewer.begin_step(step)
 
   def handed_over(group: Group) -> Group:
     episodes = group.episodes

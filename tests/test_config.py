@@ -675,6 +675,7 @@ def test_which_keys_a_resumed_run_may_change():
   assert not [key for key in fixed if key.split(".")[0] in ("checkpoint", "evaluate", "mesh")]
   # What is asked of whom is fixed; how long, how often and for how much is not.
   ours = {"name", "flip", "step", "seed", "panel", "combine", "escalate", "sample_frac", "overlap"}
+  ours |= {"path", "refit_every"}
   asked = {"model", "thinking", "base_url", "vertex", "rubric", "whole_group", "max_output_tokens"}
   asked |= {"level", "reference", "examples", "samples"}
   reviewer = {key for key in fixed if key.startswith("reviewer.")}

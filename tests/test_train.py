@@ -251,7 +251,7 @@ def test_reviews_are_under_way_while_the_next_batch_is_sampled(tmp_path, monkeyp
   events, numbers = [], itertools.count(1)
 
   class Watched(builtin.Instant):
-    def begin_step(self):
+    def begin_step(self, step=0):
       step = next(numbers)
 
       def submit(requests, deadline):

@@ -96,8 +96,8 @@ def from_recipe(
   given = config_lib.read_recipe(recipe).get_config()
   config = config_lib.build(given, chosen, overrides)
   folder = config_lib.claim_workdir(config, workdir)
-  _sample(config, folder, sizes)
-  episodes = _episodes(folder / "trajectories", sizes.limit)
+  sample_answers(config, folder, sizes)
+  episodes = kept_answers(folder / "trajectories", sizes.limit)
   if sizes.spot_checks and not any(episode.checks for episode in episodes):
     raise ConfigError(
       f"--spot-checks={sizes.spot_checks}: the answers in {workdir} have none; take a new --workdir"
@@ -113,7 +113,7 @@ def from_trajectories(folder: str, member: str, overrides: Sequence[str], sizes:
   """
   run = config_lib.read_saved(os.fspath(locate(folder).parent))
   config = reviewer_config(member, overrides, run.get("task", {}))
-  episodes = _episodes(locate(folder), sizes.limit)
+  episodes = kept_answers(locate(folder), sizes.limit)
   if not episodes:
     raise ConfigError(f"--trajectories={folder}: there are none (a run keeps WORKDIR/trajectories)")
   return _of_episodes(config, episodes, sizes.planted)
@@ -129,7 +129,7 @@ def from_processbench(path: str, member: str, overrides: Sequence[str], limit: i
   return Source("processbench", cases, [], {}, truth, reviewer_config(member, overrides, {}))
 
 
-def _episodes(folder: epath.Path, limit: int) -> list[Episode]:
+def kept_answers(folder: epath.Path, limit: int) -> list[Episode]:
   found = (e for step in shards(folder) for e in read_trajectories(folder, step))
   return [*itertools.islice((e for e in found if e.steps), limit)]
 
@@ -151,7 +151,7 @@ def _of_episodes(config: Config, episodes: Sequence[Episode], planted: int) -> S
   return Source(name, [], made, checks, nothing, config)
 
 
-def _sample(config: Config, folder: epath.Path, sizes: Sizes) -> None:
+def sample_answers(config: Config, folder: epath.Path, sizes: Sizes) -> None:
   """Samples until there are enough episodes; what was sampled before is not sampled again."""
   kept = folder / "trajectories"
   have = sum(1 for step in shards(kept) for _ in read_trajectories(kept, step))

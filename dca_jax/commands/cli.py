@@ -93,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of a command that `run` carries out; `settings` where it reads
     `--config.section.key=value`."""
     epilog = "any setting can be overridden: --config.section.key=value" if settings else None
-    p = commands.add_parser(run.__name__[1:], help=what, epilog=epilog, allow_abbrev=False)
+    name = run.__name__[1:].replace("_", "-")
+    p = commands.add_parser(name, help=what, epilog=epilog, allow_abbrev=False)
     p.set_defaults(run=run, settings=settings)
     if run in (_train, _compare, _plan):
       p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
@@ -173,6 +174,27 @@ def _that_look(command: Made) -> None:
 
   p = command(_audit, "how good a reviewer is, and whether to train with it", True, "its results")
   _what_is_audited(p)
+
+  p = command(_fit_reviewer, "train a reviewer for a task", True, "where it is written")
+  _what_is_learnt(p)
+
+
+def _what_is_learnt(p: argparse.ArgumentParser) -> None:
+  from_what = ("oracle", "planted", "reviews", "spot-checks")
+  what = "the task's labels, faults planted in right answers, stored reviews, measured steps"
+  p.add_argument("--from", required=True, choices=from_what, dest="labels", help=what)
+  answers = p.add_mutually_exclusive_group(required=True)
+  answers.add_argument("--config", help="a recipe, whose policy answers")
+  answers.add_argument("--trajectories", help="answers that a run has kept")
+  p.add_argument("--limit", type=int, default=2000, help="answers to learn from")
+  what = "answers that measure each step, with --from=spot-checks and --config"
+  p.add_argument("--spot-checks", type=int, default=1, help=what)
+  p.add_argument("--epochs", type=int, default=8)
+  p.add_argument("--batch", type=int, default=64)
+  p.add_argument("--lr", type=float, default=3e-3)
+  p.add_argument("--seed", type=int, default=0)
+  what = "of the adapters, where the policy is a published model"
+  p.add_argument("--lora-rank", type=int, default=8, help=what)
 
 
 def _what_is_scored(p: argparse.ArgumentParser) -> None:
@@ -358,6 +380,21 @@ def _review(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   _between(args, "limit", 1)
   work = rereview.estimate if args.estimate else rereview.rereview
   print(work(args.trajectories, args.reviewer, args.limit, overrides))
+
+
+def _fit_reviewer(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+  from dca_jax.commands.fit_reviewer import From, fit_reviewer
+  from dca_jax.reader import FitConfig
+
+  for name in ("limit", "spot_checks", "epochs", "batch", "lora_rank"):
+    _between(args, name, 1)
+  _between(args, "lr", 0, 1)
+  _between(args, "seed", 0)
+  source = From(
+    args.labels, args.config or "", args.trajectories or "", args.limit, args.spot_checks
+  )
+  how = FitConfig(args.epochs, args.batch, args.lr, args.seed)
+  print(fit_reviewer(source, args.workdir, overrides, how, args.lora_rank))
 
 
 def _audit(args: argparse.Namespace, overrides: Sequence[str]) -> None:

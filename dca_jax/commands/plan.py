@@ -28,7 +28,7 @@ class Memory(NamedTuple):
   parameters: int
   optimizer: int
   copies: int
-  """The reference policy, and the policy one step behind."""
+  """The reference policy, the policy one step behind, and trained reviewers."""
   sampling: dict[str, int]
   updating: dict[str, int]
 
@@ -57,6 +57,7 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   trained = bytes_of(shapes.params, shardings.params)
   moments = bytes_of(shapes.opt_state, shardings.opt_state)
   copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * trained
+  copies += sum(member.device_bytes for member in config.reviewer.members)
 
   def rows(on, problems: int) -> int:
     return problems // (on.shape["data"] * on.shape["fsdp"])

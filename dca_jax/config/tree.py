@@ -80,6 +80,8 @@ class Config:
         bad["spot.share"] = f"must be above 0 with {scheme}, which learns from spot checks"
       if not self.value.from_reviewer:
         bad["value.source"] = f"must be 'reviewer' with {scheme}"
+    if any(member.reads_checks for member in self.reviewer.members) and not self.spot.share:
+      bad["spot.share"] = "must be above 0 with reviewer.refit_every, which learns from spot checks"
     if self.value.needs and self.value.needs not in self.task.offers:
       bad["value.source"] = f"needs a task with an {self.value.needs}; '{self.task.name}' has none"
     for what in {*self.rewrite.needs} - {*self.task.offers}:

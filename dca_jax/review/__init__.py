@@ -1,5 +1,5 @@
 """Reviewers: they read an answer step by step and say what every step did for the outcome.
-Free of jax."""
+Free of jax, except for what a trained one opens when it is asked for."""
 
 from dca_jax.review.builtin import (
   Fooled,
@@ -18,12 +18,13 @@ from dca_jax.review.builtin import (
 from dca_jax.review.language import GeminiModel, LanguageModel, OpenAIModel
 from dca_jax.review.reviewer import ReviewerConfig, Uses, open_reviewer
 from dca_jax.review.rewriter import REWRITERS, Proposing, Rewriter
+from dca_jax.review.trained import Trained
 from dca_jax.review.transports import CallFailed, Reply, Transport
 from dca_jax.review.types import Request, Review, Reviewer, Share, Trial, Truth
 
 _KINDS = (
   *(Nobody, Oracle, Noisy, Fooled, Random, Lexical, Thief, Suffix, Stale, NaN, Silent),
-  *(PanelConfig, GeminiModel, OpenAIModel),
+  *(PanelConfig, GeminiModel, OpenAIModel, Trained),
 )
 REVIEWERS: dict[str, type[ReviewerConfig]] = {kind.name: kind for kind in _KINDS}
 

@@ -129,7 +129,7 @@ class Client:
   ) -> "concurrent.futures.Future[list[Review]]":
     return self.begin_step()(requests, deadline)
 
-  def begin_step(self) -> Submit:
+  def begin_step(self, step: int = 0) -> Submit:
     return functools.partial(self._submit, _Step(self._loop.time()))
 
   def _submit(

@@ -19,8 +19,8 @@ class _Several:
   def submit(self, requests: Sequence[Request], deadline: float) -> "Future[list[Review]]":
     return self.begin_step()(requests, deadline)
 
-  def begin_step(self) -> Submit:
-    return functools.partial(self._submit, [member.begin_step() for member in self._members])
+  def begin_step(self, step: int = 0) -> Submit:
+    return functools.partial(self._submit, [member.begin_step(step) for member in self._members])
 
   def _submit(self, members: Sequence[Submit], requests, deadline) -> "Future[list[Review]]":
     """Asks the members."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dca_jax.checks import at_least, between, one_of, positive
 from dca_jax.doors import choose, door
@@ -31,6 +31,8 @@ class Uses(NamedTuple):
   """That file, opened, where there are language models among the reviewers."""
   budget: Budget
   """Of dollars, for all of them together."""
+  trajectories: Any = None
+  """The folder of a run's episodes; None outside of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,12 @@ class ReviewerConfig:
   name: str = ""
   """`none`; `gemini` or `openai` (any server that speaks OpenAI's chat completions), called as
   `client` says; `oracle`, the task's own labels and prefix values; `noisy`, the oracle with labels
-  flipped; `panel`, several at once; or your own, MODULE:CLASS. And controls: `fooled`, the oracle
-  except that a step which repeats an earlier one is necessary, with weight 3; `random`; `lexical`
-  applauds whatever looks like a check; `thief` gives all to one step; `suffix` changes its mind
-  about a step with what follows it; `stale` answers with the review of the completion before; `nan`
-  gives the oracle's review with a number missing; `silent` never answers in time."""
+  flipped; `panel`, several at once; `trained`, one that `dca-jax fit-reviewer` made; or your own,
+  MODULE:CLASS. And controls: `fooled`, the oracle except that a step which repeats an earlier one
+  is necessary, with weight 3; `random`; `lexical` applauds whatever looks like a check; `thief`
+  gives all to one step; `suffix` changes its mind about a step with what follows it; `stale`
+  answers with the review of the completion before; `nan` gives the oracle's review with a number
+  missing; `silent` never answers in time."""
   escalate: str = door("")
   """NAME or NAME:MODEL of a second reviewer, asked where the first one says that it is not sure."""
   deadline: float = 60.0
@@ -88,6 +91,16 @@ class ReviewerConfig:
   def open(self, uses: Uses) -> Reviewer:
     """Raises UserError where something that it needs is missing."""
     return Calls(self.review, self.name, self.threads)
+
+  @property
+  def reads_checks(self) -> bool:
+    """Whether it learns from the run's own spot checks."""
+    return False
+
+  @property
+  def device_bytes(self) -> int:
+    """What it keeps on each device of the run."""
+    return 0
 
   @property
   def is_truth(self) -> bool:
@@ -193,9 +206,14 @@ def _built_in() -> dict[str, type[ReviewerConfig]]:
 
 
 def open_reviewer(
-  config: ReviewerConfig, truth: Truth, cache: pathlib.Path | None, share: Share = _ALONE
+  config: ReviewerConfig,
+  truth: Truth,
+  cache: pathlib.Path | None,
+  share: Share = _ALONE,
+  trajectories: Any = None,
 ) -> Reviewer:
-  """The reviewer that `config` describes; `cache` is where replies that were paid for are kept.
+  """The reviewer that `config` describes; `cache` is where replies that were paid for are kept,
+  `trajectories` where a run keeps its episodes.
 
   Raises:
     UserError: there is no key, no price for a cap in dollars, no rubric, or `cache` cannot be used.
@@ -207,6 +225,6 @@ def open_reviewer(
     missing = max(0.0, share.spent - share.total(kept.total()))
     kept.add(_FORGOTTEN, missing / share.processes)
     budget.add_earlier(_FORGOTTEN, kept.spent(_FORGOTTEN))
-  uses = Uses(truth, cache, share, kept, budget)
+  uses = Uses(truth, cache, share, kept, budget, trajectories)
   first = config.open(uses)
   return Escalating(first, config.second[0].open(uses)) if config.second else first

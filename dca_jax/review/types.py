@@ -46,6 +46,9 @@ class Truth(NamedTuple):
   `Valued.prefix_values`); empty ones where the task offers none."""
   correction: Callable[[Request, int], str] = lambda request, k: ""
   """What would have been right in the place of step k, from 0 (see `Corrected.correct_step`)."""
+  expected: Callable[[Request], Sequence[str]] = lambda request: ()
+  """What each step of a request should have been, given what it reads (see `Labelled`); nothing
+  where the task does not say."""
 
   @classmethod
   def of(cls, task: Any) -> "Truth":
@@ -58,7 +61,14 @@ class Truth(NamedTuple):
     def correction(request: Request, k: int) -> str:
       return task.correct_step(request.problem, request.steps, k)
 
-    return cls(lambda r: task.label_steps(r.problem, r.steps, r.truncated), values, correction)
+    def expected(request: Request) -> Sequence[str]:
+      known = getattr(task, "expected_steps", None)
+      return known(request.problem, request.steps) if known else ()
+
+    def labels(request: Request) -> Sequence[str]:
+      return task.label_steps(request.problem, request.steps, request.truncated)
+
+    return cls(labels, values, correction, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +123,13 @@ class Reviewer(Protocol):
     never an exception."""
     ...
 
-  def begin_step(self) -> Submit:
+  def begin_step(self, step: int = 0) -> Submit:
     """What asks the questions of one training step, in as many parts as it takes; for reviewers
-    that watch how steps fare, and have no other way to tell."""
+    that watch how steps fare, and have no other way to tell.
+
+    Args:
+      step: its number; 0 outside of training.
+    """
     return self.submit
 
   def stats(self) -> dict[str, float]:

@@ -239,6 +239,25 @@ class Chains:
     value = parsed.value[parsed.query if first == len(chain) else chain[first]]
     return f"#{value}" if first == len(chain) else f"{chain[first]}{value};"
 
+  def expected_steps(self, prompt: str, steps: Sequence[str]) -> list[str]:
+    """See `Labelled`: the value that follows from what a step reads, in the place of its own."""
+    parsed = self._parse(prompt)
+    state = dict(parsed.start)
+    expected = []
+    for step in steps:
+      write, answer = _WRITE.fullmatch(step), _ANSWER.search(step)
+      label = write[1] if write else parsed.query
+      if label not in parsed.chain or not (write or answer):
+        expected.append("")
+        continue
+      above = parsed.chain[label][: -1 if write and label not in parsed.start else None]
+      source = next(x for x in reversed(above) if x in state)
+      value = self._follow(parsed, source, label, state[source])
+      expected.append(f"{label}{value};" if write else f"#{value}{_EOS}")
+      if write:
+        state[label] = int(write[2])
+    return expected
+
   def prefix_values(self, prompt: str, completions: Sequence[Sequence[str]]) -> list[list[float]]:
     """See `Valued`. The share of the other completions that got as far as this prefix and then
     succeeded, smoothed.

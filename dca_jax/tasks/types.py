@@ -90,6 +90,11 @@ class Labelled(Task, Protocol):
   def label_steps(self, prompt: str, steps: Sequence[str], truncated: bool) -> list[str]:
     """The true role of every step (see `episode.ROLES`); what the oracle reviewer reads."""
 
+  def expected_steps(self, prompt: str, steps: Sequence[str]) -> list[str]:
+    """What every step should have been, given what it reads; an empty string where that is
+    unknown. A task may leave this method out: a reviewer that is trained on labels learns from it
+    what is right, and not only that something is wrong."""
+
 
 class Valued(Task, Protocol):
   """A task that `offers` values."""
