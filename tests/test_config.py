@@ -669,7 +669,7 @@ def test_which_keys_a_resumed_run_may_change():
   others = {
     key
     for key in free
-    if key.split(".")[0] not in ("reviewer", "checkpoint", "evaluate", "log", "mesh")
+    if key.split(".")[0] not in ("reviewer", "rewrite", "checkpoint", "evaluate", "log", "mesh")
   }
   assert others == {"steps", "task.turn_seconds", "task.verifier_seconds"}
   assert not [key for key in fixed if key.split(".")[0] in ("checkpoint", "evaluate", "mesh")]
@@ -682,6 +682,8 @@ def test_which_keys_a_resumed_run_may_change():
   assert reviewer == {f"reviewer.{key}" for key in ours} | {
     f"reviewer.client.{key}" for key in asked
   }
+  rewriter = {key for key in fixed if key.startswith("rewrite.client.")}
+  assert rewriter == {f"rewrite.client.{key}" for key in asked}
 
 
 def test_more_steps_are_the_same_run_unless_the_schedule_ends_with_them():
