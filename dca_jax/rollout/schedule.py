@@ -54,18 +54,14 @@ class Schedule:
     rows: int,
     step: int,
     most: int,
-    expected: int | None = None,
   ):
     """Rows for as many of the problems as fit in `rows`, a multiple of `step` of them.
 
     Args:
       most: tokens in the longest sample.
-      expected: problems that may still come, one for each that ends; None where none does.
     """
-    self._limits_P, self.group, self.expected = limits_P, group, expected or 0
-    self._comes_back = expected is not None
-    problems = len(limits_P) + self.expected
-    self.at_once = -(-min(problems, max(1, rows // group)) // step) * step
+    self._limits_P, self.group = limits_P, group
+    self.at_once = -(-min(len(limits_P), max(1, rows // group)) // step) * step
     """Problems that begin together."""
     self.batch = max(step, self.at_once // 4 // step * step)
     """Problems that enter together later."""
@@ -78,12 +74,6 @@ class Schedule:
     self.ring = self._rings[0]
     several = len(self._rings) > 1
     self._ladder = ladder(len(self.sample_R), step) if several else [len(self.sample_R)]
-
-  def add(self, limits_P: np.ndarray) -> None:
-    """Problems that came later."""
-    first = len(self._limits_P)
-    self._limits_P = np.concatenate([self._limits_P, limits_P])
-    self.waiting += range(first, len(self._limits_P))
 
   def take_up(self, lengths_PxG: np.ndarray, ended_PxG: np.ndarray) -> None:
     """How long samples are before decoding begins, and which of them are not wanted any more."""
@@ -104,11 +94,8 @@ class Schedule:
   @property
   def enough(self) -> int:
     """As soon as no more rows are live, there is something to do."""
-    rows = len(self.sample_R)
-    if self._comes_back:
-      return max(0, int(self.live_R.sum()) - self.batch)
     if self.waiting:
-      return rows - self.batch * self.group
+      return len(self.sample_R) - self.batch * self.group
     below = [n for n in self._ladder if n < self.live_R.sum()]
     return max(below, default=0) if self._worth else 0
 
@@ -120,9 +107,9 @@ class Schedule:
   def entering(self) -> list[int]:
     """Problems that enter now; none where there is no room or none waits."""
     free = int((~self.live_R).sum()) // self.group
-    if free < self.batch and not self._comes_back:
-      return []
-    count = min(free, self.batch)
+    return self._next(self.batch) if free >= self.batch else []
+
+  def _next(self, count: int) -> list[int]:
     now, self.waiting = self.waiting[:count], self.waiting[count:]
     return now
 
@@ -139,10 +126,12 @@ class Schedule:
     """The rows to go on with, where fewer suffice."""
     if self.waiting or not self._worth:
       return None
-    needed = int(self.live_R.sum()) + self.expected
+    needed = int(self.live_R.sum())
     n = min((n for n in self._ladder if n >= needed), default=len(self.sample_R))
-    if n >= len(self.sample_R):
-      return None
+    return self._kept(n) if n < len(self.sample_R) else None
+
+  def _kept(self, n: int) -> np.ndarray:
+    """So many rows, the live ones among them."""
     rows = np.sort(np.argsort(~self.live_R, kind="stable")[:n])
     self.sample_R, self.lengths_R = self.sample_R[rows], self.lengths_R[rows]
     return rows
@@ -151,3 +140,55 @@ class Schedule:
     """The size of the smallest ring that has room for the next token of the longest row."""
     longest = int(self.lengths_R[self.live_R].max(initial=0))
     return min(size for size in self._rings if size > longest)
+
+
+class Returning(Schedule):
+  """Rows for episodes that come back: what has ended waits for its environment, without a row, and
+  then takes any that is free.
+
+  There are rows for what is ready, and hardly any others.
+  """
+
+  def __init__(self, limits_P: np.ndarray, rows: int, step: int, most: int):
+    """As for a `Schedule`, in groups of one."""
+    super().__init__(limits_P, 1, rows, step, most)
+    whole = -(-rows // step) * step
+    # Now and then there are one or two for long.
+    self._ladder = [*ladder(whole, step), *(n for n in (2, 1) if n % step == 0)]
+    self._batches = sorted(max(step, n // step * step) for n in (FEWEST, whole // 4))
+    self.expected = 0
+    """Problems that are at their environments."""
+    self._more(self._ladder[::4])  # So that further answers take few programs.
+    self.at_once = len(self.sample_R)
+
+  def add(self, limits_P: np.ndarray) -> None:
+    """Problems that have come."""
+    first = len(self._limits_P)
+    self._limits_P = np.concatenate([self._limits_P, limits_P])
+    self.waiting += range(first, len(self._limits_P))
+
+  @property
+  def enough(self) -> int:
+    live = int(self.live_R.sum())
+    return live - max(1, live // 4)  # The environments of the others can begin.
+
+  def entering(self) -> list[int]:
+    self._more(self._ladder)
+    free = int((~self.live_R).sum())
+    count = min(free, len(self.waiting))
+    self.batch = next((n for n in self._batches if n >= count), self._batches[-1])
+    return self._next(min(count, self.batch))
+
+  def _more(self, sizes: Sequence[int]) -> None:
+    """Adds rows where those that are free do not suffice."""
+    needed = int(self.live_R.sum()) + len(self.waiting)
+    n = min((n for n in sizes if n >= needed), default=sizes[0])
+    added = max(0, n - len(self.sample_R))
+    self.sample_R = np.pad(self.sample_R, (0, added), constant_values=-1)
+    self.lengths_R = np.pad(self.lengths_R, (0, added))
+
+  def fewer(self) -> np.ndarray | None:
+    live, short = int(self.live_R.sum()), len(self._rings) == 1 and not self.expected
+    n = min(n for n in self._ladder if n >= live)
+    stays = self.waiting or short or not live or n >= len(self.sample_R)
+    return None if stays else self._kept(n)

@@ -26,7 +26,7 @@ from dca_jax.policy.sharding import batch_sharding, constrain, replicated
 from dca_jax.policy.transformer import Context
 from dca_jax.rollout.config import RolloutConfig
 from dca_jax.rollout.engine import GREEDY, Begun, EngineConfig, Further, Sample, Wanted
-from dca_jax.rollout.schedule import Schedule, ring_sizes
+from dca_jax.rollout.schedule import Returning, Schedule, ring_sizes
 from dca_jax.rollout.steps import StopFinder
 from dca_jax.tasks.tokenizer import end_ids, token_bytes
 
@@ -311,7 +311,10 @@ class Slotted:
     """See `Engine`."""
     policy, sampling = self.policy, self.rollout.sampling
     shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-    plan = self._plan(wanted, shards, further)
+    group, most = wanted.numbers_PxG.shape[1], int(wanted.limits_P.max())
+    plan = Schedule(wanted.limits_P, group, self.rows, shards, most)
+    if further:  # Others may be longer.
+      plan = returning = Returning(wanted.limits_P, self.rows, shards, self.rollout.max_tokens)
     key = noise_key(self._put(np.array(noise, np.uint32)))
     first = np.flatnonzero(plan.live_R[:: plan.group])
     if begun:
@@ -341,11 +344,12 @@ class Slotted:
         ended = []
         while more := further.take(wait=not plan.live_R.any() and not plan.waiting):
           wanted = wanted.and_then(more)
-          plan.add(more.limits_P)
-        plan.expected = further.expected()
+          returning.add(more.limits_P)
+        returning.expected = further.expected()
       while problems := plan.entering():
         if slots.context.prompt_lengths_P.size < plan.sample_R.size:
-          slots = lay(policy, slots, self._put(np.arange(plan.sample_R.size)), ring=plan.ring)
+          rows = np.minimum(np.arange(plan.sample_R.size), slots.keys_R.size - 1)
+          slots = lay(policy, slots, self._put(rows), ring=plan.ring)
         rows_N = self._put(plan.place(problems))
         slots = enter(policy, slots, new(wanted, problems, plan.batch), rows_N)
       slots = self._laid(plan, slots)
@@ -385,13 +389,6 @@ class Slotted:
     for r in np.flatnonzero(plan.live_R).tolist():
       sample, n = int(plan.sample_R[r]), int(plan.lengths_R[r])
       yield Sample(sample, tokens_RxT[r, :n].copy(), logprobs_RxT[r, :n].copy(), False, ended=False)
-
-  def _plan(self, wanted: Wanted, shards: int, further: Further | None) -> Schedule:
-    group, most = wanted.numbers_PxG.shape[1], int(wanted.limits_P.max())
-    if further is None:
-      return Schedule(wanted.limits_P, group, self.rows, shards, most)
-    expected = further.expected()
-    return Schedule(wanted.limits_P, group, self.rows, shards, self.rollout.max_tokens, expected)
 
   def _begin(self, params, key, ring: int, wanted: Wanted, problems, count: int) -> Slots:
     """Rows of `problems`, filled up to `count` problems with rows that stay free."""

@@ -12,6 +12,7 @@ from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.rollout import Begun, RolloutConfig, Wanted, in_order, slots
 from dca_jax.rollout.schedule import Schedule, ladder, ring_sizes
 from dca_jax.rollout.slots import Slotted
+from evidence.benchmarks import waiting
 
 VOCAB, END = 40, 0
 P, G, S, T = 6, 4, 7, 150
@@ -320,6 +321,16 @@ def test_everything_is_sampled_whatever_the_lengths(step):
     group, most = int(rng.integers(1, 9)), int(rng.integers(1, 300))
     lengths = rng.integers(1, most + 1, size=group * int(rng.integers(1, 30)))
     run(lengths, group, int(rng.integers(1, 64)), most, step)
+
+
+@pytest.mark.parametrize(("mean", "rows"), [(16, 64), (256, 64), (256, 16)])
+def test_what_waits_for_a_slow_environment_has_no_row(mean, rows):
+  """64 episodes of four turns, which wait from 0.1 to 5 s after each: hardly fewer of the row-steps
+  make tokens than where nothing waits."""
+  lengths, waits = waiting.drawn(0, mean)
+  free, slow = (waiting.play(lengths, x, rows) for x in (0 * waits, waits))
+  assert slow.use >= 0.9 * free.use
+  assert slow.use >= 0.8
 
 
 def test_equal_lengths_and_short_answers_take_one_program():
