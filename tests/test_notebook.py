@@ -48,6 +48,7 @@ def test_valid_and_stored_without_outputs(path):
   )
 
 
+@pytest.mark.slow
 def test_runs_from_top_to_bottom_and_resumes(tmp_path, monkeypatch):
   model = words.write_model(tmp_path, {**words.SIZES, **words.FAMILIES["gemma3"]})
   given = {
