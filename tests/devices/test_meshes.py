@@ -46,7 +46,13 @@ RUNS = {
     {"mesh.data": 1, "mesh.fsdp": 8},
   ),
   "calibrated": (
-    {**WEIGHTED, "credit.scheme": "calibrated", "spot.share": 0.5, "steps": 4},
+    {
+      **WEIGHTED,
+      "credit.scheme": "calibrated",
+      "spot.share": 0.5,
+      "rewrite.source": "oracle",
+      "steps": 4,
+    },
     {"mesh.data": 8},
   ),
   "overlap": (
