@@ -270,8 +270,8 @@ def _audit(
 
 
 def _told(review: Review) -> bool:
-  """Whether a review says what an audit can use."""
-  return usable(review) or (review.status == "ok" and len(review.values) > 0)
+  """Whether a review says what an audit can use: values only where it has no roles."""
+  return usable(review) if review.roles else review.status == "ok" and len(review.values) > 0
 
 
 def _telling(settings: Sequence[str]) -> list[str]:

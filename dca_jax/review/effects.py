@@ -71,5 +71,6 @@ def effects(checked: Sequence[Checked]) -> dict[str, Estimate]:
       here = said & (kinds == kind)
       if here.sum() >= _FEWEST:
         sums = [(did[own & here].sum(), (own & here).sum()) for own in parts]
-        measures[f"effect_{word}_{kind}"] = bootstrap(sums, lambda s: s[:, 0] / s[:, 1])
+        with np.errstate(invalid="ignore"):  # Samples drawn again may hold no such step.
+          measures[f"effect_{word}_{kind}"] = bootstrap(sums, lambda s: s[:, 0] / s[:, 1])
   return {name: e for name, e in measures.items() if np.isfinite(e.value)}

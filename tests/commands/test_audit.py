@@ -14,7 +14,7 @@ from test_faults import SOLUTION
 
 import dca_jax
 from dca_jax.commands import audit, cli
-from dca_jax.episode import Episode, Outcome, Problem, Segment, Step
+from dca_jax.episode import Episode, Outcome, Problem, Review, Segment, Step
 from dca_jax.store.trajectories import write_trajectories
 
 LIMIT = 48
@@ -158,6 +158,13 @@ def test_a_model_is_paid_for_once_and_its_costs_are_told(start, tmp_path, monkey
   assert again["tokens_per_1000"] is None
   assert rich["dollars_per_1000"] == again["dollars_per_1000"] > 0
   assert rich["model"]
+
+
+def test_roles_that_cannot_be_used_are_not_made_good_by_values():
+  whole = Review("ok", ("error",), (1.0,), values=(0.5,))
+  assert audit._told(whole)
+  assert audit._told(dataclasses.replace(whole, roles=(), weights=()))
+  assert not audit._told(dataclasses.replace(whole, weights=(float("nan"),)))
 
 
 def test_costs_are_those_of_a_review_and_not_of_a_call():
