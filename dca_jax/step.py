@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from dca_jax.credit import ReviewArrays, assign_credit
 from dca_jax.devices.processes import fetch, gather, put
 from dca_jax.episode import Episode, Review
 from dca_jax.learner import Batch, Rewrites
-from dca_jax.review import Proposing, Truth
+from dca_jax.review import Proposing, Request, Truth
 from dca_jax.review.episodes import Asked, ask, audited, too_blind, wait_for_reviews, worth_a_review
 from dca_jax.rollout import Continues, Group, Rollout, Spent, collect, collect_whole
 from dca_jax.rollout.rewrites import Proposals, drawn, rows_of_rewrites, verified
@@ -81,7 +81,8 @@ def train_step(t: Trainer, step: int) -> Measured:
     numbers = {key: float(x) for key, x in jax.device_get(stats | more).items()}
     clock.lap("update")
 
-  mine = tally(t.scheme, rollout, credited, reviewer_metrics(t, step, rollout), clock)
+  own = reviewer_metrics(t, step, rollout)
+  mine = tally(t.scheme, rollout, credited, own, clock, labels_of(t))
   evidence = t.scheme.evidence(kept, rollout.episodes, group)
   metrics, problem, stop = together(t, kept, mine, evidence)
   return Measured(metrics | numbers, problem, stop, host.tokens_BxT[rollout.sampled_BxT])
@@ -192,9 +193,13 @@ def reviewer_metrics(t: Trainer, step: int, rollout: Rollout) -> dict[str, float
   metrics, config = t.reviewer.stats(), t.config.reviewer
   metrics |= {k.replace("review/", "rewrite/"): x for k, x in t.rewriter.stats().items()}
   if config.audit_every and step % config.audit_every == 0:
-    labels = Truth.of(t.task).labels if "labels" in t.config.task.offers else None
-    metrics |= audited(t.reviewer, rollout.episodes, labels, config.deadline)
+    metrics |= audited(t.reviewer, rollout.episodes, labels_of(t), config.deadline)
   return metrics
+
+
+def labels_of(t: Trainer) -> Callable[[Request], Sequence[str]] | None:
+  """The task's own, if it has any."""
+  return Truth.of(t.task).labels if "labels" in t.config.task.offers else None
 
 
 def together(

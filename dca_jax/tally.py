@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from dca_jax.credit import Advantages, Scheme
 from dca_jax.credit.calibrated import SEEN, seen_of
 from dca_jax.episode import ROLES, Episode, Outcome
 from dca_jax.intervals import Estimate
-from dca_jax.review.types import Usage
+from dca_jax.review.types import Request, Usage
 from dca_jax.rollout import Rollout, Spent
 from dca_jax.rollout.rewrites import Proposals
 
@@ -81,14 +81,20 @@ def tally(
   credited: Credited,
   reviewer: dict[str, float],
   clock: Clock,
+  labels: Callable[[Request], Sequence[str]] | None = None,
 ) -> Tally:
-  """The metrics of this process's part of a step; `reviewer` is what that says of itself."""
+  """The metrics of this process's part of a step; `reviewer` is what that says of itself, `labels`
+  the task's true roles of steps."""
   largest = {f"seconds/{key}": value for key, value in clock.seconds.items()}
   if rollout.environment_seconds:
     largest["seconds/environments"] = rollout.environment_seconds
   largest["seconds/step"] = total = sum(clock.seconds.values())
   means, more = _credit(scheme, rollout, credited)
   means |= _outcomes(rollout) | _reviews(rollout)
+  if labels:
+    true = [role for episode in rollout.episodes for role in labels(Request.of(episode))]
+    needless = sum(role in ("redundant", "irrelevant") for role in true)
+    means["train/needless"] = needless, len(rollout.episodes)
   further = credited.further
   means["train/unjudged_further"] = further.unjudged, further.answers
   sums = {

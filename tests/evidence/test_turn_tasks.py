@@ -103,6 +103,12 @@ def test_a_run_with_an_environment_goes_on_where_it_was(tmp_path):
   assert any(e.checks for step in (1, 2, 3) for e in whole.episodes(step))
   last = whole.metrics[-1]
   assert last["train/unjudged_further"] == 0
+  label = Search(longest=2).label_steps
+  true = [
+    label(e.problem.prompt, [step.text for step in e.steps], e.outcome.truncated) for e in episodes
+  ]
+  needless = sum(role in ("redundant", "irrelevant") for own in true for role in own)
+  assert last["train/needless"] == needless / len(episodes)
   assert last["train/turns"] > 1
   assert last["seconds/environments"] > 0
 

@@ -68,7 +68,7 @@ async function read(run, step, problem, sample) {
 const CHARTS = [
   ["Accuracy", ["train/accuracy", "eval/sampled", "eval/greedy"]],
   ["Length (tokens)", ["train/length"]],
-  ["Repeats and checks (steps an answer)", ["train/repeats", "train/checks"]],
+  ["Repeats, checks, needless (steps an answer)", ["train/repeats", "train/checks", "train/needless"]],
   [
     "Truncated, and groups that fare differently (share)",
     ["train/truncated", "train/mixed_groups"],
