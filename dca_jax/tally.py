@@ -91,7 +91,7 @@ def tally(
   largest["seconds/step"] = total = sum(clock.seconds.values())
   means, more = _credit(scheme, rollout, credited)
   means |= _outcomes(rollout) | _reviews(rollout)
-  if labels:
+  if labels and rollout.environment_seconds:  # Of turns.
     true = [role for episode in rollout.episodes for role in labels(Request.of(episode))]
     needless = sum(role in ("redundant", "irrelevant") for role in true)
     means["train/needless"] = needless, len(rollout.episodes)
