@@ -137,18 +137,19 @@ def monte_carlo(
   """Reviews that hold a value for each step of each episode, and what was generated.
 
   A prefix that several episodes share is continued once. Where no answer has a verdict, the value
-  is not a number.
+  is not a number. Where the environment has failed, it is not asked again.
   """
   numbers: dict[Prefix, int] = {}
   places = []
   for i, episode in enumerate(rollout.episodes):
-    prefixes = [Prefix.of(rollout, i, step.start) for step in episode.steps]
+    steps = episode.steps if episode.seed is None or episode.outcome.judged else ()
+    prefixes = [Prefix.of(rollout, i, step.start) for step in steps]
     places.append([numbers.setdefault(prefix, len(numbers)) for prefix in prefixes])
   further, spent = continued(policy, rollout, [*numbers], continuations)
   rewards = [[f.outcome.reward for f in own if f.outcome.judged] for own in further]
   values = [sum(own) / len(own) if own else math.nan for own in rewards]
-  reviews = [Review("ok", values=tuple(values[n] for n in own)) for own in places]
-  return reviews, spent
+  told = [tuple(values[n] for n in own) for own in places]
+  return [Review("ok", values=own) if own else Review("none") for own in told], spent
 
 
 class Prefix(NamedTuple):
@@ -223,7 +224,7 @@ def _in_environments(
     prompt = rollout.prompts_PxS[p, : rollout.prompt_lengths_P[p]]
     before = episode.before(len(tokens) // rollout.tokens_BxT.itemsize)
     seats += [
-      Seat(n * answers + k, episode.problem, prompt, int(ids[n]), k, episode.seed, [*before])
+      Seat(n * answers + k, episode.problem, prompt, int(ids[n]), k, episode.seed, before)
       for k in range(answers)
     ]
   return seated(policy.sampler, policy.params, seats, policy.noise)

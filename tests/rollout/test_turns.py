@@ -20,7 +20,7 @@ from dca_jax.episode import Outcome, Problem
 from dca_jax.errors import UserError
 from dca_jax.policy import Policy, PolicyConfig
 from dca_jax.rollout import RolloutConfig, Sampler, SlotsConfig, collect, slots
-from dca_jax.rollout.prefixes import Continues, Prefix, continued
+from dca_jax.rollout.prefixes import Continues, Prefix, continued, monte_carlo
 from dca_jax.rollout.turns import Seat, observed, seated
 from dca_jax.tasks import EnvironmentConfig, Turn, character_tokenizer
 from dca_jax.tasks.tokenizer import load_tokenizer, plain_ids, text_of
@@ -250,6 +250,14 @@ def test_a_failure_is_no_wrong_answer(fails, capsys):
     # The baseline is left to the others.
     assert episode.outcome.reward == 1.0
   assert f"{judged.count(False)} environments failed" in capsys.readouterr().err
+
+
+def test_an_environment_that_failed_is_not_asked_again():
+  rollout = played(Parrot(answers=raises), "one$")
+  assert all(episode.steps for episode in rollout.episodes)
+  reviews, spent = monte_carlo(2, Continues(None, None, ()), rollout)
+  assert [review.status for review in reviews] == ["none"] * P * G
+  assert not any(spent)
 
 
 def test_a_run_in_which_nothing_can_begin_ends():
