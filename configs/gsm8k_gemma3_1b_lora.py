@@ -2,10 +2,10 @@
 
 Adapters of rank 16 are trained beside weights that stay in bfloat16.
 
-**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 6.9 GiB,
-of the chip's 16 GB; compiled for a v5e the update takes 6.9 and sampling 4.3. Arithmetic and memory
-alone take 2.7 s a step, so expect 200 steps to take 10 to 30 minutes, or longer where the reviewer
-is slower than that:
+**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 5.3 GiB,
+of the chip's 16 GB; compiled for a v5e the update takes 5.4 and sampling 4.1. Arithmetic and memory
+alone take 2.6 s a step, and the compiler expects 5.1, so expect 200 steps to take 15 to 30 minutes,
+or longer where the reviewer is slower than that:
 
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_gemma3_1b_lora.py --topology=v5e:2x2 --devices=1
 
@@ -39,7 +39,7 @@ def get_config():
   c.rollout = dict(problems=16, group=4, max_prompt_tokens=256, max_tokens=512)
   c.reviewer = dict(name="gemini", deadline=90.0, client=dict(max_dollars=20.0))
   c.credit = dict(scheme="weighted")
-  c.learner = dict(lr=5e-5, micro_batches=16, max_grad_norm=1.0)
+  c.learner = dict(lr=5e-5, micro_batches=4, max_grad_norm=1.0)
   c.evaluate = dict(problems=256, samples=4, k=4, every=50)
   c.checkpoint = dict(every=10, best="eval/sampled")
   c.mesh = dict(data=1)

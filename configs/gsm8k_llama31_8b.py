@@ -2,10 +2,10 @@
 
 Parameters, gradients and moments are float32 and spread over all chips; products are bfloat16.
 
-**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 17.8 GiB
-on each chip, of the 32 GB of a v6e; compiled for a v6e-16 the update takes 13.5 beside the
-reference policy's 1.9, and sampling 10.1 beside 7.5 that stay. Arithmetic and memory alone take 4.8
-s a step, so expect 200 steps to take 15 to 60 minutes, or longer where the reviewer is slower than
+**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 16.0 GiB
+on each chip, of the 32 GB of a v6e; compiled for a v6e-16, before chunks of logits were larger, the
+update took 13.5, and sampling 10.1 beside 5.6 that stay. Arithmetic and memory alone take 4.8 s a
+step, so expect 200 steps to take 15 to 60 minutes, or longer where the reviewer is slower than
 that:
 
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_llama31_8b.py --topology=v6e:4x4

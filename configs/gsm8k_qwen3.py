@@ -4,9 +4,9 @@
 Parameters, gradients and moments are float32 and spread over the eight chips;
 products are bfloat16.
 
-**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 6.1 GiB
-(1.7B: 12.0) on each chip, of its 16 GB; compiled for a v5e the update takes 6.1 (11.8) beside the
-reference policy's 0.3 (0.8), and sampling 4.7 (8.6). Arithmetic and memory alone take 3.1 s (6.5) a
+**Not yet run on that hardware**, so no accuracy can be quoted. The plan below says at most 7.7 GiB
+(1.7B: 12.3) on each chip, of its 16 GB; compiled for a v5e, before chunks of logits were larger,
+the update took 6.1 (11.8), and sampling 4.7 (8.6). Arithmetic and memory alone take 3.1 s (6.5) a
 step, so expect 200 steps to take 10 to 30 minutes (20 to 60), or longer where the reviewer is
 slower than that:
 

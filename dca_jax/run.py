@@ -66,8 +66,7 @@ class Programs:
 
     sampling = mesh.sampler_mesh(config.mesh, devices)
     own = policy.clone(mesh=mesh.own_mesh(sampling))
-    micro_batches = config.learner.micro_batches
-    mesh.check_rows(devices, rollout.problems, micro_batches, rollout.carry)
+    mesh.check_rows(devices, rollout.problems, rollout.carry)
     engine, mine = (
       config.engine.open(own, rollout, tokenizer),
       own_rows(self.rows, rollout.problems),
@@ -93,7 +92,7 @@ class Programs:
     self.start = jax.eval_shape(self.init_params, jax.random.key(0))
     frozen, trained = split(self.start)
     self.state = jax.eval_shape(self.init_state, trained, head, credit)
-    check_fits([self.state, frozen, trained if config.learner.reference else ()])
+    check_fits([self.state, frozen, trained if config.learner.has_reference else ()])
 
 
 @dataclasses.dataclass
@@ -149,16 +148,25 @@ class Trainer:
 
 @contextlib.contextmanager
 def opened(
-  config: Config, workdir: str, resume: str, stops: Stops, quiet: bool
+  config: Config,
+  workdir: str,
+  resume: str,
+  stops: Stops,
+  quiet: bool,
+  start: "Start | None" = None,
 ) -> Iterator[Trainer]:
   """Opens a run, or the run that is in `workdir`; closes all of it at the end.
+
+  Args:
+    start: gives the parameters that a new run starts from; `starting_policy` if not given.
 
   Raises:
     UserError: bad input or circumstances, such as another run in `workdir`; no step has been begun.
   """
   first = jax.process_index() == 0
   hold = held(locate(workdir)) if first else contextlib.nullcontext(_free)
-  with hold as check_held, _opened(config, workdir, resume, stops, quiet, check_held) as trainer:
+  given = config, workdir, resume, stops, quiet
+  with hold as check_held, _opened(*given, check_held, start or starting_policy) as trainer:
     yield trainer
 
 
@@ -174,6 +182,7 @@ def _opened(
   stops: Stops,
   quiet: bool,
   check_held: Callable[[], None],
+  begin: "Start",
 ) -> Iterator[Trainer]:
   use_compilation_cache()
   if jax.process_index() == 0:
@@ -198,7 +207,7 @@ def _opened(
     Checkpoints(config.checkpoint, folder, config.fixed()) as checkpoints,
   ):
     restored = checkpoints.restore(programs.state, resume)
-    start = starting_policy(config, folder, policy, task, tokenizer, programs)
+    start = begin(config, folder, policy, task, tokenizer, programs)
     frozen, trained = split(start)
     done, state = restored or (
       0,
@@ -274,7 +283,7 @@ def _reference(
   config: Config, programs: Programs, start: Any
 ) -> Callable[[learner.Batch], learner.Batch]:
   """Without a reference, `start` is not held."""
-  if not config.learner.reference:
+  if not config.learner.has_reference:
     return lambda batch: batch
   logprobs = functools.partial(
     learner.reference_logprobs, programs.policy, config.rollout.sampling, start
@@ -380,6 +389,10 @@ def starting_policy(
         f"could not save {kept} ({reason(error)}); make room, then run again"
       ) from error
     return checkpointer.restore(kept, args=ocp.args.StandardRestore(on.start))
+
+
+Start = Callable[[Config, epath.Path, Policy, Task, Any, Programs], Any]
+"""See `starting_policy`."""
 
 
 def alike(config: Config, task: Task, tokenizer: Any) -> dict[str, Any]:

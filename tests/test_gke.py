@@ -130,6 +130,27 @@ def test_the_entry_point_hands_on_a_stop_and_knows_the_deadline(tmp_path):
   assert entry(tmp_path, DEADLINE=str(int(time.time()) + 2)).wait() == 124
 
 
+def test_the_task_of_skypilot_trains_until_its_deadline(tmp_path):
+  text = (SCRIPTS / "sky.yaml").read_text()
+  task = yaml.safe_load(text)
+  assert len(text.splitlines()) < 30
+  assert (ROOT / task["envs"]["CONFIG"]).is_file()
+  assert task["envs"]["BUCKET"] is task["envs"]["DEADLINE"] is None  # SkyPilot asks for them.
+  home = tmp_path / "dca-jax-env" / "bin"
+  home.mkdir(parents=True)
+  program(home, '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+  end = int(time.time()) + 600
+  given = {"BUCKET": "gs://b", "DEADLINE": str(end), "ARGS": "--config.steps=2 '--config.x=a b'"}
+  env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **task["envs"], **given}
+  command = ["bash", "-c", task["run"]]
+  done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+  arguments = ["train", "--config=configs/quickstart.py", "--workdir=gs://b/dca-jax"]
+  arguments += ["--config.steps=2", "--config.x=a b", "--distributed"]
+  assert done.stdout.splitlines() == arguments
+  late = subprocess.run(command, env={**env, "DEADLINE": "1"}, cwd=ROOT, check=False)
+  assert late.returncode == 124
+
+
 def wait_for_step(workdir: pathlib.Path, step: int, running: subprocess.Popen) -> None:
   tiny.wait_until(lambda: any(line["step"] >= step for line in tiny.read_lines(workdir)), running)
 

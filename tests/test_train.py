@@ -35,7 +35,7 @@ WEIGHTED = {"credit.scheme": "weighted", "reviewer.name": "oracle"}
 @pytest.fixture(scope="module")
 def weighted_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("weighted")
-  train(tiny.make_config(WEIGHTED), str(workdir), quiet=True)
+  train(tiny.make_config({**WEIGHTED, "learner.reference": True}), str(workdir), quiet=True)
   return workdir
 
 

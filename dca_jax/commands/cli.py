@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     name = run.__name__[1:].replace("_", "-")
     p = commands.add_parser(name, help=what, epilog=epilog, allow_abbrev=False)
     p.set_defaults(run=run, settings=settings)
-    if run in (_train, _compare, _plan):
+    if run in (_train, _compare, _plan, _bench):
       p.add_argument("--config", required=True, help="a recipe, such as configs/quickstart.py")
     if workdir is not None:
       p.add_argument("--workdir", required=True, help=workdir or None)
@@ -136,6 +136,11 @@ def _that_run(command: Made) -> None:
 
   p = command(_plan, "how much memory a run takes on each device", True, workdir=None)
   p.add_argument("--devices", type=int, help="how many; those of this machine if not given")
+
+  p = command(_bench, "how fast the devices of this machine train", True, workdir=None)
+  what = "of a run, whose policy is taken instead of random weights"
+  p.add_argument("--workdir", default="", help=what)
+  p.add_argument("--output", help="a file for the JSON, which else is printed")
 
 
 def _that_look(command: Made) -> None:
@@ -312,6 +317,20 @@ def _plan(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   if args.devices is not None:
     _between(args, "devices", 1)
   print(plan(config.load(args.config, overrides), args.devices or jax.device_count()))
+
+
+def _bench(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+  from dca_jax import config
+  from dca_jax.commands import bench
+  from dca_jax.store.workdir import locate
+
+  found = bench.bench(config.load(args.config, overrides), args.workdir)
+  text = json.dumps({"config": os.path.basename(args.config), **found}, indent=2)
+  if args.output:
+    locate(args.output).write_text(f"{text}\n")
+  else:
+    print(text)
+  print(bench.table(found), file=sys.stderr)
 
 
 def _between(args: argparse.Namespace, name: str, least: float, most: float = float("inf")) -> None:

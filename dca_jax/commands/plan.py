@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from dca_jax import learner
 from dca_jax.config import Config
 from dca_jax.devices import mesh
+from dca_jax.devices.kinds import KINDS
 from dca_jax.devices.memory import bytes_of, local_memory, size_of
-from dca_jax.learner.parts import part_rows
+from dca_jax.learner.parts import part_rows, prompt_chunks
 from dca_jax.policy import Policy, Prompts, join, pretrained, split
-from dca_jax.policy.logprobs import CHUNK_LOGITS
-from dca_jax.rollout.schedule import ring_sizes
+from dca_jax.policy.logprobs import chunk_logits
+from dca_jax.rollout.schedule import ladder, ring_sizes
 from dca_jax.tasks.tokenizer import id_count
 
-# GB of each device's memory, docs.cloud.google.com/tpu/docs. A chip of tpu7x is two devices.
-_CHIPS = {"v5e": 16, "v6e": 32, "v5p": 95, "tpu7x": 96}
 _FREE = 0.1  # Part of a device's memory that is left to programs and to fragmentation.
 
 
@@ -48,56 +47,66 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   traces it, counted as if `tensor` did not divide them; XLA may need less, and buffers of its own
   besides.
   """
-  c, rollout = policy.config, config.rollout
-  optimizer = learner.make_optimizer(config.learner, config.steps)
+  c, rollout, learning = policy.config, config.rollout, config.learner
+  optimizer = learner.make_optimizer(learning, config.steps)
   whole = mesh.param_shapes(policy)
   shapes = jax.eval_shape(lambda p: learner.init_state(optimizer, p), split(whole)[1])
   shardings = mesh.state_shardings(devices, policy, optimizer)
   parameters = bytes_of(whole, mesh.param_shardings(devices, policy))
   trained = bytes_of(shapes.params, shardings.params)
   moments = bytes_of(shapes.opt_state, shardings.opt_state)
-  copies = (bool(config.learner.reference) + bool(config.reviewer.overlap)) * trained
+  copies = (learning.has_reference + bool(config.reviewer.overlap)) * trained
   copies += sum(member.device_bytes for member in config.reviewer.members)
 
-  def rows(on, problems: int) -> int:
-    return problems // (on.shape["data"] * on.shape["fsdp"])
-
-  problems, item = rows(sampler, rollout.problems + rollout.carry), jnp.dtype(c.dtype).itemsize
-  heads = c.kv_heads // sampler.shape["tensor"]
-  # Evaluation draws batches of the same shape. Further answers have their own beginning as prompt.
-  length, decoding = rollout.max_prompt_tokens, problems * rollout.group
-  prompts = problems * length
-  further = config.value.answers or config.spot.share or config.rewrite.most
-  if further or "environment" in config.task.offers:
-    prompts = decoding * (length + rollout.max_tokens)
-  # Where a ring grows, the one before it is still there.
-  grown = sum(ring_sizes(rollout.max_tokens)[-2:])
-  positions = prompts + decoding * grown
-  read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
-  copied = config.mesh.sampler or c.kept != c.dtype
-  sampling = {
-    "parameters as the sampler has them": bytes_of(read, mesh.param_shardings(sampler, policy))
-    if copied
-    else 0,
-    "layers, taken apart": bytes_of(
-      read["blocks"], mesh.param_shardings(sampler, policy)["blocks"]
-    ),
-    "keys and values": 2 * c.depth * heads * c.head_dim * item * positions,
-    "logits of one token": 3 * 4 * decoding * policy.rows,
-  }
-  problems, n = rows(devices, rollout.problems), config.learner.micro_batches
-  all_rows = problems * (rollout.group + config.rewrite.most)
-  part = part_rows(devices, all_rows, rollout.max_tokens, n)
-  tokens, position = part * rollout.max_tokens, 2 * c.depth * heads * c.head_dim
-  read = problems * rollout.max_prompt_tokens
+  problems = rollout.problems // (devices.shape["data"] * devices.shape["fsdp"])
+  rows = problems * (rollout.group + config.rewrite.most)
+  part = part_rows(devices, rows, rollout.max_tokens, learning.micro_batches)
+  chunk = problems // prompt_chunks(None, problems, learning.micro_batches)
+  tokens, read = part * rollout.max_tokens, problems * rollout.max_prompt_tokens
+  position = 2 * c.depth * c.kv_heads // devices.shape["tensor"] * c.head_dim
   updating = {
     # Of all parts so far, in float32, and of this one.
     "gradients": moments // 2 + trained,
-    "keys of the prompts, their gradients": position * read * (item + 4),
-    "activations of a part": _saved(config, policy, part, problems // n),
-    "logits of a chunk": 3 * 4 * min(max(CHUNK_LOGITS, policy.rows), tokens * policy.rows),
+    "keys of the prompts, their gradients": position * read * (jnp.dtype(c.dtype).itemsize + 4),
+    "activations of a part": _saved(config, policy, part, chunk),
+    "logits of a chunk": 2 * 4 * min(chunk_logits(policy.rows, c.width), tokens * policy.rows),
   }
-  return Memory(parameters, moments, copies, sampling, updating)
+  return Memory(parameters, moments, copies, _sampling(config, policy, sampler), updating)
+
+
+def _sampling(config: Config, policy: Policy, sampler: mesh.AnyMesh) -> dict[str, int]:
+  c, rollout, shards = policy.config, config.rollout, sampler.shape["data"] * sampler.shape["fsdp"]
+  # Evaluation draws batches of the same shape.
+  at_once = config.engine.at_once(rollout)
+  problems = -(-at_once // rollout.group // shards)
+  length, rows = rollout.max_prompt_tokens, problems * rollout.group
+  prompts = problems * length
+  if at_once < rollout.problems * rollout.group or rollout.carry:
+    prompts = rows * length  # Where rows follow others, each has a prompt of its own.
+  further = config.value.answers or config.spot.share or config.rewrite.most
+  if further or "environment" in config.task.offers:  # Answers have their beginning as prompt.
+    prompts = rows * (length + rollout.max_tokens)
+  near, rings = len(c.windowed), ring_sizes(rollout.max_tokens)
+  ring = (c.depth - near) * rings[-1] + near * min(rings[-1], c.window)
+  heads = c.kv_heads // sampler.shape["tensor"]
+  place = 2 * heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+  whole, laid_out = mesh.param_shapes(policy), mesh.param_shardings(sampler, policy)
+  read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
+  copied = config.mesh.sampler or c.kept != c.dtype
+  decoded = {
+    "layers, taken apart": bytes_of(read["blocks"], laid_out["blocks"]),
+    "logits of one token": 3 * 4 * rows * policy.rows,
+  }
+  # Where fewer rows are laid anew, each with a prompt of its own, all are still there, and what is
+  # there only while they decode is not.
+  fewer = max(ladder(rows, 1)[1:], default=0) if len(rings) > 1 else 0
+  again = place * fewer * (length * c.depth + ring)
+  return {
+    "parameters as the sampler has them": bytes_of(read, laid_out) if copied else 0,
+    "keys and values": place * (prompts * c.depth + rows * ring),
+    **decoded,
+    "keys and values, laid anew": max(0, again - sum(decoded.values())),
+  }
 
 
 def _saved(config: Config, policy: Policy, rows: int, problems: int) -> int:
@@ -164,8 +173,7 @@ def plan(config: Config, devices: int) -> str:
   known = pretrained.resolve(config.policy, 0)
   policy = Policy(known, known.vocab_size or id_count(config.task.open().tokenizer()))
   training, sampling = mesh.abstract_meshes(config.mesh, devices)
-  rollout = config.rollout
-  mesh.check_rows(training, rollout.problems, config.learner.micro_batches, rollout.carry)
+  mesh.check_rows(training, config.rollout.problems, config.rollout.carry)
   m = memory(config, policy, training, sampling)
   count = sum(size_of(a.shape, jnp.int8) for a in jax.tree.leaves(mesh.param_shapes(policy)))
   layout = ", ".join(f"{axis} {n}" for axis, n in training.shape.items())
@@ -181,7 +189,7 @@ def plan(config: Config, devices: int) -> str:
     lines += [f"  {what:36}{size / unit:10.2f}" for what, size in part.items() if size]
   lines += [f"  {'at most':36}{m.peak / unit:10.2f}", ""]
   local, size = local_memory()
-  for chip, room in {**{chip: gb * 1e9 for chip, gb in _CHIPS.items()}, local: size}.items():
+  for chip, room in {**{name: kind.memory for name, kind in KINDS.items()}, local: size}.items():
     verdict = "fits" if m.peak < (1 - _FREE) * room else "does not fit"
     lines.append(f"{chip}, {room / 2**30:.1f} GiB: {verdict}")
   return "\n".join(lines)

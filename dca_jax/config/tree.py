@@ -59,8 +59,6 @@ class Config:
       bad["warmstart.steps" if self.warmstart.steps else "warmstart.clean_steps"] = (
         "must be 0 with policy.pretrained"
       )
-    if self.rollout.problems % self.learner.micro_batches:
-      bad["learner.micro_batches"] = f"must divide rollout.problems ({self.rollout.problems})"
     if self.checkpoint.best and self.checkpoint.best not in self.evaluate.scores:
       bad["checkpoint.best"] = f"is no score{nearest(self.checkpoint.best, self.evaluate.scores)}"
     if self.sampled_before and self.learner.loss != "ppo":

@@ -141,16 +141,13 @@ def by_process(order: np.ndarray) -> np.ndarray:
   ).reshape(order.shape)
 
 
-def check_rows(mesh: AnyMesh, problems: int, micro_batches: int, carry: int = 0) -> None:
+def check_rows(mesh: AnyMesh, problems: int, carry: int = 0) -> None:
   """Raises UserError where problems do not spread evenly."""
-  shards, count = mesh.shape["data"] * mesh.shape["fsdp"], problems // micro_batches
-  for key, n in {
-    "rollout.problems / learner.micro_batches": count,
-    "rollout.carry": carry,
-  }.items():
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  for key, n in {"problems": problems, "carry": carry}.items():
     if n % shards:
       raise UserError(
-        f"{key} = {n} does not divide over the {shards} devices of mesh.data x mesh.fsdp"
+        f"rollout.{key} = {n} does not divide over the {shards} devices of mesh.data x mesh.fsdp"
       )
 
 

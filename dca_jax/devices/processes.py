@@ -192,7 +192,7 @@ def check_alike(own: Mapping[str, Any]) -> None:
   """
   if jax.process_count() == 1:
     return
-  everyone = gather("versions", {"Python": platform.python_version(), **_versions(), **own})
+  everyone = gather("versions", {"Python": platform.python_version(), **versions(), **own})
   first = everyone[0]
   for process, theirs in enumerate(everyone):
     for key in {**first, **theirs}:
@@ -203,7 +203,8 @@ def check_alike(own: Mapping[str, Any]) -> None:
         )
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+  """Of the packages that decide what a run computes; None where one is not installed."""
   versions: dict[str, str | None] = {}
   for name in _PACKAGES:
     try:

@@ -141,14 +141,15 @@ def loss_sums(
     objective = jnp.minimum(ratio * rows.advantages_RxT, clipped * rows.advantages_RxT)
   else:
     objective = logp * rows.advantages_RxT
-  loss = -total(objective) - config.entropy * total(entropy)
+  loss, kl = -total(objective), jnp.float32(0)
+  # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
+  if config.entropy:
+    loss -= config.entropy * total(entropy)
   if (weights_RxT := rows.learnt_RxT) is not None:
     loss -= jnp.where(weights_RxT > 0, weights_RxT * logp, 0.0).sum()
-  kl = jnp.float32(0)
   if rows.reference_RxT is not None:
     gap = jnp.where(mask, rows.reference_RxT - logp, 0.0)
     kl = total(expm1_bounded(gap) - gap)
-    # A measurement takes no part in the gradient: 0 times what is not finite is no 0.
     if config.kl:
       loss += config.kl * kl
   error = jnp.where(mask & on_policy, jnp.abs(logp - rows.logprobs_RxT), 0.0).max()

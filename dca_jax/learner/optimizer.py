@@ -35,9 +35,9 @@ class LearnerConfig:
   """Weight of the k3 estimate (Schulman 2020) of the KL divergence from the policy to the
   reference, as in GRPO. Its value is unbiased; its gradient on samples of the policy is that of the
   opposite divergence, from the reference to the policy, token by token (Tang and Munos 2025)."""
-  reference: bool = True
-  """Keep the policy that the run started from as the reference, and measure the KL divergence to it
-  at every step."""
+  reference: bool = False
+  """Measure the KL divergence to the policy that the run started from where `kl` is 0 too. It takes
+  a forward pass over every batch."""
   entropy: float = 0.0
   """Weight of the entropy bonus."""
   lr: float = 1e-3
@@ -63,8 +63,6 @@ class LearnerConfig:
     for key in ("clip_low", "adam_b1", "adam_b2"):
       if not 0 <= getattr(self, key) < 1:
         bad[key] = "must be at least 0 and below 1"
-    if self.kl and not self.reference:
-      bad["reference"] = "must be true where learner.kl is not 0"
     if self.loss == "reinforce" and self.updates_per_batch > 1:
       bad["updates_per_batch"] = (
         "needs learner.loss 'ppo' above 1: after the first update the batch is off-policy"
@@ -72,9 +70,15 @@ class LearnerConfig:
     return bad
 
   def unused(self) -> dict[str, str]:
+    moot = {"reference": "learner.kl is not 0"} if self.kl else {}
     if self.loss == "ppo":
-      return {}
-    return dict.fromkeys(("clip_low", "clip_high"), "learner.loss is 'reinforce'")
+      return moot
+    return moot | dict.fromkeys(("clip_low", "clip_high"), "learner.loss is 'reinforce'")
+
+  @property
+  def has_reference(self) -> bool:
+    """Whether the policy that the run started from is kept."""
+    return self.reference or self.kl > 0
 
 
 class Learner(NamedTuple):

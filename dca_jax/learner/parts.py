@@ -50,6 +50,19 @@ def part_rows(mesh: AnyMesh | None, rows: int, most: int, micro_batches: int) ->
   return -(-rows // min(rows, parts))
 
 
+def shards_of(mesh: AnyMesh | None, prompts: int) -> int:
+  """Over how many devices rows are spread; where prompts do not divide, each has all of them."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+  return 1 if prompts % shards else shards
+
+
+def prompt_chunks(mesh: AnyMesh | None, prompts: int, micro_batches: int) -> int:
+  """How many chunks prompts are read in, one after the other: at most `micro_batches`, and so many
+  that every device has as many prompts in each."""
+  own = prompts // shards_of(mesh, prompts)
+  return max(n for n in range(1, min(own, micro_batches) + 1) if own % n == 0)
+
+
 def cut(policy: Policy, prompts: int, counted_BxT: jax.Array, micro_batches: int = 1) -> Part:
   """All parts of a batch, the longest rows first.
 
@@ -59,11 +72,9 @@ def cut(policy: Policy, prompts: int, counted_BxT: jax.Array, micro_batches: int
     micro_batches: how many parts there are at least.
   """
   b, t = counted_BxT.shape
-  mesh = policy.mesh
-  shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
-  shards = 1 if prompts % shards else shards  # Then every device has all rows.
+  shards = shards_of(policy.mesh, prompts)
   rows = b // shards
-  size = part_rows(mesh, rows, t, micro_batches)
+  size = part_rows(policy.mesh, rows, t, micro_batches)
   lengths_B = jnp.where(counted_BxT, jnp.arange(1, t + 1), 0).max(1)
   lengths_DxN = lengths_B.reshape(shards, rows)
   order_DxN = jnp.argsort(-lengths_DxN, 1, stable=True)

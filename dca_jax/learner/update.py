@@ -17,6 +17,7 @@ from dca_jax.learner.parts import (
   in_order,
   in_width,
   map_hidden,
+  prompt_chunks,
   read_prompts,
   take,
   take_prompts,
@@ -89,13 +90,14 @@ def update(
   metrics = {
     "learner/policy_loss": sums.policy_loss / divisor,
     "learner/entropy": sums.entropy / count,
-    "learner/kl": sums.kl / count,
     "learner/clip_fraction": sums.clipped / count,
     "learner/ratio": sums.ratio / count,
     "learner/tokens": sums.tokens,
     "learner/grad_norm": optax.tree.norm(grads),
     "sampler/logprob_error": sums.sampler_error,
   }
+  if batch.reference_BxT is not None:
+    metrics["learner/kl"] = sums.kl / count
   if learner.policy.config.weights == "bfloat16":
     count = optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
     params = apply_rounded(state.params, changes, count)
@@ -138,7 +140,8 @@ def gradient_sums(
     return (jax.tree.map(jnp.add, grads, more_grads), back, sums), logp_RxT
 
   given = batch.prompts_PxS, batch.prompt_lengths_P
-  prompts = read_prompts(policy, join(frozen, trained), given, n)
+  chunks = prompt_chunks(policy.mesh, p, n)
+  prompts = read_prompts(policy, join(frozen, trained), given, chunks)
   zero = zeros(trained), zeros(prompts[:2]), Sums(*[jnp.float32(0)] * len(Sums._fields))
   parts = cut(policy, p, rows.counted_RxT, n)
   (grads, back, sums), logp = jax.lax.scan(add_part, zero, parts)
@@ -154,7 +157,7 @@ def gradient_sums(
     back = jax.tree.map(lambda g, x: g.astype(x.dtype), back, left)
     return jax.tree.map(jnp.add, grads, backwards(back)[0]), None
 
-  grads, _ = jax.lax.scan(add_prompts_of, grads, in_chunks(given, back, n))
+  grads, _ = jax.lax.scan(add_prompts_of, grads, in_chunks(given, back, chunks))
   return grads, sums, batch.of_episodes(in_order(parts, logp, b))
 
 

@@ -194,7 +194,7 @@ FREE = (
 )
 REMAT = {
   "all": jax.checkpoint_policies.everything_saveable,
-  "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "projections": jax.checkpoint_policies.save_only_these_names("projection"),
   "layers": jax.checkpoint_policies.nothing_saveable,
 }
 _ATTENTION = {"q", "k", "v", "o"}

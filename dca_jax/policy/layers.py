@@ -6,6 +6,7 @@ import typing
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from dca_jax.policy.config import PolicyConfig
@@ -47,12 +48,9 @@ class Weight(nn.Module):
       zeros, ins, outs = nn.initializers.zeros, slice(self.inputs), slice(self.inputs, None)
       a = param(self, "lora_a", init, (*self.axes[ins], "rank"), (*self.shape[ins], r))
       b = param(self, "lora_b", zeros, ("rank", *self.axes[outs]), (r, *self.shape[outs]))
-      y += (
-        self.lora_scale
-        * (x @ a.astype(self.dtype).reshape(fan_in, r))
-        @ b.astype(self.dtype).reshape(r, fan_out)
-      )
-    y = y.reshape(*leading, *self.shape[self.inputs :])
+      low = checkpoint_name(x @ a.astype(self.dtype).reshape(fan_in, r), "projection")
+      y += self.lora_scale * low @ b.astype(self.dtype).reshape(r, fan_out)
+    y = checkpoint_name(y, "projection").reshape(*leading, *self.shape[self.inputs :])
     if self.bias:
       zeros, axes = nn.initializers.zeros, self.axes[self.inputs :]
       y += param(self, "bias", zeros, axes, self.shape[self.inputs :]).astype(self.dtype)

@@ -2,16 +2,24 @@
 and the learner."""
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from dca_jax.policy.sharding import constrain
 
-# Logits that a device holds at once, in float32: 64 MiB, or those of one token of each row.
-CHUNK_LOGITS = 2**24
+# Logits that a device holds at once, in float32; 64 to 512 MiB.
+_LEAST, _MOST = 2**24, 2**27
+
+
+def chunk_logits(rows: int, width: int) -> int:
+  """How many logits a device holds at once of a matrix [rows, width]: as many bytes as the matrix
+  has, which every chunk reads anew, within bounds; those of one token at least."""
+  return max(rows, min(max(_LEAST, rows * width // 2), _MOST))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
   b, t, _ = hidden_BxTxD.shape
   devices = head.mesh.size if head.mesh else 1
   column = max(1, b * head.matrix_VxD.shape[0] // devices)
-  chunks = -(-t // max(1, CHUNK_LOGITS // column))
+  chunks = -(-t // max(1, chunk_logits(*head.matrix_VxD.shape) // column))
   size = -(-t // chunks)
 
   def cut(x_BxTx):
@@ -96,16 +104,22 @@ def token_logprobs(hidden_BxTxD, head: Head, targets_BxT, sampling: Sampling):
       .reshape(chunks, -1, *x_BxTx.shape[2:])
     )
 
-  @jax.checkpoint
+  # The backward pass has the sums, so that a pass over the recomputed logits suffices.
+  @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("sums"))
   def one(hidden_NxD, targets_N):
     logits = sampling_logits(hidden_NxD, head, sampling, targets_N)
     # Not by a log-softmax, an array as large as the logits, of which one column would be read.
-    total_N = jax.nn.logsumexp(logits, -1)
-    logps = logits - total_N[:, None]
+    top_N = checkpoint_name(jax.lax.stop_gradient(logits.max(-1)), "sums")
+    below = logits - top_N[:, None]
+    weights = jnp.exp(below)
+    total_N = checkpoint_name(weights.sum(-1), "sums")
     # The inner `where`, not one around the product, keeps the gradient finite: 0 * -inf is no
     # number.
-    entropy = -jnp.sum(jnp.exp(logps) * jnp.where(logits == -jnp.inf, 0.0, logps), -1)
-    return jnp.take_along_axis(logits, targets_N[:, None], -1)[:, 0] - total_N, entropy
+    mean_N = jnp.sum(weights * jnp.where(below == -jnp.inf, 0.0, below), -1) / total_N
+    log_N = jnp.log(total_N)
+    # Not of `below`, which would have to be written for it.
+    target_N = jnp.take_along_axis(logits, targets_N[:, None], -1)[:, 0]
+    return target_N - top_N - log_N, log_N - mean_N
 
   logps, entropy = jax.lax.map(lambda args: one(*args), (cut(hidden_BxTxD), cut(targets_BxT)))
   return tuple(

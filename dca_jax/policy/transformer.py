@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dca_jax.policy.attention import KeyValue, attend, choose_kernel, flash_attend
+from dca_jax.policy.attention import LANES, KeyValue, attend, choose_kernel, flash_attend
 from dca_jax.policy.config import ACTIVATIONS, REMAT, PolicyConfig
 from dca_jax.policy.experts import Experts
 from dca_jax.policy.layers import RMSNorm, Weight, param, rotate, rotations
@@ -233,9 +233,13 @@ class Policy(nn.Module):
     """`completion_hidden` after prompts that have been read."""
     groups = completions_BxT.shape[0] // prompts.lengths_P.shape[0]
     start_B = jnp.repeat(prompts.lengths_P, groups)
-    read = completions_BxT[:, :-1], start_B, prompts.cache, prompts.mask_PxS
+    # Nothing is predicted from the last token; it is read where else the kernels would pad.
+    t = completions_BxT.shape[1]
+    tokens = completions_BxT[:, : t - (t % LANES > 0)]
+    read = tokens, start_B, prompts.cache, prompts.mask_PxS
     hidden, _ = self.apply({"params": params}, *read)
-    return jnp.concatenate([jnp.repeat(prompts.last_PxD, groups, 0)[:, None], hidden], 1)
+    first = jnp.repeat(prompts.last_PxD, groups, 0)[:, None]
+    return jnp.concatenate([first, hidden[:, : t - 1]], 1)
 
   def read_continuations(
     self, params, prompts: Prompts, tokens_PxU, lengths_P
@@ -265,14 +269,24 @@ class Policy(nn.Module):
     return tuple(ring(min(size, c.window) if i in c.windowed else size) for i in range(c.depth))
 
   def layers(self, params) -> list:
-    """The parameters of each layer."""
-    return [jax.tree.map(lambda a, i=i: a[i], params["blocks"]) for i in range(self.config.depth)]
+    """The parameters of each layer, matrices as products take them, so that decoding lays none out
+    anew at every token."""
+
+    def flat(path, x):
+      if x.ndim < 3 or path[0].key not in ("q", "k", "v", "o"):
+        return x
+      return x.reshape(-1, x.shape[-1]) if path[0].key == "o" else x.reshape(x.shape[0], -1)
+
+    def layer(i: int):
+      return jax.tree.map_with_path(lambda path, a: flat(path, a[i]), params["blocks"])
+
+    return [layer(i) for i in range(self.config.depth)]
 
   def decode(self, params, layers, context: Context, tokens_B) -> tuple[jax.Array, tuple]:
     """Reads one token of every row.
 
     Args:
-      layers: the parameters of each layer.
+      layers: what `layers` returned.
 
     Returns:
       Hidden states [B, D] that predict the next tokens, and the cache with this one's keys in it.
@@ -295,6 +309,7 @@ class Policy(nn.Module):
       mask = near_Bx1xS if windowed else prompt_mask_Px1xS
       view = rotations(position_B[:, None], c, windowed), own_mask_Bx1xU, mask
       layer, kind = Block(c, self.mesh, parent=None), Kind(rotated=i not in c.unrotated)
+      block = jax.tree.map(lambda x, whole: x.reshape(whole.shape[1:]), block, params["blocks"])
       x, read = layer.apply({"params": block}, x, keys, kind, (view,), None, own, clock)
       updated.append(read)
     hidden_Bx1xD = typing.cast(jax.Array, self.apply({"params": params}, x, method="_finish"))

@@ -114,6 +114,10 @@ class EngineConfig:
     """Why it cannot go on with what an earlier step began (`Begun`); empty where it can."""
     return "does not take up again what an earlier step began"
 
+  def at_once(self, rollout: RolloutConfig) -> int:
+    """Rows that decode at once, of all processes together."""
+    return (rollout.problems + rollout.carry) * rollout.group
+
   def open(self, policy: Policy, rollout: RolloutConfig, tokenizer: Any) -> Engine:
     """The engine; `policy.mesh` has this process's devices."""
     raise NotImplementedError

@@ -150,8 +150,8 @@ def decode(
     noise_RxV = jax.vmap(lambda key: jax.random.gumbel(key, logits_RxV.shape[1:]))(keys_R)
     noise_RxV = jnp.where(s.greedy_R[:, None], 0.0, noise_RxV)
     token_R = jnp.argmax(logits_RxV + noise_RxV, -1).astype(jnp.int32)
-    logprobs_RxV = jax.nn.log_softmax(logits_RxV)
-    logprob_R = jnp.take_along_axis(logprobs_RxV, token_R[:, None], 1)[:, 0]
+    logit_R = jnp.take_along_axis(logits_RxV, token_R[:, None], 1)[:, 0]
+    logprob_R = logit_R - jax.nn.logsumexp(logits_RxV, -1)
     hidden_RxD, cache = policy.decode(params, layers, s.context, token_R)
     at = rows_R, jnp.where(live_R, s.lengths_R, most)  # Beyond the end nothing is written.
     lengths_R = s.lengths_R + live_R
@@ -252,8 +252,9 @@ class SlotsConfig(EngineConfig):
   """Our own engine."""
 
   rows: int = 0
-  """Rows that decode at once, down to the next multiple of rollout.group; 0 for a whole batch, and
-  what is carried to the next."""
+  """Rows that decode at once, of all processes together, down to the next multiple of
+  rollout.group; 0 for a whole batch, and what is carried to the next. Fewer take less memory for
+  their keys and values; the rest of a batch follows as rows end."""
 
   def check(self) -> dict[str, str]:
     return at_least(0, self, "rows")
@@ -263,8 +264,12 @@ class SlotsConfig(EngineConfig):
     fits = not self.rows or self.rows >= needed
     return "" if fits else f"has engine.rows={self.rows}, and {needed} samples go on at once"
 
+  def at_once(self, rollout):
+    whole = super().at_once(rollout)
+    return min(self.rows or whole, whole) // rollout.group * rollout.group
+
   def open(self, policy, rollout, tokenizer):
-    rows = self.rows or (rollout.problems + rollout.carry) * rollout.group
+    rows = self.at_once(rollout) // jax.process_count()
     pieces = functools.partial(token_bytes, tokenizer)
     chunk = _CHUNK if rollout.stop else rollout.max_tokens
     return Slotted(policy, rollout, end_ids(tokenizer), pieces, rows, chunk)

@@ -160,11 +160,12 @@ def not_finite(metrics: dict[str, float]) -> str | None:
 
 
 def _line(m: dict[str, float]) -> str:
+  kl = f"  kl {m['learner/kl']:.3f}" if "learner/kl" in m else ""
   return (
     f"reward {m['train/reward']:.3f}  acc {m['train/accuracy']:.3f}"
     f"  mixed {m['train/mixed_groups']:.0%}  cut {m['train/truncated']:.0%}"
     f"  len {m['train/length']:.1f}  entropy {m['learner/entropy']:.3f}"
-    f"  kl {m['learner/kl']:.3f}  sample {m['seconds/sample']:.2f}s"
+    f"{kl}  sample {m['seconds/sample']:.2f}s"
     f"  review {m['seconds/review']:.2f}s{_reviews(m)}"
     f"  update {m['seconds/update']:.2f}s  {m['train/tokens_per_second']:,.0f} tok/s"
   )

@@ -1,6 +1,6 @@
 """Compiles a recipe's update and decoding for TPUs that are not there, and prints the memory they
-take by XLA's own account, what a decoded token moves, and the least time that arithmetic and memory
-allow; real steps take longer, often twice as long.
+take by XLA's own account, the cycles by its estimate, what a decoded token moves, and the least
+time that arithmetic and memory allow; real steps take longer, often twice as long.
 
     pip install libtpu  # the version that jax's `tpu` extra names
     python evidence/benchmarks/tpu.py --config=configs/gsm8k_qwen3.py --topology=v5e:2x4
@@ -30,19 +30,11 @@ from dca_jax import config as config_lib
 from dca_jax import learner
 from dca_jax.commands.plan import batch_shapes, memory
 from dca_jax.devices import mesh
+from dca_jax.devices.kinds import KINDS
 from dca_jax.policy import Policy, pretrained, split
 from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.rollout import Wanted, slots
 from dca_jax.tasks.tokenizer import id_count
-
-# Of one device, in bfloat16: operations and bytes a second (docs.cloud.google.com/tpu/docs). A chip
-# of tpu7x is two devices.
-PEAKS = {
-  "v5e": (197e12, 0.82e12),
-  "v6e": (918e12, 1.64e12),
-  "v5p": (459e12, 2.77e12),
-  "tpu7x": (2307e12 / 2, 7.38e12 / 2),
-}
 
 
 def main() -> None:
@@ -84,7 +76,7 @@ def main() -> None:
   state = jax.eval_shape(lambda params: learner.init_state(optimizer, params), split(whole)[1])
   state = laid_out(state, mesh.state_shardings(training, policy, optimizer))
   batch = batch_shapes(config, p, r.group)
-  batch = batch._replace(reference_BxT=batch.logprobs_BxT if config.learner.reference else None)
+  batch = batch._replace(reference_BxT=batch.logprobs_BxT if config.learner.has_reference else None)
   frozen = split(laid_out(whole, mesh.param_shardings(training, policy)))[0]
   updating = learner.update.lower(
     learner.Learner(learning, config.learner, r.sampling, optimizer),
@@ -120,13 +112,13 @@ def main() -> None:
   )
 
   # Times by the roofline.
-  peak, bandwidth = PEAKS[arguments.topology.split(":")[0]]
+  kind = KINDS[arguments.topology.split(":")[0]]
   weights = sum(x.size for x in jax.tree.leaves(whole["blocks"])) + policy.rows * known.width
   forward = 2 * weights * (b * t + p * r.max_prompt_tokens)
-  passes = (2 if known.lora_rank else 3) + (known.remat == "layers") + config.learner.reference
+  passes = (2 if known.lora_rank else 3) + (known.remat == "layers") + config.learner.has_reference
   cache = planned.sampling["keys and values"] * (r.max_prompt_tokens + b // p * t / 2)
   cache /= r.max_prompt_tokens + b // p * t
-  sampled, updated = t * (held + cache) / bandwidth, passes * forward / peak / len(chips)
+  sampled, updated = t * (held + cache) / kind.bandwidth, passes * forward / kind.flops / len(chips)
   print(
     f"a step takes at least {sampled:.1f} s to sample {t} tokens a row, and {updated:.1f} s to"
     " update"
@@ -147,10 +139,48 @@ def report(name: str, lowered, planned: int):
   m, unit = compiled.memory_analysis(), 2**30
   print(
     f"{name}: {m.peak_memory_in_bytes / unit:.2f} GiB on each chip, planned {planned / unit:.2f};"
+    f" {estimated_cycles(compiled.as_text()) / 1e9:.4f} billion cycles by the compiler's estimate;"
     f" compiled in {time.perf_counter() - begun:.0f} s",
     flush=True,
   )
   return compiled
+
+
+def estimated_cycles(hlo: str) -> int:
+  """What the compiler thinks that a program takes; a v5e has 1.5 billion cycles a second.
+
+  Of branches the last counts, so parts of a batch are of the whole width, and layers have windows
+  where any has; a loop counts as often as it turns, or once where that is not known.
+  """
+  bodies: dict[str, list[str]] = {}
+  for line in hlo.splitlines():
+    if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+      name = found[1]
+      bodies[name] = []
+    elif line.startswith(" "):
+      bodies[name].append(line)
+
+  def called(line: str, key: str) -> list[str]:
+    found = re.search(rf"{key}=\{{?([^,}}]+(?:, %[^,}}]+)*)", line)
+    return re.findall(r"%([\w.\-]+)", found[1]) if found else []
+
+  @functools.cache
+  def of(name: str) -> int:
+    total = 0
+    for line in bodies[name]:
+      # What else a line has of them is of its parts.
+      total += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)[:1]))
+      if " while(" in line:
+        (until,) = called(line, "condition")
+        turns = re.search(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[until]))
+        total += sum(map(of, called(line, "body"))) * (int(turns[1]) if turns else 1)
+      elif " conditional(" in line:
+        total += of(called(line, "branch_computations")[-1])
+      elif " call(" in line:
+        total += sum(map(of, called(line, "to_apply")))
+    return total
+
+  return of(re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)[1])
 
 
 # What a compiled program moves between a chip's memory (HBM) and its units, by its scheduled HLO.

@@ -116,9 +116,10 @@ def test_devices_share_what_the_mesh_says():
 
 
 def test_copies_of_the_policy_count():
-  _, alone = planned({"learner.reference": False})
+  _, alone = planned({})
   _, both = planned(
     {
+      "learner.reference": True,
       "reviewer.name": "oracle",
       "credit.scheme": "weighted",
       "reviewer.overlap": 1,

@@ -247,14 +247,12 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_the_keys(config):
 
 def test_problems_that_do_not_divide_are_an_error_that_names_the_keys():
   devices = AbstractMesh((2, 4, 3), ("data", "fsdp", "tensor"))
-  check_rows(devices, 32, 2)
-  with pytest.raises(
-    UserError, match=r"rollout\.problems / learner\.micro_batches = 12 .*\b8 devices"
-  ) as error:
-    check_rows(devices, 24, 2)
+  check_rows(devices, 24)
+  with pytest.raises(UserError, match=r"rollout\.problems = 12 .*\b8 devices") as error:
+    check_rows(devices, 12)
   assert "mesh.data x mesh.fsdp" in str(error.value)
   with pytest.raises(UserError, match=r"rollout\.carry = 12 .*\b8 devices"):
-    check_rows(devices, 32, 2, 12)
+    check_rows(devices, 32, 12)
 
 
 @pytest.mark.parametrize(

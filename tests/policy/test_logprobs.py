@@ -169,7 +169,7 @@ def test_chunks_change_nothing(monkeypatch, hidden, embedding, bound):
 
   # A fresh function each time: jit would not notice the changed bound.
   whole = jax.jit(lambda *args: run(*args))(hidden, embedding)
-  monkeypatch.setattr(logprobs, "CHUNK_LOGITS", bound)
+  monkeypatch.setattr(logprobs, "chunk_logits", lambda rows, width: bound)
   chunked = jax.jit(lambda *args: run(*args))(hidden, embedding)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, chunked)
 

@@ -222,6 +222,7 @@ def run(tmp_path_factory):
       "rollout.max_tokens": 16,
       "rollout.stop": ("e", "s", "1"),  # A random policy hardly ever ends by itself.
       "learner.lr": 0.02,
+      "learner.reference": True,
       "credit.scheme": "weighted",
       "reviewer.name": "openai",
       "reviewer.client.base_url": f"{server.url}/v1",
