@@ -122,7 +122,7 @@ def work(t: Trainer, episodes: Sequence[Episode]) -> Work:
 
   sampling = mesh.sampler_mesh(t.config.mesh, mesh.make_mesh(t.config.mesh))
   params = jax.eval_shape(lambda params: mesh.sampler_params(t.policy, params), p.start)
-  blocks = sum(x.size for x in jax.tree.leaves(p.start["blocks"]))
+  blocks = sum(_used(c, path, x.size) for path, x in jax.tree.leaves_with_path(p.start["blocks"]))
   tokens, width = lengths_B.sum(), t.policy.rows * c.width
   products = 2 * (blocks * (tokens + prompts_P.sum()) + width * tokens)
   scores = 4 * c.heads * c.head_dim
@@ -136,6 +136,12 @@ def work(t: Trainer, episodes: Sequence[Episode]) -> Work:
     float(position * (own + shared)),
     float(passes * products + (3 * updates + t.config.learner.has_reference) * scores),
   )
+
+
+def _used(config: PolicyConfig, path: Any, size: int) -> int:
+  """How many of a parameter's numbers a token meets: of experts those of the chosen."""
+  of_expert = any(key.key.startswith("expert_") for key in path)
+  return size * config.experts_per_token // config.experts if of_expert else size
 
 
 def read(config: PolicyConfig, lengths_R: np.ndarray, before_R: np.ndarray) -> int:
