@@ -205,10 +205,16 @@ def param_shardings(mesh: AnyMesh, policy: Policy):
 
 
 def sampler_params(policy: Policy, params):
-  """Parameters as sampling reads them, in the type of its products; norms work in float32."""
-  return jax.tree.map_with_path(
-    lambda path, x: x if path[-1].key == "scale" else x.astype(policy.config.dtype), params
-  )
+  """Parameters as sampling reads them, in the type of its products.
+
+  Norms and routers work in float32: a rounded router would choose other experts than the learner's.
+  """
+
+  def rounded(path, x):
+    exact = {key.key for key in path} & {"scale", "router"}
+    return x if exact else x.astype(policy.config.dtype)
+
+  return jax.tree.map_with_path(rounded, params)
 
 
 def relay(mesh: Mesh, sampler: Mesh, policy: Policy) -> Callable:

@@ -20,7 +20,13 @@ from safetensors.numpy import load_file, save_file
 from dca_jax.commands import cli
 from dca_jax.commands.export import export
 from dca_jax.config import ConfigError
-from dca_jax.devices.mesh import MeshConfig, make_mesh, param_shapes, state_shardings
+from dca_jax.devices.mesh import (
+  MeshConfig,
+  make_mesh,
+  param_shapes,
+  sampler_params,
+  state_shardings,
+)
 from dca_jax.errors import UserError
 from dca_jax.learner import LearnerConfig, make_optimizer
 from dca_jax.loop import train
@@ -495,6 +501,14 @@ def test_the_text_part_of_a_multimodal_model_is_a_model_of_its_own(tmp_path):
   again, reloaded = read(tmp_path / "out")
   assert again.config == policy.config
   jax.tree.map(np.testing.assert_array_equal, reloaded, params)
+
+
+def test_a_router_is_not_rounded_for_sampling():
+  policy = Policy(PolicyConfig(experts=4, experts_per_token=2, dtype="bfloat16"), VOCAB)
+  read = jax.eval_shape(functools.partial(sampler_params, policy), param_shapes(policy))
+  layer = read["blocks"]["experts"]
+  assert layer["router"]["kernel"].dtype == jnp.float32
+  assert layer["expert_up"]["kernel"].dtype == read["embedding"].dtype == jnp.bfloat16
 
 
 def test_experts_have_no_adapters():
