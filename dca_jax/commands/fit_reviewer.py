@@ -155,12 +155,20 @@ def _by_faults(config: Config, episodes: Sequence[Episode]) -> list[Labelled]:
   return found
 
 
+_RIGHT = ("necessary", "inherits", "repair")
+"""Of a step with such a role the reviewer says that it is what should stand there, given what it
+reads; so what is right is learnt too, and over many steps single mistakes of the reviewer fade."""
+
+
 def _by_reviews(config: Config, episodes: Sequence[Episode]) -> list[Labelled]:
-  return [
-    Labelled(Request.of(e), e.review.roles, (), e.values if len(e.values) else _outcome(e))
-    for e in episodes
-    if e.review.status == "ok" and e.review.roles
-  ]
+  found = []
+  for e in (e for e in episodes if e.review.status == "ok" and e.review.roles):
+    request, roles = Request.of(e), e.review.roles
+    steps = zip(request.steps, roles, strict=True)
+    expected = [step if role in _RIGHT else "" for step, role in steps]
+    values = e.values if len(e.values) else _outcome(e)
+    found.append(Labelled(request, roles, expected, values))
+  return found
 
 
 _SOURCES: dict[str, Callable[[Config, Sequence[Episode]], list[Labelled]]] = {
