@@ -139,9 +139,9 @@ def stacked(groups: Sequence[Sequence[tuple[Request, Ids]]], prompts: int, each:
 
 
 def _size(least: int) -> int:
-  """A multiple of an eighth of the power of two above it, so that sizes are few and close."""
-  part = max(_LEAST, 1 << (least - 1).bit_length()) // 8
-  return -(-least // part) * part
+  """A power of two, or three quarters of one: every size is a program that has to be compiled."""
+  above = max(_LEAST, 1 << (least - 1).bit_length())
+  return above * 3 // 4 if least <= above * 3 // 4 else above
 
 
 def targets(
