@@ -59,17 +59,18 @@ LIES = [
 
 
 def test_no_lie_becomes_more_than_an_answer_that_the_policy_was_right_with():
-  """Each of them about each kind of answer; what is kept ends right, in the policy's own words."""
-  batch = Batch(1, texts=TEXTS * len(LIES))
+  """Sixteen proposals, as many as a small run's episodes; what is kept ends right, in the policy's
+  own words."""
+  batch = Batch(1, texts=TEXTS * 4)
   rewards = [float(TASK.verify(batch.problems[0], text, False).correct) for text in TEXTS]
   assert {0.0, 1.0} == set(rewards)
-  episodes = named(batch, rewards * len(LIES)).episodes
-  said = [Review("ok", rewrite=lie) for lie in LIES for _ in TEXTS]
+  episodes = named(batch, rewards * 4).episodes
+  said = [Review("ok", rewrite=said) for said in (*LIES, *[(0, "b0;")] * 5)]
   checked = [r.checked(len(e.steps)) for r, e in zip(said, episodes, strict=True)]
-  after, made = verified(4, policy(batch), batch.rollout, checked)
+  after, made = verified(1, policy(batch), batch.rollout, checked)
   assert [dataclasses.replace(e, rewrite=None) for e in after.episodes] == episodes
   assert made.proposed < len(episodes)
-  assert made.spent.tokens <= made.proposed * 2 * 4 * T
+  assert made.spent.tokens <= made.proposed * 2 * T
   kept = [e for e in after.episodes if e.rewrite]
   for episode in kept:
     r = episode.rewrite
@@ -82,7 +83,7 @@ def test_no_lie_becomes_more_than_an_answer_that_the_policy_was_right_with():
       assert np.mean(r.after) >= np.mean(r.before)
     line = json.loads(json.dumps(episode.to_json()))
     assert Episode.from_json(line).rewrite == r
-  assert kept  # Even a lie can be a good idea.
+  assert kept
 
 
 def test_a_shortcut_that_the_policy_fails_at_is_not_kept(monkeypatch):
