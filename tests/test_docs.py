@@ -14,12 +14,19 @@ from dca_jax.commands.review import reviewer_config
 from dca_jax.credit import SCHEMES
 from dca_jax.learner.values import VALUES
 from dca_jax.review import REVIEWERS
+from dca_jax.review.rewriter import REWRITERS
 from dca_jax.tasks import TASKS
 from evidence.tasks import KeyDoor
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CHOSEN = {"task": TASKS, "reviewer": REVIEWERS, "credit": SCHEMES, "value": VALUES}
+CHOSEN = {
+  "task": TASKS,
+  "reviewer": REVIEWERS,
+  "credit": SCHEMES,
+  "value": VALUES,
+  "rewrite": REWRITERS,
+}
 KNOWN = {
   key
   for section in (
