@@ -142,12 +142,13 @@ def _said(policy: Policy, params: Any, texts: Texts, expects: bool) -> tuple[Any
   if expects:
     head = policy.head(params["body"])
 
-    def likely(hidden_TxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
-      chances_TxV = jax.nn.softmax(sampling_logits(hidden_TxD, head, Sampling()))
-      return jnp.where(chances_TxV.max(-1) > 0.5, chances_TxV.argmax(-1), tokens_T)
+    def likely(hidden_BxD: jax.Array, tokens_B: jax.Array) -> jax.Array:
+      chances_BxV = jax.nn.softmax(sampling_logits(hidden_BxD, head, Sampling()))
+      return jnp.where(chances_BxV.max(-1) > 0.5, chances_BxV.argmax(-1), tokens_B)
 
-    # One row after the other, so that no logits of all of them exist.
-    expected_BxT = jax.lax.map(lambda row: likely(*row), (said.hidden_BxTxD, texts.tokens_BxT))
+    # One column after the other, so that no logits of all exist, and each device has its own rows.
+    columns = said.hidden_BxTxD.swapaxes(0, 1), texts.tokens_BxT.swapaxes(0, 1)
+    expected_BxT = jax.lax.map(lambda column: likely(*column), columns).swapaxes(0, 1)
   roles = jax.nn.softmax(said.roles_BxKxR)
   return roles, said.effects_BxK, jax.nn.sigmoid(said.values_BxK), expected_BxT
 
