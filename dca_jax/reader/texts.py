@@ -86,7 +86,7 @@ def encoded(tokenizer: Any, requests: Sequence[Request]) -> list[Ids]:
     for r in requests
     for text in (r.problem, *(x for k, s in enumerate(r.steps, 1) for x in (r.given_before(k), s)))
   ]
-  ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+  ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
   read = []
   for request in requests:
     prompt, spans = next(ids), []

@@ -85,6 +85,7 @@ def test_what_is_too_long_is_no_review_and_harms_no_other(fitted):
   reviews = read([long, good[0], empty, good[1]])
   assert [r.status for r in reviews] == ["invalid", "ok", "invalid", "ok"]
   assert reviews[1::2] == read(good)
+  assert read([]) == []
   assert all(r.checked(len(q.steps)).status == "ok" for r, q in zip(read(good), good, strict=True))
 
 
