@@ -36,8 +36,8 @@ def episode(roles, reward=1.0, texts=None, weights=None, values=(), checks=None,
   tokens = Segment(np.zeros(TOKENS * n, np.int32), True, np.zeros(TOKENS * n, np.float32))
   review = Review(status, tuple(roles), tuple(weights or [1.0] * len(roles)), tuple(values))
   return Episode(
-    "", Problem(0, "", ""), (tokens,), Outcome(reward, bool(reward), False), steps, True,
-    checks or {}, review,
+    "", Problem(0, "", ""), (tokens,), Outcome(reward, bool(reward), False), steps,
+    checks=checks or {}, review=review,
   )  # fmt: skip
 
 
