@@ -14,13 +14,14 @@ import numpy as np
 from dca_jax import config as config_lib
 from dca_jax import reader
 from dca_jax.commands.audit import Sizes, kept_answers, sample_answers
+from dca_jax.commands.audit_page import cells
 from dca_jax.commands.report import text_table
 from dca_jax.config import Config, ConfigError
 from dca_jax.episode import Episode
 from dca_jax.intervals import Estimate, bootstrap, share
 from dca_jax.policy import Policy, pretrained
 from dca_jax.reader import FitConfig, Labelled, Reader, by_checks
-from dca_jax.review import Request, Review, Truth
+from dca_jax.review import Request, Truth
 from dca_jax.review.builtin import true_reviews
 from dca_jax.review.faults import FAULTS, plant
 from dca_jax.review.trained import FILE
@@ -79,7 +80,7 @@ def fit_reviewer(
   measures, seconds = measured(made, held)
   told = {name: e.value for name, e in measures.items()}
   reader.save(pathlib.Path(folder), made, {"answers": len(rest), **told})
-  table = text_table(["held out", "measured", "95 %"], [_row(*pair) for pair in measures.items()])
+  table = text_table(["held out", "measured", "95 %"], [cells(*pair) for pair in measures.items()])
   use = f"--config.reviewer.name=trained --config.reviewer.path={os.fspath(folder)}"
   return (
     f"trained on {len(rest)} answers, measured on {len(held)} of other problems\n\n{table}\n\n"
@@ -177,7 +178,6 @@ _SOURCES: dict[str, Callable[[Config, Sequence[Episode]], list[Labelled]]] = {
   "reviews": _by_reviews,
   "spot-checks": lambda _, episodes: by_checks(episodes),
 }
-SOURCES = tuple(_SOURCES)
 
 
 def _outcome(episode: Episode) -> list[float]:
@@ -199,17 +199,15 @@ def _gives(known: Sequence[Labelled]) -> tuple[str, ...]:
 
 
 def measured(made: Reader, held: Sequence[Labelled]) -> tuple[dict[str, Estimate], float]:
-  """How far the reader is right about labelled requests, and the seconds that it took.
+  """How far the reader is right about labelled requests, and the seconds that it takes for them.
 
-  `roles`: share of the steps with the role that their label says. `errors`: of those that are
-  called wrong, and of those that are not, how many are so, on average. `values` and `effects`:
-  correlation with the labels.
+  `read`: share of the requests that it can read. `roles`: share of the steps with the role that
+  their label says. `values` and `effects`: correlation with the labels.
   """
-  made.reviews([held[0].request])  # Compiles.
+  requests = [one.request for one in held]
+  reviews = made.reviews(requests)
   began = time.monotonic()
-  reviews: list[Review] = []
-  for i in range(0, len(held), 64):
-    reviews += made.reviews([one.request for one in held[i : i + 64]])
+  made.reviews(requests)  # Once more, with everything compiled.
   seconds = time.monotonic() - began
   read = [(one, r) for one, r in zip(held, reviews, strict=True) if r.status == "ok"]
   found = {"read": share([r.status == "ok" for r in reviews])}
@@ -245,7 +243,3 @@ def _correlation(
     return np.divide(n * xy - x * y, spread, out=np.full_like(n, np.nan), where=spread > 0)
 
   return bootstrap([*moments.values()], pearson)
-
-
-def _row(name: str, e: Estimate) -> list[str]:
-  return [name, f"{e.value:.3f}", f"[{e.low:.3f}, {e.high:.3f}]"]

@@ -16,8 +16,9 @@ class Kind(NamedTuple):
   """That JAX gives it."""
 
 
-# docs.cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x; NVIDIA's data sheets of the H100 and H200
-# (SXM), the A100 (SXM, 40 and 80 GB) and the L4, whose figures "with sparsity" are halved.
+# Written down without a look at their sources, which are docs.cloud.google.com/tpu/docs/v5e, v5p,
+# v6e and tpu7x, and NVIDIA's data sheets of the H100 and H200 (SXM), the A100 (SXM, 40 and 80 GB)
+# and the L4, whose figures "with sparsity" are halved.
 KINDS = {
   "v5e": Kind(16e9, 0.82e12, 197e12, ("TPU v5 lite", "TPU v5e")),
   "v6e": Kind(32e9, 1.64e12, 918e12, ("TPU v6 lite", "TPU v6e")),

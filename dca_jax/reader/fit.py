@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from etils import epath
 
-from dca_jax.policy import join, split
-from dca_jax.policy.sharding import batch_sharding
+from dca_jax.policy import Policy, join, split
+from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.progress import progress
 from dca_jax.reader.network import Reader, devices, loss
 from dca_jax.reader.texts import Labelled, by_checks, encoded, fits, stacked, targets
@@ -46,7 +46,7 @@ def fit(config: FitConfig, reader: Reader, labelled: Sequence[Labelled]) -> Read
   Where its policy has adapters, these alone are trained, beside the heads. What is too long for it
   is left out.
   """
-  policy, tokenizer = reader.policy, reader.tokenizer
+  tokenizer, by_row = reader.tokenizer, batch_sharding(devices(reader.policy))
   read = encoded(tokenizer, [one.request for one in labelled])
   rows = [i for i, ids in enumerate(read) if fits(ids, reader.limit)]
   labelled, read = [labelled[i] for i in rows], [read[i] for i in rows]
@@ -54,32 +54,39 @@ def fit(config: FitConfig, reader: Reader, labelled: Sequence[Labelled]) -> Read
   pairs = [[(one.request, ids)] for one, ids in zip(labelled, read, strict=True)]
   texts = stacked(pairs, len(rows), 1)
   examples = texts, targets(tokenizer, labelled, read, texts)
-  by_row = batch_sharding(devices(policy))
   frozen, adapted = split(reader.params["body"])
   trained = jax.tree.map(jnp.copy, reader.params | {"body": adapted})
+  # Laid out as it comes back, or the step would be compiled a second time.
+  opt_state = jax.device_put(_OPTIMIZER.init(trained), replicated(devices(reader.policy)))
   total = config.epochs * max(1, len(rows) // config.batch)
   rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, total // 10, total)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
-  opt_state = optimizer.init(trained)
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-    def of_trained(trained: Any) -> jax.Array:
-      return loss(policy, trained | {"body": join(frozen, trained["body"])}, *batch)
-
-    value, grads = jax.value_and_grad(of_trained)(trained)
-    changes, opt_state = optimizer.update(grads, opt_state, trained)
-    return optax.apply_updates(trained, changes), opt_state, value
-
+  rates = np.asarray(rate(np.arange(total)), np.float32)
   with progress(total=total, desc="reviewer", unit="step") as bar:
     for i, chosen in enumerate(_order(config, len(rows), total)):
       batch = jax.device_put(jax.tree.map(lambda x, c=chosen: x[c], examples), by_row)
-      trained, opt_state, value = step(trained, opt_state, frozen, batch)
+      trained, opt_state, value = _step(
+        reader.policy, trained, opt_state, frozen, batch, jax.device_put(rates[i])
+      )
       bar.update()
       if i % 50 == 0:
         bar.set_postfix(loss=float(value))
-  params = trained | {"body": join(frozen, trained["body"])}
-  return reader._replace(params=params)
+  return reader._replace(params=trained | {"body": join(frozen, trained["body"])})
+
+
+_OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _step(
+  policy: Policy, trained: Any, opt_state: Any, frozen: Any, batch: Any, rate: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+  def of_trained(trained: Any) -> jax.Array:
+    return loss(policy, trained | {"body": join(frozen, trained["body"])}, *batch)
+
+  value, grads = jax.value_and_grad(of_trained)(trained)
+  changes, opt_state = _OPTIMIZER.update(grads, opt_state)
+  changes = jax.tree.map(lambda change: -rate * change, changes)
+  return optax.apply_updates(trained, changes), opt_state, value
 
 
 def _order(config: FitConfig, count: int, total: int) -> list[np.ndarray]:

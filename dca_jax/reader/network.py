@@ -45,9 +45,11 @@ class _Steps(nn.Module):
 
   @nn.compact
   def __call__(self, read_BxKxF: jax.Array, more_Bx1xF: jax.Array, mask_BxKxK: Any) -> jax.Array:
-    """Args:
-    more_Bx1xF: what is known of the whole episode.
-    mask_BxKxK: which steps each step looks at.
+    """What is said of each step, [B, K, outputs].
+
+    Args:
+      more_Bx1xF: what is known of the whole episode.
+      mask_BxKxK: which steps each step looks at.
     """
     x_BxKxW = nn.Dense(_WIDTH)(read_BxKxF) + nn.Dense(_WIDTH)(more_Bx1xF)
     x_BxKxW += _waves(jnp.arange(read_BxKxF.shape[1]), _WIDTH)
@@ -74,6 +76,7 @@ def devices(policy: Policy) -> Mesh:
   return cast(Mesh, policy.mesh)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init_heads(width: int, seed: int) -> dict[str, Any]:
   """New heads for hidden states of `width`; they begin knowing nothing."""
   keys = jax.random.split(jax.random.key(seed))

@@ -109,10 +109,8 @@ def stacked(groups: Sequence[Sequence[tuple[Request, Ids]]], prompts: int, each:
   """The arrays of groups that share a prompt, filled up to so many `prompts` with so many answers
   `each` by empty ones."""
   everything = [ids for group in groups for _, ids in group]
-  longest, most = (
-    _size(max(size(ids) for ids in everything))
-    for size in (lambda ids: len(ids.prompt), lambda ids: len(ids.spans))
-  )
+  longest = _size(max(len(ids.prompt) for ids in everything))
+  most = _size(max(len(ids.spans) for ids in everything))
   rows, room = prompts * each, _size(1 + max(len(ids.answer) for ids in everything))
   shape_BxT, shape_BxK = (rows, room), (rows, most)
   texts = Texts(

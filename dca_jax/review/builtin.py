@@ -68,7 +68,7 @@ class Random(_Control):
   """Its dice; the same sample always gets the same review."""
 
   def review(self, request: Request) -> Review:
-    rng = _rng(self.seed, request.id)
+    rng = dice(self.seed, request.id)
     return _review(
       [rng.choice(ROLES) for _ in request.steps], [rng.random() for _ in request.steps]
     )
@@ -117,7 +117,7 @@ class Suffix(_Control):
   """Its dice."""
 
   def review(self, request: Request) -> Review:
-    rngs = [_rng(self.seed, "".join(request.steps[k:])) for k in range(len(request.steps))]
+    rngs = [dice(self.seed, "".join(request.steps[k:])) for k in range(len(request.steps))]
     return _review([rng.choice(ROLES) for rng in rngs], [rng.random() for rng in rngs])
 
 
@@ -170,7 +170,7 @@ class Noisy(Oracle):
     return super().check() | between(0, 1, self, "flip")
 
   def distort(self, request: Request, review: Review) -> Review:
-    rng = _rng(self.seed, request.id)
+    rng = dice(self.seed, request.id)
     roles = [_OPPOSITE[role] if rng.random() < self.flip else role for role in review.roles]
     return _review(roles, [1 - v if rng.random() < self.flip else v for v in review.values])
 
@@ -209,7 +209,7 @@ class NaN(Oracle):
   """Its dice."""
 
   def distort(self, request: Request, review: Review) -> Review:
-    lost = _rng(self.seed, request.id).randrange(max(1, len(request.steps)))
+    lost = dice(self.seed, request.id).randrange(max(1, len(request.steps)))
     weights, values = (
       tuple(math.nan if k == lost else x for k, x in enumerate(xs))
       for xs in (review.weights, review.values)
@@ -265,5 +265,6 @@ def _review(roles: Sequence[str], values: Sequence[float]) -> Review:
   return Review("ok", tuple(roles), (1.0,) * len(roles), tuple(values))
 
 
-def _rng(seed: int, name: str) -> random.Random:
+def dice(seed: int, name: str) -> random.Random:
+  """The same for the same name, in every process."""
   return random.Random(hashlib.sha256(f"{seed}/{name}".encode()).digest())

@@ -2,16 +2,14 @@
 (`rollout/rewrites.py`)."""
 
 import dataclasses
-import hashlib
 import math
 import pathlib
-import random
 from typing import ClassVar
 
 from dca_jax.checks import at_least, positive
 from dca_jax.doors import door
 from dca_jax.errors import UserError
-from dca_jax.review.builtin import Instant
+from dca_jax.review.builtin import Instant, dice
 from dca_jax.review.cache import Cache
 from dca_jax.review.client_config import ClientConfig
 from dca_jax.review.function import Calls
@@ -134,8 +132,7 @@ class Omission(_BuiltIn):
   def propose(self, request: Request, truth: Truth) -> tuple[int, str] | None:
     if len(request.steps) < 2:
       return None
-    dice = random.Random(hashlib.sha256(f"{self.seed}/{request.id}".encode()).digest())
-    k = dice.randrange(len(request.steps) - 1)
+    k = dice(self.seed, request.id).randrange(len(request.steps) - 1)
     return k, "".join(request.steps[k + 1 :])
 
 

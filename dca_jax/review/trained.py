@@ -60,14 +60,13 @@ class Trained(ReviewerConfig):
     return tuple(what for what, sources in _SOURCES.items() if not sources.isdisjoint(known))
 
   def check(self) -> dict[str, str]:
-    bad = super().check()
-    bad |= at_least(0, self, "refit_every")
+    bad = super().check() | at_least(0, self, "refit_every")
     try:
-      if self.refit_every and "effects" not in describe(self.path)["gives"]:
-        bad["refit_every"] = f"must be 0: {self.path} was not made from spot checks"
-      describe(self.path)
+      known = describe(self.path)["gives"]
     except UserError as error:
-      bad["path"] = f"is not usable: {error}"
+      return bad | {"path": f"is not usable: {error}"}
+    if self.refit_every and "effects" not in known:
+      bad["refit_every"] = f"must be 0: {self.path} was not made from spot checks"
     return bad
 
   @property
@@ -100,10 +99,11 @@ class InOneThread(Reviewer):
   """Asks a function about all requests of a call at once, one call after the other."""
 
   def __init__(self, after: Callable[[int], Answer], every: int = 0, behind: int = 0):
-    """Args:
-    after: makes the function, from what is known after so many steps.
-    every: steps between two functions; 0 keeps the first.
-    behind: how many steps before its update a batch is reviewed.
+    """`after` makes the function, from what is known after so many steps.
+
+    Args:
+      every: steps between two functions; 0 keeps the first.
+      behind: how many steps before its update a batch is reviewed.
     """
     self._after, self._every, self._behind = after, every, behind
     self._known, self._answer, self._failed = 0, after(0), ""
@@ -111,8 +111,8 @@ class InOneThread(Reviewer):
 
   def begin_step(self, step: int = 0) -> Submit:
     # What all processes have written when this step's first question is asked, resumed or not.
-    known = max(0, step - 1 - self._behind)
-    known -= known % self._every if self._every else known
+    complete = max(0, step - 1 - self._behind)
+    known = complete // self._every * self._every if self._every else 0
     if known != self._known:
       self._known, self._answer = known, self._after(known)
     return self.submit

@@ -53,7 +53,11 @@ class Played(NamedTuple):
 
   def sampled_after(self, place: int) -> int:
     """Those of them that are not before a place."""
-    return sum([segment.sampled for segment in self.segments for _ in segment.tokens][place:])
+    end = written = 0
+    for segment in self.segments:
+      start, end = end, end + len(segment.tokens)
+      written += max(0, end - max(start, place)) if segment.sampled else 0
+    return written
 
 
 def play(

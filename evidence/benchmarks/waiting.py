@@ -4,9 +4,9 @@
 
 64 episodes of four turns, whose lengths are geometric, at environments that take from 0.1 to 5 s
 each time, against the same episodes at environments that take no time. The schedule is the shipped
-one, and the clock is virtual: a token of R rows takes 0.7 + 0.16 R ms (measured for the policy of
-`evidence/benchmarks/peers.py` on one core), and reading prompts nothing. So a busy machine changes
-nothing.
+one, and the clock is virtual: a token of R rows takes 0.7 + 0.16 R ms (a line through two earlier
+measurements of the policy of `evidence/benchmarks/peers.py` on one core), and reading prompts
+nothing. So a busy machine changes nothing.
 
 E episodes, N turns.
 """

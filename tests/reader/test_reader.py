@@ -24,7 +24,7 @@ from dca_jax.tasks.chains import Chains, ChainsConfig
 from tests import tiny
 
 TASK = Chains(ChainsConfig(lines=2, modulus=2))
-HOW = FitConfig(epochs=40, batch=64, lr=1e-2)
+HOW = FitConfig(epochs=30, batch=64, lr=1e-2)
 
 
 @pytest.fixture(scope="module")
