@@ -12,18 +12,19 @@ docs/environments.md has the numbers. It needs the repository: the task is not i
 
 from ml_collections import ConfigDict
 
-# Learning rates are those of the quickstart, not tuned here.
-ARMS = {
-  "uniform": {"credit.scheme": "uniform", "reviewer.name": "none", "learner.lr": 5e-4},
-  "weighted": {"learner.lr": 1e-3},
-  "progress": {
-    "credit.scheme": "potential",
-    "credit.discount": 0.0,
-    "value.source": "environment",
-    "reviewer.name": "none",
-    "learner.lr": 1e-3,
-  },
-}
+from evidence.tasks.arms import arms
+
+# docs/environments.md says how the rates were chosen.
+ARMS = arms(
+  {
+    "uniform": 2e-3,
+    "calibrated": 4e-3,
+    "fooled": 4e-3,
+    "redistributed": 4e-3,
+    "redistributed_fooled": 4e-3,
+    "progress": 5e-4,
+  }
+)
 
 
 def get_config():
@@ -34,7 +35,7 @@ def get_config():
   c.task = dict(name="evidence.tasks:Search", longest=3)
   c.rollout = dict(problems=8, group=8, max_prompt_tokens=5, max_tokens=40)
   c.reviewer = dict(name="oracle")
-  c.credit = dict(scheme="weighted")
-  c.learner = dict(micro_batches=2)
+  c.credit = dict(scheme="calibrated")
+  c.learner = dict(lr=4e-3, micro_batches=2)
   c.evaluate = dict(problems=64, samples=7)
   return c

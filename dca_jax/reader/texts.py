@@ -3,6 +3,7 @@
 P prompts of at most S tokens, B = P * G answers to them of at most T, with at most K steps.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -81,22 +82,22 @@ class Ids(NamedTuple):
 
 def encoded(tokenizer: Any, requests: Sequence[Request]) -> list[Ids]:
   """The ids of requests. What was given before a step belongs to no step."""
-  texts = [
-    text
-    for r in requests
-    for text in (r.problem, *(x for k, s in enumerate(r.steps, 1) for x in (r.given_before(k), s)))
+  turns = [
+    [(r.given_before(k), step) for k, step in enumerate(r.steps, 1)] for r in requests
   ]
-  ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+  texts = itertools.chain([r.problem for r in requests], *itertools.chain(*turns))
+  distinct = [*dict.fromkeys(texts)]  # Steps are alike: most are encoded once for many.
+  found = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
+  ids_of = dict(zip(distinct, found, strict=True))
   read = []
-  for request in requests:
-    prompt, spans = next(ids), []
-    answer: list[int] = []
-    for _ in request.steps:
-      answer += next(ids)
+  for request, own in zip(requests, turns, strict=True):
+    spans, answer = [], list[int]()
+    for given, step in own:
+      answer += ids_of[given]
       start = len(answer)
-      answer += next(ids)
+      answer += ids_of[step]
       spans.append((start, len(answer)))
-    read.append(Ids(prompt, answer, spans))
+    read.append(Ids(ids_of[request.problem], answer, spans))
   return read
 
 

@@ -211,7 +211,8 @@ def caught(pairs: Sequence[Pair]) -> dict[str, Estimate]:
   """How faults are met, by name; the reviews must be usable.
 
   `planted_FAULT`, `planted_tier_T` and, of all, `planted_found`: share of the steps made wrong or
-  needless that are called so. `false_alarms`: share of the untouched twins of wrong steps that are
+  needless that are called so. `planted_auroc`: chance that such a step gets less of its answer's
+  credit than an untouched one; 0.5 says nothing. `false_alarms`: share of the untouched twins of wrong steps that are
   called wrong. `premium_FAULT`: what planting it earns, see `Planted.credit`. `suffix_leak`: share
   of the steps before the fault whose role changes with it.
   """
@@ -224,12 +225,33 @@ def caught(pairs: Sequence[Pair]) -> dict[str, Estimate]:
       [p.planted.credit(p.edited, p.twin), 1] for p in pairs if p.planted.fault == fault
     ]:
       measures[f"premium_{fault}"] = bootstrap(gains, lambda s: s[:, 0] / s[:, 1])
+  measures["planted_auroc"] = _auroc(pairs)
   wrong = [p for p in pairs if "error" in p.planted.case.labels]
   measures["false_alarms"] = share([p.twin.roles[p.planted.first] == "error" for p in wrong])
   before = [(p.edited.roles[: p.planted.first], p.twin.roles[: p.planted.first]) for p in pairs]
   changed = [sum(map(operator.ne, *both)) for both in before]
   measures["suffix_leak"] = share(changed, [len(one) for one, _ in before])
   return {name: e for name, e in measures.items() if not np.isnan(e.value)}
+
+
+def _auroc(pairs: Sequence[Pair]) -> Estimate:
+  """Of credit, in multiples of a mean step's, for the steps made wrong or needless and their twins'
+  own in their place; ties count half (Hanley and McNeil 1982)."""
+  bad, good = [], []
+  for planted, edited, twin in pairs:
+    for k, label in enumerate(planted.case.labels):
+      if label in ("error", *NEEDLESS):
+        bad.append(_multiples(edited)[k])
+        good.append(_multiples(twin)[planted.first])
+  less_NxN = np.subtract.outer(good, bad)
+  wins_NxN = (less_NxN > 0) + 0.5 * (less_NxN == 0)
+  n = len(bad)
+  return bootstrap(np.eye(n), lambda c: np.einsum("ri,ij,rj->r", c, wins_NxN, c) / max(1, n) ** 2)
+
+
+def _multiples(review: Review) -> np.ndarray:
+  # Rounded, so that what is equal stays equal.
+  return np.round(len(review.roles) * shares(intensity(review)), 9)
 
 
 def _grouped(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:

@@ -57,8 +57,11 @@ class Proposing(Rewriter):
   rows: int = 1
   """Rewrites of a group that are learnt at most, and asked for at most; the batch's share of them
   is never above rows / (rollout.group + rows)."""
+  forced_weight: float = 1.0
+  """Of the negative log-likelihood of what was forced: of a correction the step, of a shortcut the
+  token. 1 counts as much as an advantage of 1."""
   weight: float = 1.0
-  """Of the negative log-likelihood of their tokens; 1 counts as much as an advantage of 1."""
+  """The same of what the policy wrote behind it; 0 learns nothing of that."""
   answers: int = 1
   """How often the policy goes on from a rewrite, and, where an answer was right, from that."""
   deadline: float = 60.0
@@ -76,7 +79,8 @@ class Proposing(Rewriter):
     return ("wins" if correct else "failures") in self.kinds
 
   def check(self) -> dict[str, str]:
-    bad = at_least(1, self, "rows", "answers") | positive(self, "weight", "deadline")
+    bad = at_least(1, self, "rows", "answers") | positive(self, "forced_weight", "deadline")
+    bad |= at_least(0, self, "weight")
     if type(self).propose is Proposing.propose and type(self).open is Proposing.open:
       bad["source"] = "must have a method propose(self, request, truth)"
     return bad

@@ -182,5 +182,6 @@ def rows_of_rewrites(
     kept = [e.rewrite for e in episodes[p * group : (p + 1) * group] if e.rewrite]
     for row, rewrite in enumerate(kept, p * rewriter.most):
       tokens_ExT[row, : len(rewrite.tokens)] = rewrite.tokens
-      weights_ExT[row, rewrite.start : len(rewrite.tokens)] = rewriter.weight
+      weights_ExT[row, rewrite.start : rewrite.forced] = rewriter.forced_weight
+      weights_ExT[row, rewrite.forced : len(rewrite.tokens)] = rewriter.weight
   return tokens_ExT, weights_ExT

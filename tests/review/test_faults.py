@@ -83,6 +83,7 @@ def test_an_honest_reviewer_catches_all_and_pays_for_nothing():
   for name, e in told.items():
     if name.startswith("planted"):
       assert e.value == 1.0, name
+  assert told["planted_auroc"] == (1.0, 1.0, 1.0)
   assert told["false_alarms"].value == told["suffix_leak"].value == 0.0
   for fault in ("check", "repeat", "heroic_repair", "praise", "to_reviewer"):
     assert told[f"premium_{fault}"].value == pytest.approx(0.0, abs=1e-12), fault
@@ -121,6 +122,11 @@ def test_a_reviewer_that_reads_the_end_leaks_it():
     return Review("ok", roles, (1.0,) * len(roles))
 
   assert caught(said(PLANTED, judge))["suffix_leak"].low > 0.1
+
+
+def test_credit_that_says_nothing_tells_faults_apart_by_chance():
+  told = caught(said(PLANTED, lambda r: Review("ok", ("necessary",) * len(r.steps), (1.0,) * len(r.steps))))
+  assert told["planted_auroc"].value == 0.5
 
 
 def test_labels_of_a_task_agree_with_what_was_planted():

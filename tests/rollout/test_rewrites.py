@@ -135,10 +135,10 @@ def test_who_is_asked_and_what_becomes_of_the_answers():
     dataclasses.replace(e, rewrite=text if k in (1, 2) else None)
     for k, e in enumerate(batch.episodes)
   ]
-  tokens, weights = rows_of_rewrites(FromOracle(rows=3, weight=0.5), full, 4, T)
+  tokens, weights = rows_of_rewrites(FromOracle(rows=3, forced_weight=4.0, weight=0.5), full, 4, T)
   assert tokens.shape == weights.shape == (3, T)
   assert tokens[:2, :3].tolist() == [[3, 1, 0]] * 2
-  assert weights[:, :4].tolist() == [[0, 0.5, 0.5, 0]] * 2 + [[0] * 4]
+  assert weights[:, :4].tolist() == [[0, 4, 0.5, 0]] * 2 + [[0] * 4]
 
 
 def test_a_proposal_that_fails_is_counted():
