@@ -1,7 +1,8 @@
 """Trains a reviewer for a task: labels in, a folder that `reviewer.name="trained"` uses out."""
 
+import collections
 import dataclasses
-import math
+import itertools
 import os
 import pathlib
 import time
@@ -23,7 +24,7 @@ from dca_jax.policy import Policy, pretrained
 from dca_jax.reader import FitConfig, Labelled, Reader, by_checks
 from dca_jax.review import Request, Truth
 from dca_jax.review.builtin import true_reviews
-from dca_jax.review.faults import FAULTS, plant
+from dca_jax.review.faults import Labels, Planted, plant
 from dca_jax.review.trained import FILE
 from dca_jax.run import Programs, starting_policy, use_compilation_cache
 from dca_jax.store.workdir import locate
@@ -138,14 +139,23 @@ def _by_oracle(config: Config, episodes: Sequence[Episode]) -> list[Labelled]:
 
 def _by_faults(config: Config, episodes: Sequence[Episode]) -> list[Labelled]:
   known = "labels" in config.task.offers
-  labels = Truth.of(config.task.open()).labels if known else None
-  each = math.ceil(len(episodes) / 2 / sum(map(len, FAULTS.values())))
+  return with_faults(
+    [*map(Request.of, episodes)], Truth.of(config.task.open()).labels if known else None
+  )
+
+
+def with_faults(requests: Sequence[Request], labels: Labels | None) -> list[Labelled]:
+  """Right answers with a fault, as many of each kind, and without; together no more than there are
+  requests. Not every kind can be planted in the answers of every task."""
+  half = len(requests) // 2
+  kinds: dict[tuple[str, int], list[Planted]] = collections.defaultdict(list)
+  for one in plant(requests, half, labels):
+    if any(one.case.labels):
+      kinds[one.fault, one.tier].append(one)
   found = []
-  for one in plant([*map(Request.of, episodes)], each, labels):
+  for one in itertools.chain(*(own[: half // len(kinds)] for own in kinds.values())):
     roles, before, behind = one.case.labels, one.first, one.first + one.new
     steps, twin = one.case.request.steps, one.twin.steps
-    if not any(roles):
-      continue
     # What was not touched is right, but need not be needed.
     right = [*steps[:before], *twin[before : before + one.old], *steps[behind:]]
     expected = right if len(right) == len(steps) else ()

@@ -82,9 +82,7 @@ class Ids(NamedTuple):
 
 def encoded(tokenizer: Any, requests: Sequence[Request]) -> list[Ids]:
   """The ids of requests. What was given before a step belongs to no step."""
-  turns = [
-    [(r.given_before(k), step) for k, step in enumerate(r.steps, 1)] for r in requests
-  ]
+  turns = [[(r.given_before(k), step) for k, step in enumerate(r.steps, 1)] for r in requests]
   texts = itertools.chain([r.problem for r in requests], *itertools.chain(*turns))
   distinct = [*dict.fromkeys(texts)]  # Steps are alike: most are encoded once for many.
   found = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []

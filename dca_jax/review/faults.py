@@ -212,9 +212,9 @@ def caught(pairs: Sequence[Pair]) -> dict[str, Estimate]:
 
   `planted_FAULT`, `planted_tier_T` and, of all, `planted_found`: share of the steps made wrong or
   needless that are called so. `planted_auroc`: chance that such a step gets less of its answer's
-  credit than an untouched one; 0.5 says nothing. `false_alarms`: share of the untouched twins of wrong steps that are
-  called wrong. `premium_FAULT`: what planting it earns, see `Planted.credit`. `suffix_leak`: share
-  of the steps before the fault whose role changes with it.
+  credit than an untouched one; 0.5 says nothing. `false_alarms`: share of the untouched twins of
+  wrong steps that are called wrong. `premium_FAULT`: what planting it earns, see `Planted.credit`.
+  `suffix_leak`: share of the steps before the fault whose role changes with it.
   """
   measures: dict[str, Estimate] = {}
   for kind, own in _grouped(pairs).items():

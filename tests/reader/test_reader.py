@@ -11,7 +11,7 @@ import pytest
 
 import dca_jax
 from dca_jax import reader
-from dca_jax.commands.fit_reviewer import From, fit_reviewer
+from dca_jax.commands.fit_reviewer import From, fit_reviewer, with_faults
 from dca_jax.config import ConfigError
 from dca_jax.episode import ROLES
 from dca_jax.reader import FitConfig, Labelled
@@ -159,6 +159,26 @@ def test_a_reader_that_fails_harms_nothing(capsys):
     assert reviewer.submit(requests(1), -1.0).result(60) == [Review("timeout")]
     assert "out of memory" in reviewer.failures()
   assert capsys.readouterr().err.count("out of memory") == 1
+
+
+def test_faults_are_planted_in_as_many_answers_as_were_asked_for():
+  """Although nine kinds of twelve need words, of which these answers have none."""
+  right = []
+  for i in range(60):
+    prompt, text = TASK.demonstration(i, mistakes=False)
+    steps = (*re.findall(r"[^;]+;", text), *re.findall(r"#.*", text))
+    right.append(Request(f"1/{i}/0", prompt, steps, True, False))
+  known = with_faults(right, None)
+  assert 0.8 * len(right) <= len(known) <= len(right)
+  said = [(one.request, *zip(one.request.steps, one.roles, strict=True)) for one in known]
+  assert sum("error" in one.roles for one in known) == 2 * sum(
+    "redundant" in one.roles for one in known
+  )
+  for (request, *steps), (twin, *_) in zip(said[::2], said[1::2], strict=True):
+    changed = [step for step, role in steps if role in ("error", "redundant")]
+    assert len(changed) == 1
+    assert request.steps != twin.steps
+    assert twin in right
 
 
 def test_answers_that_nobody_labelled_are_refused(fitted):

@@ -125,7 +125,9 @@ def test_a_reviewer_that_reads_the_end_leaks_it():
 
 
 def test_credit_that_says_nothing_tells_faults_apart_by_chance():
-  told = caught(said(PLANTED, lambda r: Review("ok", ("necessary",) * len(r.steps), (1.0,) * len(r.steps))))
+  told = caught(
+    said(PLANTED, lambda r: Review("ok", ("necessary",) * len(r.steps), (1.0,) * len(r.steps)))
+  )
   assert told["planted_auroc"].value == 0.5
 
 
