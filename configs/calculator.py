@@ -21,7 +21,8 @@ ARMS = arms(
     "fooled": 2e-3,
     "redistributed": 1e-3,
     "redistributed_fooled": 1e-3,
-    "progress": 5e-4,
+    "progress_0": 5e-4,
+    "progress_1": 2e-3,
   }
 )
 

@@ -22,7 +22,8 @@ ARMS = arms(
     "fooled": 4e-3,
     "redistributed": 4e-3,
     "redistributed_fooled": 4e-3,
-    "progress": 5e-4,
+    "progress_0": 5e-4,
+    "progress_1": 2e-3,
   }
 )
 
