@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -32,6 +33,10 @@ from dca_jax.learner import Batch, Learner, LearnerConfig, init_state, make_opti
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 from dca_jax.policy.attention import KeyValue, flash_attend
 from dca_jax.policy.sharding import batch_sharding, replicated
+from dca_jax.reader import Reader, own_policy
+from dca_jax.reader.network import _said
+from dca_jax.reader.texts import Ids, stacked
+from dca_jax.review import Request
 
 VOCAB = 24
 P, G, S, T = 8, 2, 3, 4
@@ -189,8 +194,21 @@ def on_eight_devices() -> dict:
     learner = Learner(policy, CONFIG, Sampling(), keep)
     compiled = update.lower(learner, state, shapes, on_policy).compile()
     report[f"memory_{name}"] = compiled.memory_analysis().temp_size_in_bytes
+  report["reader"] = exchanges_of_a_reader()
   report["gradient"] = max(float(np.abs(g).max()) for g in jax.tree.leaves(one[0].opt_state.trace))
   return report
+
+
+def exchanges_of_a_reader() -> list[str]:
+  """Those of the program that reads episodes, a prompt on each device."""
+  policy = own_policy(POLICY.config, VOCAB)
+  start = jax.device_get(nn.unbox(policy.init_params(jax.random.key(0))))
+  made = Reader.new(policy, start, None, ("roles", "expected"), S + T, 0)
+  one = Request("1/0/0", "ab", ("ab", "c"), True, False), Ids([1, 2], [1, 2, 3], [(0, 2), (2, 3)])
+  texts = jax.device_put(stacked([[one] * G] * P, P, G), batch_sharding(policy.mesh))
+  program = _said.lower(policy, made.params, texts, True).compile().as_text()
+  assert f"num_partitions={jax.device_count()}" in program
+  return re.findall(r"all-\w+|collective-\w+|reduce-scatter", program)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +245,10 @@ def test_an_update_does_not_depend_on_the_mesh(report, mesh):
 
 def test_a_kernel_does_not_depend_on_the_mesh(report):
   assert report["flash"] < 1e-5
+
+
+def test_a_reader_exchanges_nothing_so_it_may_read_while_others_train(report):
+  assert report["reader"] == []
 
 
 def test_each_device_computes_its_own_rows_alone(report):
