@@ -6,9 +6,9 @@ of the entries of its arithmetic table are wrong more often than not, in a fixed
 wrong digit is often the likeliest one. From there reinforcement learning has only the final digit
 to go by.
 
-Expect sampled accuracy on held-out problems to rise from 0.18 (greedy 0.15). In 120 steps of 128
-completions, three seeds: `weighted` passes 0.8 after 2,800 to 3,600 completions and ends at 0.96 to
-0.97, `uniform` (RLOO) after 9,200 to 10,900 and at 0.92 to 0.93; README.md has the command. The
+Expect sampled accuracy on held-out problems to rise from 0.18 (greedy 0.20). In 120 steps of 128
+completions, three seeds: `weighted` passes 0.8 after 3,000 to 4,500 completions and ends at 0.96 to
+0.97, `uniform` (RLOO) after 9,300 to 11,700 and at 0.90 to 0.94; README.md has the command. The
 first run makes the warm start, which is kept.
 """
 

@@ -260,7 +260,7 @@ def _audit(
     **dict.fromkeys(_ALWAYS),
     **flat(measures),
     **stats,
-    "verdict": worth.verdict(measures.get("predicted_speedup"), measures.get("calibrated_gain")),
+    "verdict": worth.verdict(*map(measures.get, _DECIDING)),
   }
   write_whole(folder / "audit.json", json.dumps(row, indent=2, allow_nan=False) + "\n")
   sections = sectioned(measures)
@@ -436,6 +436,7 @@ def table(
   return "\n\n".join([*parts, "; ".join(spent), f"verdict: {_VERDICTS[row['verdict']]}"])
 
 
+_DECIDING = "predicted_speedup", "calibrated_gain", "premium_wrong_number"
 _COSTS = ("seconds_per_1000", "tokens_per_1000", "dollars_per_1000", "self_agreement")
 _VERDICTS = {
   "train": "train (credit.scheme=weighted, credit.lam=0.5)",

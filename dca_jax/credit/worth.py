@@ -191,9 +191,15 @@ def predicted_speedup(snr: float, applause: float) -> float:
   return float(np.interp(flip, FLIPS, rows))
 
 
-def verdict(speedup: Estimate | None, gain: Estimate | None) -> str:
+def verdict(speedup: Estimate | None, gain: Estimate | None, wrong: Estimate | None) -> str:
   """`no` where what the reviewer says is worth nothing even once outcomes have said what, `train`
-  where `weighted` credit will be faster than RLOO, else `calibrated`."""
+  where `weighted` credit will be faster than RLOO, else `calibrated`.
+
+  Args:
+    wrong: what a step earns by being made wrong; a reviewer that does not see that is not believed
+      without measurements, however well it knows needless steps.
+  """
   if speedup is None or gain is None or gain.low <= 1.2:
     return "no"
-  return "train" if speedup.low > 1 else "calibrated"
+  blind = wrong is not None and wrong.high >= 0
+  return "train" if speedup.low > 1 and not blind else "calibrated"

@@ -91,9 +91,11 @@ def test_more_flips_and_more_applause_never_promise_more():
 
 def test_the_verdict_asks_for_the_lower_bound():
   sure, unsure = Estimate(2.0, 1.5, 2.5), Estimate(1.5, 0.9, 2.1)
-  assert verdict(sure, sure) == "train"
-  assert verdict(unsure, sure) == "calibrated"
-  assert verdict(sure, unsure) == verdict(unsure, unsure) == verdict(None, None) == "no"
+  paid, not_seen = Estimate(-0.9, -1.2, -0.6), Estimate(-0.1, -0.4, 0.2)
+  assert verdict(sure, sure, paid) == verdict(sure, sure, None) == "train"
+  assert verdict(unsure, sure, paid) == verdict(sure, sure, not_seen) == "calibrated"
+  assert verdict(sure, unsure, paid) == verdict(unsure, unsure, None) == "no"
+  assert verdict(None, None, paid) == "no"
 
 
 def test_roles_are_drawn_from_what_was_said_of_the_class():
