@@ -36,6 +36,7 @@ KNOWN = {
       for kind in known.values()
     ),
     {"task": dataclasses.asdict(KeyDoor())},
+    {"task": dataclasses.asdict(config.load(str(ROOT / "configs" / "smollm2_sums.py")).task)},
   )
   for key in config.flatten(section)
 }
