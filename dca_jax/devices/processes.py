@@ -42,6 +42,8 @@ _FAREWELL = (
   60.0  # seconds that process 0, who keeps the store, waits for the others to read its end
 )
 
+_LEAVE = 1.0  # seconds between what a process says last and its end, at most
+
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -341,6 +343,8 @@ class _Watch:
         end = time.monotonic() + _FAREWELL
         while time.monotonic() < end and self._listening() - self._all("gone").keys():
           time.sleep(0.1)
+        # Without a store JAX ends them before they do so themselves, with words of its own.
+        time.sleep(_LEAVE)
 
   def _listening(self) -> set[int]:
     """The other processes, except those that are dead."""
