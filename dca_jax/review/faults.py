@@ -243,10 +243,12 @@ def _auroc(pairs: Sequence[Pair]) -> Estimate:
       if label in ("error", *NEEDLESS):
         bad.append(_multiples(edited)[k])
         good.append(_multiples(twin)[planted.first])
+  if not bad:
+    return share([])
   less_NxN = np.subtract.outer(good, bad)
   wins_NxN = (less_NxN > 0) + 0.5 * (less_NxN == 0)
   n = len(bad)
-  return bootstrap(np.eye(n), lambda c: np.einsum("ri,ij,rj->r", c, wins_NxN, c) / max(1, n) ** 2)
+  return bootstrap(np.eye(n), lambda c: np.einsum("ri,ij,rj->r", c, wins_NxN, c) / n**2)
 
 
 def _multiples(review: Review) -> np.ndarray:

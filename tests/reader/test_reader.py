@@ -171,9 +171,8 @@ def test_faults_are_planted_in_as_many_answers_as_were_asked_for():
   known = with_faults(right, None)
   assert 0.8 * len(right) <= len(known) <= len(right)
   said = [(one.request, *zip(one.request.steps, one.roles, strict=True)) for one in known]
-  assert sum("error" in one.roles for one in known) == 2 * sum(
-    "redundant" in one.roles for one in known
-  )
+  of = {role: sum(role in one.roles for one in known) for role in ("error", "redundant")}
+  assert of["error"] == 2 * of["redundant"] > 0
   for (request, *steps), (twin, *_) in zip(said[::2], said[1::2], strict=True):
     changed = [step for step, role in steps if role in ("error", "redundant")]
     assert len(changed) == 1

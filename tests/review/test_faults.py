@@ -129,6 +129,8 @@ def test_credit_that_says_nothing_tells_faults_apart_by_chance():
     said(PLANTED, lambda r: Review("ok", ("necessary",) * len(r.steps), (1.0,) * len(r.steps)))
   )
   assert told["planted_auroc"].value == 0.5
+  assert "planted_auroc" not in caught(said(of("split"), honest))  # Nothing was made worse.
+  assert caught([]) == {}
 
 
 def test_labels_of_a_task_agree_with_what_was_planted():
