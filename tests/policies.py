@@ -5,16 +5,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dca_jax.policy import PolicyConfig, by_layer
 from dca_jax.policy.transformer import Context
+
+# Layers of several shapes: two rounds, the second without keys of its own.
+ROUNDS = PolicyConfig(
+  width=16,
+  depth=4,
+  heads=2,
+  kv_heads=2,
+  head_dim=8,
+  mlp=24,
+  window=40,
+  windowed=(0, 2),
+  global_head_dim=16,
+  global_kv_heads=1,
+  global_k_eq_v=True,
+  kv_shared=2,
+  shared_mlp_double=True,
+  layer_embedding=4,
+  layer_scale=True,
+  qk_norm=True,
+  v_norm=True,
+)
 
 
 def token_by_token(policy, params, prompts, lengths, completions) -> jax.Array:
   """What `completion_hidden` gives for the same arguments."""
   rows, most = completions.shape
   read = policy.read_prompts(params, prompts, lengths)
-  keys = tuple(jax.tree.map(lambda x, i=i: x[i], read.cache) for i in range(policy.config.depth))
   empty = policy.empty_cache(rows, most)
-  start = Context(keys, lengths, empty, jnp.int32(0), jnp.zeros(rows, jnp.int32))
+  start = Context(by_layer(read.cache), lengths, empty, jnp.int32(0), jnp.zeros(rows, jnp.int32))
 
   def one(context, tokens):
     hidden, cache = policy.decode(params, policy.layers(params), context, tokens)

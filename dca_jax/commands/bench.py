@@ -9,7 +9,7 @@ import platform
 import resource
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from dca_jax.devices.preemption import notices
 from dca_jax.devices.processes import versions
 from dca_jax.episode import Episode
 from dca_jax.policy import PolicyConfig, join, split
+from dca_jax.policy.config import STACKS
 from dca_jax.run import Trainer, opened
 from dca_jax.step import train_step
 from dca_jax.store.checkpoints import read_params, read_start
@@ -116,42 +117,56 @@ def work(t: Trainer, episodes: Sequence[Episode]) -> Work:
   lengths_B = np.array([len(episode.tokens) for episode in episodes])
   longest_P = lengths_B.reshape(-1, group).max(1)
 
-  own = read(c, lengths_B, 0 * lengths_B)
-  shared = read(c, longest_P, prompts_P) - read(c, longest_P, 0 * longest_P)
-  position = 2 * c.kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+  def place(layer: PolicyConfig) -> int:
+    return 2 * layer.kv_heads * layer.head_dim * jnp.dtype(c.dtype).itemsize
+
+  def score(layer: PolicyConfig) -> int:
+    return 4 * layer.heads * layer.head_dim
+
+  own = read(c, lengths_B, 0 * lengths_B, place)
+  shared = read(c, longest_P, prompts_P, place) - read(c, longest_P, 0 * longest_P, place)
 
   sampling = mesh.sampler_mesh(t.config.mesh, mesh.make_mesh(t.config.mesh))
   params = jax.eval_shape(lambda params: mesh.sampler_params(t.policy, params), p.start)
-  blocks = sum(_used(c, path, x.size) for path, x in jax.tree.leaves_with_path(p.start["blocks"]))
+  blocks = sum(_used(c, path, x.size) for path, x in jax.tree.leaves_with_path(p.start))
   tokens, width = lengths_B.sum(), t.policy.rows * c.width
   products = 2 * (blocks * (tokens + prompts_P.sum()) + width * tokens)
-  scores = 4 * c.heads * c.head_dim
-  scores *= read(c, lengths_B, prompts_B) + read(c, prompts_P, 0 * prompts_P)
+  scores = read(c, lengths_B, prompts_B, score) + read(c, prompts_P, 0 * prompts_P, score)
   updates = t.config.learner.updates_per_batch
   # Of weights that stay no gradient is computed.
   passes = updates * (2 if c.lora_rank else 3) + t.config.learner.has_reference
   return Work(
     int(longest_P.max()),
     bytes_of(params, mesh.param_shardings(sampling, t.policy)),
-    float(position * (own + shared)),
+    float(own + shared),
     float(passes * products + (3 * updates + t.config.learner.has_reference) * scores),
   )
 
 
 def _used(config: PolicyConfig, path: Any, size: int) -> int:
-  """How many of a parameter's numbers a token meets: of experts those of the chosen."""
-  of_expert = any(key.key.startswith("expert_") for key in path)
+  """How many of a parameter's numbers a token is multiplied with: of experts those of the chosen;
+  the output matrix is counted by itself."""
+  if path[0].key not in (*STACKS, "layer_projection"):
+    return 0
+  of_expert = any(key.key.startswith(("expert_", "experts_")) for key in path)
   return size * config.experts_per_token // config.experts if of_expert else size
 
 
-def read(config: PolicyConfig, lengths_R: np.ndarray, before_R: np.ndarray) -> int:
-  """Places that tokens attend to, of all layers: those of rows of so many tokens, each with as many
-  as `before_R` says before it, and of a windowed layer no more than its window."""
+def read(
+  config: PolicyConfig,
+  lengths_R: np.ndarray,
+  before_R: np.ndarray,
+  size: Callable[[PolicyConfig], int] = lambda _: 1,
+) -> int:
+  """Places that tokens attend to, of all layers, each times a `size` of its layer: those of rows of
+  so many tokens, each with as many as `before_R` says before it, and of a windowed layer no more
+  than its window."""
   places = np.concatenate(
     [n + np.arange(1, k + 1) for n, k in zip(before_R, lengths_R, strict=True)]
   )
-  near = len(config.windowed)
-  return int((config.depth - near) * places.sum() + near * places.clip(max=config.window).sum())
+  whole, near = int(places.sum()), int(places.clip(max=config.window).sum())
+  layers = range(config.depth)
+  return sum(size(config.of_layer(i)) * (near if i in config.windowed else whole) for i in layers)
 
 
 def speeds(

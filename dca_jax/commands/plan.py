@@ -14,6 +14,7 @@ from dca_jax.devices.kinds import KINDS
 from dca_jax.devices.memory import bytes_of, local_memory, size_of
 from dca_jax.learner.parts import part_rows, prompt_chunks
 from dca_jax.policy import Policy, Prompts, join, pretrained, split
+from dca_jax.policy.config import STACKS
 from dca_jax.policy.logprobs import chunk_logits
 from dca_jax.rollout.schedule import ladder, ring_sizes
 from dca_jax.tasks.tokenizer import id_count
@@ -63,11 +64,12 @@ def memory(config: Config, policy: Policy, devices: mesh.AnyMesh, sampler: mesh.
   part = part_rows(devices, rows, rollout.max_tokens, learning.micro_batches)
   chunk = problems // prompt_chunks(None, problems, learning.micro_batches)
   tokens, read = part * rollout.max_tokens, problems * rollout.max_prompt_tokens
-  position = 2 * c.depth * c.kv_heads // devices.shape["tensor"] * c.head_dim
+  position = keys_bytes(policy, 1) // devices.shape["tensor"]
   updating = {
     # Of all parts so far, in float32, and of this one.
     "gradients": moments // 2 + trained,
-    "keys of the prompts, their gradients": position * read * (jnp.dtype(c.dtype).itemsize + 4),
+    "keys of the prompts, their gradients": read
+    * (position + 4 * position // jnp.dtype(c.dtype).itemsize),
     "activations of a part": _saved(config, policy, part, chunk),
     "logits of a chunk": 2 * 4 * min(chunk_logits(policy.rows, c.width), tokens * policy.rows),
   }
@@ -86,27 +88,32 @@ def _sampling(config: Config, policy: Policy, sampler: mesh.AnyMesh) -> dict[str
   further = config.value.answers or config.spot.share or config.rewrite.most
   if further or "environment" in config.task.offers:  # Answers have their beginning as prompt.
     prompts = rows * (length + rollout.max_tokens)
-  near, rings = len(c.windowed), ring_sizes(rollout.max_tokens)
-  ring = (c.depth - near) * rings[-1] + near * min(rings[-1], c.window)
-  heads = c.kv_heads // sampler.shape["tensor"]
-  place = 2 * heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+  rings = ring_sizes(rollout.max_tokens)
+  place, ring = (keys_bytes(policy, size) // sampler.shape["tensor"] for size in (1, rings[-1]))
   whole, laid_out = mesh.param_shapes(policy), mesh.param_shardings(sampler, policy)
   read = jax.eval_shape(lambda params: mesh.sampler_params(policy, params), whole)
+  stacks = [name for name in STACKS if name in read]
   copied = config.mesh.sampler or c.kept != c.dtype
   decoded = {
-    "layers, taken apart": bytes_of(read["blocks"], laid_out["blocks"]),
+    "layers, taken apart": bytes_of(*({k: tree[k] for k in stacks} for tree in (read, laid_out))),
     "logits of one token": 3 * 4 * rows * policy.rows,
   }
   # Where fewer rows are laid anew, each with a prompt of its own, all are still there, and what is
   # there only while they decode is not.
   fewer = max(ladder(rows, 1)[1:], default=0) if len(rings) > 1 else 0
-  again = place * fewer * (length * c.depth + ring)
+  again = fewer * (length * place + ring)
   return {
     "parameters as the sampler has them": bytes_of(read, laid_out) if copied else 0,
-    "keys and values": place * (prompts * c.depth + rows * ring),
+    "keys and values": prompts * place + rows * ring,
     **decoded,
     "keys and values, laid anew": max(0, again - sum(decoded.values())),
   }
+
+
+def keys_bytes(policy: Policy, size: int) -> int:
+  """What the keys and values of `size` tokens take, in all layers, in a ring of that size."""
+  cache = jax.eval_shape(lambda: policy.empty_cache(1, size))
+  return sum(size_of(x.shape, x.dtype) for x in jax.tree.leaves(cache))
 
 
 def _saved(config: Config, policy: Policy, rows: int, problems: int) -> int:

@@ -118,9 +118,9 @@ def make_optimizer(config: LearnerConfig, steps: int) -> optax.GradientTransform
 
 
 def _decayed(params: Any) -> Any:
-  """Which parameters decay: not norms and biases, which set levels."""
+  """Which parameters decay: not norms, biases and layers' scales, which set levels."""
 
   def decays(path: Any, _: Any) -> bool:
-    return jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias")
+    return jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias", "layer_scale")
 
   return jax.tree.map_with_path(decays, params)

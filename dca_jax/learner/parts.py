@@ -10,13 +10,13 @@ Shapes: D shards of N rows each, B = D * N; parts of R rows a shard.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dca_jax.learner.loss import Batch
-from dca_jax.policy import KeyValue, Policy, Prompts
+from dca_jax.policy import Policy, Prompts
 from dca_jax.policy.sharding import AnyMesh, constrain
 
 # A batch is cut until its parts have so few positions on a device, but into so many at most.
@@ -136,8 +136,10 @@ def in_order(parts: Part, x_CxR: jax.Array, rows: int) -> jax.Array:
   return jax.vmap(lambda x, places: x[places])(x_DxN, places_DxN).reshape(rows, *rest)
 
 
-# On which axis of what prompts leave (last states, keys and values, lengths) they are counted.
-_AXES: Any = (0, KeyValue(*cast(Any, (1, 1))), 0)
+def _axes(left):
+  """On which axis of what prompts leave (last states, keys and values, lengths) they are
+  counted."""
+  return tuple(jax.tree.map(lambda _, i=i: int(i == 1), part) for i, part in enumerate(left))
 
 
 def read_prompts(policy: Policy, params, prompts, chunks: int) -> Prompts:
@@ -151,13 +153,13 @@ def read_prompts(policy: Policy, params, prompts, chunks: int) -> Prompts:
     return tuple(policy.read_prompts(params, *chunk))
 
   left = jax.lax.map(read, jax.tree.map(lambda x: _chunks(x, 0, chunks), prompts))
-  return Prompts(*jax.tree.map(joined, left, _AXES))
+  return Prompts(*jax.tree.map(joined, left, _axes(left)))
 
 
 def in_chunks(prompts, left, chunks: int):
   """Both with an axis of chunks in front."""
   prompts = jax.tree.map(lambda x: _chunks(x, 0, chunks), prompts)
-  return prompts, jax.tree.map(lambda x, axis: _chunks(x, axis, chunks), left, _AXES[:2])
+  return prompts, jax.tree.map(lambda x, axis: _chunks(x, axis, chunks), left, _axes(left))
 
 
 def _chunks(x: jax.Array, axis: int, chunks: int) -> jax.Array:
@@ -167,13 +169,15 @@ def _chunks(x: jax.Array, axis: int, chunks: int) -> jax.Array:
 
 def take_prompts(policy: Policy, prompts: Prompts, rows_DxR: jax.Array) -> Prompts:
   """These prompts of each shard's, which may come several times."""
-  taken = jax.tree.map(lambda x, axis: take(policy, x, rows_DxR, axis), tuple(prompts), _AXES)
+  taken = jax.tree.map(
+    lambda x, axis: take(policy, x, rows_DxR, axis), tuple(prompts), _axes(prompts)
+  )
   return Prompts(*taken)
 
 
 def add_prompts(into, rows_DxR: jax.Array, left):
   """`into` plus the gradients with respect to what the prompts of `take_prompts` left."""
-  return jax.tree.map(lambda x, y, axis: add(x, rows_DxR, y, axis), into, left, _AXES[:2])
+  return jax.tree.map(lambda x, y, axis: add(x, rows_DxR, y, axis), into, left, _axes(left))
 
 
 def take(policy: Policy, x: jax.Array, rows_DxR: jax.Array, axis: int = 0) -> jax.Array:

@@ -1,6 +1,7 @@
 """The `policy` section."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -43,6 +44,9 @@ class PolicyConfig:
   for all."""
   experts_per_token: int = 8
   """So many of the experts, the likeliest, are added, each times its probability."""
+  experts_beside: int = 0
+  """Hidden size of experts that stand beside each MLP and have a router as Gemma 4's; 0: they stand
+  in its place."""
   experts_sum_to_one: bool = True
   """Divide the probabilities of the chosen ones by their sum."""
   activation: str = "silu"
@@ -61,6 +65,25 @@ class PolicyConfig:
   """Of the windowed layers, without scaling; 0: they rotate as the others do."""
   unrotated: tuple[int, ...] = ()
   """Layers, counted from 0, without rotary positions (SmolLM3)."""
+  global_head_dim: int = 0
+  """Head size of layers that are not windowed; 0: as of the others. Where it is set, each round of
+  windowed layers must end with one that is not (Gemma 4)."""
+  global_kv_heads: int = 0
+  """Key heads of layers that are not windowed; 0: as of the others."""
+  global_k_eq_v: bool = False
+  """Layers that are not windowed have no matrix of values: those are the keys before their norm."""
+  global_rotated: float = 1.0
+  """Share of the rotary frequencies, the fastest, that layers that are not windowed rotate by."""
+  kv_shared: int = 0
+  """So many of the last layers have no keys and values of their own, and read those of the last
+  layer before them that is windowed as they are, or not (Gemma 4 E2B and E4B)."""
+  shared_mlp_double: bool = False
+  """The MLPs of these layers are twice as wide (E2B)."""
+  layer_embedding: int = 0
+  """Size of a second embedding, of every token and layer, that a gate adds to the stream behind
+  each MLP (Gemma 4 E2B and E4B); 0: there is none."""
+  layer_scale: bool = False
+  """The stream behind each layer is multiplied by a number of the layer, which is not trained."""
   qkv_bias: bool = False
   query_scalar: float = 0.0
   """Attention scores are divided by its square root; 0 stands for head_dim."""
@@ -81,6 +104,8 @@ class PolicyConfig:
   rates."""
   qk_norm_whole: bool = False
   """Normalise them over all heads together (OLMo 2)."""
+  v_norm: bool = False
+  """Normalise values in each head, without a scale (Gemma 4)."""
   dtype: str = "float32"
   """Type of activations and matrix products."""
   weights: str = "float32"
@@ -101,6 +126,7 @@ class PolicyConfig:
     bad |= at_least(
       0, self, "vocab_size", "local_rope_theta", "query_scalar", "norm_eps", "experts"
     )
+    bad |= at_least(0, self, "global_kv_heads", "layer_embedding", "experts_beside")
     bad |= at_least(0, self, "attention_soft_cap", "logit_soft_cap") | one_of(
       self, "activation", *ACTIVATIONS
     )
@@ -112,8 +138,9 @@ class PolicyConfig:
     )
     if self.head_dim < 2 or self.head_dim % 2:
       bad["head_dim"] = "must be even and positive, for rotary positions"
-    if self.kv_heads > 0 and self.heads % self.kv_heads:
-      bad["heads"] = f"must be a multiple of policy.kv_heads ({self.kv_heads})"
+    for key in ("kv_heads", "global_kv_heads"):
+      if getattr(self, key) > 0 and self.heads % getattr(self, key):
+        bad["heads"] = f"must be a multiple of policy.{key} ({getattr(self, key)})"
     if self.rope_theta <= 1:
       bad["rope_theta"] = "must be above 1"
     scaling = self.rope_scaling
@@ -137,7 +164,7 @@ class PolicyConfig:
       bad["lora_rank"] = "must be 0, or positive with policy.pretrained"
     if not self.lora_targets or set(self.lora_targets) - _MATRICES:
       bad["lora_targets"] = f"must be some of {', '.join(sorted(_MATRICES))}"
-    elif self.lora_rank and self.experts and set(self.lora_targets) - _ATTENTION:
+    elif self.lora_rank and self.mlp_is_experts and set(self.lora_targets) - _ATTENTION:
       bad["lora_targets"] = "can only be some of q, k, v and o where the MLPs are experts"
     if self.weights == "bfloat16" and not self.pretrained:
       bad["weights"] = "can be 'bfloat16' only with policy.pretrained"
@@ -145,6 +172,25 @@ class PolicyConfig:
       bad["attention"] = (
         "can be 'cudnn' only with policy.dtype 'bfloat16' and without policy.attention_soft_cap"
       )
+    return bad | self._check_rounds()
+
+  def _check_rounds(self) -> dict[str, str]:
+    """What makes layers differ in shape."""
+    bad, n = {}, self.round
+    every_nth = tuple(i for i in range(self.depth) if (i + 1) % n)
+    if n > 1 and (self.depth % n or self.windowed != every_nth):
+      bad["windowed"] = (
+        "must be all layers but every n-th, and policy.depth a multiple of n, with"
+        " policy.global_head_dim, global_kv_heads, global_k_eq_v or kv_shared"
+      )
+    if n > 1 and self.unrotated:
+      bad["unrotated"] = "must be () where policy.windowed decides the shapes of layers"
+    if self.global_head_dim < 0 or self.global_head_dim % 2:
+      bad["global_head_dim"] = "must be 0, or even and positive, for rotary positions"
+    if not 0 < self.global_rotated <= 1:
+      bad["global_rotated"] = "must be above 0 and at most 1"
+    if not 0 <= self.kv_shared < self.depth or self.kv_shared % n:
+      bad["kv_shared"] = f"must be below policy.depth ({self.depth}) and a multiple of {n}"
     return bad
 
   def unused(self) -> dict[str, str]:
@@ -159,17 +205,55 @@ class PolicyConfig:
       ]
       return adapted | dict.fromkeys(keys, "policy.pretrained is set, whose config.json decides it")
     adapted["family"] = "policy.pretrained is empty"
-    windows = (
-      {}
-      if self.windowed
-      else dict.fromkeys(("window", "local_rope_theta"), "policy.windowed names no layer")
-    )
+    windows = {} if self.windowed else dict.fromkeys(_OF_WINDOWS, "policy.windowed names no layer")
+    if not self.kv_shared:
+      adapted["shared_mlp_double"] = "policy.kv_shared is 0"
     if not self.experts:
-      chosen = ("experts_per_token", "experts_sum_to_one")
+      chosen = ("experts_per_token", "experts_sum_to_one", "experts_beside")
       adapted |= dict.fromkeys(chosen, "policy.experts is 0")
     if not self.qk_norm:
       adapted["qk_norm_whole"] = "policy.qk_norm is False"
     return adapted | windows
+
+  @property
+  def round(self) -> int:
+    """Layers after which the shapes of layers repeat; 1 where all have the same."""
+    own = self.global_head_dim or self.global_kv_heads or self.global_k_eq_v or self.kv_shared
+    whole = (i for i in range(self.depth) if i not in self.windowed)
+    return 1 + next(whole, self.depth) if own and self.windowed else 1
+
+  @property
+  def mlp_is_experts(self) -> bool:
+    return self.experts > 0 and not self.experts_beside
+
+  def is_shared(self, layer: int) -> bool:
+    """Whether a layer reads the keys of another."""
+    return layer >= self.depth - self.kv_shared
+
+  def kv_source(self, layer: int) -> int:
+    """The layer whose keys it reads: itself, or the last with keys that is windowed as it is."""
+    if not self.is_shared(layer):
+      return layer
+    own, windowed = range(self.depth - self.kv_shared), layer in self.windowed
+    return max(i for i in own if (i in self.windowed) == windowed)
+
+  def of_layer(self, layer: int) -> "PolicyConfig":
+    """What a layer is: the same with its sizes as those of all."""
+    changes: dict[str, Any] = {}
+    if layer in self.windowed:
+      changes |= {"global_k_eq_v": False, "global_rotated": 1.0}
+    elif self.windowed:
+      changes["head_dim"] = self.global_head_dim or self.head_dim
+      changes["kv_heads"] = self.global_kv_heads or self.kv_heads
+    if self.shared_mlp_double and self.is_shared(layer):
+      changes["mlp"] = 2 * self.mlp
+    return dataclasses.replace(self, **changes) if self.round > 1 or self.kv_shared else self
+
+  def place(self, layer: int) -> tuple[tuple[str, ...], int]:
+    """Where the parameters of a layer are: the keys of a stack, and its number there."""
+    first = self.depth - self.kv_shared
+    stack, i = ("shared_blocks", layer - first) if self.is_shared(layer) else ("blocks", layer)
+    return (stack, str(i % self.round))[: min(2, self.round)], i // self.round
 
   @property
   def kept(self) -> str:
@@ -197,6 +281,16 @@ REMAT = {
   "projections": jax.checkpoint_policies.save_only_these_names("projection"),
   "layers": jax.checkpoint_policies.nothing_saveable,
 }
+STACKS = ("blocks", "shared_blocks")
+"""Of the parameters, those that layers have."""
+_OF_WINDOWS = (
+  "window",
+  "local_rope_theta",
+  "global_head_dim",
+  "global_kv_heads",
+  "global_k_eq_v",
+  "global_rotated",
+)
 _ATTENTION = {"q", "k", "v", "o"}
 _MATRICES = _ATTENTION | {"gate", "up", "down"}
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}

@@ -3,15 +3,19 @@ are called."""
 
 import json
 import pathlib
+import re
 from typing import Any, Protocol, cast
 
 from dca_jax.doors import find
 from dca_jax.errors import UserError
-from dca_jax.policy.config import PolicyConfig
+from dca_jax.policy.config import STACKS, PolicyConfig
 from dca_jax.policy.published import FAMILIES, Fields, sizes
 
 _OUTSIDE = {
   "embedding": "model.embed_tokens.weight",
+  "layer_embedding": "model.embed_tokens_per_layer.weight",
+  "layer_projection": "model.per_layer_model_projection.weight",
+  "layer_projection_norm": "model.per_layer_projection_norm.weight",
   "head": "lm_head.weight",
   "final_norm": "model.norm.weight",
 }
@@ -24,13 +28,41 @@ _MODULES = {
   "attention_norm": "input_layernorm",
   "post_attention_norm": "post_attention_layernorm",
   "post_mlp_norm": "post_feedforward_layernorm",
+  "embedded_gate": "per_layer_input_gate",
+  "embedded_out": "per_layer_projection",
+  "post_embedded_norm": "post_per_layer_input_norm",
+  "mlp_out_norm": "post_feedforward_layernorm_1",
+  "experts_norm": "pre_feedforward_layernorm_2",
+  "post_experts_norm": "post_feedforward_layernorm_2",
   "router": "mlp.gate",
   **{f"expert_{name}": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
 }
 
+# Parameters that are no weight of a module there, by the module or by their own name.
+_BARE = {
+  "layer_scale": "layer_scalar",
+  "router_norm": "router.scale",
+  "experts": "router.per_expert_scale",
+  "experts_gate_up": "experts.gate_up_proj",
+  "experts_down": "experts.down_proj",
+}
+
 # model_type of a model that reads pictures too -> its architecture and that of its text part.
-_MULTIMODAL = {"gemma3": ("Gemma3ForConditionalGeneration", "gemma3_text")}
-_PICTURES = ("vision_tower.", "multi_modal_projector.")
+_MULTIMODAL = {
+  "gemma3": ("Gemma3ForConditionalGeneration", "gemma3_text"),
+  "gemma4": ("Gemma4ForConditionalGeneration", "gemma4_text"),
+  "gemma4_unified": ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified_text"),
+}
+_OTHER_SENSES = (
+  "vision_tower.",
+  "multi_modal_projector.",
+  "audio_tower.",
+  "vision_embedder.",
+  "embed_vision.",
+  "embed_audio.",
+)
+# What a layer that reads another's keys may have in a file all the same.
+_KEYS = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.weight")
 
 
 class Family(Protocol):
@@ -68,11 +100,14 @@ class _BuiltIn:
 def tensor_name(config: PolicyConfig, path: tuple[str, ...]) -> str:
   """The name of a parameter in the files of a model, or of an adapter in those of peft; `{}` is the
   layer's number, and a second one the expert's."""
-  if path[0] != "blocks":
+  if path[0] not in STACKS:
     return _OUTSIDE[path[0]]
   *_, name, kind = path
+  if bare := _BARE.get(kind) or _BARE.get(name):
+    return f"model.layers.{{}}.{bare}"
   mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
-  module = mlp_norm if name == "mlp_norm" else _MODULES[name]
+  by_family = {"mlp_norm": mlp_norm} | ({"router": "router.proj"} if config.experts_beside else {})
+  module = by_family.get(name) or _MODULES[name]
   if kind.startswith("lora_"):
     return f"base_model.model.model.layers.{{}}.{module}.lora_{kind[-1].upper()}.weight"
   return f"model.layers.{{}}.{module}.{'bias' if kind == 'bias' else 'weight'}"
@@ -84,15 +119,27 @@ def text_part(given: dict[str, Any]) -> dict[str, Any]:
   text = given.get("text_config")
   if not kind or type(text) is not dict or given.get("architectures") not in (None, [whole]):
     return given
-  pictures = {"text_config", "vision_config", "mm_tokens_per_image"}
-  own = {k: v for k, v in given.items() if k not in pictures and not k.endswith("_token_index")}
+  parts = {"text_config", "vision_config", "audio_config"}
+  parts |= {"mm_tokens_per_image", "vision_soft_tokens_per_image"}
+  own = {k: v for k, v in given.items() if k not in parts and not k.endswith("_token_index")}
   named = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
   return own | text | named
 
 
 def text_tensor(name: str) -> str:
   """What a tensor of a multimodal model is called in its text part; empty where it has none."""
-  return "" if any(part in name for part in _PICTURES) else name.replace("language_model.", "", 1)
+  return (
+    "" if any(part in name for part in _OTHER_SENSES) else name.replace("language_model.", "", 1)
+  )
+
+
+def counts_for_nothing(config: PolicyConfig, name: str) -> bool:
+  """Whether a tensor that a model need not have may be left unread: the head of a tied model, old
+  Llamas' rotary frequencies, keys of layers that read others' keys."""
+  keys = _KEYS.fullmatch(name)
+  tied = config.tied and name == family_of(config).tensor_name(config, ("head",))
+  shared = keys is not None and config.is_shared(int(keys[1]))
+  return tied or shared or name.endswith("rotary_emb.inv_freq")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

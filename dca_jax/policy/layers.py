@@ -71,9 +71,13 @@ class RMSNorm(nn.Module):
     over = tuple(range(-len(self.axes), 0))
     scale = param(self, "scale", init, self.axes, x.shape[over[0] :])
     scale = 1 + scale.astype(jnp.float32) if c.norm_plus_one else scale
-    x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32**2, over, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean + c.norm_eps) * scale).astype(x.dtype)
+    return (normed(x, c.norm_eps, over) * scale).astype(x.dtype)
+
+
+def normed(x: jax.Array, eps: float, over: tuple[int, ...] = (-1,)) -> jax.Array:
+  """`x` in float32, divided by its root mean square over these axes."""
+  x32 = x.astype(jnp.float32)
+  return x32 * jax.lax.rsqrt(jnp.mean(x32**2, over, keepdims=True) + eps)
 
 
 def rotations(positions_BxT, config: PolicyConfig, windowed: bool = False):
@@ -84,6 +88,9 @@ def rotations(positions_BxT, config: PolicyConfig, windowed: bool = False):
     (config.local_rope_theta, ()) if local else (config.rope_theta, config.rope_scaling)
   )
   frequencies = theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
+  if not windowed and config.global_rotated < 1:
+    turning = int(config.global_rotated * config.head_dim) // 2
+    frequencies = jnp.where(jnp.arange(frequencies.size) < turning, frequencies, 0)
   attention = 1.0
   if scaling:
     kept = jnp.float32(0)

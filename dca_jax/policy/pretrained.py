@@ -28,13 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dca_jax.errors import UserError, reason
-from dca_jax.policy.config import FREE, PolicyConfig
-from dca_jax.policy.families import family_of, read_json, text_part, text_tensor
+from dca_jax.policy.config import FREE, STACKS, PolicyConfig
+from dca_jax.policy.families import counts_for_nothing, family_of, read_json, text_part, text_tensor
 from dca_jax.policy.lora import join, split
 from dca_jax.policy.transformer import Policy
 from dca_jax.progress import progress
 
 _SHARD_BYTES = 2**31  # A file of an export ends with the tensor that fills it.
+_ALL_EXPERTS = ("experts_gate_up", "experts_down")
 _TURNED = ("kernel", "lora_a", "lora_b")  # Parameters that a file has transposed.
 
 
@@ -95,6 +96,9 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
     (shapes, _), (shardings, adapters) = split(shapes), split(shardings)
     make = jax.jit(lambda key: split(nn.unbox(policy.init_params(key)))[1], out_shardings=adapters)
   files = _check(policy.config, source, shapes)
+  named = collections.defaultdict(list)
+  for name, keys, index, _ in _named(policy.config, shapes):
+    named[keys].append((name, index))
   bar = progress(total=len(files), desc="weights", unit="tensor")
 
   def one(path, leaf, sharding):
@@ -104,10 +108,13 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
       (*sharding.spec, *[None] * leaf.ndim)[stacked:],
     )
     # Of the axes that a file has as one, only the first is ever sharded.
-    spec = (spec[_inputs(keys)], spec[0]) if keys[-1] == "kernel" else spec[: len(shape)]
+    if keys[-2:][0] in _ALL_EXPERTS:
+      spec = spec[0], spec[2], spec[1]
+    elif keys[-1] == "kernel":
+      spec = spec[_inputs(keys)], spec[0]
+    spec = spec[: len(shape)]
     ours = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
-    for index in np.ndindex(leaf.shape[:stacked]):
-      name = family_of(policy.config).tensor_name(policy.config, keys).format(*index)
+    for name, index in named[keys]:
       read = functools.partial(_read, *files[name])
       theirs = jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, P(*spec)), read)
       # Waited for, or what was read would pile up on the host.
@@ -123,7 +130,11 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _fill(ours, theirs, index, turned: bool, sharding):
   """`ours` with a file's tensor at `index`: the layer and the expert, where there are such."""
-  new = (theirs.T if turned else theirs).reshape(ours.shape[len(index) :]).astype(ours.dtype)
+  new = (
+    (theirs.swapaxes(-1, -2) if turned else theirs)
+    .reshape(ours.shape[len(index) :])
+    .astype(ours.dtype)
+  )
   new = jax.lax.dynamic_update_slice(ours, new[(None,) * len(index)], (*index, *[0] * new.ndim))
   return jax.lax.with_sharding_constraint(new, sharding)
 
@@ -171,10 +182,8 @@ def _check(config: PolicyConfig, source: pathlib.Path, params) -> Places:
         f"{files[name][0]}: {name} has the shape {shapes[name]}, but by its config.json it is"
         f" {shape}"
       )
-  head = family_of(config).tensor_name(config, ("head",))
   for name in sorted(shapes.keys() - wanted.keys()):
-    # A tied model may have its head written out, and old Llamas their rotary frequencies.
-    if not (config.tied and name == head) and not name.endswith("rotary_emb.inv_freq"):
+    if not counts_for_nothing(config, name):
       raise UserError(
         f"{files[name][0]}: {name} is a tensor that a model with this config.json does not have"
       )
@@ -187,16 +196,18 @@ def _keys(path) -> tuple[str, ...]:
 
 def _stacked(keys: tuple[str, ...]) -> int:
   """How many leading axes a parameter has that files have not: layers, and experts."""
-  return (keys[0] == "blocks") + keys[-2:][0].startswith("expert_")
+  return (keys[0] in STACKS) + keys[-2:][0].startswith("expert_")
 
 
 def _inputs(keys: tuple[str, ...]) -> int:
-  return 2 if keys[1] == "o" and keys[-1] != "lora_b" else 1
+  return 2 if keys[-2:][0] == "o" and keys[-1] != "lora_b" else 1
 
 
 def _file_shape(keys: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape that one layer's parameter has in a file: [outputs, inputs],
-  with no axis for heads."""
+  with no axis for heads; of all experts, if a file has them as one."""
+  if keys[-2:][0] in _ALL_EXPERTS:
+    return shape[0], shape[2], shape[1]
   if keys[-1] in _TURNED:
     return math.prod(shape[_inputs(keys) :]), math.prod(shape[: _inputs(keys)])
   return (math.prod(shape),) if keys[-1] in ("bias", "scale") else tuple(shape)
@@ -209,13 +220,17 @@ def _named(
   (the layer, the expert), and its shape."""
   shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
   family = family_of(config)
-  for layer in ((), *((i,) for i in range(config.depth))):
+  for keys, shape in shapes.items():
+    if not _stacked(keys):
+      yield family.tensor_name(config, keys), keys, (), _file_shape(keys, shape)
+  for layer in range(config.depth):
+    place, number = config.place(layer)
     for keys, shape in shapes.items():
       stacked, name = _stacked(keys), family.tensor_name(config, keys)
-      if bool(stacked) == bool(layer):
+      if stacked and keys[: len(place)] == place:
         for expert in np.ndindex(shape[1:stacked]):
-          index = (*layer, *expert)
-          yield name.format(*index), keys, index, _file_shape(keys, shape[stacked:])
+          index = (number, *expert)
+          yield name.format(layer, *expert), keys, index, _file_shape(keys, shape[stacked:])
 
 
 # Out.
@@ -329,6 +344,7 @@ def _theirs(
 ) -> np.ndarray:
   """A tensor as a file has it."""
   ours = np.asarray(functools.reduce(operator.getitem, keys, params)[index], np.float32)
-  return np.ascontiguousarray(
-    ours.reshape(shape[::-1]).T if keys[-1] in _TURNED else ours.reshape(shape)
-  )
+  if keys[-1] not in _TURNED:
+    return np.ascontiguousarray(ours.reshape(shape))
+  *first, outputs, inputs = shape
+  return np.ascontiguousarray(ours.reshape(*first, inputs, outputs).swapaxes(-1, -2))

@@ -154,7 +154,7 @@ def _rotations(fields: Fields, depth: int) -> dict[str, Any]:
 
 
 def _two_rotations(fields: Fields, depth: int) -> dict[str, Any]:
-  """Those of Gemma 3, whose windowed layers have a base of their own."""
+  """Those of Gemma 3 and 4, whose windowed layers have a base of their own."""
   far = {"rope_theta": fields.take("rope_theta", 1e6)}
   near = {"rope_theta": fields.take("rope_local_base_freq", 1e4)}
   parameters = fields.take("rope_parameters", None)
@@ -163,11 +163,20 @@ def _two_rotations(fields: Fields, depth: int) -> dict[str, Any]:
     parameters = {"full_attention": scaling, "sliding_attention": {}}
   if set(parameters) != {"full_attention", "sliding_attention"}:
     raise fields.refuse("rope_parameters must hold full_attention and sliding_attention")
+  whole, rotated = dict(parameters["full_attention"]), 1.0
+  if whole.get("rope_type") == "proportional":
+    rotated = float(whole.pop("partial_rotary_factor", 1.0))
+    whole["rope_type"] = "default"
   local, scaled = _rope(fields, near | parameters["sliding_attention"])
   if scaled:
     raise fields.refuse("rope_parameters of sliding_attention must have the rope_type 'default'")
-  theta, scaling = _rope(fields, far | parameters["full_attention"])
-  return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local}
+  theta, scaling = _rope(fields, far | whole)
+  return {
+    "rope_theta": theta,
+    "rope_scaling": scaling,
+    "local_rope_theta": local,
+    "global_rotated": rotated,
+  }
 
 
 def _rope(fields: Fields, parameters: dict[str, Any]) -> tuple[float, tuple[float, ...]]:
@@ -248,6 +257,47 @@ def _windows(fields: Fields, near: list[bool], always: bool = False) -> dict[str
   return {"windowed": windowed, "window": window if windowed else 0}
 
 
+def _global_layers(fields: Fields, depth: int) -> dict[str, Any]:
+  """Gemma 4, in which layers that are not windowed have other heads; transformers 5 says so layer
+  by layer."""
+  windows = _all_but_some(fields, depth)
+  k_eq_v = bool(fields.take("attention_k_eq_v", False))
+  own = {
+    "head_dim": fields.number("global_head_dim", 512),
+    "num_key_value_heads": fields.number("num_global_key_value_heads", 0) * k_eq_v,
+  }
+  if (by_layer := fields.take("per_layer_config", None)) is not None:
+    whole = {str(i) for i in range(depth) if i not in windows["windowed"]}
+    own = dict(next(iter(by_layer.values()), {}))
+    known = own.keys() <= {"head_dim", "num_key_value_heads"}
+    if by_layer.keys() != whole or not known or any(one != own for one in by_layer.values()):
+      raise fields.refuse("per_layer_config must say the same of all layers of full_attention")
+  return windows | {
+    "global_k_eq_v": k_eq_v,
+    "global_head_dim": own.get("head_dim", 0),
+    "global_kv_heads": own.get("num_key_value_heads", 0),
+  }
+
+
+def _gemma_4(fields: Fields, depth: int) -> dict[str, Any]:
+  """The rest of Gemma 4."""
+  if (pictures := fields.take("use_bidirectional_attention", None)) not in (None, "vision"):
+    raise fields.refuse(f"use_bidirectional_attention = {pictures!r} is not supported")
+  # The rows of the second embedding are checked when the shapes of the weights are.
+  fields.drop("vocab_size_per_layer_input")
+  experts = {
+    "experts": fields.number("num_experts", 0),
+    "experts_per_token": fields.number("top_k_experts", 0),
+    "experts_beside": fields.number("moe_intermediate_size", 0),
+  }
+  return (experts if fields.take("enable_moe_block", False) else {}) | {
+    "kv_shared": fields.number("num_kv_shared_layers"),
+    "shared_mlp_double": bool(fields.take("use_double_wide_mlp", False)),
+    "layer_embedding": fields.number("hidden_size_per_layer_input"),
+    "logit_soft_cap": float(fields.number("final_logit_softcapping", 0)),
+  }
+
+
 def _experts(fields: Fields, depth: int) -> dict[str, Any]:
   """Experts in all layers, whose hidden size has a field of its own."""
   if fields.number("decoder_sparse_step", 1) != 1 or fields.take("mlp_only_layers", None):
@@ -276,6 +326,26 @@ _GEMMA_3_4B = {
   "attn_logit_softcapping": None,
   "final_logit_softcapping": None,
 }
+_GEMMA_4 = {
+  "scale_embedding": True,
+  "post_norms": True,
+  "qk_norm": True,
+  "v_norm": True,
+  "layer_scale": True,
+  "query_scalar": 1.0,
+}
+# What transformers takes where a config.json does not say it.
+_GEMMA_4_LEFT_OUT = {
+  "head_dim": 256,
+  "sliding_window": 512,
+  "hidden_size_per_layer_input": 256,
+  "num_kv_shared_layers": 0,
+  "rope_parameters": {
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    "sliding_attention": {},
+  },
+}
+_GEMMA_4_PARTS = (_gelu, _two_rotations, _global_layers, _gemma_4)
 _OLMO_2 = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
 
 FAMILIES = {  # By model_type.
@@ -314,5 +384,17 @@ FAMILIES = {  # By model_type.
     _GEMMA_2 | {"qk_norm": True},
     _TIED | _GEMMA_3_4B,
     (_gelu, _scores, _two_rotations, _all_but_some),
+  ),
+  "gemma4_text": Published(
+    "Gemma4ForCausalLM",
+    _GEMMA_4,
+    _TIED | _GEMMA_4_LEFT_OUT,
+    _GEMMA_4_PARTS,
+  ),
+  "gemma4_unified_text": Published(  # 12B.
+    "Gemma4UnifiedForCausalLM",
+    _GEMMA_4,
+    _TIED | _GEMMA_4_LEFT_OUT | {"sliding_window": 1024, "hidden_size_per_layer_input": 0},
+    _GEMMA_4_PARTS,
   ),
 }

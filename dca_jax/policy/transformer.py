@@ -9,6 +9,8 @@ decoding they are unrolled, each with a cache of its own, because a cache that g
 is copied at every token.
 """
 
+import functools
+import operator
 import typing
 
 import flax.linen as nn
@@ -16,92 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dca_jax.policy.attention import LANES, KeyValue, attend, choose_kernel, flash_attend
-from dca_jax.policy.config import ACTIVATIONS, REMAT, PolicyConfig
-from dca_jax.policy.experts import Experts
-from dca_jax.policy.layers import RMSNorm, Weight, param, rotate, rotations
+from dca_jax.policy.attention import LANES, KeyValue
+from dca_jax.policy.block import Block, Kind, Round, View
+from dca_jax.policy.config import PolicyConfig
+from dca_jax.policy.layers import RMSNorm, Weight, param, rotations
 from dca_jax.policy.logprobs import Head
 from dca_jax.policy.sharding import constrain
-
-
-class Kind(typing.NamedTuple):
-  """What a layer is, where layers differ; for the scan, arrays [L]."""
-
-  windowed: typing.Any = None
-  rotated: typing.Any = None
-
-
-class Block(nn.Module):
-  """Attention and gated MLP, each behind a norm and added to the stream.
-
-  Called with `cache` and `clock` it decodes: it writes its keys into the cache, a ring, at `clock`,
-  and reads all of the ring; otherwise it reads its own. `views` holds what layers read that read
-  everything and, where there are windowed ones, what those read. Returns the new stream [B, T, D]
-  and the keys and values that it read beside the prompt's.
-  """
-
-  config: PolicyConfig
-  mesh: Mesh | None = None
-
-  @nn.compact
-  def __call__(self, x_BxTxD, prompt, kind: Kind, views, start_B, cache=None, clock=None):
-    c = self.config
-    both = len(views) > 1
-    view = (
-      jax.tree.map(lambda whole, near: jnp.where(kind.windowed, near, whole), *views)
-      if both
-      else views[0]
-    )
-    rope, own_mask_TxU, prompt_mask_PxTxS = view
-    if kind.rotated is not None:
-      rope = jnp.where(kind.rotated, rope[0], 1), jnp.where(kind.rotated, rope[1], 0)
-
-    def weight(name, shape, axes, inputs=1, bias=False):
-      rank = c.lora_rank if name in c.lora_targets else 0
-      return Weight(shape, axes, inputs, c.dtype, bias, rank, c.lora_scale, self.mesh, name=name)
-
-    y = RMSNorm(c, name="attention_norm")(x_BxTxD) if c.pre_norms else x_BxTxD
-    q = weight(
-      "q", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"), bias=c.qkv_bias
-    )(y)
-    k = weight(
-      "k", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias
-    )(y)
-    v = weight(
-      "v", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias
-    )(y)
-    if c.qk_norm:
-      whole = c.qk_norm_whole
-      q = RMSNorm(c, ("heads", "head_dim") if whole else ("head_dim",), name="q_norm")(q)
-      k = RMSNorm(c, ("kv_heads", "head_dim") if whole else ("head_dim",), name="k_norm")(k)
-    own = KeyValue(rotate(k, rope).transpose(0, 2, 3, 1), v.swapaxes(1, 2))
-    if cache is not None:
-      write, place = jax.lax.dynamic_update_slice_in_dim, clock % cache.v.shape[2]
-      own = KeyValue(write(cache.k, own.k, place, 3), write(cache.v, own.v, place, 2))
-    q, limits = rotate(q, rope), ((c.query_scalar or c.head_dim) ** -0.5, c.attention_soft_cap)
-    kernel = c.attention
-    if kernel == "auto":
-      kernel = choose_kernel(self.mesh, q.shape[1], c.head_dim, c.dtype, c.attention_soft_cap)
-    if cache is None and kernel != "plain":
-
-      def flash(window):
-        return lambda: flash_attend(q, own, prompt, start_B, window, *limits, kernel, self.mesh)
-
-      y = jax.lax.cond(kind.windowed, flash(c.window), flash(0)) if both else flash(0)()
-    else:
-      y = attend(q, own, own_mask_TxU, prompt, prompt_mask_PxTxS, *limits)
-    y = weight("o", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), inputs=2)(y)
-    x_BxTxD += RMSNorm(c, name="post_attention_norm")(y) if c.post_norms else y
-
-    y = RMSNorm(c, name="mlp_norm")(x_BxTxD) if c.pre_norms else x_BxTxD
-    if c.experts:
-      y = Experts(c, self.mesh, name="experts")(y)
-    else:
-      gate = weight("gate", (c.width, c.mlp), ("embed", "mlp"))(y)
-      up = weight("up", (c.width, c.mlp), ("embed", "mlp"))(y)
-      y = weight("down", (c.mlp, c.width), ("mlp", "embed"))(ACTIVATIONS[c.activation](gate) * up)
-    x_BxTxD += RMSNorm(c, name="post_mlp_norm")(y) if c.post_norms else y
-    return x_BxTxD, own
 
 
 class Prompts(typing.NamedTuple):
@@ -109,24 +31,36 @@ class Prompts(typing.NamedTuple):
 
   last_PxD: jax.Array
   """The hidden states that predict the first tokens after them."""
-  cache: KeyValue
-  """Of every layer, [L, P, K, H, S] and [L, P, K, S, H]."""
+  cache: tuple[KeyValue, ...]
+  """Of every layer that has keys, [L, P, K, H, S] and [L, P, K, S, H], by their place in a round of
+  layers (`PolicyConfig.round`)."""
   lengths_P: jax.Array
 
   @property
   def mask_PxS(self) -> jax.Array:
     """True where a prompt has a token."""
-    return jnp.arange(self.cache.v.shape[3]) < self.lengths_P[:, None]
+    return jnp.arange(self.cache[0].v.shape[3]) < self.lengths_P[:, None]
+
+
+def by_layer(stacks: tuple[KeyValue, ...]) -> tuple[KeyValue, ...]:
+  """`Prompts.cache`, or what is laid out as that, layer by layer."""
+  n, rounds = len(stacks), stacks[0].v.shape[0]
+  return tuple(jax.tree.map(lambda x, i=i: x[i // n], stacks[i % n]) for i in range(n * rounds))
+
+
+def by_place(layers: tuple[KeyValue, ...], n: int) -> tuple[KeyValue, ...]:
+  """The inverse of `by_layer`, for rounds of `n` layers."""
+  return tuple(jax.tree.map(lambda *x: jnp.stack(x), *layers[i::n]) for i in range(n))
 
 
 class Context(typing.NamedTuple):
   """What B rows that decode have read; rows p * G to (p + 1) * G - 1 share prompt p of P."""
 
   prompt: tuple[KeyValue, ...]
-  """Of every layer, with P rows."""
+  """Of every layer that has keys, with P rows."""
   prompt_lengths_P: jax.Array
   cache: tuple[KeyValue, ...]
-  """Of every layer a ring with B rows (`empty_cache`)."""
+  """Of the same layers a ring with B rows (`empty_cache`)."""
   clock: jax.Array
   """Tokens that the rings were given so far: the place of the next is `clock` modulo their size."""
   read_B: jax.Array
@@ -153,14 +87,21 @@ class Policy(nn.Module):
     self.embedding_VxD = param(self, "embedding", init, ("vocab", "embed"), shape)
     if not self.config.tied:
       self.head_VxD = param(self, "head", init, ("vocab", "embed"), shape)
-    self.blocks = nn.scan(
-      nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat]),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(0, 0, nn.broadcast, nn.broadcast),
-      length=self.config.depth,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )(self.config, self.mesh)
+    c = self.config
+    if e := c.layer_embedding:
+      several = c.depth * e
+      init = nn.initializers.normal(e**-0.5)
+      shape = (self.rows, several)
+      self.layer_embedding_VxLE = param(self, "layer_embedding", init, ("vocab", "embed"), shape)
+      self.layer_projection = Weight(
+        (c.width, several), ("embed", "embedded"), 1, c.dtype, mesh=self.mesh
+      )
+      self.layer_projection_norm = RMSNorm(c, ("embedded",))
+    own = c.depth - c.kv_shared
+    self.blocks = self._scanned(0, own, (0, 0, 0, *[nn.broadcast] * 2))
+    if c.kv_shared:
+      shared = (nn.broadcast, nn.broadcast, 0, *[nn.broadcast] * 3)
+      self.shared_blocks = self._scanned(own, c.kv_shared, shared)
     self.final_norm = RMSNorm(self.config)
 
   def __call__(self, tokens_BxT, start_B=None, prompt=None, prompt_mask_PxS=None):
@@ -169,27 +110,55 @@ class Policy(nn.Module):
     Args:
       tokens_BxT: token ids.
       start_B: position of the first token of each row; 0 when left out.
-      prompt: keys and values of the prompts, [L, P, K, S, H], or None.
+      prompt: keys and values of the prompts (`Prompts.cache`), or None.
       prompt_mask_PxS: true where prompt p has a token.
 
     Returns:
-      The hidden states [B, T, D] and the block's own keys and values [L, B, K, T, H].
+      The hidden states [B, T, D] and the block's own keys and values, laid out as `Prompts.cache`.
     """
     c, steps_T = self.config, jnp.arange(tokens_BxT.shape[1])
     views = _views(c, start_B, steps_T, steps_T, prompt_mask_PxS)
-    layers = range(c.depth)
+    layers, n, first = range(c.depth), c.round, c.depth - c.kv_shared
     kind = Kind(
-      jnp.array([i in c.windowed for i in layers]) if c.windowed else None,
+      jnp.array([i in c.windowed for i in layers]) if c.windowed and n == 1 else None,
       jnp.array([i not in c.unrotated for i in layers]) if c.unrotated else None,
     )
-    x, own = self.blocks(self._embed(tokens_BxT), prompt, kind, views, start_B)
+    x, embedded = self._embed(tokens_BxT)
+
+    def of_places(start, end):
+      return tuple(None if embedded is None else embedded[start + i : end : n] for i in range(n))
+
+    prompts = prompt or (None,) * n
+    x, own = self.blocks(x, prompts, kind, of_places(0, first), views, start_B)
+    if c.kv_shared:
+      # Layers that are not windowed end a round, and windowed ones come just before.
+      read = jax.tree.map(lambda a: a[-1], ((own[-1], prompts[-1]), (own[n - 2], prompts[n - 2])))
+      x, _ = self.shared_blocks(x, None, Kind(), of_places(first, c.depth), views, start_B, read)
     return self.final_norm(x), own
 
+  def _scanned(self, first: int, layers: int, in_axes):
+    return nn.scan(
+      Round,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=in_axes,
+      length=layers // self.config.round,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(self.config, self.mesh, first)
+
   def _embed(self, tokens):
-    x = constrain(
-      self.embedding_VxD[tokens].astype(self.config.dtype), self.mesh, "rows", None, "embed"
-    )
-    return x * self.config.width**0.5 if self.config.scale_embedding else x
+    """The stream [B, T, D] with which layers begin, and what embeddings of their own have for them,
+    [L, B, T, E] or None."""
+    c, mesh = self.config, self.mesh
+    x = constrain(self.embedding_VxD[tokens].astype(c.dtype), mesh, "rows", None, "embed")
+    x = x * c.width**0.5 if c.scale_embedding else x
+    if not (e := c.layer_embedding):
+      return x, None
+    of_token = self.layer_embedding_VxLE[tokens].astype(c.dtype) * e**0.5
+    of_token = constrain(of_token, mesh, "rows", None, None).reshape(*tokens.shape, c.depth, e)
+    of_stream = (self.layer_projection(x) * c.width**-0.5).reshape(of_token.shape)
+    both = (self.layer_projection_norm(of_stream) + of_token) * 2**-0.5
+    return x, both.transpose(2, 0, 1, 3)
 
   def _finish(self, x):
     return self.final_norm(x)
@@ -243,12 +212,12 @@ class Policy(nn.Module):
 
   def read_continuations(
     self, params, prompts: Prompts, tokens_PxU, lengths_P
-  ) -> tuple[jax.Array, KeyValue]:
+  ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """Runs one continuation of each prompt.
 
     Returns:
-      The hidden states [P, D] that predict what comes after them, and their own keys and values in
-      every layer, [L, P, K, H, U] and [L, P, K, U, H].
+      The hidden states [P, D] that predict what comes after them, and their own keys and values,
+      laid out as `Prompts.cache`, with U places.
     """
     read = tokens_PxU, prompts.lengths_P, prompts.cache, prompts.mask_PxS
     hidden_PxUxD, own = typing.cast(typing.Any, self.apply({"params": params}, *read))
@@ -258,15 +227,16 @@ class Policy(nn.Module):
   # Decoding.
 
   def empty_cache(self, rows: int, size: int) -> tuple[KeyValue, ...]:
-    """Of every layer a ring for `size` tokens of each row; a windowed layer never needs more than
-    its window."""
+    """Of every layer that has keys a ring for `size` tokens of each row; a windowed layer never
+    needs more than its window."""
     c = self.config
 
-    def ring(size: int) -> KeyValue:
-      shape = rows, c.kv_heads, size, c.head_dim
+    def ring(layer: int) -> KeyValue:
+      own = c.of_layer(layer)
+      shape = rows, own.kv_heads, min(size, c.window) if layer in c.windowed else size, own.head_dim
       return KeyValue(jnp.zeros(shape, c.dtype).swapaxes(2, 3), jnp.zeros(shape, c.dtype))
 
-    return tuple(ring(min(size, c.window) if i in c.windowed else size) for i in range(c.depth))
+    return tuple(ring(i) for i in range(c.depth - c.kv_shared))
 
   def layers(self, params) -> list:
     """The parameters of each layer, matrices as products take them, so that decoding lays none out
@@ -278,9 +248,15 @@ class Policy(nn.Module):
       return x.reshape(-1, x.shape[-1]) if path[0].key == "o" else x.reshape(x.shape[0], -1)
 
     def layer(i: int):
-      return jax.tree.map_with_path(lambda path, a: flat(path, a[i]), params["blocks"])
+      stack, number = self._stack(params, i)
+      return jax.tree.map_with_path(lambda path, a: flat(path, a[number]), stack)
 
     return [layer(i) for i in range(self.config.depth)]
+
+  def _stack(self, params, layer: int):
+    """The parameters of a layer and others of its shape, and its number there."""
+    keys, number = self.config.place(layer)
+    return functools.reduce(operator.getitem, keys, params), number
 
   def decode(self, params, layers, context: Context, tokens_B) -> tuple[jax.Array, tuple]:
     """Reads one token of every row.
@@ -298,42 +274,50 @@ class Policy(nn.Module):
     prompt_mask_Px1xS = (places_S < prompt_lengths_P[:, None])[:, None]
     near_Bx1xS = (position_B[:, None] - places_S < c.window)[:, None]
     near_Bx1xS &= jnp.repeat(prompt_mask_Px1xS, groups, 0)
-    x = self.apply({"params": params}, tokens_B[:, None], method="_embed")
-    updated = []
-    for i, (block, keys, own) in enumerate(zip(layers, prompt, cache, strict=True)):
-      windowed, size = i in c.windowed, own.v.shape[2]
+    embed = self.apply({"params": params}, tokens_B[:, None], method="_embed")
+    x, embedded = typing.cast(typing.Any, embed)
+    updated: list[KeyValue] = []
+    for i, block in enumerate(layers):
+      windowed, shared, source = i in c.windowed, c.is_shared(i), c.kv_source(i)
+      own = updated[source] if shared else cache[i]
+      size, of_layer = own.v.shape[2], c.of_layer(i)
       age_U = (clock - jnp.arange(size)) % size
       own_mask_Bx1xU = (age_U <= read_B[:, None])[:, None]
       if windowed:
         own_mask_Bx1xU &= age_U < c.window
       mask = near_Bx1xS if windowed else prompt_mask_Px1xS
-      view = rotations(position_B[:, None], c, windowed), own_mask_Bx1xU, mask
-      layer, kind = Block(c, self.mesh, parent=None), Kind(rotated=i not in c.unrotated)
-      block = jax.tree.map(lambda x, whole: x.reshape(whole.shape[1:]), block, params["blocks"])
-      x, read = layer.apply({"params": block}, x, keys, kind, (view,), None, own, clock)
-      updated.append(read)
+      view = View(rotations(position_B[:, None], of_layer, windowed), own_mask_Bx1xU, mask)
+      layer = Block(of_layer, self.mesh, windowed, shared, parent=None)
+      kind, given = Kind(rotated=i not in c.unrotated), None if embedded is None else embedded[i]
+      stack, _ = self._stack(params, i)
+      block = jax.tree.map(lambda x, whole: x.reshape(whole.shape[1:]), block, stack)
+      read = prompt[source], kind, given, (view,), None, own, clock
+      x, keys = typing.cast(typing.Any, layer.apply({"params": block}, x, *read))
+      if not shared:
+        updated.append(keys)
     hidden_Bx1xD = typing.cast(jax.Array, self.apply({"params": params}, x, method="_finish"))
     return hidden_Bx1xD[:, 0], tuple(updated)
 
 
-def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[tuple, ...]:
-  """(rope, own mask [T, U], prompt mask [P, T or 1, S]) of layers that read everything and, if any,
-  of windowed ones.
+def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[View, ...]:
+  """What layers see that read everything and, if any, what windowed ones do.
 
   Token t of a row is at position `start_B` + t; `queries_T` and `keys_U` count the tokens of the
   block.
   """
+  c, layers = config, range(config.depth)
   positions_BxT = queries_T if start_B is None else start_B[:, None] + queries_T
   back_TxU = queries_T[:, None] - keys_U
   prompt_mask = None if prompt_mask_PxS is None else prompt_mask_PxS[:, None]
-  views = [(rotations(positions_BxT, config), back_TxU >= 0, prompt_mask)]
-  if config.windowed:
-    near_TxU = (back_TxU >= 0) & (back_TxU < config.window)
+  whole = c.of_layer(next((i for i in layers if i not in c.windowed), 0))
+  views = [View(rotations(positions_BxT, whole), back_TxU >= 0, prompt_mask)]
+  if c.windowed:
+    near_TxU = (back_TxU >= 0) & (back_TxU < c.window)
     if prompt_mask_PxS is not None:
       prompts, s = prompt_mask_PxS.shape
-      positions_PxT = positions_BxT.reshape(prompts, -1, queries_T.size)[
-        :, 0
-      ]  # A group's rows begin together.
-      prompt_mask = prompt_mask & (positions_PxT[..., None] - jnp.arange(s) < config.window)
-    views.append((rotations(positions_BxT, config, windowed=True), near_TxU, prompt_mask))
+      # A group's rows begin together.
+      positions_PxT = positions_BxT.reshape(prompts, -1, queries_T.size)[:, 0]
+      prompt_mask = prompt_mask & (positions_PxT[..., None] - jnp.arange(s) < c.window)
+    near = c.of_layer(c.windowed[0])
+    views.append(View(rotations(positions_BxT, near, windowed=True), near_TxU, prompt_mask))
   return tuple(views)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dca_jax.checks import at_least
-from dca_jax.policy import Policy, Prompts, Sampling, sampling_logits
+from dca_jax.policy import Policy, Prompts, Sampling, by_layer, by_place, sampling_logits
 from dca_jax.policy.attention import KeyValue
 from dca_jax.policy.sharding import batch_sharding, constrain, replicated
 from dca_jax.policy.transformer import Context
@@ -74,7 +74,7 @@ def begin(policy: Policy, params, wanted: Wanted, key, *, ring: int, most: int) 
   prompts = policy.read_prompts(params, wanted.prompts_PxS, wanted.prompt_lengths_P)
   rows = wanted.numbers_PxG.size
   context = Context(
-    tuple(jax.tree.map(lambda x, i=i: x[i], prompts.cache) for i in range(policy.config.depth)),
+    by_layer(prompts.cache),
     jnp.asarray(wanted.prompt_lengths_P),
     policy.empty_cache(rows, ring),
     jnp.int32(0),
@@ -103,7 +103,7 @@ def take_up(policy: Policy, params, slots: Slots, rows_N, tokens_NxU, logprobs_N
   steps; it is read with the parameters of today. A row that there is not gets nothing."""
   c = slots.context
   prompts_N = rows_N // (slots.keys_R.shape[0] // c.prompt_lengths_P.shape[0])
-  keys = jax.tree.map(lambda *layers: jnp.stack([x[prompts_N] for x in layers]), *c.prompt)
+  keys = by_place(jax.tree.map(lambda x: x[prompts_N], c.prompt), policy.config.round)
   prompts = Prompts(slots.hidden_RxD[rows_N], keys, c.prompt_lengths_P[prompts_N])
   hidden_NxD, own = policy.read_continuations(params, prompts, tokens_NxU, lengths_N)
 
@@ -111,12 +111,12 @@ def take_up(policy: Policy, params, slots: Slots, rows_N, tokens_NxU, logprobs_N
     return into.at[rows_N].set(x, mode="drop")
 
   cache = []
-  for i, ring in enumerate(c.cache):
+  for ring, written in zip(c.cache, by_layer(own), strict=True):
     size = ring.v.shape[2]
     # The newest token stands last, and the clock at 0; what is before the first is read by nobody.
     places_NxU = jnp.clip(jnp.arange(size) - size + lengths_N[:, None], 0, tokens_NxU.shape[1] - 1)
-    k = jnp.take_along_axis(own.k[i], places_NxU[:, None, None], 3)
-    v = jnp.take_along_axis(own.v[i], places_NxU[:, None, :, None], 2)
+    k = jnp.take_along_axis(written.k, places_NxU[:, None, None], 3)
+    v = jnp.take_along_axis(written.v, places_NxU[:, None, :, None], 2)
     cache.append(jax.tree.map(put, ring, KeyValue(k, v)))
   width = tokens_NxU.shape[1]
   slots = slots._replace(

@@ -32,6 +32,7 @@ from dca_jax.commands.plan import batch_shapes, memory
 from dca_jax.devices import mesh
 from dca_jax.devices.kinds import KINDS
 from dca_jax.policy import Policy, pretrained, split
+from dca_jax.policy.config import STACKS
 from dca_jax.policy.sharding import batch_sharding, replicated
 from dca_jax.rollout import Wanted, slots
 from dca_jax.tasks.tokenizer import id_count
@@ -114,7 +115,8 @@ def main() -> None:
 
   # Times by the roofline.
   kind = KINDS[arguments.topology.split(":")[0]]
-  weights = sum(x.size for x in jax.tree.leaves(whole["blocks"])) + policy.rows * known.width
+  layers = [whole[name] for name in STACKS if name in whole]
+  weights = sum(x.size for x in jax.tree.leaves(layers)) + policy.rows * known.width
   forward = 2 * weights * (b * t + p * r.max_prompt_tokens)
   passes = (2 if known.lora_rank else 3) + (known.remat == "layers") + config.learner.has_reference
   cache = planned.sampling["keys and values"] * (r.max_prompt_tokens + b // p * t / 2)

@@ -487,10 +487,18 @@ def test_weight_decay_is_decoupled():
   np.testing.assert_allclose(got, -0.01 * 0.1 * 2.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rank", "kept"), [(0, {"scale", "bias"}), (4, set())])
+@pytest.mark.parametrize(("rank", "kept"), [(0, {"scale", "bias", "layer_scale"}), (4, set())])
 def test_norms_and_biases_do_not_decay(rank, kept):
   small = PolicyConfig(
-    pretrained="x", width=8, depth=1, head_dim=8, mlp=8, qkv_bias=True, qk_norm=True, lora_rank=rank
+    pretrained="x",
+    width=8,
+    depth=1,
+    head_dim=8,
+    mlp=8,
+    qkv_bias=True,
+    qk_norm=True,
+    layer_scale=True,
+    lora_rank=rank,
   )
   shapes = split(nn.unbox(jax.eval_shape(Policy(small, VOCAB).init_params, jax.random.key(0))))[1]
   params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)

@@ -9,10 +9,20 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh
+from policies import ROUNDS, random_params
 
 from dca_jax.learner import Batch, Learner, LearnerConfig, init_state, reference_logprobs, update
 from dca_jax.learner.loss import loss_sums
-from dca_jax.learner.parts import Part, cut, in_order, part_rows, take, widths
+from dca_jax.learner.parts import (
+  Part,
+  cut,
+  in_order,
+  part_rows,
+  read_prompts,
+  take,
+  take_prompts,
+  widths,
+)
 from dca_jax.policy import Policy, PolicyConfig, Sampling
 
 VOCAB, P, G, S, T = 20, 4, 4, 5, 104
@@ -27,6 +37,7 @@ LEARNER = Learner(
   KEEP,
 )
 OFF = jnp.bool_(False)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.lru_cache
@@ -88,6 +99,19 @@ def test_the_gradient_is_that_of_the_padded_batch(lengths):
   np.testing.assert_allclose(logps[counted], expected_logps[counted], atol=1e-5)
   others = reference_logprobs(POLICY, LEARNER.sampling, params(), given)
   np.testing.assert_allclose(others[counted], expected_logps[counted], atol=1e-5)
+
+
+def test_prompts_of_layers_of_several_shapes_are_read_in_chunks_and_taken():
+  policy = Policy(ROUNDS, VOCAB)
+  params, given = random_params(policy, 0.2), batch(MIXED)
+  given = given.prompts_PxS, given.prompt_lengths_P
+  whole = jit(lambda params: policy.read_prompts(params, *given))(params)
+  chunked = jit(lambda params: read_prompts(policy, params, given, 2))(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked, whole)
+  taken = take_prompts(policy, whole, np.array([[3, 0, 3]]))
+  assert [x.shape[1] for x in jax.tree.leaves(taken.cache)] == [3] * 4
+  np.testing.assert_array_equal(taken.cache[1].v[:, 2], whole.cache[1].v[:, 3])
+  np.testing.assert_array_equal(taken.lengths_P, whole.lengths_P[np.array([3, 0, 3])])
 
 
 def test_one_program_serves_all_lengths():

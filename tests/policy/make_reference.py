@@ -194,6 +194,104 @@ MODELS = {
     False,
     "bfloat16",
   ),
+  # Other heads in global layers, whose values are their keys.
+  "gemma4": (
+    transformers.Gemma4TextConfig(
+      **SIZES,
+      num_hidden_layers=6,
+      num_key_value_heads=2,
+      head_dim=8,
+      global_head_dim=16,
+      num_global_key_value_heads=1,
+      attention_k_eq_v=True,
+      hidden_size_per_layer_input=0,
+      sliding_window=8,
+      layer_types=[NEAR, NEAR, FULL] * 2,
+      final_logit_softcapping=10.0,
+    ),
+    False,
+    "float32",
+  ),
+  # Of several senses, without encoders for them.
+  "gemma4_unified": (
+    transformers.Gemma4UnifiedConfig(
+      text_config={
+        **SIZES,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 8,
+        "layer_types": [NEAR, FULL] * 2,
+        "final_logit_softcapping": 10.0,
+        "pad_token_id": 0,
+      },
+      # None of the rows has one of these.
+      image_token_id=64,
+      audio_token_id=65,
+      video_token_id=66,
+      boi_token_id=67,
+      eoi_token_id=68,
+      boa_token_id=69,
+      eoa_token_index=70,
+    ),
+    False,
+    "float32",
+  ),
+  # Experts beside an MLP.
+  "gemma4_moe": (
+    transformers.Gemma4TextConfig(
+      **SIZES,
+      num_hidden_layers=4,
+      num_key_value_heads=2,
+      head_dim=8,
+      global_head_dim=16,
+      num_global_key_value_heads=2,
+      attention_k_eq_v=True,
+      hidden_size_per_layer_input=0,
+      sliding_window=8,
+      layer_types=[NEAR, FULL] * 2,
+      final_logit_softcapping=30.0,
+      enable_moe_block=True,
+      num_experts=8,
+      top_k_experts=3,
+      moe_intermediate_size=24,
+    ),
+    False,
+    "bfloat16",
+  ),
+  # Layers with embeddings of their own, and the last ones without keys; a model of several senses.
+  "gemma4_shared": (
+    transformers.Gemma4Config(
+      text_config={
+        **SIZES,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+        "hidden_size_per_layer_input": 4,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "sliding_window": 8,
+        "layer_types": [NEAR, FULL] * 3,
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+      },
+      # None of the rows has one of these.
+      image_token_id=64,
+      audio_token_id=65,
+      video_token_id=66,
+      boi_token_id=67,
+      eoi_token_id=68,
+      boa_token_id=69,
+      eoa_token_index=70,
+    ),
+    False,
+    "bfloat16",
+  ),
   "mistral": (
     transformers.MistralConfig(
       **SIZES, num_hidden_layers=2, num_key_value_heads=2, sliding_window=9
@@ -250,12 +348,18 @@ def make(name: str, config, old: bool, dtype: str) -> None:
   folder = FOLDER / name
   torch.manual_seed(sum(map(ord, name)))
   model = transformers.AutoModelForCausalLM.from_config(config)
+  newest = "gemma4" in config.model_type  # Its scores are not divided by anything.
+  plus_one = "gemma" in config.model_type and not newest
   with torch.no_grad():
     for parameter in model.parameters():
       # So large that attention is far from uniform, and every bias and norm shows.
-      parameter.copy_(torch.randn_like(parameter) * 0.3 if parameter.ndim == 1 else parameter * 12)
-      if parameter.ndim == 1 and "gemma" not in config.model_type:
+      large = parameter * (8 if newest else 12)
+      parameter.copy_(torch.randn_like(parameter) * 0.3 if parameter.ndim == 1 else large)
+      if parameter.ndim == 1 and not plus_one:
         parameter.add_(1.0)
+    for key, buffer in model.named_buffers():
+      if key.endswith("layer_scalar"):
+        buffer.copy_(torch.rand_like(buffer) + 0.5)
   model.to(getattr(torch, dtype)).save_pretrained(
     folder, max_shard_size="50KB" if dtype == "bfloat16" else "1GB"
   )

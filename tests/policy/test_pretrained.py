@@ -135,6 +135,10 @@ LLAMA = json.loads((FOLDER / "llama_tied" / "config.json").read_text())
 NEW = json.loads((FOLDER / "gemma3" / "config.json").read_text())
 PICTURES = json.loads((FOLDER / "gemma3_pictures" / "config.json").read_text())
 MOE = json.loads((FOLDER / "qwen3_moe" / "config.json").read_text())
+GEMMA_4 = json.loads((FOLDER / "gemma4" / "config.json").read_text())
+# How the hub says what transformers 5 says layer by layer.
+HUB = {"per_layer_config": None, "global_head_dim": 16, "num_global_key_value_heads": 1}
+NEAR, FULL = "sliding_attention", "full_attention"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +179,12 @@ MOE = json.loads((FOLDER / "qwen3_moe" / "config.json").read_text())
     (PICTURES, {"quantization_config": {"bits": 4}}, "quantization_config"),
     (PICTURES, {"architectures": ["Gemma3Other"]}, "Gemma3Other"),
     (PICTURES, {"text_config": None}, "Gemma3ForConditionalGeneration"),
+    (GEMMA_4, {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+    (GEMMA_4, {"layer_types": [NEAR, FULL, NEAR, NEAR, FULL, FULL]}, "per_layer_config must say"),
+    (GEMMA_4 | HUB, {"layer_types": [NEAR, FULL, NEAR, NEAR, FULL, FULL]}, "every n-th"),
+    (GEMMA_4, {"per_layer_config": {"2": {"head_dim": 8}, "5": {"head_dim": 16}}}, "per_layer"),
+    (GEMMA_4 | HUB, {"num_kv_shared_layers": 2}, "kv_shared must be below policy.depth (6)"),
+    (GEMMA_4 | HUB, {"global_head_dim": 15}, "global_head_dim must be 0, or even"),
     (MOE, {"mlp_only_layers": [1]}, "layers with experts beside layers without"),
     (MOE, {"num_experts_per_tok": 9}, "experts_per_token must be at most policy.experts (8)"),
     (
@@ -322,6 +332,24 @@ def test_either_spelling_of_the_window_pattern_counts():
   assert read[0].windowed == (0, 2)
 
 
+def test_either_spelling_of_the_heads_of_global_layers_counts():
+  assert from_json(GEMMA_4 | HUB, "", "float32") == from_json(GEMMA_4, "", "float32")
+  same_heads = from_json(GEMMA_4 | HUB | {"attention_k_eq_v": False}, "", "float32")
+  assert (same_heads.global_head_dim, same_heads.global_kv_heads) == (16, 0)
+
+
+def test_keys_that_a_layer_has_and_does_not_read_are_left_alone(tmp_path):
+  folder = shutil.copytree(FOLDER / "gemma4_shared", tmp_path / "model")
+  index = json.loads((folder / "model.safetensors.index.json").read_text())
+  extra = {
+    f"model.language_model.layers.{i}.self_attn.k_proj.weight": np.ones((8, 32)) for i in (4, 5)
+  }
+  save_file(extra, folder / "more.safetensors")
+  index["weight_map"] |= dict.fromkeys(extra, "more.safetensors")
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  jax.tree.map(np.testing.assert_array_equal, read(folder)[1], read(FOLDER / "gemma4_shared")[1])
+
+
 def test_config_json_that_is_none(copy):
   (copy / "config.json").write_text("[1, 2")
   assert "config.json is unreadable" in message(copy)
@@ -456,7 +484,18 @@ def test_a_model_that_was_replaced_since_is_not_exported(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["gemma", "gemma2", "llama_scaled", "mistral", "olmo2", "qwen3_moe", "smollm3"]
+  "name",
+  [
+    "gemma",
+    "gemma2",
+    "gemma4",
+    "gemma4_moe",
+    "llama_scaled",
+    "mistral",
+    "olmo2",
+    "qwen3_moe",
+    "smollm3",
+  ],
 )
 def test_what_goes_out_in_several_files_comes_in_bit_for_bit(name, tmp_path, monkeypatch):
   monkeypatch.setattr(pretrained, "_SHARD_BYTES", 20_000)
@@ -481,12 +520,20 @@ def test_what_goes_out_in_several_files_comes_in_bit_for_bit(name, tmp_path, mon
       assert file.metadata() == {"format": "pt"}
 
 
-def test_the_text_part_of_a_multimodal_model_is_a_model_of_its_own(tmp_path):
-  policy, params = read(FOLDER / "gemma3_pictures")
+@pytest.mark.parametrize(
+  ("name", "architecture"),
+  [
+    ("gemma3_pictures", "Gemma3ForCausalLM"),
+    ("gemma4_shared", "Gemma4ForCausalLM"),
+    ("gemma4_unified", "Gemma4UnifiedForCausalLM"),
+  ],
+)
+def test_the_text_part_of_a_multimodal_model_is_a_model_of_its_own(name, architecture, tmp_path):
+  policy, params = read(FOLDER / name)
   (tmp_path / "tokenizer").mkdir()
   save = functools.partial(
     pretrained.save,
-    original=str(FOLDER / "gemma3_pictures"),
+    original=str(FOLDER / name),
     tokenizer=tmp_path / "tokenizer",
     output=tmp_path / "out",
   )
@@ -495,7 +542,7 @@ def test_the_text_part_of_a_multimodal_model_is_a_model_of_its_own(tmp_path):
     save(split(param_shapes(Policy(adapted, VOCAB)))[1], adapted)
   save(params, policy.config)
   written = json.loads((tmp_path / "out" / "config.json").read_text())
-  assert written["architectures"] == ["Gemma3ForCausalLM"]
+  assert written["architectures"] == [architecture]
   assert "vision_config" not in written
   assert {name.partition(".")[0] for name in tensors(tmp_path / "out")} == {"model"}
   again, reloaded = read(tmp_path / "out")
@@ -553,7 +600,7 @@ TOKENS = np.arange(96).reshape(8, 12) ** 2 % VOCAB
 
 
 def learned(policy, params):
-  """Gradients of what experts compute, and of their router."""
+  """Gradients of every parameter."""
 
   @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
   def gradients(params):
@@ -561,14 +608,17 @@ def learned(policy, params):
       lambda p: jnp.square(policy.apply({"params": p}, TOKENS)[0] * jnp.arange(32)).sum()
     )(params)
 
-  return flat(gradients(params)["blocks"]["experts"])
+  return flat(gradients(params))
 
 
 MESHES = {
   "qwen2_windowed": MeshConfig(data=2, fsdp=4),
   "llama_scaled": MeshConfig(data=2, fsdp=2, tensor=2),
+  "gemma4_shared": MeshConfig(data=2, fsdp=4),
+  "gemma4_moe": MeshConfig(data=2, fsdp=2, tensor=2),
   "qwen3_moe": MeshConfig(data=2, fsdp=2, tensor=2),
 }
+LEARNED = ("gemma4_moe", "qwen3_moe")
 
 
 def on_eight_devices(folder: pathlib.Path) -> None:
@@ -577,8 +627,10 @@ def on_eight_devices(folder: pathlib.Path) -> None:
     for path, leaf in jax.tree.leaves_with_path(params):
       assert path[-1].key != "kernel" or not leaf.sharding.is_fully_replicated, path
     np.savez(folder / f"{name}.npz", **flat(params))
+    if name in LEARNED:
+      gradients = learned(policy.clone(mesh=make_mesh(mesh)), params)
+      np.savez(folder / f"{name}_learned.npz", **gradients)
   assert params["blocks"]["experts"]["expert_up"]["kernel"].sharding.spec[:2] == (None, "tensor")
-  np.savez(folder / "learned.npz", **learned(policy.clone(mesh=make_mesh(mesh)), params))
 
 
 def flat(params):
@@ -599,9 +651,11 @@ def test_eight_devices_read_what_one_reads(tmp_path):
   for name in MESHES:
     with np.load(tmp_path / f"{name}.npz") as file:
       tiny.assert_same_arrays(dict(file), flat(read(FOLDER / name)[1]))
-  with np.load(tmp_path / "learned.npz") as file:
-    for name, expected in learned(*read(FOLDER / "qwen3_moe")).items():
-      np.testing.assert_allclose(file[name], expected, atol=1e-4 * np.abs(expected).max())
+  for name in LEARNED:
+    with np.load(tmp_path / f"{name}_learned.npz") as file:
+      for key, expected in learned(*read(FOLDER / name)).items():
+        close = 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(file[key], expected, atol=close, err_msg=f"{name} {key}")
 
 
 if __name__ == "__main__":

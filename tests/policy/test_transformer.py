@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from policies import random_params, token_by_token
+from policies import ROUNDS, random_params, token_by_token
 
 from dca_jax.policy import Policy, PolicyConfig, Sampling, token_logprobs
 from dca_jax.policy.attention import KeyValue, attend
@@ -172,6 +172,24 @@ def test_every_parameter_has_logical_axes(policy):
     assert len(spec) == leaf.ndim, name
     assert set(spec) <= known, name
     assert ("layers" in spec) == ("blocks" in name), name
+
+
+def test_layers_without_keys_teach_those_that_they_read():
+  """And nothing trains the scale of a layer."""
+  policy, tokens = Policy(ROUNDS, VOCAB), np.arange(24).reshape(2, 12) % VOCAB
+  params = random_params(policy, 0.2)
+  for layer in params["blocks"].values():  # What their own layers read counts for nothing.
+    layer["o"]["kernel"] *= 0
+
+  def loss(params):
+    return (policy.apply({"params": params}, tokens)[0] * np.arange(16)).sum()
+
+  grads = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})(params)
+  assert all(np.any(layer["k"]["kernel"]) for layer in grads["blocks"].values())
+  assert all(layer.keys().isdisjoint("kv") for layer in grads["shared_blocks"].values())
+  for layer in (*grads["blocks"].values(), *grads["shared_blocks"].values()):
+    assert not np.any(layer["layer_scale"])
+    assert np.any(layer["gate"]["kernel"])
 
 
 def test_default_size():
