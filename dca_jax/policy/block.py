@@ -44,15 +44,13 @@ class Block(nn.Module):
   """
 
   config: PolicyConfig
-  """Of this layer (`PolicyConfig.of_layer`)."""
   mesh: Mesh | None = None
-  windowed: bool = False
-  """Where no `kind` says it."""
-  shared: bool = False
+  layer: int = 0
+  """Its number, or that of one of its shapes."""
 
   @nn.compact
   def __call__(self, x_BxTxD, prompt, kind: Kind, embedded, views, start_B, own=None, clock=None):
-    c, view, by_kind = self.config, views[0], len(views) > 1
+    c, view, by_kind = self._own, views[0], len(views) > 1
     if by_kind:
       view = jax.tree.map(lambda whole, near: jnp.where(kind.windowed, near, whole), *views)
     if kind.rotated is not None:
@@ -62,7 +60,7 @@ class Block(nn.Module):
 
     y = RMSNorm(c, name="attention_norm")(x_BxTxD) if c.pre_norms else x_BxTxD
     q = rotate(self._normed("q", "heads", self._heads("q", "heads")(y)), view.rope)
-    if not self.shared:
+    if not c.is_shared(self.layer):
       own = self._keys(y, view.rope, own, clock)
     limits = (c.query_scalar or c.head_dim) ** -0.5, c.attention_soft_cap
     kernel = c.attention
@@ -73,7 +71,7 @@ class Block(nn.Module):
       def flash(window):
         return lambda: flash_attend(q, own, prompt, start_B, window, *limits, kernel, self.mesh)
 
-      always = flash(c.window if self.windowed else 0)
+      always = flash(c.window if self.layer in c.windowed else 0)
       y = jax.lax.cond(kind.windowed, flash(c.window), flash(0)) if by_kind else always()
     else:
       y = attend(q, own, view.own_mask, prompt, view.prompt_mask, *limits)
@@ -88,24 +86,28 @@ class Block(nn.Module):
       x_BxTxD *= jax.lax.stop_gradient(scale).astype(x_BxTxD.dtype)
     return x_BxTxD, own
 
+  @property
+  def _own(self) -> PolicyConfig:
+    return self.config.of_layer(self.layer)
+
   def _weight(self, name, shape, axes, inputs=1, bias=False):
-    c = self.config
+    c = self._own
     rank = c.lora_rank if name in c.lora_targets else 0
     return Weight(shape, axes, inputs, c.dtype, bias, rank, c.lora_scale, self.mesh, name=name)
 
   def _heads(self, name, heads):
-    c = self.config
+    c = self._own
     shape, axes = (c.width, getattr(c, heads), c.head_dim), ("embed", heads, "head_dim")
     return self._weight(name, shape, axes, bias=c.qkv_bias)
 
   def _normed(self, name, heads, x):
-    c = self.config
+    c = self._own
     axes = (heads, "head_dim") if c.qk_norm_whole else ("head_dim",)
     return RMSNorm(c, axes, name=f"{name}_norm")(x) if c.qk_norm else x
 
   def _keys(self, y, rope, ring: KeyValue | None, clock) -> KeyValue:
     """The layer's own keys and values, or the ring with them in it."""
-    c = self.config
+    c = self._own
     k = self._heads("k", "kv_heads")(y)
     v = k if c.global_k_eq_v else self._heads("v", "kv_heads")(y)
     k = self._normed("k", "kv_heads", k)
@@ -118,7 +120,7 @@ class Block(nn.Module):
     return KeyValue(write(ring.k, own.k, place, 3), write(ring.v, own.v, place, 2))
 
   def _mlp(self, x_BxTxD):
-    c = self.config
+    c = self._own
     y = RMSNorm(c, name="mlp_norm")(x_BxTxD) if c.pre_norms else x_BxTxD
     if c.mlp_is_experts:
       y = Experts(c, self.mesh, name="experts")(y, y)
@@ -136,7 +138,7 @@ class Block(nn.Module):
 
   def _embedded(self, x_BxTxD, embedded_BxTxE):
     """The stream and, through a gate, what the layer's own embedding has of each token."""
-    c = self.config
+    c = self._own
     sizes, axes = (c.width, c.layer_embedding), ("embed", "embedded")
     gate = self._weight("embedded_gate", sizes, axes)(x_BxTxD)
     y = ACTIVATIONS[c.activation](gate) * embedded_BxTxE
@@ -160,16 +162,9 @@ class Round(nn.Module):
   def setup(self):
     c = self.config
     layer = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
-    shared = c.is_shared(self.first)
-    if c.round == 1:
-      self.only = layer(c.of_layer(self.first), self.mesh, shared=shared)
-      nn.share_scope(self, self.only)  # Its parameters have no number in their names.
-      self.blocks = [self.only]
-    else:
-      self.blocks = [
-        layer(c.of_layer(self.first + i), self.mesh, i in c.windowed, shared, name=str(i))
-        for i in range(c.round)
-      ]
+    self.blocks = [layer(c, self.mesh, self.first + i, name=str(i)) for i in range(c.round)]
+    if c.round == 1:  # Its parameters have no number in their names.
+      nn.share_scope(self, self.blocks[0])
 
   def __call__(self, x_BxTxD, prompts, kind: Kind, embedded, views, start_B, read=None):
     keys = []

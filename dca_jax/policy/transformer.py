@@ -287,7 +287,7 @@ class Policy(nn.Module):
         own_mask_Bx1xU &= age_U < c.window
       mask = near_Bx1xS if windowed else prompt_mask_Px1xS
       view = View(rotations(position_B[:, None], of_layer, windowed), own_mask_Bx1xU, mask)
-      layer = Block(of_layer, self.mesh, windowed, shared, parent=None)
+      layer = Block(c, self.mesh, i, parent=None)
       kind, given = Kind(rotated=i not in c.unrotated), None if embedded is None else embedded[i]
       stack, _ = self._stack(params, i)
       block = jax.tree.map(lambda x, whole: x.reshape(whole.shape[1:]), block, stack)
