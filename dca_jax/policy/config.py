@@ -183,8 +183,8 @@ class PolicyConfig:
         "must be all layers but every n-th, and policy.depth a multiple of n, with"
         " policy.global_head_dim, global_kv_heads, global_k_eq_v or kv_shared"
       )
-    if n > 1 and self.unrotated:
-      bad["unrotated"] = "must be () where policy.windowed decides the shapes of layers"
+    if (n > 1 or self.kv_shared) and self.unrotated:
+      bad["unrotated"] = "must be () where layers differ in shape"
     if self.global_head_dim < 0 or self.global_head_dim % 2:
       bad["global_head_dim"] = "must be 0, or even and positive, for rotary positions"
     if not 0 < self.global_rotated <= 1:

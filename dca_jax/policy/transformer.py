@@ -82,27 +82,25 @@ class Policy(nn.Module):
     return self.config.vocab_size or self.vocab_size
 
   def setup(self):
-    init = nn.initializers.normal(self.config.width**-0.5)
-    shape = (self.rows, self.config.width)
-    self.embedding_VxD = param(self, "embedding", init, ("vocab", "embed"), shape)
-    if not self.config.tied:
-      self.head_VxD = param(self, "head", init, ("vocab", "embed"), shape)
     c = self.config
-    if e := c.layer_embedding:
-      several = c.depth * e
-      init = nn.initializers.normal(e**-0.5)
-      shape = (self.rows, several)
-      self.layer_embedding_VxLE = param(self, "layer_embedding", init, ("vocab", "embed"), shape)
-      self.layer_projection = Weight(
-        (c.width, several), ("embed", "embedded"), 1, c.dtype, mesh=self.mesh
-      )
+    self.embedding_VxD = self._by_token("embedding", c.width)
+    if not c.tied:
+      self.head_VxD = self._by_token("head", c.width)
+    if c.layer_embedding:
+      shape, axes = (c.width, c.depth * c.layer_embedding), ("embed", "embedded")
+      self.layer_embedding_VxLE = self._by_token("layer_embedding", shape[1], c.layer_embedding)
+      self.layer_projection = Weight(shape, axes, 1, c.dtype, mesh=self.mesh)
       self.layer_projection_norm = RMSNorm(c, ("embedded",))
     own = c.depth - c.kv_shared
     self.blocks = self._scanned(0, own, (0, 0, 0, *[nn.broadcast] * 2))
     if c.kv_shared:
       shared = (nn.broadcast, nn.broadcast, 0, *[nn.broadcast] * 3)
       self.shared_blocks = self._scanned(own, c.kv_shared, shared)
-    self.final_norm = RMSNorm(self.config)
+    self.final_norm = RMSNorm(c)
+
+  def _by_token(self, name: str, size: int, part: int = 0):
+    init = nn.initializers.normal((part or size) ** -0.5)
+    return param(self, name, init, ("vocab", "embed"), (self.rows, size))
 
   def __call__(self, tokens_BxT, start_B=None, prompt=None, prompt_mask_PxS=None):
     """Runs a block of tokens that begins at position `start_B` of its rows.
