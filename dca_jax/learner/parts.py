@@ -136,10 +136,11 @@ def in_order(parts: Part, x_CxR: jax.Array, rows: int) -> jax.Array:
   return jax.vmap(lambda x, places: x[places])(x_DxN, places_DxN).reshape(rows, *rest)
 
 
-def _axes(left):
+def _axes(left, before: int = 0):
   """On which axis of what prompts leave (last states, keys and values, lengths) they are
-  counted."""
-  return tuple(jax.tree.map(lambda _, i=i: int(i == 1), part) for i, part in enumerate(left))
+  counted, behind so many others."""
+  _, cache, *lengths = left
+  return 0, jax.tree.map(lambda x: x.ndim - 4 - before, cache), *[0] * len(lengths)
 
 
 def read_prompts(policy: Policy, params, prompts, chunks: int) -> Prompts:
@@ -153,7 +154,7 @@ def read_prompts(policy: Policy, params, prompts, chunks: int) -> Prompts:
     return tuple(policy.read_prompts(params, *chunk))
 
   left = jax.lax.map(read, jax.tree.map(lambda x: _chunks(x, 0, chunks), prompts))
-  return Prompts(*jax.tree.map(joined, left, _axes(left)))
+  return Prompts(*jax.tree.map(joined, left, _axes(left, before=1)))
 
 
 def in_chunks(prompts, left, chunks: int):

@@ -147,11 +147,11 @@ class Block(nn.Module):
 
 
 class Round(nn.Module):
-  """The layers after which shapes repeat, of most models one: what is scanned.
+  """What is scanned: a layer, or where the shapes of layers differ, windowed ones, scanned
+  themselves, and one that is not.
 
-  Prompts, embeddings and returned keys are tuples, with one for each layer of the round. `read`
-  holds what shared layers read: keys and values of the block and of the prompts, for layers that
-  are not windowed and for those that are.
+  Prompts, embeddings and returned keys are tuples: (of windowed layers,) of the last layer. `read`
+  holds what shared layers read, in the same order: keys and values of the block and of the prompts.
   """
 
   config: PolicyConfig
@@ -160,18 +160,36 @@ class Round(nn.Module):
   """The layer with which its stack begins."""
 
   def setup(self):
-    c = self.config
+    c, n = self.config, self.config.round
     layer = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
-    self.blocks = [layer(c, self.mesh, self.first + i, name=str(i)) for i in range(c.round)]
-    if c.round == 1:  # Its parameters have no number in their names.
-      nn.share_scope(self, self.blocks[0])
+    self.last = layer(c, self.mesh, self.first + n - 1)
+    if n == 1:
+      nn.share_scope(self, self.last)  # Its parameters have no name of their own.
+    else:
+      read = nn.broadcast if c.is_shared(self.first) else 0
+      axes = (read, nn.broadcast, 0, *[nn.broadcast] * 3)
+      self.windowed = scanned(layer, axes, n - 1, "layers")(c, self.mesh, self.first)
 
   def __call__(self, x_BxTxD, prompts, kind: Kind, embedded, views, start_B, read=None):
+    read = read or [(None, prompt) for prompt in prompts]
     keys = []
-    for i, block in enumerate(self.blocks):
-      windowed = i in self.config.windowed
-      seen = views if len(self.blocks) == 1 else (views[windowed],)
-      own, prompt = read[windowed] if read else (None, prompts[i])
-      x_BxTxD, own = block(x_BxTxD, prompt, kind, embedded[i], seen, start_B, own)
-      keys.append(own)
-    return x_BxTxD, tuple(keys)
+    if self.config.round > 1:
+      own, prompt = read[0]
+      given = prompt, kind, embedded[0], views[1:], start_B, own
+      x_BxTxD, own = self.windowed(x_BxTxD, *given)
+      keys, views = [own], views[:1]
+    own, prompt = read[-1]
+    x_BxTxD, own = self.last(x_BxTxD, prompt, kind, embedded[-1], views, start_B, own)
+    return x_BxTxD, (*keys, own)
+
+
+def scanned(module, in_axes, length: int, axis: str):
+  """`module` so often, each with parameters of its own, which have an `axis` in front."""
+  return nn.scan(
+    module,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=in_axes,
+    length=length,
+    metadata_params={nn.PARTITION_NAME: axis},
+  )

@@ -249,11 +249,14 @@ class PolicyConfig:
       changes["mlp"] = 2 * self.mlp
     return dataclasses.replace(self, **changes) if self.round > 1 or self.kv_shared else self
 
-  def place(self, layer: int) -> tuple[tuple[str, ...], int]:
-    """Where the parameters of a layer are: the keys of a stack, and its number there."""
+  def place(self, layer: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Where the parameters of a layer are: the keys of a stack, and its index there."""
     first = self.depth - self.kv_shared
     stack, i = ("shared_blocks", layer - first) if self.is_shared(layer) else ("blocks", layer)
-    return (stack, str(i % self.round))[: min(2, self.round)], i // self.round
+    if self.round == 1:
+      return (stack,), (i,)
+    i, j = divmod(i, self.round)
+    return ((stack, "windowed"), (i, j)) if layer in self.windowed else ((stack, "last"), (i,))
 
   @property
   def kept(self) -> str:

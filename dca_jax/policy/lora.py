@@ -34,8 +34,9 @@ def merge(params, scale: float) -> dict[str, Any]:
   for path, b in adapters.items():
     if path[-1] == "lora_b":
       kernel, a = (*path[:-1], "kernel"), adapters[*path[:-1], "lora_a"]
-      layers, rank = b.shape[:2]
-      product = jnp.asarray(a).reshape(layers, -1, rank) @ jnp.asarray(b).reshape(layers, rank, -1)
+      layers = b.shape[: a.ndim + b.ndim - 2 - frozen[kernel].ndim]
+      rank = b.shape[len(layers)]
+      product = jnp.asarray(a).reshape(*layers, -1, rank) @ b.reshape(*layers, rank, -1)
       frozen[kernel] = frozen[kernel].astype(jnp.float32) + scale * product.reshape(
         frozen[kernel].shape
       )

@@ -196,7 +196,8 @@ def _keys(path) -> tuple[str, ...]:
 
 def _stacked(keys: tuple[str, ...]) -> int:
   """How many leading axes a parameter has that files have not: layers, and experts."""
-  return (keys[0] in STACKS) + keys[-2:][0].startswith("expert_")
+  layers = (keys[0] in STACKS) + (keys[1:2] == ("windowed",))
+  return layers + keys[-2:][0].startswith("expert_")
 
 
 def _inputs(keys: tuple[str, ...]) -> int:
@@ -224,12 +225,12 @@ def _named(
     if not _stacked(keys):
       yield family.tensor_name(config, keys), keys, (), _file_shape(keys, shape)
   for layer in range(config.depth):
-    place, number = config.place(layer)
+    place, within = config.place(layer)
     for keys, shape in shapes.items():
       stacked, name = _stacked(keys), family.tensor_name(config, keys)
       if stacked and keys[: len(place)] == place:
-        for expert in np.ndindex(shape[1:stacked]):
-          index = (number, *expert)
+        for expert in np.ndindex(shape[len(within) : stacked]):
+          index = (*within, *expert)
           yield name.format(layer, *expert), keys, index, _file_shape(keys, shape[stacked:])
 
 

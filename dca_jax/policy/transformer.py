@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dca_jax.policy.attention import LANES, KeyValue
-from dca_jax.policy.block import Block, Kind, Round, View
+from dca_jax.policy.block import Block, Kind, Round, View, scanned
 from dca_jax.policy.config import PolicyConfig
 from dca_jax.policy.layers import RMSNorm, Weight, param, rotations
 from dca_jax.policy.logprobs import Head
@@ -32,25 +32,40 @@ class Prompts(typing.NamedTuple):
   last_PxD: jax.Array
   """The hidden states that predict the first tokens after them."""
   cache: tuple[KeyValue, ...]
-  """Of every layer that has keys, [L, P, K, H, S] and [L, P, K, S, H], by their place in a round of
-  layers (`PolicyConfig.round`)."""
+  """Of every layer that has keys, [L, P, K, H, S] and [L, P, K, S, H]; where layers differ in
+  shape, first of windowed ones, with axes for rounds and for layers of a round, then of others."""
   lengths_P: jax.Array
 
   @property
   def mask_PxS(self) -> jax.Array:
     """True where a prompt has a token."""
-    return jnp.arange(self.cache[0].v.shape[3]) < self.lengths_P[:, None]
+    return jnp.arange(self.cache[-1].v.shape[3]) < self.lengths_P[:, None]
 
 
 def by_layer(stacks: tuple[KeyValue, ...]) -> tuple[KeyValue, ...]:
   """`Prompts.cache`, or what is laid out as that, layer by layer."""
-  n, rounds = len(stacks), stacks[0].v.shape[0]
-  return tuple(jax.tree.map(lambda x, i=i: x[i // n], stacks[i % n]) for i in range(n * rounds))
+  layers: list[KeyValue] = []
+  for i in range(stacks[-1].v.shape[0]):
+    of_round = [jax.tree.map(lambda x, i=i: x[i], stack) for stack in stacks]
+    if len(stacks) > 1:
+      windowed = range(stacks[0].v.shape[1])
+      layers += [jax.tree.map(lambda x, j=j: x[j], of_round[0]) for j in windowed]
+    layers.append(of_round[-1])
+  return tuple(layers)
 
 
-def by_place(layers: tuple[KeyValue, ...], n: int) -> tuple[KeyValue, ...]:
+def stacked(layers: tuple[KeyValue, ...], n: int) -> tuple[KeyValue, ...]:
   """The inverse of `by_layer`, for rounds of `n` layers."""
-  return tuple(jax.tree.map(lambda *x: jnp.stack(x), *layers[i::n]) for i in range(n))
+  last = jax.tree.map(lambda *x: jnp.stack(x), *layers[n - 1 :: n])
+  if n == 1:
+    return (last,)
+  windowed = [layer for i, layer in enumerate(layers) if (i + 1) % n]
+
+  def rounds(*x):
+    whole = jnp.stack(x)
+    return whole.reshape(-1, n - 1, *whole.shape[1:])
+
+  return jax.tree.map(rounds, *windowed), last
 
 
 class Context(typing.NamedTuple):
@@ -92,10 +107,12 @@ class Policy(nn.Module):
       self.layer_projection = Weight(shape, axes, 1, c.dtype, mesh=self.mesh)
       self.layer_projection_norm = RMSNorm(c, ("embedded",))
     own = c.depth - c.kv_shared
-    self.blocks = self._scanned(0, own, (0, 0, 0, *[nn.broadcast] * 2))
+    by_round: tuple = (0, 0, 0, nn.broadcast, nn.broadcast)
+    self.blocks = scanned(Round, by_round, own // c.round, "rounds")(c, self.mesh)
     if c.kv_shared:
-      shared = (nn.broadcast, nn.broadcast, 0, *[nn.broadcast] * 3)
-      self.shared_blocks = self._scanned(own, c.kv_shared, shared)
+      by_round = (nn.broadcast, nn.broadcast, 0, *[nn.broadcast] * 3)
+      rounds = scanned(Round, by_round, c.kv_shared // c.round, "rounds")
+      self.shared_blocks = rounds(c, self.mesh, own)
     self.final_norm = RMSNorm(c)
 
   def _by_token(self, name: str, size: int, part: int = 0):
@@ -123,26 +140,18 @@ class Policy(nn.Module):
     )
     x, embedded = self._embed(tokens_BxT)
 
-    def of_places(start, end):
-      return tuple(None if embedded is None else embedded[start + i : end : n] for i in range(n))
+    def of_rounds(start, end):
+      if embedded is None or n == 1:
+        return (None if embedded is None else embedded[start:end],) * min(n, 2)
+      rounds = embedded[start:end].reshape(-1, n, *embedded.shape[1:])
+      return rounds[:, :-1], rounds[:, -1]
 
-    prompts = prompt or (None,) * n
-    x, own = self.blocks(x, prompts, kind, of_places(0, first), views, start_B)
+    prompts = prompt or (None,) * min(n, 2)
+    x, own = self.blocks(x, prompts, kind, of_rounds(0, first), views, start_B)
     if c.kv_shared:
-      # Layers that are not windowed end a round, and windowed ones come just before.
-      read = jax.tree.map(lambda a: a[-1], ((own[-1], prompts[-1]), (own[n - 2], prompts[n - 2])))
-      x, _ = self.shared_blocks(x, None, Kind(), of_places(first, c.depth), views, start_B, read)
+      read = [_last(stacks) for stacks in zip(own, prompts, strict=True)]
+      x, _ = self.shared_blocks(x, None, Kind(), of_rounds(first, c.depth), views, start_B, read)
     return self.final_norm(x), own
-
-  def _scanned(self, first: int, layers: int, in_axes):
-    return nn.scan(
-      Round,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=in_axes,
-      length=layers // self.config.round,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )(self.config, self.mesh, first)
 
   def _embed(self, tokens):
     """The stream [B, T, D] with which layers begin, and what embeddings of their own have for them,
@@ -245,16 +254,13 @@ class Policy(nn.Module):
         return x
       return x.reshape(-1, x.shape[-1]) if path[0].key == "o" else x.reshape(x.shape[0], -1)
 
-    def layer(i: int):
-      stack, number = self._stack(params, i)
-      return jax.tree.map_with_path(lambda path, a: flat(path, a[number]), stack)
+    layers = range(self.config.depth)
+    return [jax.tree.map_with_path(flat, self._layer(params, i)) for i in layers]
 
-    return [layer(i) for i in range(self.config.depth)]
-
-  def _stack(self, params, layer: int):
-    """The parameters of a layer and others of its shape, and its number there."""
-    keys, number = self.config.place(layer)
-    return functools.reduce(operator.getitem, keys, params), number
+  def _layer(self, params, i: int):
+    """The parameters of a layer."""
+    keys, index = self.config.place(i)
+    return jax.tree.map(lambda a: a[index], functools.reduce(operator.getitem, keys, params))
 
   def decode(self, params, layers, context: Context, tokens_B) -> tuple[jax.Array, tuple]:
     """Reads one token of every row.
@@ -287,14 +293,19 @@ class Policy(nn.Module):
       view = View(rotations(position_B[:, None], of_layer, windowed), own_mask_Bx1xU, mask)
       layer = Block(c, self.mesh, i, parent=None)
       kind, given = Kind(rotated=i not in c.unrotated), None if embedded is None else embedded[i]
-      stack, _ = self._stack(params, i)
-      block = jax.tree.map(lambda x, whole: x.reshape(whole.shape[1:]), block, stack)
+      shapes = jax.eval_shape(lambda i=i: self._layer(params, i))
+      block = jax.tree.map(lambda x, whole: x.reshape(whole.shape), block, shapes)
       read = prompt[source], kind, given, (view,), None, own, clock
       x, keys = typing.cast(typing.Any, layer.apply({"params": block}, x, *read))
       if not shared:
         updated.append(keys)
     hidden_Bx1xD = typing.cast(jax.Array, self.apply({"params": params}, x, method="_finish"))
     return hidden_Bx1xD[:, 0], tuple(updated)
+
+
+def _last(stacks):
+  """What the last layer has of stacks by layers, or by rounds and layers, of keys and values."""
+  return jax.tree.map(lambda x: x[(-1,) * (x.ndim - 4)], stacks)
 
 
 def _views(config: PolicyConfig, start_B, queries_T, keys_U, prompt_mask_PxS) -> tuple[View, ...]:

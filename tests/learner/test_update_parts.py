@@ -109,8 +109,8 @@ def test_prompts_of_layers_of_several_shapes_are_read_in_chunks_and_taken():
   chunked = jit(lambda params: read_prompts(policy, params, given, 2))(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked, whole)
   taken = take_prompts(policy, whole, np.array([[3, 0, 3]]))
-  assert [x.shape[1] for x in jax.tree.leaves(taken.cache)] == [3] * 4
-  np.testing.assert_array_equal(taken.cache[1].v[:, 2], whole.cache[1].v[:, 3])
+  assert [x.shape[-4] for x in jax.tree.leaves(taken.cache)] == [3] * 4
+  np.testing.assert_array_equal(taken.cache[0].v[:, :, 2], whole.cache[0].v[:, :, 3])
   np.testing.assert_array_equal(taken.lengths_P, whole.lengths_P[np.array([3, 0, 3])])
 
 

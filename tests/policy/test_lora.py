@@ -42,7 +42,7 @@ def adapted(family="qwen3", targets=EVERYTHING, dtype="float32"):
   )
   frozen, adapters = split(params)
   dice = np.random.default_rng(0)
-  adapters = jax.tree.map(lambda a: jnp.asarray(dice.normal(0, 0.2, a.shape), a.dtype), adapters)
+  adapters = jax.tree.map(lambda a: jnp.asarray(dice.normal(0, 0.1, a.shape), a.dtype), adapters)
   return policy, join(frozen, adapters)
 
 

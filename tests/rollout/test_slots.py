@@ -106,7 +106,7 @@ def test_logprobs_are_the_learners(params, wanted, whole):
 def test_layers_of_several_shapes(wanted):
   """Some of them without keys; rows wait, and go on from an earlier step."""
   policy = Policy(ROUNDS, VOCAB, POLICY.mesh)
-  params = random_params(policy, 0.2)
+  params = random_params(policy, 0.25)
   run = engine(rows=16, policy=policy)
   whole = in_order(run.stream(params, wanted, (3, 1)))
   lengths = [len(sample.tokens) for sample in whole]
