@@ -168,7 +168,7 @@ class Round(nn.Module):
     else:
       read = nn.broadcast if c.is_shared(self.first) else 0
       axes = (read, nn.broadcast, 0, *[nn.broadcast] * 3)
-      self.windowed = scanned(layer, axes, n - 1, "layers")(c, self.mesh, self.first)
+      self.windowed = scanned(layer, axes, n - 1, "round")(c, self.mesh, self.first)
 
   def __call__(self, x_BxTxD, prompts, kind: Kind, embedded, views, start_B, read=None):
     read = read or [(None, prompt) for prompt in prompts]

@@ -108,10 +108,10 @@ class Policy(nn.Module):
       self.layer_projection_norm = RMSNorm(c, ("embedded",))
     own = c.depth - c.kv_shared
     by_round: tuple = (0, 0, 0, nn.broadcast, nn.broadcast)
-    self.blocks = scanned(Round, by_round, own // c.round, "rounds")(c, self.mesh)
+    self.blocks = scanned(Round, by_round, own // c.round, "layers")(c, self.mesh)
     if c.kv_shared:
       by_round = (nn.broadcast, nn.broadcast, 0, *[nn.broadcast] * 3)
-      rounds = scanned(Round, by_round, c.kv_shared // c.round, "rounds")
+      rounds = scanned(Round, by_round, c.kv_shared // c.round, "layers")
       self.shared_blocks = rounds(c, self.mesh, own)
     self.final_norm = RMSNorm(c)
 
