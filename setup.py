@@ -26,6 +26,8 @@ setup(
     "flax>=0.11.2",
     "google-genai>=3.4,<4",
     "huggingface_hub",
+    # tensorflow-datasets imports it without saying so.
+    "importlib_resources",
     "jax>=0.7.2",
     "jinja2",
     "matplotlib",

@@ -9,7 +9,7 @@ Ten steps of 64 answers, which took 251 to 305 s of CPU and 3.4 to 4.8 GiB: of 2
 0.60, 0.68 and 0.82. The learning rate was the first that was tried. By then it is sure of its
 answers, and hardly anything is left to learn from; docs/models.md says more.
 
-    dca-jax train --config=configs/smollm2_arithmetic.py --workdir=runs/arithmetic
+    dca-jax train --config=configs/smollm2_arithmetic.py --config.evaluate.problems=16 --workdir=runs/arithmetic
 """
 
 import dataclasses

@@ -59,6 +59,20 @@ def door(default: Any) -> Any:
   return dataclasses.field(default=default, metadata={"door": True})
 
 
+def local(default: str = "") -> Any:
+  """A field of a section that may hold the path of a file or folder; see `located`."""
+  return dataclasses.field(default=default, metadata={"local": True})
+
+
+def located(spec: Any) -> Any:
+  """The path from the root of a file or folder that is there, which is the same from every folder;
+  anything else, such as a hub id or a bucket, as it is."""
+  if not isinstance(spec, str) or not spec or "://" in spec:
+    return spec
+  path = pathlib.Path(spec).expanduser().absolute()
+  return str(path) if path.exists() else spec
+
+
 def absolute(spec: Any) -> Any:
   """The spec, or each of several, with the path of its file from the root: it is the same from
   every folder."""

@@ -731,6 +731,21 @@ def test_difference_names_what_a_resumed_run_may_not_change():
   )
 
 
+def test_a_folder_is_the_same_from_every_folder(tmp_path, monkeypatch):
+  """In runs that were begun before that was so, too; what is no folder stays as it is."""
+  (tmp_path / "model").mkdir()
+  monkeypatch.chdir(tmp_path)
+
+  def settings(name):
+    return load(str(QUICKSTART), [f"--config.policy.pretrained={name}", *JSONL])
+
+  here, named = settings("model"), settings(str(tmp_path / "model"))
+  assert here == named
+  assert here.policy.pretrained == here.task.tokenizer == str(tmp_path / "model")
+  assert difference(here, here.to_json().replace(f"{tmp_path}/model", "model")) == []
+  assert settings("org/model").policy.pretrained == "org/model"
+
+
 def test_difference_sees_keys_that_one_side_lacks():
   # As where the run was made by another version of the program.
   saved = json.loads(tiny.make_config().to_json())

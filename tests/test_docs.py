@@ -130,3 +130,22 @@ def test_the_examples_of_extending_are_the_files():
   text = (ROOT / "docs" / "extending.md").read_text()
   for path in (ROOT / "docs" / "examples").glob("*.py"):
     assert f"```python\n{path.read_text()}```" in text, path.name
+
+
+def test_every_metric_is_explained():
+  page = (ROOT / "docs" / "metrics.md").read_text()
+  rooms = "train|data|learner|sampler|credit|value|spot|rollout|rewrite|review|guard|calibration"
+  named = re.compile(rf'f?"((?:{rooms})/[a-z_0-9]+)"')
+  metrics = {
+    name for path in (ROOT / "dca_jax").rglob("*.py") for name in named.findall(path.read_text())
+  }
+  metrics -= {
+    "credit/token",
+    "review/status_",
+    "review/status_ok",
+    "review/premium_",
+    "review/planted_found",
+  }
+  assert len(metrics) > 50
+  missing = [name for name in metrics if name not in page and not name.startswith("calibration/")]
+  assert not missing

@@ -432,10 +432,15 @@ def table(
   parts = [_title(row), text_table(["", "measured", "95 %"], lines)]
   if rows := confusion_rows([j for j in judged if usable(j.review) and j.case.labels]):
     parts.append(text_table(["true \\ said", *ROLES], rows))
+  parts.append(_MEANING)
   spent = [f"{k.replace('_', ' ')}: {row[k]:g}" for k in _COSTS if row[k] is not None]
   return "\n\n".join([*parts, "; ".join(spent), f"verdict: {_VERDICTS[row['verdict']]}"])
 
 
+_MEANING = (
+  "docs/reviewers.md says what each measure means. Faults are planted in right answers, and read"
+  " beside their untouched twins; predicted_speedup is what such a reviewer brought on `chains`."
+)
 _DECIDING = "predicted_speedup", "calibrated_gain", "premium_wrong_number"
 _COSTS = ("seconds_per_1000", "tokens_per_1000", "dollars_per_1000", "self_agreement")
 _VERDICTS = {

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from textwrap import shorten
 from typing import Any
 
 from dca_jax.api import SavedPolicy
@@ -37,7 +38,9 @@ def chat(workdir: str, step: int | None, member: str, overrides: Sequence[str]) 
       section = reviewer_config(member, own, read_saved(workdir)["task"]).reviewer
       opened = open_reviewer(section, Truth.of(policy.task), None)
       reviewer = stack.enter_context(contextlib.closing(opened))
-    print("A problem, PROBLEM => ANSWER, or an empty line for a held-out one; Ctrl-D ends.")
+    like = " ".join(policy.task.problem("heldout", 0).prompt.split())
+    print(f"A problem such as {shorten(like, 300, placeholder=' ...')}")
+    print("or PROBLEM => ANSWER, or an empty line for a held-out one; Ctrl-D ends.")
     for i, problem in enumerate(_problems(policy)):
       steps, truncated = _answered(policy, problem, i)
       if problem.answer:

@@ -8,6 +8,7 @@ from etils import epath
 
 from dca_jax.config.levels import build
 from dca_jax.config.tree import Config, ConfigError, flatten, is_free
+from dca_jax.doors import located
 from dca_jax.store import hold
 from dca_jax.store.workdir import is_remote, locate, write_whole
 
@@ -85,7 +86,7 @@ def difference(ours: Config, saved: str) -> list[str]:
     if key not in mine or key not in theirs:
       what = f"new ({mine[key]!r} here)" if key in mine else "not known"
       changes.append(f"{key} is {what} in this version of dca-jax")
-    elif mine[key] != theirs[key]:
+    elif mine[key] not in (theirs[key], located(theirs[key])):
       changes.append(f"{key} was {theirs[key]!r} and is now {mine[key]!r}")
   return [change for change in changes if not is_free(change.split()[0], ours)]
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dca_jax.config.tree import Config, ConfigError, nested
 from dca_jax.credit import SCHEMES, Scheme
-from dca_jax.doors import absolute, choose, nearest
+from dca_jax.doors import absolute, choose, located, nearest
 from dca_jax.errors import UserError
 from dca_jax.learner.values import VALUES
 from dca_jax.review import REVIEWERS, REWRITERS, ReviewerConfig, Rewriter
@@ -79,6 +79,8 @@ def make(defaults: Any, given: Any, prefix: str) -> Any:
       value = type(default)(value)
     if prefix + key in CHOICES or known[key].metadata.get("door"):
       value = absolute(value)
+    if known[key].metadata.get("local"):
+      value = located(value)
     if type(value) is not type(default):
       raise ConfigError(f"{prefix}{key}: must be of type {type(default).__name__}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax
 
 from dca_jax.checks import at_least, one_of, positive
-from dca_jax.doors import door
+from dca_jax.doors import door, local
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
   """The `policy` section. Its defaults make a small policy that begins from nothing."""
 
-  pretrained: str = ""
+  pretrained: str = local()
   """A Hugging Face folder or hub id to start from; its config.json then decides every key but
   `dtype`, `weights`, `remat`, `attention` and those of LoRA."""
   family: str = door("")

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from dca_jax.checks import at_least
+from dca_jax.doors import local
 from dca_jax.errors import UserError, reason
 from dca_jax.review.reviewer import ReviewerConfig, Uses
 from dca_jax.review.types import Request, Review, Reviewer, Submit
@@ -44,7 +45,7 @@ class Trained(ReviewerConfig):
   sampling."""
 
   name: str = "trained"
-  path: str = ""
+  path: str = local()
   """The folder that `fit-reviewer` has written."""
   refit_every: int = 0
   """Steps after which it learns anew, from where `path` stands, from all spot checks of the run so

@@ -103,7 +103,9 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
   groups = [(i, g) for i in range(config.problems) for g in range(0, len(numbers), rollout.group)]
   own: Answers = {}
   batches = range(0, len(groups), rollout.problems)
-  for first in progress(batches, "evaluation", unit="batch"):
+  total = len(batches) * len(sampler.own) * rollout.group
+  bar = progress(total=total, desc="evaluation", unit="answer")
+  for first in batches:
     # The last batch begins again, to be full.
     batch = [groups[(first + int(row)) % len(groups)] for row in sampler.own]
     problems = [task.problem("heldout", i) for i, _ in batch]
@@ -112,6 +114,7 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
     new = {}
     prompts = sampler.encode(problems)
     for attempt in play(sampler, params, problems, prompts, ids, wanted_PxG, (0,)):
+      bar.update()
       place = ids[attempt.row // rollout.group], int(wanted_PxG.flat[attempt.row])
       if place not in own:
         new[place] = problems[attempt.row // rollout.group], attempt
@@ -120,6 +123,7 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
       final = task.final_answer(last_text(sampler, attempt)) if task.final_answer else None
       text = text_of(sampler.tokenizer, attempt.tokens)
       own[place] = Answer(outcome.correct, final, attempt.sampled, text)
+  bar.close()
   told = gather("evaluation", [[*place, *own[place][:-1]] for place in own])
   return {(i, number): Answer(*rest) for part in told for i, number, *rest in part} | own
 

@@ -20,6 +20,7 @@ class Watch:
   def __init__(self) -> None:
     self._recent: collections.deque[dict[str, float]] = collections.deque(maxlen=_LONG)
     self._first: list[float] = []
+    self._begun: dict[str, float] = {}
     self._said: set[str] = set()
 
   def read(self, row: dict[str, float]) -> list[str]:
@@ -31,6 +32,12 @@ class Watch:
   def _seen(self, row: dict[str, float]) -> Iterator[tuple[str, str]]:
     if shared := row.get("data/heldout_in_training"):
       yield "leak", f"{shared:.0%} of the evaluated problems are training problems too; {_LEAK}"
+    if "eval/sampled_low" in row:
+      self._begun = self._begun or row
+      if row["eval/sampled_high"] < self._begun["eval/sampled_low"]:
+        now, start = row["eval/sampled"], self._begun["eval/sampled"]
+        fell = f"of held-out samples {now:.3f} are right, and {start:.3f} were at step"
+        yield "heldout", f"{fell} {self._begun['step']:.0f}; {_FALLING}"
     if "train/accuracy" not in row or (self._recent and row["step"] == self._recent[-1]["step"]):
       return
     self._recent.append(row)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from dca_jax.doors import local
 from dca_jax.errors import UserError
 from dca_jax.tasks.environments import Frame
 from dca_jax.tasks.tokenizer import character_tokenizer, load_tokenizer
@@ -32,7 +33,7 @@ Message = tuple[str, str]
 class ChatConfig(TaskConfig):
   """What a `task` section says of the language model's side."""
 
-  tokenizer: str = ""
+  tokenizer: str = local()
   """Folder or hub id of a tokenizer; empty is that of policy.pretrained."""
   prompt: str = "{question}"
   """What the policy is asked, such as `{question} Put the answer after ####.`"""

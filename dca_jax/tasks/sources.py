@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from dca_jax.doors import require
+from dca_jax.doors import local, require
 from dca_jax.errors import UserError
 from dca_jax.tasks.text import Rows, TextConfig
 
@@ -24,8 +24,8 @@ class JsonlConfig(TextConfig):
   """The `task` section for `jsonl`: files with one JSON object a line."""
 
   name: str = "jsonl"
-  path: str = ""
-  heldout_path: str = ""
+  path: str = local()
+  heldout_path: str = local()
   heldout_fraction: float = 0.0
   """Two files; or one, and the share of its questions that is held out. A hash of each question
   decides, so its copies stay on one side, and neither another order nor further lines move any."""
@@ -103,7 +103,7 @@ class TfdsConfig(SplitConfig):
   prepared as ArrayRecord or is downloaded; TensorFlow is not needed."""
 
   name: str = "tfds"
-  data_dir: str = ""
+  data_dir: str = local()
   """Where it is or is downloaded to, if that is not TFDS's own folder."""
 
   def read(self, split: str) -> Sequence[Any]:

@@ -135,3 +135,20 @@ def test_a_reviewer_that_can_be_pleased_is_named_by_what_pleases_it():
   (said,) = findings(given)
   assert said.startswith("step 20: planting a check earns 1.5 times")
   assert "credit.scheme=calibrated" in said
+
+
+def evaluated(step, sampled):
+  return {
+    "step": step,
+    "eval/sampled": sampled,
+    "eval/sampled_low": sampled - 0.05,
+    "eval/sampled_high": sampled + 0.05,
+  }
+
+
+def test_a_policy_that_got_worse_on_held_out_problems_is_told_of_once():
+  rows = [evaluated(0, 0.6), evaluated(10, 0.52), evaluated(20, 0.48), evaluated(30, 0.4)]
+  assert findings(rows[:2]) == []
+  (said,) = findings(rows)
+  assert said.startswith("step 20: of held-out samples 0.480 are right, and 0.600 were at step 0")
+  assert "learner.lr" in said
