@@ -6,6 +6,7 @@ python -m evidence.settings > docs/settings.md
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -20,43 +21,45 @@ impossible or without effect is an error. Where a section begins with a choice, 
 each of the built-in choices has keys of its own beside those that all have; yours too
 ([extending.md](extending.md)).
 """
+ESCAPED = r"\|"
+"""A bar in a cell."""
 
 
 def meanings(kind: type[Any]) -> dict[str, str]:
-  """What a class's own fields are said to be; fields in a row share what stands below them."""
+  """What a class's own fields are said to be, each by the docstring right below it."""
   found: dict[str, str] = {}
-  waiting: list[str] = []
   (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
   assert isinstance(parsed, ast.ClassDef)
-  for line in parsed.body:
-    if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-      waiting.append(line.target.id)
-    elif isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and waiting:
-      found |= dict.fromkeys(waiting, " ".join(str(line.value.value).split()))
-      waiting = []
-    else:
-      waiting = []
+  for line, below in itertools.pairwise(parsed.body):
+    if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+      continue
+    if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+      found[line.target.id] = " ".join(str(below.value.value).split())
   return found
 
 
-def rows(
-  prefix: str, section: Any, known: frozenset[str] = frozenset(), above: str = ""
-) -> Iterator[str]:
-  """A line of a table for each field that is not known yet, sections in it included; what is said
-  of such a section stands for fields of which nothing is."""
+def rows(prefix: str, section: Any, known: frozenset[str] = frozenset()) -> Iterator[str]:
+  """A line of a table for each field that is not known yet; a section in it has a line of its own,
+  above those of its fields.
+
+  Raises:
+    ValueError: a field has no docstring, neither here nor where the class that it is from has it.
+  """
   said: dict[str, str] = {}
-  escaped = r"\|"
   for kind in reversed(type(section).__mro__[:-1]):
     said |= meanings(kind)
   for field in dataclasses.fields(section):
     value = getattr(section, field.name)
     if field.name in known:
       continue
-    if dataclasses.is_dataclass(value):
-      yield from rows(f"{prefix}{field.name}.", value, above=said.get(field.name, ""))
-    else:
-      cells = f"`{prefix}{field.name}`", f"`{value!r}`", said.get(field.name, above)
-      yield f"| {' | '.join(cell.replace('|', escaped) for cell in cells)} |"
+    key = f"{prefix}{field.name}"
+    if not said.get(field.name):
+      raise ValueError(f"{key}: {type(section).__name__} has no docstring below this field")
+    nested = dataclasses.is_dataclass(value)
+    cells = f"`{key}`", "a section" if nested else f"`{value!r}`", said[field.name]
+    yield f"| {' | '.join(cell.replace('|', ESCAPED) for cell in cells)} |"
+    if nested:
+      yield from rows(f"{key}.", value)
 
 
 def table(lines: Iterator[str]) -> list[str]:
@@ -65,24 +68,23 @@ def table(lines: Iterator[str]) -> list[str]:
 
 def page() -> str:
   config = Config()
-  outside = (row for row in rows("", config) if "." not in row.split("`")[1])
-  out = [HEAD.rstrip(), *table(outside)]
-  for field in dataclasses.fields(config):
-    section = getattr(config, field.name)
-    if not dataclasses.is_dataclass(section):
-      continue
-    out += ["", f"## {field.name}"]
-    choice = next((c for key, c in CHOICES.items() if key.startswith(f"{field.name}.")), None)
+  fields = [field.name for field in dataclasses.fields(config)]
+  sections = [name for name in fields if dataclasses.is_dataclass(getattr(config, name))]
+  out = [HEAD.rstrip(), *table(rows("", config, frozenset(sections)))]
+  for place in sections:
+    section = getattr(config, place)
+    out += ["", f"## {place}"]
+    choice = next((c for key, c in CHOICES.items() if key.startswith(f"{place}.")), None)
     if choice is None:
-      out += table(rows(f"{field.name}.", section))
+      out += table(rows(f"{place}.", section))
       continue
     shared = choice.base() if choice.base is not type(section) else section
     names = frozenset(f.name for f in dataclasses.fields(choice.base))
-    out += table(rows(f"{field.name}.", shared))
+    out += table(rows(f"{place}.", shared))
     for name, kind in choice.known.items():
-      own = [*rows(f"{field.name}.", kind(), names)]
+      own = [*rows(f"{place}.", kind(), names)]
       first = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-      out += ["", f"### {field.name}: {name}", "", first, *(table(iter(own)) if own else [])]
+      out += ["", f"### {place}: {name}", "", first, *(table(iter(own)) if own else [])]
   return "\n".join(out) + "\n"
 
 

@@ -22,11 +22,18 @@ class RoleTable:
   """A non-negative intensity per token for each role."""
 
   necessary: float = 0.0
+  """Intensity of a token of a step that is right and that the result depends on."""
   redundant: float = 0.0
+  """Intensity of a token of a right step that repeats what is known, or that the result does not
+  depend on."""
   irrelevant: float = 0.0
+  """Intensity of a token of a step that has nothing to do with what is asked."""
   error: float = 0.0
+  """Intensity of a token of a step that is wrong although what it builds on is right."""
   inherits: float = 0.0
+  """Intensity of a token of a step that follows correctly from an earlier error."""
   repair: float = 0.0
+  """Intensity of a token of a step that corrects an earlier error."""
 
   def check(self) -> dict[str, str]:
     return between(0, 1000, self, *ROLES)

@@ -19,9 +19,10 @@ class LearnerConfig:
   """`reinforce` (Williams 1992) or `ppo` (Schulman et al. 2017): the importance ratio against the
   policy that sampled, clipped."""
   clip_low: float = 0.2
+  """`ppo`: a ratio below 1 - clip_low is clipped to that."""
   clip_high: float = 0.2
-  """`ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high]; a larger upper bound keeps rare
-  tokens alive (DAPO, Yu et al. 2025)."""
+  """`ppo`: a ratio above 1 + clip_high is clipped to that; a larger bound than `clip_low` keeps
+  rare tokens alive (DAPO, Yu et al. 2025)."""
   updates_per_batch: int = 1
   """Optimizer steps on each batch, every one on the whole batch."""
   micro_batches: int = 1
@@ -41,15 +42,21 @@ class LearnerConfig:
   entropy: float = 0.0
   """Weight of the entropy bonus."""
   lr: float = 1e-3
+  """Full learning rate of the optimizer, AdamW: that of the end of the warm-up, from which
+  `schedule` goes on."""
   schedule: str = "constant"
-  """`constant`, `linear` or `cosine`, the latter two down to 0 at the last step."""
+  """How the learning rate goes on from `lr`: `constant`, `linear` or `cosine`, the latter two down
+  to 0 at the last step."""
   warmup_updates: int = 0
   """Optimizer steps below the full learning rate, which rises evenly; the first of n has
   1 / (n + 1)."""
   adam_b1: float = 0.9
+  """Share that Adam keeps of its running mean of the gradients at each update."""
   adam_b2: float = 0.98
+  """Share that Adam keeps of its running mean of the squared gradients at each update."""
   weight_decay: float = 0.0
-  """Decoupled (Loshchilov and Hutter 2019); scales of norms and biases do not decay."""
+  """Share of each weight, times the learning rate, that an update takes away: decoupled (Loshchilov
+  and Hutter 2019). Scales of norms and of layers, and biases, do not decay."""
   max_grad_norm: float = 0.0
   """Gradients are clipped to this global norm; 0 does not clip."""
 

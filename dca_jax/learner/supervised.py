@@ -43,9 +43,12 @@ class WarmstartConfig:
   """Steps on solutions with mistakes after that; 0
   and no clean_steps starts from random weights."""
   batch: int = 32
+  """Demonstrations in a batch, one batch for each step."""
   lr: float = 6e-3
+  """Highest learning rate (Muon): it rises to this over the first 20 steps at most, then falls
+  along a cosine to a tenth of it."""
   seed: int = 0
-  """Of the initial weights."""
+  """Decides the initial weights."""
 
   def check(self) -> dict[str, str]:
     bad = at_least(0, self, "clean_steps", "steps") | at_least(1, self, "batch")

@@ -33,10 +33,15 @@ class PolicyConfig:
   tied: bool = True
   """The embedding is also the output matrix."""
   width: int = 64
+  """Size of a token's embedding and of the stream that layers add to."""
   depth: int = 3
+  """How many layers there are."""
   heads: int = 2
+  """Query heads of a layer; a multiple of `kv_heads`."""
   kv_heads: int = 1
+  """Key heads of a layer, and as many of values; each serves heads / kv_heads query heads."""
   head_dim: int = 32
+  """Size of each head's queries, keys and values; even, for rotary positions."""
   mlp: int = 192
   """Hidden size of the gated MLP, or of each expert's."""
   experts: int = 0
@@ -52,6 +57,8 @@ class PolicyConfig:
   activation: str = "silu"
   """`silu` or `gelu_tanh`, of the MLP's gate."""
   rope_theta: float = 10_000.0
+  """Base of the rotary frequencies: pair i of a head turns by rope_theta^(-2i / head_dim) radians
+  from one position to the next, before `rope_scaling`."""
   rope_scaling: tuple[float, ...] = ()
   """(factor,) divides all rotary frequencies. (factor, low, high, original), as in Llama 3.1,
   divides those that turn less than `low` times in `original` positions, leaves those that turn more
@@ -62,7 +69,7 @@ class PolicyConfig:
   windowed: tuple[int, ...] = ()
   """Layers, counted from 0, that read a window and not all before them."""
   local_rope_theta: float = 0.0
-  """Of the windowed layers, without scaling; 0: they rotate as the others do."""
+  """`rope_theta` of the windowed layers, without scaling; 0: they rotate as the others do."""
   unrotated: tuple[int, ...] = ()
   """Layers, counted from 0, without rotary positions (SmolLM3)."""
   global_head_dim: int = 0
@@ -78,21 +85,24 @@ class PolicyConfig:
   """So many of the last layers have no keys and values of their own, and read those of the last
   layer before them that is windowed as they are, or not (Gemma 4 E2B and E4B)."""
   shared_mlp_double: bool = False
-  """The MLPs of these layers are twice as wide (E2B)."""
+  """The MLPs of the layers of `kv_shared` are twice as wide (Gemma 4 E2B)."""
   layer_embedding: int = 0
   """Size of a second embedding, of every token and layer, that a gate adds to the stream behind
   each MLP (Gemma 4 E2B and E4B); 0: there is none."""
   layer_scale: bool = False
   """The stream behind each layer is multiplied by a number of the layer, which is not trained."""
   qkv_bias: bool = False
+  """Add a bias to queries, keys and values (Qwen2)."""
   query_scalar: float = 0.0
-  """Attention scores are divided by its square root; 0 stands for head_dim."""
+  """Attention scores are divided by the square root of this; 0 stands for head_dim."""
   attention_soft_cap: float = 0.0
   """Attention scores are squeezed between -cap and cap (Gemma 2); 0 leaves them."""
   logit_soft_cap: float = 0.0
+  """Logits are squeezed between -cap and cap, before the temperature (Gemma 2); 0 leaves them."""
   scale_embedding: bool = False
   """Multiply what is read from the embedding by width^1/2 (Gemma)."""
   norm_eps: float = 1e-6
+  """Added to the mean square under the root of every norm."""
   norm_plus_one: bool = False
   """Norms scale by 1 + weight (Gemma)."""
   pre_norms: bool = True
@@ -103,7 +113,7 @@ class PolicyConfig:
   """Normalise queries and keys in each head, as Qwen3 and Gemma 3 do; it bears much higher learning
   rates."""
   qk_norm_whole: bool = False
-  """Normalise them over all heads together (OLMo 2)."""
+  """With `qk_norm`: normalise queries and keys over all heads together (OLMo 2)."""
   v_norm: bool = False
   """Normalise values in each head, without a scale (Gemma 4)."""
   dtype: str = "float32"

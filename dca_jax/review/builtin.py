@@ -227,9 +227,11 @@ class PanelConfig(ReviewerConfig):
   combine: str = "vote"
   """`vote`, `mean` or `median`."""
   flip: float = Noisy.flip
+  """Of a member `noisy`: the chance that a label or a value is turned into its opposite."""
   step: int = Thief.step
+  """Of a member `thief`: the step that gets everything; negative numbers count from the end."""
   seed: int = 0
-  """Those of its members `noisy` and `thief`, and the dice of all."""
+  """The dice of all members that have any."""
 
   @property
   def first(self) -> tuple[ReviewerConfig, ...]:

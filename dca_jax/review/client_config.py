@@ -15,6 +15,7 @@ class ClientConfig:
   """The `reviewer.client` section: how a language model is called."""
 
   model: str = "gemini-3.5-flash-lite"
+  """The model's name, as its server knows it."""
   thinking: str = ""
   """The model's level of thought (`minimal`, `low`, `medium`, `high`);
   empty leaves it to the model."""
@@ -51,18 +52,27 @@ class ClientConfig:
   concurrency: int = 48
   """Calls at once; fewer while the server says that it is too much."""
   requests_per_minute: int = 0
-  """0: no limit of our own."""
+  """Most calls of a reviewer in a minute, by all processes together; 0: no limit of our own."""
   tokens_per_minute: int = 0
+  """Most prompt tokens of a reviewer in a minute, by all processes together, where three bytes
+  count as a token; 0: no limit of our own."""
   attempts: int = 4
+  """Most calls for one question, the first included; further ones follow failures that may
+  pass."""
   attempt_seconds: float = 20.0
+  """Seconds after which a call without an answer is given up; what it may have cost counts as
+  spent."""
   max_dollars: float = 10.0
-  """Spending of the whole run, all its reviewers and resumptions together; 0 for servers that cost
-  nothing."""
+  """Dollars that the whole run may spend, all its reviewers and resumptions together; 0 for servers
+  that cost nothing."""
   on_budget: str = "degrade"
   """When the money is gone: `degrade` to uniform credit, or `stop` the run."""
   prompt_price: float = 0.0
+  """Dollars per million tokens of prompts, for models that the price table does not know. Where
+  this or `output_price` is not 0, both are read in place of the table and of what a tier takes
+  off."""
   output_price: float = 0.0
-  """Dollars per million tokens, for models that the price table does not know."""
+  """Dollars per million tokens of replies, thought included; read as `prompt_price` is."""
   max_output_tokens: int = 0
   """Of one reply, thought included; 0: 2,048 and 40 for each step."""
   min_ok_frac: float = 0.5

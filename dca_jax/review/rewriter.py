@@ -61,7 +61,8 @@ class Proposing(Rewriter):
   """Of the negative log-likelihood of what was forced: of a correction the step, of a shortcut the
   token. 1 counts as much as an advantage of 1."""
   weight: float = 1.0
-  """The same of what the policy wrote behind it; 0 learns nothing of that."""
+  """Of the negative log-likelihood of what the policy wrote behind what was forced; 0 learns
+  nothing of that."""
   answers: int = 1
   """How often the policy goes on from a rewrite, and, where an answer was right, from that."""
   deadline: float = 60.0
@@ -148,7 +149,7 @@ class FromModel(Proposing):
   by: str = door("gemini")
   """NAME or NAME:MODEL of a reviewer that is a language model."""
   client: ClientConfig = ClientConfig()
-  """How it is called; it has its own `max_dollars`."""
+  """How the model of `by` is called; it has its own `max_dollars`."""
 
   _UNREAD: ClassVar[tuple[str, ...]] = ("level", "examples", "samples", "whole_group")
 

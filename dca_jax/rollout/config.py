@@ -15,11 +15,17 @@ class RolloutConfig:
   group: int = 8
   """Completions of each problem."""
   max_prompt_tokens: int = 64
+  """Longest prompt, in tokens; a longer one is an error that names its problem."""
   max_tokens: int = 48
-  """Longest completion, its end token included."""
+  """Longest completion, in tokens, its end token included, and with an environment also what that
+  says; one that reaches it without an end is truncated."""
   temperature: float = 1.0
+  """Logits are divided by it, in sampling and in the learner alike; 1 leaves them."""
   top_k: int = 0
+  """Tokens are drawn from the `top_k` likeliest; 0 keeps all, 1 is greedy decoding."""
   top_p: float = 1.0
+  """Tokens are drawn from the smallest set of the likeliest whose probability reaches this, of what
+  `top_k` leaves (Holtzman et al. 2020); 1 keeps all."""
   stop: tuple[str, ...] = ()
   """Strings that end a completion too, with the token that completes one."""
   zero_variance: str = "keep"

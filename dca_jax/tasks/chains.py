@@ -65,9 +65,10 @@ class ChainsConfig(TaskConfig):
   misconceptions: float = 0.5
   """Share of the table's entries that are sometimes wrong; read when `wrong` is `table`."""
   wrong_low: float = 0.3
+  """Least chance that an entry of the table with a misconception is wrong, or under `slips` that a
+  line is; each entry, or demonstration, has its own, uniform between this and `wrong_high`."""
   wrong_high: float = 0.7
-  """An entry's own chance of being wrong is uniform in [wrong_low, wrong_high];
-  under `slips` a demonstration's."""
+  """Largest chance that such an entry, or such a line, is wrong; see `wrong_low`."""
 
   offers: ClassVar[tuple[str, ...]] = ("labels", "values", "corrections", "demonstrations")
 

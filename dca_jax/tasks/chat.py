@@ -40,6 +40,8 @@ class ChatConfig(TaskConfig):
   chat_template: bool = True
   """Writes the prompt as the tokenizer's chat template does."""
   system_prompt: str = ""
+  """What the system's message says, in front of all others in the chat template; empty: there is no
+  such message."""
   template_kwargs: str = "{}"
   """JSON object of further arguments to the chat template, such as `{"enable_thinking": false}`. A
   template that asks for today's date is told 26 July 2024, which is Llama's where it knows none."""

@@ -25,10 +25,13 @@ class JsonlConfig(TextConfig):
 
   name: str = "jsonl"
   path: str = local()
+  """The file that is trained on."""
   heldout_path: str = local()
+  """The file of held-out problems; empty takes them from `path`, by `heldout_fraction`."""
   heldout_fraction: float = 0.0
-  """Two files; or one, and the share of its questions that is held out. A hash of each question
-  decides, so its copies stay on one side, and neither another order nor further lines move any."""
+  """Without `heldout_path`: about this share of the questions of `path` is held out. A hash of each
+  question decides, so its copies stay on one side, and neither another order nor further lines move
+  any."""
 
   def check(self) -> dict[str, str]:
     not_one = bool(self.heldout_path) == bool(self.heldout_fraction)
@@ -62,9 +65,12 @@ class SplitConfig(TextConfig):
   """A data set by its name, with named splits."""
 
   dataset: str = ""
+  """The data set's name; for `hub` that may be a folder."""
   split: str = "train"
+  """The split that is trained on; `train[:90%]` is one too."""
   heldout_split: str = "test"
-  """`train[:90%]` is a split too."""
+  """The split that held-out problems come from, not the same as `split`; `train[90%:]` is one
+  too."""
 
   def check(self) -> dict[str, str]:
     rules = {

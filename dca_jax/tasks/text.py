@@ -44,9 +44,10 @@ class TextConfig(ChatConfig):
   """The `task` section of every source, which extends it with where its data are."""
 
   question: str = "question"
+  """Name of the field that holds a row's question."""
   answer: str = "answer"
-  """Names of fields; the answer may be a worked solution that states the answer,
-  as GSM8K's are with `####`."""
+  """Name of the field that holds a row's right answer; that may be a worked solution that states
+  the answer, as GSM8K's are with `####`."""
   verifier: str = door("number")
   """`number`, `exact` or `choice` (see `verifiers`), `math` (formulas, by math-verify), or your
   own, MODULE:FUNCTION or path/to/file.py:FUNCTION: called with the row of the data set and the
@@ -59,16 +60,18 @@ class TextConfig(ChatConfig):
   """Such as `</think>`: the verifier reads only what follows the last one, and nothing
   where there is none."""
   format: str = ""
+  """Regular expression that a whole completion should match, without the white space around it (`.`
+  matches line ends too); empty asks for no form."""
   format_weight: float = 0.0
-  """Regular expression for a whole completion, without the white space around it (`.` matches line
-  ends too), and the share of the reward that it decides; correctness decides the rest, and accuracy
+  """Share of the reward that `format` decides, below 1; correctness decides the rest, and accuracy
   never counts form."""
   steps: str = "line"
   """`line`, `paragraph`, `sentence`, or a regular expression: a step ends where a match ends."""
   min_step_chars: int = 4
+  """Fewest characters of a step, white space aside: a shorter one, such as `1.` on a line of its
+  own, joins the next one, and at the end the one before."""
   max_steps: int = 32
-  """A shorter step, such as `1.` on a line of its own, joins the next one;
-  steps beyond the most join the last."""
+  """Most steps of a completion; what comes after them is part of the last."""
 
   def parts(self) -> dict[str, Rows]:
     """`train` and `heldout`; UserError where they cannot be read."""
