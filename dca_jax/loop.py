@@ -54,6 +54,8 @@ def train(
     opened(config, workdir, resume, stops, quiet) as t,
     Reporter(t.growing.folder, t.done, config.steps, quiet, t.log) as reporter,
   ):
+    if t.done and not quiet:
+      print(f"goes on after step {t.done}", flush=True)
     if jax.process_index() == 0:
       forget_trajectories(t.folder / "trajectories", t.done)
     t.checkpoints.hold(t.done, t.state)

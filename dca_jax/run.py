@@ -213,8 +213,6 @@ def _opened(
       0,
       programs.init_state(copy(trained), *put((head, config.scheme.begin()), programs.everywhere)),
     )
-    if done and not quiet:
-      print(f"goes on after step {done}", flush=True)
     reference = _reference(config, programs, start)
     trainer = Trainer(
       config,

@@ -17,10 +17,12 @@ from dca_jax.policy.layers import RMSNorm, Weight, normed, param, rotate
 
 
 class Kind(typing.NamedTuple):
-  """What a layer is, where layers of the same shapes differ; for the scan, arrays [L]."""
+  """What a layer has that others of its shapes have not; for the scan, with an axis in front."""
 
   windowed: typing.Any = None
   rotated: typing.Any = None
+  embedded: typing.Any = None
+  """[B, T, E], what its own embedding has of each token."""
 
 
 class View(typing.NamedTuple):
@@ -49,7 +51,7 @@ class Block(nn.Module):
   """Its number, or that of one of its shapes."""
 
   @nn.compact
-  def __call__(self, x_BxTxD, prompt, kind: Kind, embedded, views, start_B, own=None, clock=None):
+  def __call__(self, x_BxTxD, prompt, kind: Kind, views, start_B, own=None, clock=None):
     c, view, by_kind = self._own, views[0], len(views) > 1
     if by_kind:
       view = jax.tree.map(lambda whole, near: jnp.where(kind.windowed, near, whole), *views)
@@ -79,8 +81,8 @@ class Block(nn.Module):
     y = self._weight("o", shape, axes, inputs=2)(y)
     x_BxTxD += RMSNorm(c, name="post_attention_norm")(y) if c.post_norms else y
     x_BxTxD = self._mlp(x_BxTxD)
-    if embedded is not None:
-      x_BxTxD = self._embedded(x_BxTxD, embedded)
+    if kind.embedded is not None:
+      x_BxTxD = self._embedded(x_BxTxD, kind.embedded)
     if c.layer_scale:
       scale = param(self, "layer_scale", nn.initializers.ones, ("scalar",), (1,))
       x_BxTxD *= jax.lax.stop_gradient(scale).astype(x_BxTxD.dtype)
@@ -150,8 +152,8 @@ class Round(nn.Module):
   """What is scanned: a layer, or where the shapes of layers differ, windowed ones, scanned
   themselves, and one that is not.
 
-  Prompts, embeddings and returned keys are tuples: (of windowed layers,) of the last layer. `read`
-  holds what shared layers read, in the same order: keys and values of the block and of the prompts.
+  Prompts, kinds and returned keys are tuples: (of windowed layers,) of the last layer. `read` holds
+  what shared layers read, in the same order: keys and values of the block and of the prompts.
   """
 
   config: PolicyConfig
@@ -167,19 +169,18 @@ class Round(nn.Module):
       nn.share_scope(self, self.last)  # Its parameters have no name of their own.
     else:
       read = nn.broadcast if c.is_shared(self.first) else 0
-      axes = (read, nn.broadcast, 0, *[nn.broadcast] * 3)
+      axes = (read, 0, *[nn.broadcast] * 3)
       self.windowed = scanned(layer, axes, n - 1, "round")(c, self.mesh, self.first)
 
-  def __call__(self, x_BxTxD, prompts, kind: Kind, embedded, views, start_B, read=None):
+  def __call__(self, x_BxTxD, prompts, kinds, views, start_B, read=None):
     read = read or [(None, prompt) for prompt in prompts]
     keys = []
     if self.config.round > 1:
       own, prompt = read[0]
-      given = prompt, kind, embedded[0], views[1:], start_B, own
-      x_BxTxD, own = self.windowed(x_BxTxD, *given)
+      x_BxTxD, own = self.windowed(x_BxTxD, prompt, kinds[0], views[1:], start_B, own)
       keys, views = [own], views[:1]
     own, prompt = read[-1]
-    x_BxTxD, own = self.last(x_BxTxD, prompt, kind, embedded[-1], views, start_B, own)
+    x_BxTxD, own = self.last(x_BxTxD, prompt, kinds[-1], views, start_B, own)
     return x_BxTxD, (*keys, own)
 
 

@@ -107,10 +107,10 @@ class Policy(nn.Module):
       self.layer_projection = Weight(shape, axes, 1, c.dtype, mesh=self.mesh)
       self.layer_projection_norm = RMSNorm(c, ("embedded",))
     own = c.depth - c.kv_shared
-    by_round: tuple = (0, 0, 0, nn.broadcast, nn.broadcast)
+    by_round: tuple = (0, 0, nn.broadcast, nn.broadcast)
     self.blocks = scanned(Round, by_round, own // c.round, "layers")(c, self.mesh)
     if c.kv_shared:
-      by_round = (nn.broadcast, nn.broadcast, 0, *[nn.broadcast] * 3)
+      by_round = (nn.broadcast, 0, *[nn.broadcast] * 3)
       rounds = scanned(Round, by_round, c.kv_shared // c.round, "layers")
       self.shared_blocks = rounds(c, self.mesh, own)
     self.final_norm = RMSNorm(c)
@@ -133,24 +133,13 @@ class Policy(nn.Module):
     """
     c, steps_T = self.config, jnp.arange(tokens_BxT.shape[1])
     views = _views(c, start_B, steps_T, steps_T, prompt_mask_PxS)
-    layers, n, first = range(c.depth), c.round, c.depth - c.kv_shared
-    kind = Kind(
-      jnp.array([i in c.windowed for i in layers]) if c.windowed and n == 1 else None,
-      jnp.array([i not in c.unrotated for i in layers]) if c.unrotated else None,
-    )
     x, embedded = self._embed(tokens_BxT)
-
-    def of_rounds(start, end):
-      if embedded is None or n == 1:
-        return (None if embedded is None else embedded[start:end],) * min(n, 2)
-      rounds = embedded[start:end].reshape(-1, n, *embedded.shape[1:])
-      return rounds[:, :-1], rounds[:, -1]
-
-    prompts = prompt or (None,) * min(n, 2)
-    x, own = self.blocks(x, prompts, kind, of_rounds(0, first), views, start_B)
+    kinds = functools.partial(_kinds, c, embedded)
+    prompts, first = prompt or (None,) * min(c.round, 2), c.depth - c.kv_shared
+    x, own = self.blocks(x, prompts, kinds(0, first), views, start_B)
     if c.kv_shared:
       read = [_last(stacks) for stacks in zip(own, prompts, strict=True)]
-      x, _ = self.shared_blocks(x, None, Kind(), of_rounds(first, c.depth), views, start_B, read)
+      x, _ = self.shared_blocks(x, None, kinds(first, c.depth), views, start_B, read)
     return self.final_norm(x), own
 
   def _embed(self, tokens):
@@ -292,15 +281,28 @@ class Policy(nn.Module):
       mask = near_Bx1xS if windowed else prompt_mask_Px1xS
       view = View(rotations(position_B[:, None], of_layer, windowed), own_mask_Bx1xU, mask)
       layer = Block(c, self.mesh, i, parent=None)
-      kind, given = Kind(rotated=i not in c.unrotated), None if embedded is None else embedded[i]
+      kind = Kind(None, i not in c.unrotated, None if embedded is None else embedded[i])
       shapes = jax.eval_shape(lambda i=i: self._layer(params, i))
       block = jax.tree.map(lambda x, whole: x.reshape(whole.shape), block, shapes)
-      read = prompt[source], kind, given, (view,), None, own, clock
+      read = prompt[source], kind, (view,), None, own, clock
       x, keys = typing.cast(typing.Any, layer.apply({"params": block}, x, *read))
       if not shared:
         updated.append(keys)
     hidden_Bx1xD = typing.cast(jax.Array, self.apply({"params": params}, x, method="_finish"))
     return hidden_Bx1xD[:, 0], tuple(updated)
+
+
+def _kinds(config: PolicyConfig, embedded_LxBxTxE, first: int, end: int) -> tuple[Kind, ...]:
+  """Of layers `first` to `end` - 1, as `Round` takes them."""
+  c, own = config, None if embedded_LxBxTxE is None else embedded_LxBxTxE[first:end]
+  if c.round > 1:
+    if own is None:
+      return Kind(), Kind()
+    rounds = own.reshape(-1, c.round, *own.shape[1:])
+    return Kind(embedded=rounds[:, :-1]), Kind(embedded=rounds[:, -1])
+  windowed = jnp.array([i in c.windowed for i in range(first, end)]) if c.windowed else None
+  rotated = jnp.array([i not in c.unrotated for i in range(first, end)]) if c.unrotated else None
+  return (Kind(windowed, rotated, own),)
 
 
 def _last(stacks):
