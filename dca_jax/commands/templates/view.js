@@ -116,10 +116,19 @@ function chart(title, curves, unit) {
   const range = (v) => {
     const a = v.reduce((m, x) => Math.min(m, x)),
       b = v.reduce((m, x) => Math.max(m, x));
-    return a === b ? [a - 0.5, b + 0.5] : [a, b];
+    return [a, b];
   };
-  const [x0, x1] = range(xs),
-    [y0, y1] = title === "Accuracy" ? [0, 1] : range(ys);
+  // Where all are nearly the same, their noise would fill the drawing.
+  const wide = ([a, b], least) => {
+    const more = Math.max(0, least - (b - a)) / 2;
+    return [a - more, b + more];
+  };
+  const [a, b] = range(ys);
+  const [x0, x1] = wide(range(xs), 1),
+    [y0, y1] =
+      title === "Accuracy" || (!a && !b)
+        ? [0, 1]
+        : wide([a, b], Math.max(Math.abs(a), Math.abs(b)) / 50);
   const X = (x) => left + ((x - x0) / (x1 - x0)) * (w - left - 8),
     Y = (y) => h - bottom - ((y - y0) / (y1 - y0)) * (h - bottom - 8);
   const told = curves
