@@ -266,8 +266,8 @@ function row(e) {
     "tr",
     {},
     el("td", {}, button),
-    ...COLUMNS.map(([key]) => el("td", {}, shown[key])),
-    el("td", { class: "prompt said" }, e.prompt.slice(0, 200)),
+    ...COLUMNS.map(([key]) => el("td", { class: "of-" + key }, shown[key])),
+    el("td", { class: "prompt" }, el("div", { class: "said" }, e.prompt.slice(0, 200))),
   );
 }
 
