@@ -155,7 +155,8 @@ def _that_look(command: Made) -> None:
   what = "NAME or NAME:MODEL, which then reads each answer whose outcome is known"
   p.add_argument("--review", default="", metavar="REVIEWER", help=what)
 
-  p = command(_view, "look at a run in a browser", False)
+  p = command(_view, "look at a run in a browser (report writes the page as a file)", False)
+  p.add_argument("--output", help=argparse.SUPPRESS)
   p.add_argument("--against", help="another run's workdir, to compare answers and curves with")
   p.add_argument("--port", type=int, default=0, help="where to listen; any free one if not given")
   p = command(_report, "write the page of a run as one file", False)
@@ -374,7 +375,10 @@ def _report(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def _view(args: argparse.Namespace, _: Sequence[str]) -> None:
   from dca_jax.commands.view import view
+  from dca_jax.errors import UserError
 
+  if args.output:
+    raise UserError(f"--output={args.output}: view serves the page; dca-jax report writes a file")
   _between(args, "port", 0, 65535)
   with view(args.workdir, args.against, args.port) as server:
     print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)

@@ -1,6 +1,7 @@
 """Arms against each other: the same problems, the same start, several seeds."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from etils import epath
 from dca_jax import config as config_lib
 from dca_jax.commands.pages import markup, render
 from dca_jax.commands.report import chart, moving_average, running_total, text_table
+from dca_jax.commands.view import write_report
 from dca_jax.config import Config, ConfigError
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
@@ -71,8 +74,8 @@ def compare(
   quiet: bool = False,
   parallel: int = 1,
 ) -> str:
-  """Trains all of a grid and writes compare.png, compare.html and compare.json; run again, it
-  resumes.
+  """Trains all of a grid and writes compare.png, compare.html and compare.json, and each run's
+  report; run again, it resumes.
 
   Args:
     parallel: so many runs go on at a time, each in a process and on an accelerator of its own.
@@ -89,6 +92,8 @@ def compare(
     (arm, seed): folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
     for seed, arm in itertools.product(seeds, arms)
   }
+  steps = {arm: config.steps for arm, config in configs.items()}
+  _say_what_is_replaced(folder, {"arms": steps, "seeds": [*seeds], "threshold": threshold})
   if parallel > 1:
     _train_side_by_side(recipe.__file__, places, overrides, quiet, parallel)
   runs: Runs = {}
@@ -103,6 +108,7 @@ def compare(
         f"{run}: its metrics.jsonl does not tell of steps {lost}, so nothing can be counted;"
         " remove it"
       )
+    write_report(run)
 
   spent = {what: _spent(runs, arms, seeds, what, threshold) for what in _COUNTED}
   rates = {arm: config.learner.lr for arm, config in configs.items()}
@@ -110,6 +116,18 @@ def compare(
   rows = [[arm, f"{rates[arm]:g}", *_row(arm, runs, seeds, spent)] for arm in arms]
   _write(folder, seeds, threshold, spent, header, rows)
   return text_table(header, rows)
+
+
+def _say_what_is_replaced(folder: epath.Path, ours: dict[str, Any]) -> None:
+  """Prints a line where the page in the folder is that of another comparison."""
+  with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    old = json.loads((folder / "compare.json").read_text())
+    steps = {arm: len(own[0][0]) for arm, own in old["curves"].items()}
+    theirs = {"arms": steps, "seeds": old["seeds"], "threshold": old["threshold"]}
+    if theirs != ours or [*steps] != [*ours["arms"]]:
+      arms = ", ".join(f"{arm} ({n} steps)" for arm, n in steps.items())
+      said = f"{arms}; seeds {', '.join(map(str, old['seeds']))}; threshold {old['threshold']}"
+      print(f"note: replaces compare.html, .png and .json in {folder}: {said}", file=sys.stderr)
 
 
 def _train_side_by_side(

@@ -28,6 +28,8 @@ from etils import epath
 
 from dca_jax.commands.pages import markup, render, source
 from dca_jax.commands.report import summary
+from dca_jax.config import flatten, read_saved
+from dca_jax.credit import SCHEMES
 from dca_jax.episode import ROLES, Episode
 from dca_jax.learner.supervised import cache_folder
 from dca_jax.store.index import PAGE, Index, facts
@@ -59,7 +61,7 @@ def write_report(workdir: epath.Path, output: epath.Path | None = None) -> epath
   folder = workdir / "trajectories"
   gone = [f"The trajectories of this step are not in {folder}: {s}." for s in kept if not kept[s]]
   episodes = [shown(episode, pieces) for own in kept.values() for episode in own]
-  data = {"metrics": [rows], "episodes": episodes, "names": [_name(workdir)]}
+  data = {"metrics": [rows], "episodes": episodes, "runs": [_run(workdir)]}
   path = output or workdir / "report.html"
   path.write_bytes(_page(told, data, gone).encode(errors="replace"))
   return path
@@ -78,8 +80,16 @@ def _some(workdir: epath.Path, step: int) -> list[Episode]:
   return kept
 
 
-def _name(workdir: epath.Path) -> str:
-  return f"{workdir.parent.name}/{workdir.name}"
+def _run(workdir: epath.Path) -> dict[str, Any]:
+  """What the script knows of a run: its name, whether it has a reviewer, and whether that is left
+  out where a group fared alike."""
+  saved = flatten(read_saved(os.fspath(workdir)))
+  scheme = SCHEMES.get(saved.get("credit.scheme", ""))
+  return {
+    "name": f"{workdir.parent.name}/{workdir.name}",
+    "reviewer": saved.get("reviewer.name") != "none",
+    "idle": bool(scheme and scheme.idle_when_equal),
+  }
 
 
 def _page(told: Mapping[str, Any], data: Mapping[str, Any], gone: Sequence[str] = ()) -> str:
@@ -265,8 +275,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     answers = {"/metrics": self._metrics, "/episodes": self._episodes, "/episode": self._episode}
     try:
       if where.path == "/":
-        names = [_name(run.workdir) for run in self._runs]
-        page = _page(self._runs[0].summary(), {"names": names})
+        runs = [_run(run.workdir) for run in self._runs]
+        page = _page(self._runs[0].summary(), {"runs": runs})
         self._send(page.encode(errors="replace"), "text/html")
       elif where.path in answers:
         said = answers[where.path](self._runs[int(wanted.pop("run", "0"))], wanted)

@@ -115,8 +115,31 @@ def read_saved(workdir: str) -> dict[str, Any]:
   """
   path = locate(workdir) / "config.json"
   if not path.exists():
-    raise ConfigError(f"--workdir={workdir} holds no run")
+    raise ConfigError(f"--workdir={workdir} holds no run{_but_below(path.parent)}")
   return _read_json(path)
+
+
+_FEW = 4
+"""Runs that are named where one is meant."""
+
+
+def _but_below(folder: epath.Path) -> str:
+  """Which runs there are in subfolders, as `dca-jax compare` makes them; empty where none is. A
+  bucket is not searched."""
+  if is_remote(folder):
+    return ""
+  saved = (path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json"))
+  # A model's folder has a config.json too.
+  runs = sorted(
+    path.parent.relative_to(folder).as_posix()
+    for path in saved
+    if any((path.parent / name).exists() for name in ("start", "checkpoints", "metrics.jsonl"))
+  )
+  if not runs:
+    return ""
+  more = f" and {len(runs) - _FEW} more" if len(runs) > _FEW else ""
+  do = "does; name it" if len(runs) == 1 else "do; name one of them"
+  return f" itself, but {', '.join(runs[:_FEW])}{more} {do}"
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

@@ -472,6 +472,11 @@ def test_report_of_a_run_without_a_step(capsys, run):
   assert str(run) in refused(capsys, "report", f"--workdir={run}")
 
 
+def test_view_says_what_writes_a_file(capsys, run):
+  said = refused(capsys, "view", f"--workdir={run}", "--output=page.html")
+  assert "dca-jax report writes a file" in said
+
+
 def test_report_takes_no_settings(capsys, run):
   assert "--config.seed=3" in refused(capsys, "report", f"--workdir={run}", "--config.seed=3")
 

@@ -190,10 +190,21 @@ def test_compare_writes_its_page_figure_numbers_and_table(tmp_path, capsys):
   ]
   assert first[0]["train/reward"] == first[1]["train/reward"]
 
+  # Each run has its report.
+  assert {path.parent for path in out.rglob("report.html")} == {
+    path.parent for path in out.rglob("metrics.jsonl")
+  }
+
   # Run again it trains nothing.
   stamps = {path: path.stat().st_mtime_ns for path in out.rglob("trajectories/*")}
   assert cli.main(command) == 0
   assert {path: path.stat().st_mtime_ns for path in out.rglob("trajectories/*")} == stamps
+  assert "replaces" not in capsys.readouterr().err
+
+  # With other arms it says whose page it replaces.
+  assert cli.main([*command[:-1], "--arms=uniform"]) == 0
+  said = "uniform (6 steps), weighted:credit.lam=0.75 (6 steps); seeds 0, 1; threshold 0.01"
+  assert f"note: replaces compare.html, .png and .json in {out}: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # Two processes that compile all.

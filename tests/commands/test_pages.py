@@ -59,7 +59,7 @@ def comparison(text: str) -> str:
 def report(text: str) -> str:
   lists = {"scores_header": [text], "scores": [[text]], "seconds": [[text, text]]}
   told = dict.fromkeys(("title", "about", "lost", "notation", "settings"), text)
-  return _page({"findings": [text], **lists, **told}, {"names": ["run"]}, gone=[text])
+  return _page({"findings": [text], **lists, **told}, {"runs": []}, gone=[text])
 
 
 @pytest.mark.parametrize(("page", "times"), [(answers, 6), (comparison, 5), (report, 12)])

@@ -58,6 +58,47 @@ def test_the_page_shows_curves_scores_steps_and_settings(reviewed, look):
   assert page.locator("pre").text_content() == settings
 
 
+def test_it_says_why_an_answer_was_not_reviewed(reviewed, rewritten, tmp_path, look):
+  page = look(f"file://{write_report(reviewed)}")
+  page.locator("#episode .step").first.wait_for()
+  assert "skipped:" not in page.inner_text("#episode")  # It begins with one that was.
+  kept = [t for step in (1, 3) for t in read_trajectories(reviewed / "trajectories", step)]
+  alike = next(t for t in kept if t.review.status == "skipped" and not t.advantage)
+  page.get_by_role("button", name=f"Open episode {alike.id}", exact=True).click()
+  page.get_by_text("skipped: all answers of the group fared alike, so no review could").wait_for()
+
+  copy = rewritten(tmp_path, lambda t: dataclasses.replace(t, review=Review("none"), values=()))
+  saved = json.loads((copy / "config.json").read_text())
+  saved["reviewer"]["name"] = "none"
+  (copy / "config.json").write_text(json.dumps(saved))
+  page = look(f"file://{write_report(copy)}")
+  page.get_by_text("This run has no reviewer").wait_for()
+  assert {*words(page, "#episodes .of-review")} == {"no reviewer"}
+  assert all(s.startswith("no reviewer ") for s in words(page, "#episode .step small"))
+
+
+def test_noise_does_not_fill_a_chart(reviewed, tmp_path, look):
+  copy = epath.Path(shutil.copytree(reviewed, tmp_path / "run"))
+  rows = tiny.read_lines(copy)
+  for row in rows[1:]:
+    row |= {"credit/moved": 1 + 1e-7 * (row["step"] % 2), "train/length": 0.0}
+  (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  page = look(f"file://{write_report(copy)}")
+
+  def axis(name: str) -> list[str]:
+    chart = page.get_by_role("img", name=re.compile(f"^{name}"))
+    return chart.locator("text[text-anchor=end]").all_text_contents()[:3]
+
+  assert axis("Credit moved") == ["0.99", "1", "1.01"]
+  assert axis("Length") == ["0", "0.5", "1"]
+
+
+def test_what_stands_between_backticks_is_code(reviewed, look):
+  page = look(f"file://{write_report(reviewed)}")
+  assert "`" not in page.locator(".note", has_text="Two chains of arithmetic").text_content()
+  assert "a0;c6;#6$" in words(page, "code")
+
+
 def said_of(episode, role: str) -> Review:
   """A review that says the same of every step."""
   n = len(episode.steps)

@@ -57,4 +57,26 @@ def test_status_of_what_is_no_run_yet(there, tmp_path, capsys):
     assert "no step is finished yet" in capsys.readouterr().out
   else:
     assert cli.main(["status", f"--workdir={tmp_path}"]) == 1
-    assert "holds no run" in capsys.readouterr().err
+    assert "holds no run\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("runs", "said"),
+  [
+    (["a"], "a does; name it"),
+    (["u/seed_0", "w/seed_0"], "u/seed_0, w/seed_0 do; name one of them"),
+    (
+      [f"arm_{i}/seed_0" for i in range(6)],
+      "arm_0/seed_0, arm_1/seed_0, arm_2/seed_0, arm_3/seed_0 and 2 more do; name one of them",
+    ),
+  ],
+)
+@pytest.mark.parametrize("command", ["status", "view", "chat", "report"])
+def test_a_folder_of_runs_says_which_it_holds(runs, said, command, tmp_path, capsys):
+  for name in (*runs, "a_model"):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "config.json").write_text("{}")
+  for name in runs:
+    (tmp_path / name / "metrics.jsonl").touch()
+  assert cli.main([command, f"--workdir={tmp_path}"]) == 1
+  assert f"holds no run itself, but {said}" in capsys.readouterr().err

@@ -133,6 +133,33 @@ def test_another_run_stands_beside_it(reviewed, look):
     page.locator("polyline.other").first.wait_for()
 
 
+def test_it_begins_with_an_episode_in_which_credit_can_be_seen(port, reviewed, look):
+  kept = [t for step in (1, 2, 3) for t in read_trajectories(reviewed / "trajectories", step)]
+  best = max((t for t in kept if t.review.roles), key=lambda t: abs(t.advantage))
+  wait_for(port, 48)
+  page = look(f"http://127.0.0.1:{port}/")
+  page.get_by_role("heading", name=f"Episode {best.id}", exact=True).wait_for()
+  page.locator("#episode .answer").first.locator(
+    ".p1, .p2, .p3, .p4, .m2, .m3, .m4"
+  ).first.wait_for()
+  assert page.locator("#episode :focus").count() == 0  # It stays where it is.
+  assert page.evaluate("scrollY") == 0
+  page.get_by_role("button", name=f"Open episode {best.id}", exact=True).click()
+  page.locator("#episode h2:focus").wait_for()
+  page.get_by_role("button", name="Close").click()
+  page.locator("#episode").wait_for(state="hidden")
+
+
+def test_the_table_fits_on_a_screen(port, look):
+  page = look(f"http://127.0.0.1:{port}/", viewport={"width": 1300, "height": 800})
+  page.locator("#episodes td.prompt").first.wait_for()
+  assert page.evaluate(
+    "(() => { const l = document.getElementById('list');"
+    " return l.scrollWidth <= l.clientWidth; })()"
+  )
+  page.get_by_role("combobox", name="Run").wait_for(state="hidden")  # There is one alone.
+
+
 def first_problem(port: int) -> str:
   return json.loads(get(port, "/episodes?step=1")[1])["rows"][0]["problem"]
 

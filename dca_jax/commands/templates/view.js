@@ -86,7 +86,7 @@ const CHARTS = [
   ["Seconds a step", ["seconds/sample", "seconds/review", "seconds/update", "seconds/spot"]],
 ];
 const SMOOTH = 5;
-const metrics = data.metrics || data.names.map(() => []);
+const metrics = data.metrics || data.runs.map(() => []);
 
 function series(key) {
   return metrics
@@ -101,7 +101,7 @@ function series(key) {
         (_, i) => i % every === 0 || i === own.length - 1,
       );
       return {
-        name: key.split("/").slice(1).join("/") + (run ? ", " + data.names[run] : ""),
+        name: key.split("/").slice(1).join("/") + (run ? ", " + data.runs[run].name : ""),
         points,
         run,
       };
@@ -116,10 +116,19 @@ function chart(title, curves, unit) {
   const range = (v) => {
     const a = v.reduce((m, x) => Math.min(m, x)),
       b = v.reduce((m, x) => Math.max(m, x));
-    return a === b ? [a - 0.5, b + 0.5] : [a, b];
+    return [a, b];
   };
-  const [x0, x1] = range(xs),
-    [y0, y1] = title === "Accuracy" ? [0, 1] : range(ys);
+  // Where all are nearly the same, their noise would fill the drawing.
+  const wide = ([a, b], least) => {
+    const more = Math.max(0, least - (b - a)) / 2;
+    return [a - more, b + more];
+  };
+  const [a, b] = range(ys);
+  const [x0, x1] = wide(range(xs), 1),
+    [y0, y1] =
+      title === "Accuracy" || (!a && !b)
+        ? [0, 1]
+        : wide([a, b], Math.max(Math.abs(a), Math.abs(b)) / 50);
   const X = (x) => left + ((x - x0) / (x1 - x0)) * (w - left - 8),
     Y = (y) => h - bottom - ((y - y0) / (y1 - y0)) * (h - bottom - 8);
   const told = curves
@@ -197,6 +206,7 @@ const COLUMNS = [
 ];
 const order = { sort: "step", down: "0" };
 const form = $("filter");
+const run = () => (live ? form.elements.run.value || "0" : "0");
 let page = 0,
   asked = 0;
 
@@ -245,10 +255,12 @@ function row(e) {
   const id = `${e.step}/${e.problem}/${e.sample}`;
   const button = el("button", { type: "button", "aria-label": "Open episode " + id }, "Open");
   button.addEventListener("click", () => {
-    location.hash = id;
+    if (location.hash === "#" + id) open();
+    else location.hash = id;
   });
   const shown = {
     ...e,
+    review: data.runs[run()].reviewer ? e.review : "no reviewer",
     reward: short(e.reward),
     advantage: signed(e.advantage),
     roles: e.roles.split(",").filter(Boolean).join(", "),
@@ -257,8 +269,8 @@ function row(e) {
     "tr",
     {},
     el("td", {}, button),
-    ...COLUMNS.map(([key]) => el("td", {}, shown[key])),
-    el("td", { class: "prompt said" }, e.prompt.slice(0, 200)),
+    ...COLUMNS.map(([key]) => el("td", { class: "of-" + key }, shown[key])),
+    el("td", { class: "prompt" }, el("div", { class: "said" }, e.prompt.slice(0, 200))),
   );
 }
 
@@ -293,8 +305,19 @@ const told = (text) => {
   $("token").textContent = text;
 };
 
-function step(span, full, review) {
-  const role = span.role ? `${span.role} \u00d7 ${short(span.weight)}` : `no review (${review})`;
+// Why nobody was asked about an answer, where nobody was; `group` are the answers to its problem.
+function unread(e, group, of) {
+  const { reviewer, idle } = data.runs[of];
+  if (!reviewer) return ["This run has no reviewer, so no step has a role."];
+  if (e.review !== "skipped") return [];
+  if (!e.trained) return ["skipped: the answer was left out of training"];
+  if (idle && group.every((o) => o.reward === e.reward))
+    return ["skipped: all answers of the group fared alike, so no review could matter"];
+  return ["skipped: no review could matter, or not all are asked for (reviewer.sample_frac)"];
+}
+
+function step(span, full, unread) {
+  const role = span.role ? `${span.role} \u00d7 ${short(span.weight)}` : unread;
   const parts = [`${role} ${signed(span.credit)}`];
   if ("value" in span) parts.push("value before " + short(span.value));
   if ("effect" in span) parts.push("measured effect " + signed(span.effect));
@@ -326,11 +349,14 @@ function step(span, full, review) {
   return box;
 }
 
-function answer(e, full) {
+// An answer of run `of`; in `full` where its group is given.
+function answer(e, of, group) {
+  const full = Boolean(group),
+    status = data.runs[of].reviewer ? `no review (${e.review})` : "no reviewer";
   const spans = e.spans.map((span) =>
     "given" in span
       ? el("div", { class: "given said", dir: "auto" }, span.given)
-      : step(span, full, e.review),
+      : step(span, full, status),
   );
   const by = e.model ? `, reviewed by ${e.model}` : "";
   const more = Object.entries(e.parts)
@@ -344,6 +370,7 @@ function answer(e, full) {
     "div",
     { class: "answer", role: "group", "aria-label": `Answer ${id}, ${e.outcome}`, tabindex: 0 },
     el("div", { class: "note said" }, `${id}: ${text}`),
+    ...(full ? unread(e, group, of) : []).map((said) => el("p", { class: "why" }, said)),
     ...(spans.length ? spans : ["(no step)"]),
   );
 }
@@ -363,27 +390,29 @@ function along(e) {
   return curves.length > 1 ? [chart("Along the answer", curves, "number of the step")] : [];
 }
 
-async function open() {
-  const match = /^#(\d+)\/(\d+)\/(\d+)$/.exec(location.hash),
+async function open(focus = true) {
+  const hash = location.hash,
+    match = /^#(\d+)\/(\d+)\/(\d+)$/.exec(hash),
     place = $("episode");
   place.hidden = !match;
   told("");
   if (!match) return;
-  const run = live ? form.elements.run.value || "0" : "0";
-  const found = await read(run, ...match.slice(1)).catch(() => ({
+  const own = run();
+  const found = await read(own, ...match.slice(1)).catch(() => ({
     episode: null,
     group: [],
     others: [],
   }));
+  if (hash !== location.hash) return; // Another one has been opened meanwhile.
   const e = found.episode,
     close = el("button", { type: "button" }, "Close");
   close.addEventListener("click", () => {
     location.hash = "";
   });
   const title = el("h2", { tabindex: -1 }, "Episode " + match.slice(1).join("/"));
-  const list = (name, own) =>
+  const list = (name, own, of) =>
     own.length
-      ? [el("h3", {}, name), el("div", { class: "answers" }, ...own.map((o) => answer(o, false)))]
+      ? [el("h3", {}, name), el("div", { class: "answers" }, ...own.map((o) => answer(o, of)))]
       : [];
   const rest = e
     ? [
@@ -398,17 +427,40 @@ async function open() {
           },
           e.prompt,
         ),
-        answer(e, true),
+        answer(e, own, found.group),
         ...along(e),
         ...list(
           "The group's other answers",
           found.group.filter((o) => o.sample !== e.sample),
+          own,
         ),
-        ...list("The other run on the same problem", found.others),
+        ...list("The other run on the same problem", found.others, 1 - own),
       ]
     : [el("p", {}, "There is no such episode here.")];
   place.replaceChildren(title, close, ...rest);
-  title.focus();
+  if (focus) title.focus();
+}
+
+// Opens, once, an episode in which credit can be seen: of the first that were reviewed the one that
+// fared most unlike its group, and where none was, of all.
+let begun = location.hash.length > 1;
+async function begin() {
+  const first = { page: 0, ...(live ? { run: run() } : {}) };
+  const size = (e) => Math.abs(e.advantage);
+  for (const wanted of [
+    { ...first, review: "ok", sort: "step", down: "0" },
+    { ...first, sort: "advantage", down: "1" },
+  ]) {
+    const { rows } = await find(wanted).catch(() => ({ rows: [] }));
+    if (begun) return;
+    const [best] = rows.filter(size).sort((a, b) => size(b) - size(a));
+    if (best) {
+      begun = true;
+      history.replaceState(null, "", `#${best.step}/${best.problem}/${best.sample}`);
+      await open(false);
+      return;
+    }
+  }
 }
 
 // What happens when.
@@ -434,12 +486,16 @@ $("on").addEventListener("click", () => {
   show();
 });
 $("metric").addEventListener("change", draw);
-addEventListener("hashchange", open);
+addEventListener("hashchange", () => {
+  begun = true;
+  open();
+});
 addEventListener("keydown", (event) => {
   if (event.key === "Escape" && location.hash.length > 1) location.hash = "";
 });
 
 function statuses(own) {
+  if (!data.runs.some((one) => one.reviewer)) return;
   const there = new Set([...form.elements.review.options].map((option) => option.value));
   for (const status of own)
     if (!there.has(status)) form.elements.review.append(el("option", {}, status));
@@ -467,14 +523,16 @@ async function follow() {
     known = episodes;
     await show();
   }
+  if (episodes && !begun) await begin();
   setTimeout(follow, 2000);
 }
 
 form.elements.role.append(...data.roles.map((role) => el("option", {}, role)));
-form.elements.run.append(...data.names.map((name, i) => el("option", { value: i }, name)));
-$("runs").hidden = data.names.length < 2;
+form.elements.run.append(...data.runs.map(({ name }, i) => el("option", { value: i }, name)));
+$("runs").hidden = data.runs.length < 2;
 if (!live) statuses(new Set(data.episodes.map((e) => e.review)));
 draw();
 show();
 open();
 if (live) follow();
+else if (!begun) begin();
