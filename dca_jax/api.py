@@ -30,7 +30,7 @@ from dca_jax.store.metrics import read_metrics
 from dca_jax.store.trajectories import read_trajectories
 from dca_jax.store.workdir import locate
 from dca_jax.tasks import Problem, TaskConfig
-from dca_jax.tasks.tokenizer import id_count, text_of
+from dca_jax.tasks.tokenizer import id_count, text_of, unspelt
 
 Callback = Callable[["Run", int, Mapping[str, float]], None]
 """Called with the run, a step and its metrics, when the step is recorded."""
@@ -128,6 +128,8 @@ class SavedPolicy:
     under the distribution that training samples from."""
     prompts, lengths = self._sampler.encode([self._problem(0, prompt)])
     ids = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+    if why := unspelt(self.tokenizer, completion, ids):
+      raise ConfigError(f"the completion: {why}")
     if not 1 <= len(ids) <= self._config.rollout.max_tokens:
       most = self._config.rollout.max_tokens
       raise ConfigError(

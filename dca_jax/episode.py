@@ -1,6 +1,7 @@
 """The one value that flows: what happened in one attempt at a problem."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,15 +66,28 @@ class Review:
   rewrite: tuple[int, str] | None = None
   """Of a rewriter: how many steps it keeps, and what it would have written behind them."""
 
+  def misfit(self, steps: int) -> str:
+    """Why a review of status `ok` does not fit an episode of so many steps; empty where it does."""
+    for name in ("roles", "values", "reasons"):
+      if (said := len(getattr(self, name))) not in (0, steps):
+        return f"{_count(said, name)} for {_count(steps, 'steps')}"
+    if len(self.weights) != len(self.roles):
+      return f"{_count(len(self.weights), 'weights')} for {_count(len(self.roles), 'roles')}"
+    if strange := [role for role in self.roles if role not in ROLES]:
+      near = difflib.get_close_matches(strange[0], ROLES, 1, 0.5)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      return f"{strange[0]!r} is no role ({', '.join(ROLES)}){hint}"
+    if self.rewrite and not 0 <= self.rewrite[0] < steps:
+      return f"a rewrite that keeps {_count(self.rewrite[0], 'steps')} of {steps}"
+    return "" if self.roles or self.values or self.rewrite else "it says nothing"
+
   def checked(self, steps: int) -> "Review":
     """This review, or one of status `invalid` where it does not fit an episode of so many steps."""
-    fits = {len(self.roles), len(self.values), len(self.reasons)} <= {0, steps}
-    fits = fits and len(self.weights) == len(self.roles)
-    fits = fits and (not self.rewrite or 0 <= self.rewrite[0] < steps)
-    says = self.roles or self.values or self.rewrite
-    if self.status != "ok" or (fits and says and set(self.roles) <= set(ROLES)):
-      return self
-    return Review("invalid")
+    return Review("invalid") if self.status == "ok" and self.misfit(steps) else self
+
+
+def _count(number: int, things: str) -> str:
+  return f"{number} {things.removesuffix('s') if number == 1 else things}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

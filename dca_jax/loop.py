@@ -7,6 +7,7 @@ not. Several processes all run this, each with the problems of its own devices
 (`devices/processes.py`).
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -65,6 +66,10 @@ def train(
     for step in range(t.done + 1, config.steps + 1):
       t.checkpoints.hold(step - 1, t.state)
       one_step(t, step, reporter, callbacks if jax.process_index() == 0 else ())
+    if config.asks and (steps := reporter.unheard) and jax.process_index() == 0:
+      last = f"; last failure: {said}" if (said := t.reviewer.failures()) else ""
+      why = f"no review of {steps} steps was usable, so the run was plain uniform credit{last}"
+      print(f"warning: {why} (docs/reviewers.md says what each status means)", file=sys.stderr)
 
 
 def one_step(t: Trainer, step: int, reporter: Reporter, callbacks: Sequence[Callback]) -> None:

@@ -43,6 +43,8 @@ from dca_jax.tasks.tokenizer import end_ids, id_count, text_of
 
 # In which a reviewer that is overloaded or down for a moment may come back.
 _TRIAL_SECONDS = 60.0
+_FIRST = 16
+"""Problems of a task without end that are read before the first step."""
 
 
 class Programs:
@@ -297,8 +299,8 @@ def copy(params: Any) -> Any:
 
 
 def check_data(config: Config, task: Task, tokenizer: Any, rows: int) -> dict[str, float]:
-  """Reads every problem of a task that has an end: a bad one is found now (UserError),
-  not in the middle of a run.
+  """Reads every problem of a task that has an end, and the first ones of another: a bad one is
+  found now (UserError), not in the middle of a run.
 
   Args:
     rows: of the policy's embedding.
@@ -319,6 +321,11 @@ def check_data(config: Config, task: Task, tokenizer: Any, rows: int) -> dict[st
       problems = [task.problem(part, i) for i in range(first, min(first + 512, size))]
       encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens, rows)
       prompts.setdefault(part, []).extend("".join(problem.prompt.split()) for problem in problems)
+  for part in ("train", "heldout"):
+    if part in task.sizes:
+      continue
+    problems = [task.problem(part, i) for i in range(_FIRST)]
+    encode_prompts(tokenizer, problems, config.rollout.max_prompt_tokens, rows)
   if config.evaluate.problems > task.sizes.get("heldout", config.evaluate.problems):
     raise UserError(
       f"evaluate.problems: must not exceed the {task.sizes['heldout']} held-out problems"

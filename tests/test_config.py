@@ -716,6 +716,13 @@ def test_a_scheme_that_reads_values_alone_asks_a_model_for_them():
   assert message(tiny.settings(audited)).startswith("reviewer.audit_every: ")
 
 
+def test_who_asks_a_reviewer_and_reads_what_it_says():
+  assert build({**ORACLE, "credit": {"scheme": "weighted"}}).asks
+  assert not build({}).asks
+  by_head = {"credit": {"scheme": "potential"}, "value": {"source": "learned"}}
+  assert not build(by_head).asks
+
+
 def test_difference_names_what_a_resumed_run_may_not_change():
   saved = tiny.make_config().to_json()
   free = {"checkpoint.every": 9, "evaluate.every": 1, "steps": 99}

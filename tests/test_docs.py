@@ -9,7 +9,7 @@ import pytest
 
 from dca_jax import config
 from dca_jax.commands import cli
-from dca_jax.commands.compare import arm_config, arms_of
+from dca_jax.commands.compare import arm_config, arm_configs, arms_of
 from dca_jax.commands.review import reviewer_config
 from dca_jax.credit import SCHEMES
 from dca_jax.learner.values import VALUES
@@ -75,8 +75,7 @@ def test_a_command_of_the_docs_is_understood(page, command, monkeypatch):
   assert args.settings or not overrides
   if args.command == "compare":
     recipe = config.read_recipe(args.config)
-    for arm in arms_of(args.arms):
-      arm_config(recipe, arm, 0, overrides)
+    arm_configs(recipe, arms_of(args.arms), 0, overrides)
   elif args.command == "review":
     reviewer_config(args.reviewer, overrides, {})
   elif args.command in ("train", "plan"):

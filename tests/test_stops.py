@@ -10,6 +10,7 @@ import tiny
 
 from dca_jax.commands import cli
 from dca_jax.loop import train
+from dca_jax.run import _FIRST
 from dca_jax.tasks import TASKS, Chains, ChainsConfig
 
 
@@ -96,19 +97,27 @@ def stopped(
   return status, capsys.readouterr().err.strip().splitlines()[-1]
 
 
-# What chains are asked in one step: 4 problems of 4 completions.
+# What chains are asked in one step: 4 problems of 4 completions; before it, the first problems.
 MOMENTS = [
   ("loading", 1, "while it was starting; nothing is lost, the same command starts again"),
-  ("problem heldout", 1, "before the first checkpoint; the same command begins again"),
+  ("problem heldout", _FIRST + 1, "before the first checkpoint; the same command begins again"),
   (
     "verification",
     3,
     "before the first checkpoint; the same command begins again",
   ),  # The first evaluation.
-  ("problem train", 2, "before the first checkpoint; the same command begins again"),
+  ("problem train", _FIRST + 2, "before the first checkpoint; the same command begins again"),
   ("review", 2, "before the first checkpoint; the same command begins again"),
-  ("problem train", 6, "; step 1 is safe in {run}/checkpoints, the same command again continues"),
-  ("problem heldout", 1, "; step 2 is safe in {run}/checkpoints, the same command again continues"),
+  (
+    "problem train",
+    _FIRST + 6,
+    "; step 1 is safe in {run}/checkpoints, the same command again continues",
+  ),
+  (
+    "problem heldout",
+    _FIRST + 1,
+    "; step 2 is safe in {run}/checkpoints, the same command again continues",
+  ),
   ("verification", 40, "; step 3 is safe in {run}/checkpoints, the same command again continues"),
 ]
 

@@ -166,7 +166,7 @@ def garbled(requests):
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])
 def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(
-  scheme, uniform_run, tmp_path, monkeypatch
+  scheme, uniform_run, tmp_path, monkeypatch, capsys
 ):
   for name in ("silent", "garbled"):
     monkeypatch.setitem(review.REVIEWERS, "garbled", answering(garbled))
@@ -177,6 +177,7 @@ def test_without_usable_reviews_every_scheme_is_uniform_bit_for_bit(
     )
     assert same_training(tmp_path / name, uniform_run)
     assert tiny.read_lines(tmp_path / name)[-1]["review/ok"] == 0
+    assert "warning: no review of 3 steps was usable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "uniform"])

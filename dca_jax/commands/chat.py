@@ -11,8 +11,10 @@ from dca_jax.commands.evaluate import settings
 from dca_jax.commands.review import reviewer_config
 from dca_jax.config import read_saved
 from dca_jax.episode import Outcome, Problem
+from dca_jax.errors import UserError
 from dca_jax.review import Request, Reviewer, Truth, open_reviewer
 from dca_jax.rollout.steps import cut, step_texts
+from dca_jax.rollout.verify import verify
 from dca_jax.tasks.tokenizer import token_bytes
 
 _SECONDS = 600.0
@@ -42,9 +44,13 @@ def chat(workdir: str, step: int | None, member: str, overrides: Sequence[str]) 
     print(f"A problem such as {shorten(like, 300, placeholder=' ...')}")
     print("or PROBLEM => ANSWER, or an empty line for a held-out one; Ctrl-D ends.")
     for i, problem in enumerate(_problems(policy)):
-      steps, truncated = _answered(policy, problem, i)
+      try:
+        steps, truncated = _answered(policy, problem, i)
+      except UserError as error:  # The policy cannot read it.
+        print(f"  not asked: {error}")
+        continue
       if problem.answer:
-        outcome = policy.task.verify(problem, "".join(steps), truncated)
+        (outcome,) = verify(policy.task, [(problem, "".join(steps), truncated)])
         _judged(problem, steps, outcome, reviewer)
 
 

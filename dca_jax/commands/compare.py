@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -20,7 +20,7 @@ from dca_jax import config as config_lib
 from dca_jax.commands.pages import markup, render
 from dca_jax.commands.report import chart, moving_average, running_total, text_table
 from dca_jax.commands.view import write_report
-from dca_jax.config import Config, ConfigError
+from dca_jax.config import Arm, Config, ConfigError
 from dca_jax.credit import SCHEMES
 from dca_jax.errors import UserError
 from dca_jax.intervals import paired_ratio
@@ -29,22 +29,45 @@ from dca_jax.store.metrics import missing_steps, read_metrics
 from dca_jax.store.workdir import locate
 
 
-def arm_config(recipe, arm: str, seed: int, overrides: Sequence[str]) -> Config:
-  """The config of one arm.
+def arm_config(
+  recipe, arm: str, seed: int, overrides: Sequence[str], needed: Collection[str] = ()
+) -> Arm:
+  """One arm, as it is configured.
 
   An arm is the name of a credit scheme, or a name from the recipe's `ARMS` (a dict from names to
   settings), followed by any number of `:section.key=value`. It wins over `overrides`, those of the
   command line, which win over the recipe: what an arm cannot use of theirs, such as a reviewer
-  where credit is uniform, is left out.
+  where credit is uniform, is left out, except for `needed` keys.
   """
-  name, *settings = arm.split(":")
+  # A value may hold colons: MODULE:CLASS, or an address.
+  first, *settings = re.split(r":(?=\w+(?:\.\w+)*=)", arm)
+  name, *strays = first.split(":")
   arms = getattr(recipe, "ARMS", {})
   if name not in (known := {**arms, **SCHEMES}):
     raise ConfigError(f"--arms: no arm {name!r}; known are {', '.join(known)}")
   scheme = {"credit.scheme": name} if name in SCHEMES else {}
   named = [f"--config.{key}={value}" for key, value in {**scheme, **arms.get(name, {})}.items()]
-  typed = [f"--config.{setting}" for setting in settings]
-  return config_lib.build(recipe.get_config(), overrides, named, [*typed, f"--config.seed={seed}"])
+  typed = [f"--config.{setting}" for setting in [*strays, *settings]]
+  own = named, [*typed, f"--config.seed={seed}"]
+  return config_lib.build_arm(recipe.get_config(), overrides, own, needed)
+
+
+def arm_configs(
+  recipe, arms: Sequence[str], seed: int, overrides: Sequence[str]
+) -> dict[str, Config]:
+  """The configs of all arms; says which `overrides` an arm leaves out.
+
+  Raises:
+    ConfigError: an arm is wrong, or none of them has a use for one of `overrides`.
+  """
+  made = {arm: arm_config(recipe, arm, seed, overrides) for arm in arms}
+  for key in sorted(set.intersection(*(set(own.left_out) for own in made.values()))):
+    arm_config(recipe, arms[0], seed, overrides, {key})  # Which says why.
+    raise ConfigError(f"{key}: no arm of --arms has a use for it")
+  for arm, own in made.items():
+    if own.left_out:
+      print(f"note: left out for the arm {arm}: {', '.join(own.left_out)}", file=sys.stderr)
+  return {arm: own.config for arm, own in made.items()}
 
 
 def arms_of(text: str) -> list[str]:
@@ -86,7 +109,7 @@ def compare(
   arms, seeds = grid
   if not arms:
     raise ConfigError("--arms: name at least one")
-  configs = {arm: arm_config(recipe, arm, seeds[0], overrides) for arm in arms}
+  configs = arm_configs(recipe, arms, seeds[0], overrides)
   folder = locate(workdir)
   places = {
     (arm, seed): folder / arm.replace(":", "_").replace("/", "_") / f"seed_{seed}"
@@ -158,7 +181,8 @@ def _train_side_by_side(
 
 
 def _train_one(recipe: str, arm: str, seed: int, overrides: Sequence[str], place: str) -> None:
-  train(arm_config(config_lib.read_recipe(recipe), arm, seed, overrides), place, quiet=True)
+  own = arm_config(config_lib.read_recipe(recipe), arm, seed, overrides)
+  train(own.config, place, quiet=True)
 
 
 def _take_device(numbers: multiprocessing.Queue) -> None:

@@ -6,14 +6,13 @@ import importlib.util
 import operator
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dca_jax.config.sections import (
-  CHOICES,
   CHOSEN,
   check,
   choices_of,
@@ -65,13 +64,77 @@ def build(given: ConfigDict | dict[str, Any], *overrides: Sequence[str]) -> Conf
   """
   layers = [_written(given)]
   for arguments in overrides:
-    layers.append(_parsed(arguments, {k: v for layer in layers for k, v in layer.items()}))
+    layers.append(_parsed(arguments, _together(layers)))
   settings, left_out = _settled(layers)
   config = from_flat(settings)
   check(config)
   if left_out:
     print(f"note: left out for {_causes(layers, left_out)}: {', '.join(left_out)}", file=sys.stderr)
   return config
+
+
+class Arm(NamedTuple):
+  """An arm of a comparison."""
+
+  config: Config
+  left_out: tuple[str, ...]
+  """The keys of the command line that it has no use for."""
+
+
+def build_arm(
+  given: ConfigDict | dict[str, Any],
+  line: Sequence[str],
+  own: Sequence[Sequence[str]],
+  needed: Collection[str] = (),
+) -> Arm:
+  """Turns a recipe's ConfigDict into an arm, as `build` does, except that nothing is printed.
+
+  Args:
+    line: the command line's arguments, which all arms share. An arm leaves out those that it has no
+      use for, even where the recipe had none either, and reads those that it alone knows.
+    own: lists of the arm's arguments, each of which overrides what stands before.
+    needed: keys of the line that may not be left out.
+
+  Raises:
+    ConfigError: see `build`.
+  """
+  layers = [_written(given)]
+  before = _chosen(line, layers[0])
+  known, after = _keys(before), _chosen([said for one in own for said in one], before)
+  late = [x for x in line if "=" in x and _key(x) not in known and _key(x) in _keys(after)]
+  strange = [x for x in line if _key(x) not in {*known, *_keys(after), *needed} and _is_setting(x)]
+  layers.append(_parsed([x for x in line if x not in {*late, *strange}], layers[0]))
+  layers[1] |= _parsed(late, after)
+  for arguments in own:
+    layers.append(_parsed(arguments, _together(layers)))
+  optional = layers[1].keys() - _together(layers[2:]).keys() - {*needed}
+  settings, left_out = _settled(layers, optional, {*needed} & layers[1].keys())
+  config = from_flat(settings)
+  check(config)
+  return Arm(config, tuple([key for key in left_out if key in optional] + [*map(_key, strange)]))
+
+
+def _together(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  return {key: value for layer in layers for key, value in layer.items()}
+
+
+def _key(argument: str) -> str:
+  return argument.split("=")[0].removeprefix("--config.")
+
+
+def _is_setting(argument: str) -> bool:
+  return argument.startswith("--config.") and "=" in argument
+
+
+def _chosen(arguments: Sequence[str], said: Mapping[str, Any]) -> dict[str, Any]:
+  """What flat settings choose, and `--config.section.key=value` arguments after them."""
+  values = {_key(x): x.partition("=")[2] for x in arguments if "=" in x}
+  return choices_of(said) | choices_of(values)
+
+
+def _keys(chosen: Mapping[str, Any]) -> set[str]:
+  """All keys that there are with these choices."""
+  return {*flatten(dataclasses.asdict(make(Config(), nested(dict(chosen)), "")))}
 
 
 def _written(given: Any) -> dict[str, Any]:
@@ -88,16 +151,11 @@ def _parsed(arguments: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
   Args:
     said: the keys that were set before, of which the choices decide which keys there are.
   """
-  chosen = choices_of(said)
-  for argument in arguments:
-    key, equals, value = argument.removeprefix("--config.").partition("=")
-    if equals and key in CHOICES:
-      chosen[key] = value
-  config = make(Config(), nested(chosen), "")
+  config = make(Config(), nested(_chosen(arguments, said)), "")
   full = dataclasses.asdict(config)
   known, keys = flatten(full), []
   for argument in arguments:
-    key = argument.split("=")[0].removeprefix("--config.")
+    key = _key(argument)
     if argument.startswith("--config."):
       if key not in known:
         raise ConfigError(no_such(key, config, known))
@@ -117,12 +175,22 @@ def _parsed(arguments: Sequence[str], said: dict[str, Any]) -> dict[str, Any]:
   return {key: said[key] for key in keys}
 
 
-def _settled(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-  """The layers' keys together, and which keys of earlier ones were left out for the last."""
+def _settled(
+  layers: Sequence[dict[str, Any]],
+  optional: Collection[str] = (),
+  needed: Collection[str] = (),
+) -> tuple[dict[str, Any], list[str]]:
+  """The layers' keys together, and which keys of earlier ones were left out for the last.
+
+  Args:
+    optional: keys that are left out also where they had no effect before.
+    needed: keys that never are.
+  """
   *earlier, last = layers
   # What had no effect before is a mistake, which is not hidden.
-  kept = last.keys() | (_moot(_settled(earlier)[0]) if earlier else set())
-  settings = {key: value for layer in layers for key, value in layer.items()}
+  before = _moot(_settled(earlier, (), needed)[0]) if earlier else set()
+  kept = last.keys() | {*needed} | (before - {*optional})
+  settings = _together(layers)
   left_out: list[str] = []
   while moot := sorted(_moot(settings) & settings.keys() - kept):
     left_out += moot

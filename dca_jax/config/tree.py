@@ -100,6 +100,11 @@ class Config:
     return Guarded(inner=self.credit) if self.credit.guard and self._believes else self.credit
 
   @property
+  def asks(self) -> bool:
+    """Whether there is a reviewer, of whose reviews the scheme reads something."""
+    return bool(self._wanted) and not self._unheard
+
+  @property
   def _believes(self) -> bool:
     """Whether the scheme reads what a reviewer says that does not tell the task's own truth."""
     return bool(self._wanted) and not all(m.is_truth for m in self.reviewer.members if m.gives)

@@ -28,6 +28,7 @@ from dca_jax.policy import Policy, Sampling, token_logprobs
 from dca_jax.rollout import encode_prompts
 from dca_jax.source import package_digest, source_digest
 from dca_jax.tasks import Demonstrated, Problem, Task, TaskConfig
+from dca_jax.tasks.tokenizer import unspelt
 
 # Demonstrations, spread over all, by which a changed data file shows.
 _SAMPLED = 256
@@ -86,7 +87,7 @@ class Demonstrations:
       rows: of the policy's embedding, which no token may exceed.
 
     Raises:
-      UserError: one is too long.
+      UserError: one is too long, or holds what the tokenizer cannot spell.
     """
     pairs = self.texts(indices, mistakes)
     problems = [Problem(i, prompt, "") for i, (prompt, _) in zip(indices, pairs, strict=True)]
@@ -94,10 +95,12 @@ class Demonstrations:
     texts, most = [completion for _, completion in pairs], self.limits[1]
     ids_B = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
     completions = np.zeros((len(pairs), most), np.int32)
-    for row, ids, i in zip(completions, ids_B, indices, strict=True):
+    for row, ids, text, i in zip(completions, ids_B, texts, indices, strict=True):
       if len(ids) > most:
         allowed = f"rollout.max_tokens allows {most}: raise it"
         raise UserError(f"demonstration {i} has {len(ids)} tokens; {allowed}")
+      if why := unspelt(self.tokenizer, text, ids):
+        raise UserError(f"task.tokenizer: demonstration {i}: {why}; add it ({text[:60]!r})")
       row[: len(ids)] = ids
     return *prompts, completions, np.array([len(ids) for ids in ids_B], np.int32)
 

@@ -17,6 +17,7 @@ class Calls(Reviewer):
 
   def __init__(self, review: Callable[[Request], Review], name: str, threads: int):
     self._review, self._name, self._error = review, name, ""
+    self._told: set[str] = set()
     self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._statuses: collections.Counter[str] = collections.Counter()
@@ -66,14 +67,25 @@ class Calls(Reviewer):
 
   def _ask(self, request: Request) -> Review:
     try:
-      return _plain(self._review(request)).checked(len(request.steps))
+      review = _plain(self._review(request))
     except BaseException as error:  # Also SystemExit, which would end the thread.
-      said = f"{self._name}: {type(error).__name__}: {error}"[:300]
-      with self._lock:
-        new, self._error = not self._error, said
-      if new:
-        print(f"warning: reviewer {said}; such reviews count as failed", file=sys.stderr)
+      self._failed("client_error", f"{type(error).__name__}: {error}"[:300])
       return Review("client_error")
+    if review.status == "ok" and (why := review.misfit(len(request.steps))):
+      self._failed("invalid", why[:300])
+    elif review.status != "ok" and (review.roles or review.values):
+      self._failed(review.status, f"the status is {review.status!r} and not 'ok'")
+    return review.checked(len(request.steps))
+
+  def _failed(self, kind: str, why: str) -> None:
+    """Says so once of each kind."""
+    with self._lock:
+      new, self._error = kind not in self._told, f"{self._name}: {why}"
+      self._told.add(kind)
+    if new:
+      then = " Such" if why.endswith("?") else "; such"
+      said = f"warning: reviewer {self._name}: {why}{then} reviews count as failed ({kind})"
+      print(said, file=sys.stderr)
 
   def stats(self) -> dict[str, float]:
     with self._lock:

@@ -6,6 +6,7 @@ import numpy as np
 
 from dca_jax.errors import UserError
 from dca_jax.tasks import Problem
+from dca_jax.tasks.tokenizer import unspelt
 
 
 def encode_prompts(
@@ -17,14 +18,13 @@ def encode_prompts(
     rows: of the policy's embedding, which can be fewer than the tokenizer has ids.
 
   Raises:
-    UserError: a prompt is empty, longer than `limit`, or holds a token that the embedding lacks;
-      the message names the problem.
+    UserError: a prompt is empty, longer than `limit`, or holds a token that the embedding lacks or
+      a character that the tokenizer lacks; the message names the problem.
   """
-  ids_P = tokenizer([p.rendered or p.prompt for p in problems], add_special_tokens=False)[
-    "input_ids"
-  ]
+  texts = [p.rendered or p.prompt for p in problems]
+  ids_P = tokenizer(texts, add_special_tokens=False)["input_ids"]
   prompts_PxS = np.zeros((len(problems), limit), np.int32)
-  for row, ids, problem in zip(prompts_PxS, ids_P, problems, strict=True):
+  for row, ids, text, problem in zip(prompts_PxS, ids_P, texts, problems, strict=True):
     if not 1 <= len(ids) <= limit:
       raise UserError(
         f"the prompt of problem {problem.id} has {len(ids)} tokens; rollout.max_prompt_tokens"
@@ -35,6 +35,11 @@ def encode_prompts(
         f"the prompt of problem {problem.id} holds the token {tokenizer.decode(max(ids))!r}, number"
         f" {max(ids)}, and the policy's embedding has {rows} rows: take the model's own tokenizer,"
         f" or leave such problems out ({problem.prompt[:60]!r})"
+      )
+    if why := unspelt(tokenizer, text, ids):
+      raise UserError(
+        f"task.tokenizer: problem {problem.id}: {why}; add it, or leave such problems out"
+        f" ({problem.prompt[:60]!r})"
       )
     row[: len(ids)] = ids
   return prompts_PxS, np.array([len(ids) for ids in ids_P], np.int32)

@@ -50,8 +50,11 @@ class Reporter(contextlib.AbstractContextManager):
     }
     """Steps after which an earlier process evaluated."""
     self._watch = Watch()
+    self._asked: set[int] = set()
+    self._heard = False
     for row in self._kept:
       self._watch.read(row)
+      self._hear(row)
     self._writers = Writers(log or Log(LogConfig(), epath.Path(workdir), {}), workdir, start, rows)
     self._quiet = quiet
     self._bar = tqdm(
@@ -67,6 +70,17 @@ class Reporter(contextlib.AbstractContextManager):
     """The file with the kept lines, open for more."""
     write_whole(epath.Path(self._path), "".join(json.dumps(line) + "\n" for line in self._kept))
     return self._path.open("a")
+
+  def _hear(self, row: Mapping[str, Any]) -> None:
+    if row.get("review/asked"):
+      self._asked.add(row["step"])
+    self._heard |= bool(row.get("review/ok"))
+
+  @property
+  def unheard(self) -> int:
+    """The steps of the whole run in which reviews were asked for, where none of all was usable;
+    else 0."""
+    return 0 if self._heard else len(self._asked)
 
   def amend(self, step: int, metrics: dict[str, float]) -> None:
     """Adds what an earlier process had no time to measure to the line of the step
@@ -85,6 +99,7 @@ class Reporter(contextlib.AbstractContextManager):
     how many numbers are distributed."""
     self._file.write(json.dumps({"step": step, **metrics}) + "\n")
     self._file.flush()
+    self._hear({"step": step, **metrics})
     self._writers.log(step, metrics, values or {})
     self._bar.update(step - self._bar.n)
     for said in self._watch.read({"step": step, **metrics}) if not self._quiet else ():

@@ -46,7 +46,9 @@ class Watch:
     yield from self._pleased(row)
     if reason := int(row.get("guard/reason", 0)):
       what, why = _GUARDED[WATCHED[reason - 1]]
-      yield f"guard {reason}", f"{what}, {why}; {_LOWERED.format(row['guard/share'])}"
+      measure = "" if _calibrates(row) else _MEASURE
+      then = _LOWERED.format(share=row["guard/share"], measure=measure)
+      yield f"guard {reason}", f"{what}, {why}; {then}"
     last = [*self._recent][-_SHORT:]
     if len(last) == _SHORT and all(m.get("train/truncated") == 1 for m in last):
       yield "truncated", f"every completion has been cut off for {_SHORT} steps; {_TRUNCATED}"
@@ -73,7 +75,12 @@ class Watch:
         if len(premiums) > 1 and statistics.fmean(premiums) > _PREMIUM:
           fault = key.removeprefix("review/premium_").replace("_", " ")
           earns = f"planting a {fault} earns {premiums[-1]:.1f} times a step's credit"
-          yield key, f"{earns}; {_PLEASED}"
+          yield key, f"{earns}; {_PLEASED.format('' if _calibrates(row) else 'calibrated or ')}"
+
+
+def _calibrates(row: dict[str, float]) -> bool:
+  """Whether the scheme is `calibrated` already, which alone writes this."""
+  return "calibration/checks" in row
 
 
 def findings(rows: list[dict[str, float]]) -> list[str]:
@@ -91,13 +98,14 @@ _GUARDED = {
   "reward": ("the reward has fallen", "which the outcome alone would not do"),
 }
 _LOWERED = (
-  "the guard lowers the reviewer's share of credit, to {:.2f} now, and lets it come back when that"
-  " is over (guard/share). Read answers in trajectories/; credit.scheme=calibrated measures what"
-  " such steps are worth, and credit.guard=False would let the reviewer have its way"
+  "the guard lowers the reviewer's share of credit, to {share:.2f} now, and lets it come back when"
+  " that is over (guard/share). Read answers in trajectories/; {measure}credit.guard=False would"
+  " let the reviewer have its way"
 )
+_MEASURE = "credit.scheme=calibrated measures what such steps are worth, and "
 _PREMIUM = 0.5
 _PLEASED = (
-  "a policy that finds out will be paid for it: use credit.scheme=calibrated or uniform, or another"
+  "a policy that finds out will be paid for it: use credit.scheme={}uniform, or another"
   " reviewer (docs/reviewers.md)"
 )
 _LEAK = (

@@ -95,6 +95,32 @@ def end_ids(tokenizer) -> tuple[int, ...]:
   return tuple(sorted({i for i in ids if i is not None}))
 
 
+def unspelt(tokenizer, text: str, ids: Sequence[int]) -> str:
+  """Why `ids` do not spell their text: a character that the tokenizer lacks has become a token that
+  ends or pads a text. Empty where none has."""
+  unknown = _mistakable(tokenizer)
+  if unknown is None or unknown not in ids:
+    return ""
+  told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+  token = tokenizer.convert_ids_to_tokens(unknown)
+  for i, (start, end) in zip(told["input_ids"], told["offset_mapping"], strict=True):
+    if i == unknown and (lacking := text[start:end]).strip() != token.strip():
+      kind = "ends" if unknown in end_ids(tokenizer) else "pads"
+      return (
+        f"{lacking!r} is not in the alphabet, and would be read as {token!r}, which {kind} a text"
+      )
+  return ""
+
+
+@functools.lru_cache
+def _mistakable(tokenizer) -> int | None:
+  """The token for what the tokenizer does not know, where it ends or pads a text too."""
+  # The model's own: a tokenizer of characters says nothing of it elsewhere.
+  name = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) or tokenizer.unk_token
+  unknown = tokenizer.convert_tokens_to_ids(name) if name else None
+  return unknown if unknown in {*end_ids(tokenizer), tokenizer.pad_token_id} else None
+
+
 def token_bytes(tokenizer, tokens: Sequence[int] | np.ndarray) -> list[bytes]:
   """The bytes of each token: a part of a character in some, none in special tokens
   and in ids without a token."""

@@ -1,14 +1,23 @@
 """Arms against each other: what an arm is, what is counted, and what is written."""
 
 import json
+import pathlib
 
 import pytest
 import tiny
 
 from dca_jax.commands import cli
-from dca_jax.commands.compare import arm_config, arms_of, by_seeds, ratio, samples_to
+from dca_jax.commands.compare import (
+  arm_config,
+  arm_configs,
+  arms_of,
+  by_seeds,
+  ratio,
+  samples_to,
+)
 from dca_jax.config import ConfigError, read_recipe
 
+EXAMPLES = pathlib.Path(__file__).parents[2] / "docs" / "examples"
 GENTLE = {"credit.scheme": "weighted", "reviewer.name": "oracle", "credit.lam": 0.25}
 ARMS = f"ARMS = {{'gentle': {GENTLE}}}\n"
 
@@ -24,51 +33,99 @@ def recipe(tmp_path):
 
 
 def test_an_arm_is_a_scheme_of_the_recipe(recipe):
-  weighted = arm_config(recipe, "weighted", 3, [])
+  weighted = arm_config(recipe, "weighted", 3, []).config
   assert weighted.credit.scheme == "weighted"
   assert weighted.reviewer.name == "oracle"
   assert weighted.seed == 3
   assert weighted.rollout == tiny.make_config().rollout
-  uniform = arm_config(recipe, "uniform", 3, [])
+  uniform = arm_config(recipe, "uniform", 3, []).config
   assert uniform.credit.scheme == "uniform"
   assert uniform.reviewer.name == "none"
 
 
 def test_an_arm_takes_settings(recipe):
-  config = arm_config(recipe, "weighted:credit.lam=0.9:learner.lr=0.5", 0, [])
+  config = arm_config(recipe, "weighted:credit.lam=0.9:learner.lr=0.5", 0, []).config
   assert config.credit.lam == 0.9
   assert config.learner.lr == 0.5
 
 
 def test_an_arm_may_be_one_of_the_recipes_own(recipe):
-  assert arm_config(recipe, "gentle", 0, []).credit.lam == 0.25
-  assert arm_config(recipe, "gentle:credit.lam=0.3", 0, []).credit.lam == 0.3
+  assert arm_config(recipe, "gentle", 0, []).config.credit.lam == 0.25
+  assert arm_config(recipe, "gentle:credit.lam=0.3", 0, []).config.credit.lam == 0.3
 
 
 def test_overrides_hold_for_every_arm_and_an_arms_own_settings_win(recipe):
-  assert arm_config(recipe, "uniform", 0, ["--config.learner.lr=0.25"]).learner.lr == 0.25
-  assert (
-    arm_config(recipe, "uniform:learner.lr=0.5", 0, ["--config.learner.lr=0.25"]).learner.lr == 0.5
-  )
+  line = ["--config.learner.lr=0.25"]
+  assert arm_config(recipe, "uniform", 0, line).config.learner.lr == 0.25
+  assert arm_config(recipe, "uniform:learner.lr=0.5", 0, line).config.learner.lr == 0.5
+
+
+ARMS_OF_ALL = ("weighted", "uniform", "gentle")
 
 
 def test_a_reviewer_of_the_command_line_is_left_out_where_credit_is_uniform(recipe, capsys):
   line = ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.1", "--config.credit.lam=0.75"]
-  weighted, uniform, gentle = (
-    arm_config(recipe, arm, 0, line) for arm in ("weighted", "uniform", "gentle")
-  )
-  assert (weighted.reviewer.name, weighted.reviewer.flip, weighted.credit.lam) == (
-    "noisy",
-    0.1,
-    0.75,
-  )
-  assert uniform == arm_config(recipe, "uniform", 0, [])
-  assert (gentle.reviewer.name, gentle.credit.lam) == ("oracle", 0.25)
+  weighted, uniform, gentle = arm_configs(recipe, ARMS_OF_ALL, 0, line).values()
+  reviewer = weighted.reviewer
+  assert (reviewer.name, reviewer.flip, weighted.credit.lam) == ("noisy", 0.1, 0.75)
   said = capsys.readouterr().err.splitlines()
-  assert (
-    said[0]
-    == "note: left out for --config.credit.scheme=uniform: credit.lam, reviewer.name, reviewer.flip"
-  )
+  assert uniform == arm_config(recipe, "uniform", 0, []).config
+  assert (gentle.reviewer.name, gentle.credit.lam) == ("oracle", 0.25)
+  assert said == [
+    "note: left out for the arm uniform: credit.lam, reviewer.name, reviewer.flip",
+    "note: left out for the arm gentle: reviewer.flip",
+  ]
+
+
+def test_what_nobody_typed_is_left_out_in_silence(recipe, capsys):
+  """The recipe has a reviewer, which `uniform` does not ask."""
+  arm_configs(recipe, ("weighted", "uniform"), 0, ["--config.learner.lr=0.5"])
+  assert not capsys.readouterr().err
+
+
+def test_an_option_that_one_arm_uses_is_taken_although_the_recipe_does_not(tmp_path, capsys):
+  """The recipe is uniform, which has neither a reviewer nor `credit.lam`."""
+  plain = read_recipe(tiny.write_recipe(tmp_path))
+  line = ["--config.reviewer.name=noisy", "--config.reviewer.flip=0.1", "--config.credit.lam=0.75"]
+  uniform, weighted = arm_configs(plain, ("uniform", "weighted"), 0, line).values()
+  assert uniform == arm_config(plain, "uniform", 0, []).config
+  assert (weighted.reviewer.flip, weighted.credit.lam) == (0.1, 0.75)
+  (said,) = capsys.readouterr().err.splitlines()
+  assert said.startswith("note: left out for the arm uniform: ")
+  assert {*said.rpartition(": ")[2].split(", ")} == {
+    "credit.lam",
+    "reviewer.name",
+    "reviewer.flip",
+  }
+
+
+@pytest.mark.parametrize(
+  ("option", "why"),
+  [
+    ("reviewer.name=noisy", "reviewer.name: has no effect, because credit.scheme is 'uniform'"),
+    ("credit.lam=0.75", "credit.lam: has no effect, because credit.scheme is 'uniform'"),
+    ("credit.lamb=0.75", "credit.lamb: no such key"),
+  ],
+)
+def test_an_option_that_no_arm_uses_is_refused(tmp_path, option, why):
+  plain = read_recipe(tiny.write_recipe(tmp_path))
+  with pytest.raises(ConfigError) as raised:
+    arm_configs(plain, ("uniform", "uniform:learner.lr=0.5"), 0, [f"--config.{option}"])
+  assert str(raised.value).startswith(why)
+
+
+def test_an_option_that_only_the_recipe_would_use_is_refused(recipe):
+  with pytest.raises(ConfigError, match=r"reviewer\.name: has no effect, because credit\.scheme"):
+    arm_configs(recipe, ("uniform",), 0, ["--config.reviewer.name=noisy"])
+
+
+def test_a_value_of_an_arm_may_hold_colons(recipe):
+  mine = f"{EXAMPLES}/repeats.py:Repeats"
+  arm = f"weighted:reviewer.name={mine}:learner.lr=0.5:reviewer.window=2"
+  config = arm_config(recipe, arm, 0, []).config
+  assert (config.reviewer.name, config.reviewer.window, config.learner.lr) == (mine, 2, 0.5)
+  config = arm_config(recipe, f"weighted:steps=2:reviewer.name={mine}", 0, []).config
+  assert (config.steps, config.reviewer.name) == (2, mine)
 
 
 @pytest.mark.parametrize(

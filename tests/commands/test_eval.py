@@ -86,3 +86,15 @@ def test_chat_answers_step_by_step_and_has_it_reviewed(reviewed, capsys, monkeyp
     [step.strip().removesuffix("  (cut off)")] if step.strip() else [] for step in lines[:judged]
   ]
   assert "the answer is" not in second  # Nobody has said what it is.
+
+
+def test_chat_refuses_what_the_policy_cannot_read_and_goes_on(reviewed, capsys, monkeypatch):
+  prompt = dca_jax.load(reviewed).config.task.open().problem("heldout", 3).prompt
+  monkeypatch.setattr("sys.stdin", io.StringIO(f"%{prompt[1:]}\n{prompt}\n"))
+  assert cli.main(["chat", f"--workdir={reviewed}"]) == 0
+  first, second, *_ = capsys.readouterr().out.split("\n> ")[1:]
+  assert first.startswith("  not asked: ")
+  assert "'%' is not in the alphabet" in first
+  assert len(first.splitlines()) == 1
+  assert second.strip()
+  assert "not asked" not in second

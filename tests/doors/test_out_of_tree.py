@@ -117,6 +117,37 @@ def test_the_run_is_read_again_from_elsewhere(home, tmp_path):
   )
 
 
+@pytest.mark.parametrize(
+  ("mine", "yours", "wanted"),
+  [
+    (
+      '"01;>"',
+      '"01;"',
+      "task.tokenizer: problem 0: '>' is not in the alphabet, and would be read as '$', which ends",
+    ),
+    (
+      "steps[-1] ==",
+      "steps[99] ==",
+      "verify of broken.py, line 36: IndexError: list index out of range, on problem 0;",
+    ),
+    (
+      "return Outcome(",
+      "Outcome(",
+      "verify of broken.py, line 34: it returned None, which is no Outcome, on problem 0;",
+    ),
+  ],
+)
+def test_a_mistake_in_a_task_ends_in_one_sentence(home, mine, yours, wanted):
+  text = (home / "parity.py").read_text()
+  assert text.count(mine) == 1
+  text = text.replace("right = len(steps) == self.bits and ", "right = ")
+  (home / "broken.py").write_text(text.replace(mine, yours))
+  command = ["train", "--config=recipe.py", "--workdir=broken"]
+  said = run(*command, "--config.task.name=broken.py:Parity", cwd=home, code=1)
+  assert f"dca-jax: error: {wanted}" in said
+  assert "Traceback" not in said
+
+
 def test_a_transport_reviews(home):
   with FakeServer() as server:
     client = [

@@ -54,9 +54,45 @@ def test_what_it_raises_is_a_failed_review_told_once(bad, capsys):
   assert capsys.readouterr().err.count("warning: reviewer mine") == 1
 
 
-def test_a_review_that_does_not_fit_is_invalid():
-  with opened(lambda r: Review("ok", ("error",))) as reviewer:
-    assert reviewer.submit(requests(1), 60.0).result(60.0)[0].status == "invalid"
+@pytest.mark.parametrize(
+  ("review", "why"),
+  [
+    (Review("ok", ("error",)), "1 role for 2 steps; such reviews count as failed (invalid)"),
+    (
+      Review("ok", ("neccessary", "error")),
+      "'neccessary' is no role (necessary, redundant, irrelevant, error, inherits, repair);"
+      " did you mean necessary? Such reviews count as failed (invalid)",
+    ),
+    (Review("ok", ("x", "error")), "repair); such reviews count as failed (invalid)"),
+    (Review("ok", ("error",) * 2, (1.0,)), "1 weight for 2 roles"),
+    (Review("ok", values=(0.5,) * 3), "3 values for 2 steps"),
+    (Review("ok", ("error",) * 2, reasons=("so",)), "1 reason for 2 steps"),
+    (Review("ok"), "it says nothing"),
+  ],
+)
+def test_a_review_that_does_not_fit_is_invalid_and_told_once(review, why, capsys):
+  with opened(lambda r: review) as reviewer:
+    for _ in range(2):
+      assert {r.status for r in reviewer.submit(requests(5), 60.0).result(60.0)} == {"invalid"}
+    assert reviewer.failures().startswith("mine: ")
+  (said,) = capsys.readouterr().err.splitlines()
+  assert said.startswith("warning: reviewer mine: ")
+  assert why in said
+
+
+def test_roles_behind_another_status_than_ok_are_told_once(capsys):
+  with opened(lambda r: Review("OK", ("error",) * 2)) as reviewer:
+    assert {r.status for r in reviewer.submit(requests(5), 60.0).result(60.0)} == {"OK"}
+  (said,) = capsys.readouterr().err.splitlines()
+  assert "the status is 'OK' and not 'ok'" in said
+
+
+def test_each_kind_of_failure_is_told(capsys):
+  said = iter([lambda: 1 / 0, lambda: Review("ok"), lambda: Review("timeout")])
+  with opened(lambda r: next(said)()) as reviewer:
+    came = [reviewer.submit(requests(1), 60.0).result(60.0)[0].status for _ in range(3)]
+  assert came == ["client_error", "invalid", "timeout"]
+  assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_a_call_that_never_returns_is_late_and_the_others_count():

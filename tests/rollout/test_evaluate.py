@@ -124,6 +124,7 @@ def test_what_is_reported_is_what_was_answered_in_whatever_batches(monkeypatch, 
     monkeypatch.setattr(
       f"dca_jax.rollout.{module}.text_of", lambda _, tokens: "".join(map(str, tokens))
     )
+  monkeypatch.setattr("dca_jax.rollout.prompts.unspelt", lambda *_: "")
   engine = Scripted(lambda wanted, p, g: written(int(wanted.problems_P[p]), g))
   rollout = RolloutConfig(max_prompt_tokens=1, max_tokens=3, problems=problems, group=group)
   config, task = EvaluateConfig(problems=7, samples=5, k=3), Parity()

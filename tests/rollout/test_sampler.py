@@ -316,6 +316,15 @@ def test_prompts_are_filled_up_on_the_right(tokenizer):
   assert not ids[1, 1:].any()
 
 
+def test_a_character_that_would_end_the_prompt_is_named(tokenizer):
+  """The tokenizer of chains has no other token for what it does not know than its end."""
+  problems = [Problem(41, "+3a", "1"), Problem(42, "+3:", "1")]
+  with pytest.raises(UserError, match=r"^task\.tokenizer: problem 42: ':' is not in the alphabet"):
+    encode_prompts(tokenizer, problems, 5, 99)
+  end = tokenizer.eos_token
+  assert encode_prompts(tokenizer, [Problem(0, f"+3{end}", "1")], 5, 99)[1] == [3]  # Meant.
+
+
 @pytest.mark.parametrize(("prompt", "count"), [("+3a-4b", 6), ("", 0)])
 def test_a_prompt_that_does_not_fit_is_named(tokenizer, prompt, count):
   problems = [Problem(41, "+3a", "1"), Problem(42, prompt, "1")]

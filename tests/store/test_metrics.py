@@ -53,6 +53,19 @@ def test_a_resumed_run_takes_back_what_was_not_saved(workdir):
   assert steps(workdir) == list(range(7))
 
 
+def test_steps_without_any_usable_review_are_counted_over_the_whole_run(workdir):
+  def log(start, rows):
+    with Reporter(workdir, start, 10, quiet=True) as reporter:
+      for step, asked, ok in rows:
+        reporter.log(step, {"review/asked": asked, "review/ok": ok})
+      return reporter.unheard
+
+  assert log(0, [(1, 0.5, 0.0), (2, 0.0, 0.0)]) == 1  # Nobody was asked in the second.
+  assert log(2, [(3, 1.0, 0.0)]) == 2
+  assert log(3, [(4, 1.0, 0.1)]) == 0
+  assert log(4, [(5, 1.0, 0.0)]) == 0
+
+
 def test_an_evaluation_that_was_cut_off_is_added_to_its_line(workdir):
   write(workdir, 0, range(4))
   with Reporter(workdir, 3, 10, quiet=True) as reporter:

@@ -59,6 +59,21 @@ def test_what_is_wrong_is_said_once_with_a_cause(changes, step, parts):
   assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"guard__reason": lambda step: float(step > 10), "guard__share": 0.5},
+    {"review__premium_check": 1.5},
+  ],
+)
+def test_calibrated_credit_is_recommended_only_where_there_is_none(changes):
+  (said,) = findings(rows(20, **changes))
+  assert "credit.scheme=calibrated" in said
+  (said,) = findings(rows(20, **changes, calibration__checks=9.0))
+  assert "calibrated" not in said
+  assert "credit.guard=False would let" in said or "use credit.scheme=uniform" in said
+
+
 def test_held_out_problems_that_are_trained_on():
   given = rows(3)
   assert not findings(given)

@@ -3,17 +3,19 @@
 import itertools
 import json
 import pathlib
+import re
 
 import pytest
 import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dca_jax.errors import UserError
 from dca_jax.rollout import cut, step_texts
 from dca_jax.rollout.steps import StopFinder
-from dca_jax.tasks.tokenizer import end_ids, id_count, load_tokenizer, text_of, token_bytes
+from dca_jax.tasks.tokenizer import end_ids, id_count, load_tokenizer, text_of, token_bytes, unspelt
 
 KINDS = [words.byte_level, words.sentencepiece_like]
 STEP_ENDS = ["\n", r"\n\n", r"[.!?]\s+", "🙂", "東|é", r"(?=a)", r"\s*", "[。！？]+"]
@@ -32,6 +34,42 @@ def tokenizer(request, tmp_path_factory):
 
 def encode(tokenizer, text: str) -> list[int]:
   return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# Characters that there are not.
+
+
+def silent_words(**special):
+  """A tokenizer of words that takes what it does not know for `<u>`."""
+  model = Tokenizer(models.WordLevel({"<u>": 0, "<e>": 1, "known": 2}, unk_token="<u>"))
+  model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  return PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
+@pytest.mark.parametrize(
+  ("special", "said"),
+  [
+    (
+      {"eos_token": "<u>"},
+      "'strange' is not in the alphabet, and would be read as '<u>', which ends",
+    ),
+    ({"eos_token": "<e>", "pad_token": "<u>"}, "'strange' is not in the alphabet.*which pads"),
+    ({"eos_token": "<e>", "unk_token": "<u>"}, "^$"),
+  ],
+)
+def test_what_would_be_read_as_an_end_is_named(special, said):
+  tokenizer = silent_words(**special)
+  text = "known strange known"
+  assert re.search(said, unspelt(tokenizer, text, encode(tokenizer, text)))
+  for spelt in ("known known", "known <u> known"):  # The last one means it.
+    assert not unspelt(tokenizer, spelt, encode(tokenizer, spelt))
+
+
+@given(text=TEXTS)
+@settings(max_examples=50, deadline=None)
+def test_a_tokenizer_of_bytes_spells_everything(tokenizer, text):
+  for whole in (text, f"{text} {tokenizer.eos_token}", f"{text} {tokenizer.unk_token or ''}"):
+    assert not unspelt(tokenizer, whole, encode(tokenizer, whole))
 
 
 # Bytes.
