@@ -199,7 +199,8 @@ def test_failures_are_told_with_their_host_and_reason(tmp_path, capsys):
     server.behave = lambda name, attempt: "ok" if planted(server.requests[-1]) else "safety"
     assert train(tmp_path, server, steps=2) == 0
   errors = capsys.readouterr().err
-  (warning,) = [line for line in errors.splitlines() if line.startswith("warning:")]
+  warning, last = [line for line in errors.splitlines() if line.startswith("warning:")]
+  assert "no review of 2 steps was usable" in last
   assert f"reviews failed at {server.url.removeprefix('http://')} (blocked: " in warning
   assert (
     json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["review/ok"] == 0

@@ -58,7 +58,7 @@ def logits(policy, params):
   ]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "gemma4_shared", "llama_scaled"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma4_shared", "llama_scaled"])
 def test_merged_weights_compute_what_the_adapters_do(family):
   policy, params = adapted(family)
   plain = Policy(dataclasses.replace(policy.config, lora_rank=0), VOCAB)

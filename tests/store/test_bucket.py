@@ -89,6 +89,7 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_ends_as_one_in_a_folder_does(bu
   assert "checkpoints: 25, 30" in status.stdout
 
 
+@pytest.mark.slow
 def test_reviews_and_their_cost_are_found_again_in_a_bucket(bucket, tmp_path):
   with FakeServer() as server:
     for steps in (2, 4):
