@@ -194,7 +194,7 @@ def test_monte_carlo_values_are_the_same_after_a_resume(tmp_path):
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["learned", "overlap"])
+@pytest.mark.parametrize("name", ["learned", pytest.param("overlap", marks=pytest.mark.slow)])
 def test_sigterm_saves_the_step_under_way(name, whole, tmp_path):
   whole, stopped, changes = (
     whole(name),

@@ -29,6 +29,7 @@ def error(end):
   return end["spread"] / drift.SEEDS**0.5
 
 
+@pytest.mark.slow
 def test_every_arm_learns_and_only_some_drift(lab):
   ends = lab[1]["drift"]
   assert all(end["worst"] > 0.99 for end in ends.values())
@@ -44,12 +45,14 @@ def test_every_arm_learns_and_only_some_drift(lab):
     assert moved > 4 if name in drifts else moved < -4
 
 
+@pytest.mark.slow
 def test_what_drifts_drifts_because_the_reviewer_is_fooled(lab):
   ends = lab[1]["drift"]
   for scheme in ("potential 0", "weighted"):
     assert ends[f"{scheme}, fooled"]["checks"] > ends[f"{scheme}, honest"]["checks"] + 2
 
 
+@pytest.mark.slow
 def test_potential_1_with_a_fooled_reviewer_ends_where_rloo_does(lab):
   rloo, safe = (lab[1]["drift"][name] for name in ("uniform (RLOO)", "potential 1, fooled"))
   noise = np.hypot(error(rloo), error(safe))
@@ -57,6 +60,7 @@ def test_potential_1_with_a_fooled_reviewer_ends_where_rloo_does(lab):
   assert abs(safe["checks"] - rloo["checks"]) < 3 * noise
 
 
+@pytest.mark.slow
 def test_theatre_that_costs_something_is_kept_up_where_it_is_applauded(lab):
   rloo, fooled = (lab[1]["room"]["some succeed"][name] for name in ROOMS)
   assert rloo["checks"] < 0.5
@@ -64,6 +68,7 @@ def test_theatre_that_costs_something_is_kept_up_where_it_is_applauded(lab):
   assert fooled["worst"] > 0.97
 
 
+@pytest.mark.slow
 def test_lab_writes_its_figures_and_prints_its_tables(lab, capsys):
   folder, numbers = lab
   for name in ("lab.png", "checks.png", "drift.png", "room.png"):
