@@ -4,7 +4,7 @@ from dca_jax.policy.attention import KeyValue
 from dca_jax.policy.config import PolicyConfig
 from dca_jax.policy.logprobs import Head, Sampling, sampling_logits, token_logprobs
 from dca_jax.policy.lora import join, merge, split
-from dca_jax.policy.transformer import Policy, Prompts, by_layer, stacked
+from dca_jax.policy.transformer import Policy, Prompts, by_layer, by_round
 
 __all__ = [
   "Head",
@@ -14,10 +14,10 @@ __all__ = [
   "Prompts",
   "Sampling",
   "by_layer",
+  "by_round",
   "join",
   "merge",
   "sampling_logits",
   "split",
-  "stacked",
   "token_logprobs",
 ]

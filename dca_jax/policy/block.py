@@ -133,7 +133,7 @@ class Block(nn.Module):
       y = self._weight("down", (c.mlp, c.width), ("mlp", "embed"))(hidden)
     if c.experts_beside:
       more = Experts(c, self.mesh, name="experts")(
-        RMSNorm(c, name="experts_norm")(x_BxTxD), x_BxTxD
+        RMSNorm(c, name="pre_experts_norm")(x_BxTxD), x_BxTxD
       )
       y = RMSNorm(c, name="mlp_out_norm")(y) + RMSNorm(c, name="post_experts_norm")(more)
     return x_BxTxD + (RMSNorm(c, name="post_mlp_norm")(y) if c.post_norms else y)

@@ -32,7 +32,7 @@ _MODULES = {
   "embedded_out": "per_layer_projection",
   "post_embedded_norm": "post_per_layer_input_norm",
   "mlp_out_norm": "post_feedforward_layernorm_1",
-  "experts_norm": "pre_feedforward_layernorm_2",
+  "pre_experts_norm": "pre_feedforward_layernorm_2",
   "post_experts_norm": "post_feedforward_layernorm_2",
   "router": "mlp.gate",
   **{f"expert_{name}": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},

@@ -34,6 +34,7 @@ def merge(params, scale: float) -> dict[str, Any]:
   for path, b in adapters.items():
     if path[-1] == "lora_b":
       kernel, a = (*path[:-1], "kernel"), adapters[*path[:-1], "lora_a"]
+      # A's last axis and B's first behind those of layers are the rank; the kernel has all others.
       layers = b.shape[: a.ndim + b.ndim - 2 - frozen[kernel].ndim]
       rank = b.shape[len(layers)]
       product = jnp.asarray(a).reshape(*layers, -1, rank) @ b.reshape(*layers, rank, -1)

@@ -130,11 +130,8 @@ def load(policy: Policy, source: pathlib.Path, shardings) -> Any:
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _fill(ours, theirs, index, turned: bool, sharding):
   """`ours` with a file's tensor at `index`: the layer and the expert, where there are such."""
-  new = (
-    (theirs.swapaxes(-1, -2) if turned else theirs)
-    .reshape(ours.shape[len(index) :])
-    .astype(ours.dtype)
-  )
+  new = theirs.swapaxes(-1, -2) if turned else theirs
+  new = new.reshape(ours.shape[len(index) :]).astype(ours.dtype)
   new = jax.lax.dynamic_update_slice(ours, new[(None,) * len(index)], (*index, *[0] * new.ndim))
   return jax.lax.with_sharding_constraint(new, sharding)
 

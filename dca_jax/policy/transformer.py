@@ -54,7 +54,7 @@ def by_layer(stacks: tuple[KeyValue, ...]) -> tuple[KeyValue, ...]:
   return tuple(layers)
 
 
-def stacked(layers: tuple[KeyValue, ...], n: int) -> tuple[KeyValue, ...]:
+def by_round(layers: tuple[KeyValue, ...], n: int) -> tuple[KeyValue, ...]:
   """The inverse of `by_layer`, for rounds of `n` layers."""
   last = jax.tree.map(lambda *x: jnp.stack(x), *layers[n - 1 :: n])
   if n == 1:

@@ -104,26 +104,25 @@ def answer(config: EvaluateConfig, sampler: Sampler, params) -> Answers:
   own: Answers = {}
   batches = range(0, len(groups), rollout.problems)
   total = len(batches) * len(sampler.own) * rollout.group
-  bar = progress(total=total, desc="evaluation", unit="answer")
-  for first in batches:
-    # The last batch begins again, to be full.
-    batch = [groups[(first + int(row)) % len(groups)] for row in sampler.own]
-    problems = [task.problem("heldout", i) for i, _ in batch]
-    ids = [i for i, _ in batch]
-    wanted_PxG = np.array([numbers[g : g + rollout.group] for _, g in batch])
-    new = {}
-    prompts = sampler.encode(problems)
-    for attempt in play(sampler, params, problems, prompts, ids, wanted_PxG, (0,)):
-      bar.update()
-      place = ids[attempt.row // rollout.group], int(wanted_PxG.flat[attempt.row])
-      if place not in own:
-        new[place] = problems[attempt.row // rollout.group], attempt
-    outcomes = outcomes_of(sampler, *zip(*new.values(), strict=True)) if new else []
-    for (place, (_, attempt)), outcome in zip(new.items(), outcomes, strict=True):
-      final = task.final_answer(last_text(sampler, attempt)) if task.final_answer else None
-      text = text_of(sampler.tokenizer, attempt.tokens)
-      own[place] = Answer(outcome.correct, final, attempt.sampled, text)
-  bar.close()
+  with progress(total=total, desc="evaluation", unit="answer") as bar:
+    for first in batches:
+      # The last batch begins again, to be full.
+      batch = [groups[(first + int(row)) % len(groups)] for row in sampler.own]
+      problems = [task.problem("heldout", i) for i, _ in batch]
+      ids = [i for i, _ in batch]
+      wanted_PxG = np.array([numbers[g : g + rollout.group] for _, g in batch])
+      new = {}
+      prompts = sampler.encode(problems)
+      for attempt in play(sampler, params, problems, prompts, ids, wanted_PxG, (0,)):
+        bar.update()
+        place = ids[attempt.row // rollout.group], int(wanted_PxG.flat[attempt.row])
+        if place not in own:
+          new[place] = problems[attempt.row // rollout.group], attempt
+      outcomes = outcomes_of(sampler, *zip(*new.values(), strict=True)) if new else []
+      for (place, (_, attempt)), outcome in zip(new.items(), outcomes, strict=True):
+        final = task.final_answer(last_text(sampler, attempt)) if task.final_answer else None
+        text = text_of(sampler.tokenizer, attempt.tokens)
+        own[place] = Answer(outcome.correct, final, attempt.sampled, text)
   told = gather("evaluation", [[*place, *own[place][:-1]] for place in own])
   return {(i, number): Answer(*rest) for part in told for i, number, *rest in part} | own
 

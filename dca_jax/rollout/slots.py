@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dca_jax.checks import at_least
-from dca_jax.policy import Policy, Prompts, Sampling, by_layer, sampling_logits, stacked
+from dca_jax.policy import Policy, Prompts, Sampling, by_layer, by_round, sampling_logits
 from dca_jax.policy.attention import KeyValue
 from dca_jax.policy.sharding import batch_sharding, constrain, replicated
 from dca_jax.policy.transformer import Context
@@ -103,7 +103,7 @@ def take_up(policy: Policy, params, slots: Slots, rows_N, tokens_NxU, logprobs_N
   steps; it is read with the parameters of today. A row that there is not gets nothing."""
   c = slots.context
   prompts_N = rows_N // (slots.keys_R.shape[0] // c.prompt_lengths_P.shape[0])
-  keys = stacked(jax.tree.map(lambda x: x[prompts_N], c.prompt), policy.config.round)
+  keys = by_round(jax.tree.map(lambda x: x[prompts_N], c.prompt), policy.config.round)
   prompts = Prompts(slots.hidden_RxD[rows_N], keys, c.prompt_lengths_P[prompts_N])
   hidden_NxD, own = policy.read_continuations(params, prompts, tokens_NxU, lengths_N)
 

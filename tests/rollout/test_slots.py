@@ -117,7 +117,9 @@ def test_layers_of_several_shapes(wanted):
   cuts = np.random.default_rng(4).integers(0, 120, (P, G))
   cuts[4:] = 0
   begun = unfinished(cuts, whole)
-  for ours in in_order(run.stream(params, wanted, (3, 1), begun=begun)):
+  went_on = in_order(run.stream(params, wanted, (3, 1), begun=begun))
+  assert [sample.row for sample in went_on] == np.flatnonzero(~begun.ended_PxG).tolist()
+  for ours in went_on:
     assert ours.tokens.tolist() == whole[ours.row].tokens.tolist()
 
 
